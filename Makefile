@@ -1,0 +1,37 @@
+# make demo   train and evaluate the `cpu` preset into runs/cpu
+# make test   lint and test
+# Both make their own virtual environment in $(VENV) and need nothing but Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+override VENV := $(abspath $(VENV))
+
+PIP_INSTALL = $(VENV)/bin/python -m pip install --no-input --disable-pip-version-check -q
+SOURCES = setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.with-train
+	$(VENV)/bin/python -m relay_fast.train --preset cpu --out runs/cpu
+
+test: $(VENV)/.with-test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/python -m pytest tests/ -n 2 -q
+
+$(VENV)/.with-train: $(SOURCES)
+	$(call make_venv,train)
+
+$(VENV)/.with-test: $(SOURCES)
+	$(call make_venv,train$(comma)test)
+
+comma := ,
+
+# Stamped only after a finished install: an interrupted one is taken up again.
+define make_venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "relay_fast needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
+@echo "installing relay_fast[$(1)] into $(VENV) (a few minutes the first time)"
+@$(PYTHON) -m venv $(VENV)
+@$(PIP_INSTALL) -c constraints.txt -e '.[$(1)]'
+@touch $@
+endef

@@ -1,0 +1,61 @@
+"""The reasoning tasks: problems whose solution is written in rounds. Importing this does not import numba."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from relay_fast.tasks.arithmetic import Arithmetic
+from relay_fast.tasks.base import Task
+from relay_fast.tasks.edit_distance import EditDistance
+from relay_fast.tasks.lis import LIS
+from relay_fast.tasks.samples import TASK_NAMES, Samples
+from relay_fast.tasks.vocabulary import Vocabulary
+
+__all__ = [
+    "LIS",
+    "TASK_NAMES",
+    "Arithmetic",
+    "EditDistance",
+    "Samples",
+    "Task",
+    "Vocabulary",
+    "build_tasks",
+    "make_task",
+]
+
+_CLASSES: dict[str, type[Task]] = {cls.name: cls for cls in (Arithmetic, EditDistance, LIS)}
+
+
+def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
+    """The task called `name`; `params` are its constructor's.
+
+    Raises ValueError for an unknown name or parameter, and as the constructors do.
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"unknown task {name!r}; known are {', '.join(TASK_NAMES)}.")
+    known = list(inspect.signature(_CLASSES[name]).parameters)[1:]
+    unknown = [key for key in params if key not in known]
+    if unknown:
+        raise ValueError(
+            f"unknown parameter {unknown[0]!r} of task {name}; known are {', '.join(known)}."
+        )
+    return _CLASSES[name](vocabulary, **params)
+
+
+def build_tasks(
+    names: Iterable[str], vocabulary: Vocabulary, **params: Mapping[str, Any]
+) -> dict[str, Task]:
+    """Tasks by name, e.g. `build_tasks(["arithmetic", "lis"], vocabulary, arithmetic={"prime": 7})`.
+
+    Raises ValueError for an unknown task, and for parameters of a task that is not built.
+    """
+    names = list(names)
+    unused = [name for name in params if name not in names]
+    if unused:
+        raise ValueError(
+            f"parameters for {unused[0]!r}, which is not among the tasks {', '.join(names)}; "
+            f"add the task or drop the parameters."
+        )
+    return {name: make_task(name, vocabulary, **params.get(name, {})) for name in names}

@@ -1,0 +1,13 @@
+"""Which folders are packages; everything else is in pyproject.toml.
+
+The folder kernels/ is installed as `relay_fast.kernels`. A top-level package called `kernels` would
+overwrite another project's package of that name, so packages are listed and never searched for.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=["relay_fast", "relay_fast.kernels", "relay_fast.tasks"],
+    package_dir={"relay_fast": "relay_fast", "relay_fast.kernels": "kernels"},
+    package_data={"relay_fast": ["py.typed"]},
+)

@@ -1,0 +1,34 @@
+"""What every test gets: the same random numbers each run, and no more threads than its share."""
+
+import os
+import random
+
+IN_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IN_XDIST_WORKER:
+    # Set before torch and numba are imported; subprocesses inherit it.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ[name] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+SEED = 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if IN_XDIST_WORKER:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed that all generators were set to before this test; give it to explicit generators."""
+    return SEED
+
+
+# A hook and not an autouse fixture: hypothesis objects to function-scoped fixtures.
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)

@@ -1,0 +1,137 @@
+"""The package: what an import costs and touches, and that every folder is packaged."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, cwd: Path, pythonpath: Path | None = None) -> str:
+    """Standard output of `code` in a fresh interpreter, stripped."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "COV_"))}
+    if pythonpath is not None:
+        env["PYTHONPATH"] = str(pythonpath)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def setup_arguments() -> dict:
+    """The keyword arguments of setup(), which are literals."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (call,) = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
+    ]
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def test_import_takes_less_than_3_s():
+    # CPU time of the whole process: wall time would measure the machine's other load.
+    code = "import relay_fast, time; print(time.process_time())"
+    assert float(run_python(code, ROOT)) < 3.0
+
+
+def test_import_touches_neither_triton_nor_numba_nor_cuda():
+    code = """
+import sys, relay_fast, relay_fast.kernels
+print(sorted({"triton", "numba", "matplotlib"} & set(sys.modules)))
+import torch
+print(torch.cuda.is_initialized())
+"""
+    assert run_python(code, ROOT) == "[]\nFalse"
+
+
+def test_bare_checkout_from_another_folder(tmp_path):
+    code = "import relay_fast, relay_fast.kernels as k; print(relay_fast.__file__, k.__file__)"
+    relay_fast, kernels = run_python(code, tmp_path, pythonpath=ROOT).split()
+    assert Path(relay_fast) == ROOT / "relay_fast" / "__init__.py"
+    assert Path(kernels) == ROOT / "kernels" / "__init__.py"
+
+
+def test_kernels_come_from_the_checkout():
+    code = """
+import importlib, sys
+import relay_fast
+k = importlib.import_module("relay_fast.kernels")
+print(k is relay_fast.kernels, k.__name__, k.__package__, *k.__path__)
+"""
+    assert run_python(code, ROOT) == (
+        f"True relay_fast.kernels relay_fast.kernels {ROOT / 'kernels'}"
+    )
+
+
+def test_a_second_checkout_uses_its_own_kernels(tmp_path):
+    # Whatever is installed, editable or not, in the environment that runs the tests.
+    for folder in ("relay_fast", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda *_: ["__pycache__"])
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = "import relay_fast.kernels as k; print(k.__file__)"
+    assert Path(run_python(code, tmp_path)) == tmp_path / "kernels" / "__init__.py"
+
+
+def test_installed_package_ignores_a_stranger_called_kernels(tmp_path):
+    # site-packages: our kernels inside relay_fast, somebody else's `kernels` beside it.
+    ignore = lambda *_: ["__pycache__"]
+    shutil.copytree(ROOT / "relay_fast", tmp_path / "relay_fast", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", tmp_path / "relay_fast" / "kernels", ignore=ignore)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('a stranger')")
+    code = "import relay_fast.kernels as k; print(k.__file__)"
+    expected = tmp_path / "relay_fast" / "kernels" / "__init__.py"
+    assert Path(run_python(code, tmp_path)) == expected
+
+
+def test_top_level_kernels_exports_only_its_version():
+    # transformers probes for a package called `kernels` and reads its version.
+    code = """
+import kernels
+print({n: v for n, v in vars(kernels).items() if n == "__version__" or not n.startswith("__")})
+"""
+    assert run_python(code, ROOT) == "{'__version__': '0'}"
+
+
+def test_every_folder_with_python_files_is_packaged():
+    arguments = setup_arguments()
+    folders = {p.parent for top in ("relay_fast", "kernels") for p in (ROOT / top).rglob("*.py")}
+    expected = set()
+    for folder in folders:
+        parts = folder.relative_to(ROOT).parts
+        expected.add(".".join(parts if parts[0] == "relay_fast" else ("relay_fast", *parts)))
+    assert set(arguments["packages"]) == expected
+    for name in expected:
+        source = ROOT / arguments["package_dir"].get(name, name.replace(".", "/"))
+        assert (source / "__init__.py").is_file(), f"{source} has no __init__.py"
+
+
+def test_every_data_file_is_packaged():
+    arguments = setup_arguments()
+    packaged = set()
+    for name, patterns in arguments["package_data"].items():
+        source = ROOT / arguments["package_dir"].get(name, name.replace(".", "/"))
+        packaged |= {p for pattern in patterns for p in source.glob(pattern)}
+    data = {
+        p
+        for top in ("relay_fast", "kernels")
+        for p in (ROOT / top).rglob("*")
+        if p.is_file() and p.suffix not in (".py", ".pyc", ".nbi", ".nbc")
+    }
+    assert data == packaged
+
+
+def test_public_names():
+    import relay_fast
+
+    missing = set(relay_fast.__all__) - set(dir(relay_fast))
+    assert not missing
+    with pytest.raises(AttributeError, match="'relay_fast' has no attribute 'nothing'"):
+        relay_fast.nothing  # noqa: B018
