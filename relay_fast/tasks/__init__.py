@@ -1,4 +1,4 @@
-"""The reasoning tasks: problems whose solution is written in rounds. Importing this does not import numba."""
+"""The reasoning tasks: problems solved in rounds. Importing them does not import numba."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
 def build_tasks(
     names: Iterable[str], vocabulary: Vocabulary, **params: Mapping[str, Any]
 ) -> dict[str, Task]:
-    """Tasks by name, e.g. `build_tasks(["arithmetic", "lis"], vocabulary, arithmetic={"prime": 7})`.
+    """Tasks by name: `build_tasks(["arithmetic", "lis"], vocabulary, arithmetic={"prime": 7})`.
 
     Raises ValueError for an unknown task, and for parameters of a task that is not built.
     """

@@ -1,0 +1,225 @@
+"""What every task can do: draw samples, solve a problem round by round, read and check chains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from relay_fast.tasks.samples import TASK_NAMES, Samples
+from relay_fast.tasks.vocabulary import EOS, PAD, Vocabulary
+
+Rounds = Sequence[Sequence[int]]
+
+
+class Task(ABC):
+    """A family of problems whose solution is written in rounds.
+
+    name, index: as in `TASK_NAMES`.
+    token: id of the task token, the first of every problem.
+    end: id of the last token of every problem.
+    min_length: the smallest length.
+    answer_suffix: tokens between the last round and the answer in an autoregressive sequence;
+        None where the last round itself is the answer, so that nothing is added.
+
+    Problems, rounds and answers are token ids of `vocabulary`. The methods raise ValueError on bad
+    input.
+    """
+
+    name: ClassVar[str]
+    token: ClassVar[int]
+    end: ClassVar[int]
+    answer_suffix: ClassVar[tuple[int, ...] | None]
+    min_length: ClassVar[int] = 1
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+
+    @property
+    def index(self) -> int:
+        """Position in `TASK_NAMES`, the value of `Samples.task`."""
+        return TASK_NAMES.index(self.name)
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Name and parameters: `make_task(vocabulary=…, **task.to_dict())` builds it again."""
+
+    @abstractmethod
+    def loops(self, length: int) -> int:
+        """Rounds of a problem of this length."""
+
+    @abstractmethod
+    def max_problem_tokens(self, length: int) -> int:
+        """Most tokens of a sampled problem, the task token included."""
+
+    @abstractmethod
+    def max_round_tokens(self, length: int) -> int:
+        """Most tokens of one round."""
+
+    @abstractmethod
+    def max_chain_tokens(self, length: int) -> int:
+        """Most tokens of all rounds together."""
+
+    def max_sequence_tokens(self, length: int) -> int:
+        """Most tokens of an autoregressive sequence, `<eos>` included."""
+        tail = 0 if self.answer_suffix is None else len(self.answer_suffix) + 1
+        return self.max_problem_tokens(length) + self.max_chain_tokens(length) + tail + 1
+
+    def check_length(self, length: int) -> None:
+        """Raise ValueError when problems of this length cannot be drawn or written."""
+        if length < self.min_length:
+            raise ValueError(
+                f"{self.name} length {length} is too short; use at least {self.min_length}."
+            )
+
+    def sample(self, lengths: Sequence[int] | np.ndarray, seed: int, start: int = 0) -> Samples:
+        """Draw one sample for each of `lengths`, (S,) integers.
+
+        Sample i depends on the parameters, lengths[i], seed and start + i alone: parts drawn apart,
+        each with its own `start`, are the samples drawn at once.
+        """
+        array = np.asarray(lengths)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(
+                f"lengths have shape {array.shape} and type {array.dtype}; "
+                f"give a flat list of integers."
+            )
+        if start < 0:
+            raise ValueError(f"start is {start}; give the index of the first sample, at least 0.")
+        array = np.ascontiguousarray(array, np.int64)
+        unique, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
+        for length in unique.tolist():
+            self.check_length(length)
+        loops = np.array([self.loops(n) for n in unique.tolist()], np.int32)[inverse]
+        # Never touched beyond what is written, so the bound costs address space only.
+        problem = self._buffer(unique, counts, self.max_problem_tokens)
+        rounds = self._buffer(unique, counts, self.max_chain_tokens)
+        problem_offsets = np.zeros(len(array) + 1, np.int64)
+        round_offsets = np.zeros(int(loops.sum()) + 1, np.int64)
+        answer = np.empty(len(array), np.int32)
+        self._fill(
+            array,
+            np.uint64(int(seed) & 0xFFFFFFFFFFFFFFFF),
+            np.uint64(start),
+            problem,
+            problem_offsets,
+            rounds,
+            round_offsets,
+            answer,
+        )
+        problem.resize(problem_offsets[-1], refcheck=False)
+        rounds.resize(round_offsets[-1], refcheck=False)
+        return Samples(
+            task=np.full(len(array), self.index, np.int32),
+            length=array.astype(np.int32),
+            problem=problem,
+            problem_offsets=problem_offsets,
+            rounds=rounds,
+            round_offsets=round_offsets,
+            loops=loops,
+            answer=answer,
+        )
+
+    @staticmethod
+    def _buffer(unique: np.ndarray, counts: np.ndarray, bound: Any) -> np.ndarray:
+        pairs = zip(unique.tolist(), counts.tolist(), strict=True)
+        return np.empty(sum(bound(length) * count for length, count in pairs), np.int32)
+
+    @abstractmethod
+    def _fill(
+        self,
+        lengths: np.ndarray,
+        seed: np.uint64,
+        start: np.uint64,
+        problem: np.ndarray,
+        problem_offsets: np.ndarray,
+        rounds: np.ndarray,
+        round_offsets: np.ndarray,
+        answer: np.ndarray,
+    ) -> None:
+        """Write the samples; the flat arrays `problem` and `rounds` may be too large."""
+
+    @abstractmethod
+    def length_of(self, problem: Iterable[int]) -> int:
+        """Length (complexity) of a problem."""
+
+    @abstractmethod
+    def solve(self, problem: Iterable[int]) -> tuple[list[list[int]], int]:
+        """The true rounds and the answer's id. Raises ValueError saying what is wrong."""
+
+    @abstractmethod
+    def answer_of(self, rounds: Rounds) -> int | None:
+        """The answer that the rounds imply, None where they cannot be read."""
+
+    @abstractmethod
+    def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
+        """Rounds and answer of what an autoregressive model wrote after the prompt.
+
+        The text counts up to `<eos>` or the end.
+
+        Never raises: what does not fit is kept as an odd round, an answer that cannot be read is
+        None.
+        """
+
+    def check(self, problem: Iterable[int], rounds: Rounds) -> list[bool]:
+        """Round by round, whether it is what the problem's rules demand; needs no label.
+
+        The list is as long as the longer of the true and the given chain: missing and surplus
+        rounds are False.
+        """
+        truth, _ = self.solve(problem)
+        given = [[int(token) for token in tokens] for tokens in rounds]
+        right = [a == b for a, b in zip(truth, given, strict=False)]
+        return right + [False] * (max(len(truth), len(given)) - len(right))
+
+    def encode(self, text: str) -> list[int]:
+        """Problem ids of a text; the task token in front and the end token may be left out.
+
+        Raises ValueError naming an unknown token or what is wrong with the problem.
+        """
+        ids = self.vocabulary.encode(self._spaced(text))
+        if ids[:1] != [self.token]:
+            ids.insert(0, self.token)
+        if ids[-1] != self.end:
+            ids.append(self.end)
+        self.length_of(ids)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text of a problem or a round; task token and `<pad>` are left out."""
+        return self.vocabulary.decode(t for t in map(int, ids) if t not in (self.token, PAD))
+
+    def _spaced(self, text: str) -> str:
+        """`text` with spaces between the tokens."""
+        return text
+
+    def _body(self, problem: Iterable[int]) -> list[int]:
+        """The problem between task token and end token."""
+        ids = [int(token) for token in problem]
+        known = [token for token in ids if 0 <= token < self.vocabulary.size]
+        if len(ids) < 2 or ids[0] != self.token or ids[-1] != self.end or len(known) < len(ids):
+            first, last = self.vocabulary.decode([self.token, self.end]).split()
+            shown = self.vocabulary.decode(known)
+            raise ValueError(
+                f"{self.name} problem {shown!r} is incomplete; "
+                f"begin with {first} and end with {last}."
+            )
+        return ids[1:-1]
+
+
+def until_eos(ids: Iterable[int]) -> list[int]:
+    """`ids` up to the first `<eos>`, without it."""
+    tokens = [int(token) for token in ids]
+    return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+
+
+def split_after(ids: list[int], delimiter: int) -> tuple[list[list[int]], list[int]]:
+    """Pieces that end with `delimiter`, and what follows the last of them."""
+    pieces, begin = [], 0
+    for k, token in enumerate(ids):
+        if token == delimiter:
+            pieces.append(ids[begin : k + 1])
+            begin = k + 1
+    return pieces, ids[begin:]

@@ -1,0 +1,219 @@
+"""Edit distance (Feng et al. 2023): every round is one row of the table of the dynamic programme.
+
+`o t m l | o t t m l <sep>` → `0 2 4 6 7 ,` `2 0 2 4 6 ,` `4 2 3 2 4 ,` `6 4 5 4 2 ,` → `2`. Rows
+are M[i][1..|s2|]; row 0 and column 0 are not written. They grow by `border` a step, not by the cost
+of an insertion or a deletion: that is what Feng's code does and what RELAY's appendix shows.
+
+The length of a problem is |s1|, the shorter string's, which comes first; it is also the number of
+rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from relay_fast.tasks.base import Rounds, Task, split_after, until_eos
+from relay_fast.tasks.vocabulary import (
+    BAR,
+    COMMA,
+    EDIT_DISTANCE,
+    LETTER0,
+    N_LETTERS,
+    NUMBER0,
+    SEP,
+    Vocabulary,
+)
+
+
+class EditDistance(Task):
+    """Pairs of strings over a random subset of the letters.
+
+    insert, delete, replace, border: costs, at least 1; a match costs nothing.
+    alphabet: least and largest size of the subset.
+    letters: the subset is drawn from the first `letters` of a..z.
+
+    Sampling: s1 has exactly L letters of the subset. With probability 0.4 s2 is random with a
+    length uniform in L-3..L+2, else it is s1 after d random edits (delete, replace, insert alike; a
+    string of two letters or less grows instead of shrinking). The pair, its subset included, is
+    drawn again if the strings are equal or s2 is outside L..L+2: a shorter s2 would have to go
+    first, and the length would not be L. d is uniform in 1..L and drawn once, as in Feng's code:
+    pairs after many edits are redrawn more often, not rarer. L = 1, 2, 3 work alike, s2 then has at
+    least L letters too.
+    """
+
+    name = "edit_distance"
+    token = EDIT_DISTANCE
+    end = SEP
+    answer_suffix = (SEP,)
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        insert: int = 2,
+        delete: int = 2,
+        replace: int = 3,
+        border: int = 1,
+        alphabet: tuple[int, int] = (3, 10),
+        letters: int = N_LETTERS,
+    ) -> None:
+        super().__init__(vocabulary)
+        costs = {"insert": insert, "delete": delete, "replace": replace, "border": border}
+        for cost, value in costs.items():
+            if value != int(value) or value < 1:
+                raise ValueError(
+                    f"edit_distance cost {cost} is {value}; give an integer of at least 1."
+                )
+        if not 2 <= letters <= N_LETTERS:
+            raise ValueError(
+                f"edit_distance letters is {letters}; give 2..{N_LETTERS}, how many of a..z "
+                f"may occur."
+            )
+        if len(alphabet) != 2 or not 2 <= alphabet[0] <= alphabet[1] <= letters:
+            raise ValueError(
+                f"edit_distance alphabet {tuple(alphabet)} is no range of sizes; give "
+                f"(least, largest) with 2 <= least <= largest <= {letters}."
+            )
+        self.insert, self.delete, self.replace, self.border = map(int, costs.values())
+        self.alphabet = (int(alphabet[0]), int(alphabet[1]))
+        self.letters = letters
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "insert": self.insert,
+            "delete": self.delete,
+            "replace": self.replace,
+            "border": self.border,
+            "alphabet": list(self.alphabet),
+            "letters": self.letters,
+        }
+
+    def loops(self, length: int) -> int:
+        return length
+
+    def max_problem_tokens(self, length: int) -> int:
+        """Exact: the second string has at most two letters more."""
+        return 2 * length + 5
+
+    def max_round_tokens(self, length: int) -> int:
+        return length + 3
+
+    def max_chain_tokens(self, length: int) -> int:
+        return length * self.max_round_tokens(length)
+
+    def largest_cell(self, length: int) -> int:
+        """Largest number that a problem of this length can need: the strings share no letter."""
+        i = np.arange(1, length + 1)[:, None]
+        j = np.arange(1, length + 3)[None, :]
+        replace = min(self.replace, self.insert + self.delete)
+
+        def inner(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+            diagonal = np.minimum(rows, columns)
+            return (
+                diagonal * replace
+                + (rows - diagonal) * self.delete
+                + (columns - diagonal) * self.insert
+            )
+
+        # The best path leaves the border at a corner, or where only replacements are left.
+        costs = [inner(i, j)]
+        for k in (j, np.maximum(j - i, 0)):
+            costs.append(self.border * k + inner(i, j - k))
+        for k in (i, np.maximum(i - j, 0)):
+            costs.append(self.border * k + inner(i - k, j))
+        return int(np.minimum.reduce(costs).max())
+
+    def check_length(self, length: int) -> None:
+        super().check_length(length)
+        limit = self.vocabulary.max_number
+        # Every step costs at least 1, so a row of length + 2 cells ends above that.
+        if length + 2 > limit or self.largest_cell(length) > limit:
+            raise ValueError(
+                f"edit_distance length {length} can need numbers beyond {limit}, where the "
+                f"vocabulary ends; use shorter strings or a Vocabulary with a larger max_number."
+            )
+
+    def _fill(self, lengths, seed, start, *arrays: np.ndarray) -> None:
+        from relay_fast.tasks import _edit_distance_jit
+
+        _edit_distance_jit.sample(
+            lengths,
+            seed,
+            start,
+            self.alphabet,
+            self.letters,
+            self.insert,
+            self.delete,
+            self.replace,
+            self.border,
+            *arrays,
+        )
+
+    def length_of(self, problem: Iterable[int]) -> int:
+        return len(self._strings(problem)[0])
+
+    def solve(self, problem: Iterable[int]) -> tuple[list[list[int]], int]:
+        from relay_fast.tasks import _edit_distance_jit
+
+        first, second = (np.array(string, np.int32) for string in self._strings(problem))
+        rounds = np.empty(len(first) * (len(second) + 1), np.int32)
+        offsets = np.zeros(len(first) + 1, np.int64)
+        costs = (self.insert, self.delete, self.replace, self.border)
+        _edit_distance_jit.solve(first, second, *costs, rounds, offsets, 0)
+        largest = int(rounds.max()) - NUMBER0
+        if largest > self.vocabulary.max_number:
+            raise ValueError(
+                f"edit_distance problem of {len(first)} and {len(second)} letters needs the number "
+                f"{largest}, the vocabulary ends at {self.vocabulary.max_number}; use shorter "
+                f"strings or a Vocabulary with a larger max_number."
+            )
+        chain = rounds.reshape(len(first), -1).tolist()
+        return chain, chain[-1][-2]
+
+    def answer_of(self, rounds: Rounds) -> int | None:
+        """The last cell of the last row."""
+        if not len(rounds) or len(rounds[-1]) < 2 or rounds[-1][-1] != COMMA:
+            return None
+        cell = int(rounds[-1][-2])
+        return cell if self.vocabulary.is_number(cell) else None
+
+    def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
+        chains, tail = split_after(until_eos(ids), SEP)
+        # Without a <sep> there is no answer, all is chain.
+        chain = chains[0][:-1] if chains else tail
+        rounds, broken = split_after(chain, COMMA)
+        if broken:
+            rounds.append(broken)
+        readable = len(chains) == 1 and len(tail) == 1 and self.vocabulary.is_number(tail[0])
+        return rounds, tail[0] if readable else None
+
+    def _spaced(self, text: str) -> str:
+        words = text.replace("|", " | ").replace("<sep>", " <sep> ").split()
+        return " ".join(" ".join(word) if word.isalpha() else word for word in words)
+
+    def _strings(self, problem: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Both strings of a problem, checked."""
+        body = self._body(problem)
+        shown = self.vocabulary.decode(body)
+        if body.count(BAR) != 1:
+            raise ValueError(
+                f"edit_distance problem {shown!r} needs two strings; put one | between them."
+            )
+        bar = body.index(BAR)
+        first, second = body[:bar], body[bar + 1 :]
+        for k, token in enumerate(body):
+            if k != bar and not LETTER0 <= token < LETTER0 + self.letters:
+                last = chr(ord("a") + self.letters - 1)
+                raise ValueError(
+                    f"edit_distance problem {shown!r} holds {self.vocabulary.decode([token])!r} at "
+                    f"position {k}; use the letters a..{last}."
+                )
+        if not first or len(second) < len(first):
+            raise ValueError(
+                f"edit_distance problem {shown!r} has strings of {len(first)} and {len(second)} "
+                f"letters; put the shorter string first and leave none empty."
+            )
+        return first, second

@@ -1,0 +1,157 @@
+"""Longest strictly increasing subsequence (Feng et al. 2023), its chain folded into rounds.
+
+d_i is the length of the longest strictly increasing subsequence that ends at value i; the answer is
+max(d). A round holds `group` of the d_i and `<sep>`; the last group is filled by repeating its last
+value. `103 110 145 217 233 18 30 82 141 150 159 161 167 239 <sep>` →
+`1 2 3 4 5 1 2 3 4 5 <sep>` `6 7 8 9 9 9 9 9 9 9 <sep>` → `9`.
+
+The length of a problem is its number of values n; it takes ⌈n / group⌉ rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from relay_fast.tasks.base import Rounds, Task, split_after, until_eos
+from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
+from relay_fast.tasks.vocabulary import NUMBER0, SEP, Vocabulary
+
+
+class LIS(Task):
+    """Sequences of numbers in low..high, some of which form planted increasing runs.
+
+    group: values a round.
+    low: smallest value; None for n + 1, so that no value looks like a length.
+    high: largest value.
+    max_runs: 1..max_runs runs are planted.
+
+    Sampling: the runs cover a uniform number t in 3..n of positions, the rest is uniform. With r
+    runs left to place on the last m of the t positions, the next takes a uniform 1..⌊m / r⌋ + 1 of
+    them and the last all that remain (Feng's splits; the last may be empty). A run's values are
+    distinct, uniform and in rising order. With n < 3, t is n: a planted run of one or two values.
+    """
+
+    name = "lis"
+    token = LIS_TOKEN
+    end = SEP
+    answer_suffix = ()
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        group: int = 10,
+        low: int | None = None,
+        high: int = 249,
+        max_runs: int = 3,
+    ) -> None:
+        super().__init__(vocabulary)
+        for what, value in (("group", group), ("max_runs", max_runs)):
+            if value < 1:
+                raise ValueError(f"lis {what} is {value}; give at least 1.")
+        if high > vocabulary.max_number:
+            raise ValueError(
+                f"lis high is {high}, the vocabulary ends at {vocabulary.max_number}; "
+                f"use a smaller high or a Vocabulary with a larger max_number."
+            )
+        if high < 0 or (low is not None and not 0 <= low <= high):
+            raise ValueError(
+                f"lis values {low}..{high} are no range; give 0 <= low <= high, or low=None for "
+                f"n + 1."
+            )
+        self.group = group
+        self.low = low
+        self.high = high
+        self.max_runs = max_runs
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "group": self.group,
+            "low": self.low,
+            "high": self.high,
+            "max_runs": self.max_runs,
+        }
+
+    def loops(self, length: int) -> int:
+        return -(-length // self.group)
+
+    def max_problem_tokens(self, length: int) -> int:
+        """Exact."""
+        return length + 2
+
+    def max_round_tokens(self, length: int) -> int:
+        return self.group + 1
+
+    def max_chain_tokens(self, length: int) -> int:
+        return self.loops(length) * (self.group + 1)
+
+    @property
+    def max_length(self) -> int:
+        """The longest length: a run may cover all n positions, so it needs n distinct values."""
+        if self.low is None:
+            return self.high // 2
+        return min(self.high - self.low + 1, self.vocabulary.max_number)
+
+    def check_length(self, length: int) -> None:
+        super().check_length(length)
+        if length > self.max_length:
+            low = length + 1 if self.low is None else self.low
+            raise ValueError(
+                f"lis length {length} needs {length} distinct values, there are "
+                f"{max(0, self.high - low + 1)} in {low}..{self.high}; use at most "
+                f"{self.max_length}, or a larger high."
+            )
+
+    def _fill(self, lengths, seed, start, *arrays: np.ndarray) -> None:
+        from relay_fast.tasks import _lis_jit
+
+        low = -1 if self.low is None else self.low
+        _lis_jit.sample(lengths, seed, start, self.group, low, self.high, self.max_runs, *arrays)
+
+    def length_of(self, problem: Iterable[int]) -> int:
+        return len(self._values(problem))
+
+    def solve(self, problem: Iterable[int]) -> tuple[list[list[int]], int]:
+        from relay_fast.tasks import _lis_jit
+
+        values = np.array(self._values(problem), np.int64)
+        rounds = np.empty(self.max_chain_tokens(len(values)), np.int32)
+        offsets = np.zeros(self.loops(len(values)) + 1, np.int64)
+        _, best = _lis_jit.solve(values, self.group, rounds, offsets, 0)
+        return rounds.reshape(-1, self.group + 1).tolist(), NUMBER0 + best
+
+    def answer_of(self, rounds: Rounds) -> int | None:
+        """The maximum over all rounds."""
+        best = -1
+        for tokens in rounds:
+            *lengths, end = [-1, *map(int, tokens)]
+            if end != SEP or len(lengths) < 2:
+                return None
+            if not all(map(self.vocabulary.is_number, lengths[1:])):
+                return None
+            best = max(best, *lengths)
+        return best if best >= 0 else None
+
+    def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
+        rounds, tail = split_after(until_eos(ids), SEP)
+        if len(tail) == 1 and self.vocabulary.is_number(tail[0]):
+            return rounds, tail[0]
+        if tail:
+            rounds.append(tail)
+        return rounds, None
+
+    def _values(self, problem: Iterable[int]) -> list[int]:
+        """The values of a problem, checked; as ids minus that of the number 0."""
+        body = self._body(problem)
+        if not body:
+            raise ValueError("lis problem has no values; give at least one number before <sep>.")
+        for k, token in enumerate(body):
+            if not self.vocabulary.is_number(token):
+                raise ValueError(
+                    f"lis problem holds {self.vocabulary.decode([token])!r} at position {k}; "
+                    f"use numbers only."
+                )
+        return [token - NUMBER0 for token in body]
