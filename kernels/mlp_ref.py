@@ -1,0 +1,99 @@
+"""Norm + up + activation + down + residual, plain torch, forward and backward.
+
+    y = norm(x);  u = y · Wuᵀ + bu;  a = act(u)  (SwiGLU: a = silu(y · Wgᵀ) · u);  out = x +
+    drop(a · Wdᵀ + bd)
+
+| saved by the caller | recomputed in backward |
+|---|---|
+| x, u, (gate), a | norm(x) |
+
+Under a recompute policy the caller runs the forward again from x and hands over what it returns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dropout_ref import Dropout
+from .linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
+from .norm_ref import norm_bwd_ref, norm_fwd_ref
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")
+
+
+def activation_fwd_ref(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
+    """The hidden layer (rows, hidden) from its pre-activations."""
+    if activation == "gelu_tanh":
+        return torch.nn.functional.gelu(up, approximate="tanh")
+    if activation == "gelu":
+        return torch.nn.functional.gelu(up)
+    if activation == "relu2":
+        return up.relu().square()
+    return torch.nn.functional.silu(gate) * up
+
+
+def activation_bwd_ref(
+    activation: str, da: Tensor, up: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the pre-activations: (dup, dgate), each (rows, hidden)."""
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(da, up, approximate="tanh"), None
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(da, up), None
+    if activation == "relu2":
+        return da * up.relu().mul_(2), None
+    dgate = torch.ops.aten.silu_backward(da * up, gate)
+    return da * torch.nn.functional.silu(gate), dgate
+
+
+def mlp_fwd_ref(
+    x: Tensor,  # (rows, d), in the state dtype
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    up_weight: Tensor,  # (hidden, d), in the compute dtype
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,  # (hidden, d), SwiGLU only
+    gate_bias: Tensor | None,
+    down_weight: Tensor,  # (d, hidden)
+    down_bias: Tensor | None,
+    activation: str = "gelu_tanh",
+    eps: float = 1e-6,
+    kind: str = "rms",
+    dropout: Dropout | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """out (rows, d), and for the backward u, gate, a (rows, hidden)."""
+    y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, up_weight.dtype)
+    up = torch.nn.functional.linear(y, up_weight, up_bias)
+    gate = None if gate_weight is None else torch.nn.functional.linear(y, gate_weight, gate_bias)
+    hidden = activation_fwd_ref(activation, up, gate)
+    out = linear_residual_fwd_ref(hidden, down_weight, down_bias, x, dropout, out)
+    return out, up, gate, hidden
+
+
+def mlp_bwd_ref(
+    dout: Tensor,  # (rows, d)
+    x: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    up_weight: Tensor,
+    gate_weight: Tensor | None,
+    down_weight: Tensor,
+    activation: str = "gelu_tanh",
+    eps: float = 1e-6,
+    kind: str = "rms",
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias,
+    and the weight gradients' operands y, dup, dgate, dbranch."""
+    da, dbranch = linear_residual_bwd_ref(dout, down_weight, dropout)
+    dup, dgate = activation_bwd_ref(activation, da, up, gate)
+    dy = dup @ up_weight
+    if dgate is not None:
+        dy = dy + dgate @ gate_weight
+    y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, up_weight.dtype)
+    dx, dnorm_weight, dnorm_bias = norm_bwd_ref(dy, x, norm_weight, eps, kind)
+    return dx, dnorm_weight, dnorm_bias, y, dup, dgate, dbranch

@@ -1,0 +1,71 @@
+"""Norm + projection (+ bias, + RoPE on the first columns), plain torch, forward and backward.
+
+    z = norm(x) · Wᵀ + b;  out = [RoPE(z[:, :rotary]), z[:, rotary:]]
+
+| saved by the caller | recomputed in backward | extra FLOPs |
+|---|---|---|
+| x | norm(x) | none in GEMMs |
+
+The backward returns the operands of the weight gradient (dW = dzᵀ · y) instead of dW itself,
+because the loop accumulates it over iterations (`weight_grad_ref`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .norm_ref import norm_bwd_ref, norm_fwd_ref
+
+
+def rotate_ref(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float = 1.0) -> Tensor:
+    """Half-split rotary embedding of the first `rotary` columns of z, in place.
+
+    z (rows, columns); cos, sin (rows, head_dim / 2); sign −1 is the inverse (and the backward).
+    """
+    half = cos.shape[-1]
+    pairs = z[:, :rotary].unflatten(-1, (-1, 2, half))  # (rows, heads, 2, half), a view
+    a, b = pairs[:, :, 0], pairs[:, :, 1]
+    cos = cos.unsqueeze(1).to(z.dtype)
+    sin = (sin * sign).unsqueeze(1).to(z.dtype)
+    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=2)
+    pairs.copy_(rotated)
+    return z
+
+
+def norm_linear_fwd_ref(
+    x: Tensor,  # (rows, d)
+    norm_weight: Tensor,  # (d,)
+    norm_bias: Tensor | None,  # (d,)
+    weight: Tensor,  # (columns, d), in the compute dtype
+    bias: Tensor | None,  # (columns,)
+    cos: Tensor | None = None,  # (rows, head_dim / 2)
+    sin: Tensor | None = None,
+    rotary: int = 0,  # columns that RoPE turns: (q heads + k heads) * head_dim
+    eps: float = 1e-6,
+    kind: str = "rms",
+) -> Tensor:
+    """out (rows, columns) in the weight's dtype."""
+    y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, weight.dtype)
+    out = torch.nn.functional.linear(y, weight, bias)
+    return rotate_ref(out, cos, sin, rotary) if rotary else out
+
+
+def norm_linear_bwd_ref(
+    dout: Tensor,  # (rows, columns); overwritten where RoPE turns it back
+    x: Tensor,  # (rows, d)
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,  # (columns, d)
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotary: int = 0,
+    eps: float = 1e-6,
+    kind: str = "rms",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dnorm_weight, dnorm_bias, and the weight gradient's operands dz (rows, columns), y
+    (rows, d)."""
+    dz = rotate_ref(dout, cos, sin, rotary, -1.0) if rotary else dout
+    y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, weight.dtype)
+    dx, dnorm_weight, dnorm_bias = norm_bwd_ref(dz @ weight, x, norm_weight, eps, kind)
+    return dx, dnorm_weight, dnorm_bias, dz, y

@@ -1,0 +1,100 @@
+"""Configurations as frozen dataclasses: what a block, a model is made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from relay_fast.kernels.mlp_ref import ACTIVATIONS
+from relay_fast.kernels.norm_ref import NORMS
+
+LOOP_NORMS = ("none", "pre", "post")
+INJECTIONS = ("none", "add", "concat")
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A block of pre-norm layers.
+
+    d_hidden: hidden width of the MLP, default 4 · d_model. n_kv_heads: default n_heads.
+    rope_base: None switches positions off (NoPE). loop_norm: norm on the state between iterations.
+    injection: how each iteration sees the input again. max_loops: size of the loop-index embedding,
+    0 without one. Raises ValueError where the parts do not fit together.
+    """
+
+    d_model: int
+    n_heads: int
+    n_layers: int
+    n_kv_heads: int | None = None
+    d_hidden: int | None = None
+    norm: str = "rms"
+    eps: float = 1e-6
+    activation: str = "gelu_tanh"
+    bias: bool = False
+    causal: bool = False
+    rope_base: float | None = 10_000.0
+    dropout: float = 0.0
+    loop_norm: str = "none"
+    injection: str = "none"
+    max_loops: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_heads", "n_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model = {self.d_model} is not divisible by n_heads = {self.n_heads}: "
+                "choose a multiple"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_heads = {self.n_heads} is not divisible by n_kv_heads = {self.kv_heads}: "
+                "each key/value head serves the same number of heads"
+            )
+        if self.rope_base is not None and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim = d_model / n_heads = {self.head_dim} is odd, RoPE turns pairs: "
+                "choose an even one or rope_base=None"
+            )
+        for name, known in (
+            ("norm", NORMS),
+            ("activation", ACTIVATIONS),
+            ("loop_norm", LOOP_NORMS),
+            ("injection", INJECTIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is unknown: use one of {known}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout}: it must lie in [0, 1)")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def hidden(self) -> int:
+        return self.d_hidden or 4 * self.d_model
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model: its block, vocabulary and the longest sequence (tokens) that it takes."""
+
+    block: BlockConfig
+    vocabulary_size: int
+    max_tokens: int = 4096
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelConfig:
+        return ModelConfig(**{**values, "block": BlockConfig(**values["block"])})

@@ -1,0 +1,361 @@
+"""The loop engine: one autograd Function over all iterations.
+
+Nothing is computed that is not needed (iteration t works on the active prefix only), nothing is
+kept that the recompute policy says can be recomputed (`relay_fast.policy`), and every weight
+gradient is accumulated over the iterations in one wide buffer (`relay_fast.gradients`).
+
+The engine knows neither layers nor losses: a *body* runs one iteration of one segment forward and
+backward (`relay_fast.block.BlockBody`, or a user's module), a *readout* turns states into row
+losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from relay_fast.functional import Ops
+from relay_fast.gradients import GATHER_ROWS, GradientBuffers
+from relay_fast.kernels.norm_ref import wide
+from relay_fast.plan import Plan, Segment
+from relay_fast.policy import Policy
+
+
+class Body(Protocol):
+    """One iteration of one segment, forward and backward."""
+
+    dx: (
+        Tensor | None
+    )  # gradient of the input as far as injection carried it, None without injection
+    saved_width: int  # how many tensors `forward` returns
+
+    def forward(self, h: Tensor, segment: Segment, out: Tensor) -> list[Tensor | None]: ...
+
+    def backward(
+        self,
+        g: Tensor,
+        h: Tensor,
+        saved: Sequence[Tensor | None],
+        segment: Segment,
+        grads: GradientBuffers,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Which rows of which state carry a target, iteration-major, and how their loss is taken.
+
+    rows (R,) int64 index into the active prefix of state t; targets (R,) int64; offsets: T + 1
+    ints, where the rows of state t start (index t − 1). Parameters are handed over with the
+    body's: final norm weight, final norm bias (or None), head.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    offsets: tuple[int, ...]
+    eps: float = 1e-6
+    norm: str = "rms"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def part(self, iteration: int) -> slice:
+        return slice(self.offsets[iteration - 1], self.offsets[iteration])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "eps": self.eps,
+            "kind": self.norm,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about one pass through the loop that is not a tensor with a gradient.
+
+    make_body(x, parameters) binds the body; the last three parameters are the readout's if there is
+    one. `states`: which iterations' states are returned, ascending.
+    """
+
+    plan: Plan
+    make_body: Callable[[Tensor, Sequence[Tensor | None]], Body]
+    ops: Ops
+    policy: Policy = Policy("state")
+    states: tuple[int, ...] = ()
+    truncate: int | None = None
+    readout: Readout | None = None
+    gather_rows: int = GATHER_ROWS
+    compute_dtype: torch.dtype | None = None  # of the readout's head; None: the parameter's own
+
+    def state_spans(self) -> dict[int, slice]:
+        """Where each returned state lies in the flat buffer of returned states."""
+        spans, start = {}, 0
+        for t in self.states:
+            stop = start + self.plan.rows_at(t)
+            spans[t] = slice(start, stop)
+            start = stop
+        return spans
+
+
+def run_loop(
+    run: Run, x: Tensor, parameters: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs the loop on x (rows, …) in sorted order.
+
+    Returns final (rows, …): each sequence's state after its own last iteration; states: the chosen
+    states end to end; loss (R,) and correct (R,) of the readout's rows (empty without a readout).
+    """
+    if torch.is_grad_enabled():
+        return _Loop.apply(run, x, *parameters)
+    with _no_autocast(x):
+        return _forward(run, x, parameters, keep=False).outputs
+
+
+def iterate(
+    run: Run, x: Tensor, parameters: Sequence[Tensor | None]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields (t, state t of the active prefix) without gradients; two buffers in all, so a state is
+    valid until the next but one is asked for."""
+    with torch.no_grad(), _no_autocast(x):
+        body = run.make_body(x, parameters)
+        buffers = [torch.empty_like(x), torch.empty_like(x)]
+        h = x
+        for t in range(1, run.plan.max_loops + 1):
+            out = buffers[t % 2][: run.plan.rows_at(t)]
+            for segment in run.plan.segments(t):
+                body.forward(h[segment.rows], segment, out[segment.rows])
+            yield t, out
+            h = out
+
+
+def _no_autocast(x: Tensor):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class _States:
+    """Where the states of one pass lie: in the output, in the kept set, or in two passing
+    buffers."""
+
+    def __init__(self, run: Run, x: Tensor, kept: Sequence[int]):
+        self._plan, self._x = run.plan, x
+        self._spans = run.state_spans()
+        self.output = x.new_empty(sum(run.plan.rows_at(t) for t in run.states), *x.shape[1:])
+        self.final = x.new_empty(x.shape)
+        self.kept = {t: self._new(run.plan.rows_at(t)) for t in sorted(kept)}
+        self._passing: dict[int, Tensor] = {}
+
+    def _new(self, rows: int) -> Tensor:
+        return self._x.new_empty(rows, *self._x.shape[1:])
+
+    def slot(self, t: int) -> Tensor:
+        """The buffer (N_t, …) of state t."""
+        if t in self._spans:
+            return self.output[self._spans[t]]
+        if t in self.kept:
+            return self.kept[t]
+        if t == self._plan.max_loops:
+            return self.final[: self._plan.rows_at(t)]
+        if t % 2 not in self._passing:
+            self._passing[t % 2] = self._new(self._plan.rows_at(t))
+        return self._passing[t % 2][: self._plan.rows_at(t)]
+
+    def ended(self, t: int, state: Tensor) -> None:
+        """Copies the rows whose sequences end at iteration t into the final state."""
+        if state.data_ptr() != self.final.data_ptr():
+            rows = slice(self._plan.rows_at(t + 1), self._plan.rows_at(t))
+            self.final[rows] = state[rows]
+
+
+class _Pass(NamedTuple):
+    """What one forward pass leaves: its outputs, and what the backward needs."""
+
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor]  # final, states, loss, correct
+    lse: Tensor
+    kept: dict[int, Tensor]
+    saved: list[Tensor | None]
+
+
+def _kept(run: Run, row_bytes: int) -> set[int]:
+    """Which states are kept beside those that are returned anyway."""
+    plan = run.plan
+    kept = run.policy.kept(plan.max_loops, [rows * row_bytes for rows in plan.active_rows])
+    if run.readout is None:  # under truncation some states are never asked for again
+        kept = {t for t in kept if any(s.grad for s in plan.segments(t + 1, run.truncate))}
+    return set(kept).difference(run.states)
+
+
+def _forward(run: Run, x: Tensor, parameters: Sequence[Tensor | None], keep: bool) -> _Pass:
+    plan = run.plan
+    body = run.make_body(x, parameters)
+    states = _States(run, x, _kept(run, x[:1].nbytes) if keep else ())
+    losses = _RowLosses(run, x, parameters) if run.readout is not None else None
+    saved: list[Tensor | None] = []
+    states.final[plan.rows_at(1) :] = x[plan.rows_at(1) :]
+    h = x
+    for t in range(1, plan.max_loops + 1):
+        out = states.slot(t)
+        for segment in plan.segments(t, run.truncate):
+            inside = body.forward(h[segment.rows], segment, out[segment.rows])
+            if keep and segment.grad and run.policy.kind == "none":
+                saved.extend(inside)
+            del inside
+        states.ended(t, out)
+        if losses is not None:
+            losses.forward(t, out)
+        h = out
+    empty = torch.empty(0, device=x.device)
+    loss, lse, correct = losses.outputs() if losses else (empty, empty, empty)
+    return _Pass((states.final, states.output, loss, correct), lse, states.kept, saved)
+
+
+class _RowLosses:
+    """The readout of every iteration, as its state is made; only the log-sum-exp is saved."""
+
+    def __init__(self, run: Run, x: Tensor, parameters: Sequence[Tensor | None]):
+        self._run, self._readout = run, run.readout
+        self._parameters = _readout_parameters(run, x, parameters)
+        rows = run.readout.offsets[-1]
+        self._loss = torch.empty(rows, dtype=wide(x[:0]).dtype, device=x.device)
+        self._lse = torch.empty_like(self._loss)
+        self._correct = torch.empty(rows, dtype=torch.bool, device=x.device)
+
+    def forward(self, t: int, state: Tensor) -> None:
+        part = self._readout.part(t)
+        if part.stop > part.start:
+            self._loss[part], self._lse[part], self._correct[part] = (
+                self._run.ops.cross_entropy_fwd(
+                    state,
+                    self._readout.targets[part],
+                    *self._parameters,
+                    self._readout.rows[part],
+                    **self._readout.options,
+                )
+            )
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._loss, self._lse, self._correct
+
+
+def _readout_parameters(run: Run, x: Tensor, parameters: Sequence[Tensor | None]):
+    """Final norm weight, its bias, and the head in the compute dtype."""
+    norm_weight, norm_bias, head = parameters[-3:]
+    return norm_weight, norm_bias, head.to(run.compute_dtype or head.dtype)
+
+
+class _Loop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run: Run, x: Tensor, *parameters: Tensor | None):
+        with _no_autocast(x):
+            done = _forward(run, x, parameters, keep=any(ctx.needs_input_grad))
+        final, states, _, correct = done.outputs
+        ctx.run, ctx.kept, ctx.parameters = run, tuple(done.kept), len(parameters)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(correct)
+        ctx.save_for_backward(
+            x, final, states, done.lse, *parameters, *done.kept.values(), *done.saved
+        )
+        return done.outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_final, g_states, g_loss, _):
+        with _no_autocast(ctx.saved_tensors[0]):
+            return _Backward(ctx).run_all(g_final, g_states, g_loss)
+
+
+class _Backward:
+    """One backward sweep over the iterations, last to first."""
+
+    def __init__(self, ctx):
+        self.run: Run = ctx.run
+        self.plan = self.run.plan
+        x, final, output, lse, *rest = ctx.saved_tensors
+        parameters, rest = rest[: ctx.parameters], rest[ctx.parameters :]
+        kept, self.saved = rest[: len(ctx.kept)], rest[len(ctx.kept) :]
+        self.x, self.lse, self.parameters = x, lse, parameters
+        self.needed = ctx.needs_input_grad[2:]
+        self.body = self.run.make_body(x, parameters)
+        self.grads = GradientBuffers(
+            parameters, self.needed, self.run.ops.weight_grad, self.run.gather_rows
+        )
+        body_needed = self.needed[:-3] if self.run.readout is not None else self.needed
+        self.x_needed = ctx.needs_input_grad[1]
+        self.body_needed = self.x_needed or any(body_needed)
+        self.states = {0: x, **dict(zip(ctx.kept, kept, strict=True))}
+        self.states |= {t: output[span] for t, span in self.run.state_spans().items()}
+        if self.plan.max_loops:
+            last = self.plan.max_loops
+            self.states[last] = final[: self.plan.rows_at(last)]
+
+    def run_all(self, g_final: Tensor | None, g_states: Tensor | None, g_loss: Tensor | None):
+        plan, run = self.plan, self.run
+        g = wide(self.x).new_zeros(self.x.shape) if g_final is None else wide(g_final).clone()
+        spans = run.state_spans()
+        for t in range(plan.max_loops, 0, -1):
+            g_t = g[: plan.rows_at(t)]
+            if g_states is not None and t in spans:
+                g_t += g_states[spans[t]]
+            if g_loss is not None:
+                self._readout(t, g_t, g_loss)
+            segments = plan.segments(t, run.truncate)
+            for segment in segments if self.body_needed else ():
+                if segment.grad:
+                    g[segment.rows] = self._iteration(t, segment, g[segment.rows])
+                else:
+                    g[segment.rows] = 0
+            self.states.pop(t, None)
+        if self.body.dx is not None:
+            g += self.body.dx
+        results = self.grads.results()
+        return None, g.to(self.x.dtype) if self.x_needed else None, *results
+
+    def _iteration(self, t: int, segment: Segment, g: Tensor) -> Tensor:
+        h = self._state(t - 1)[segment.rows]
+        if self.run.policy.kind == "none":
+            inside = self._pop_saved()
+        else:
+            inside = self.body.forward(h, segment, torch.empty_like(h))
+        return self.body.backward(g, h, inside, segment, self.grads)
+
+    def _pop_saved(self) -> list[Tensor | None]:
+        width = self.body.saved_width
+        inside, self.saved = self.saved[-width:], self.saved[:-width]
+        return inside
+
+    def _state(self, t: int) -> Tensor:
+        """State t, recomputed from the nearest kept one before it (with all in between) if need
+        be."""
+        if t not in self.states:
+            start = max(s for s in self.states if s < t)
+            h = self.states[start]
+            for s in range(start + 1, t + 1):
+                out = self.x.new_empty(self.plan.rows_at(s), *self.x.shape[1:])
+                for segment in self.plan.segments(s, self.run.truncate):
+                    self.body.forward(h[segment.rows], segment, out[segment.rows])
+                self.states[s] = h = out
+        return self.states[t]
+
+    def _readout(self, t: int, g_t: Tensor, g_loss: Tensor) -> None:
+        """Adds the loss gradient of iteration t's rows to g_t (N_t, d)."""
+        readout, part = self.run.readout, self.run.readout.part(t)
+        if part.stop == part.start:
+            return
+        norm, norm_bias, head = (len(self.parameters) - i for i in (3, 2, 1))
+        dh = self.run.ops.cross_entropy_bwd(
+            g_loss[part],
+            self._state(t),
+            readout.targets[part],
+            self.lse[part],
+            *_readout_parameters(self.run, self.x, self.parameters),
+            *(self.grads.buffer(i) for i in (head, norm, norm_bias)),
+            readout.rows[part],
+            **readout.options,
+        )
+        g_t.index_add_(0, readout.rows[part], dh.to(g_t.dtype))

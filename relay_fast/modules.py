@@ -1,0 +1,342 @@
+"""nn.Modules: the drop-in looped block and the two models of RELAY made from it.
+
+Shapes: B sequences, n tokens of a padded batch, N rows of a packed one, d model width, V
+vocabulary,
+R rows that carry a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from relay_fast.batch import PackedBatch
+from relay_fast.block import BlockBody
+from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.engine import Readout, Run, iterate, run_loop
+from relay_fast.functional import compute_dtype, row_cross_entropy, select
+from relay_fast.gradients import GATHER_ROWS
+from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
+from relay_fast.plan import Plan, check_loops
+from relay_fast.policy import Policy
+
+
+class Norm(nn.Module):
+    """Weight (and for LayerNorm with biases, bias) of a norm; the ops apply it."""
+
+    def __init__(self, d: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+
+
+class Layer(nn.Module):
+    """Parameters of one pre-norm layer; qkv rows are [q; k; v]."""
+
+    def __init__(self, c: BlockConfig):
+        super().__init__()
+        norm_bias = c.bias and c.norm == "layer"
+        self.norm1 = Norm(c.d_model, norm_bias)
+        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
+        self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
+        self.norm2 = Norm(c.d_model, norm_bias)
+        self.up = nn.Linear(c.d_model, c.hidden, bias=c.bias)
+        if c.activation == "swiglu":
+            self.gate = nn.Linear(c.d_model, c.hidden, bias=c.bias)
+        self.down = nn.Linear(c.hidden, c.d_model, bias=c.bias)
+        for linear in (self.out, self.down):  # residual branches start small
+            nn.init.normal_(linear.weight, std=(2 * c.n_layers * linear.in_features) ** -0.5)
+
+
+class LoopedBlock(nn.Module):
+    """A block of transformer layers applied `loops` times with shared weights: a drop-in module.
+
+    Constructor arguments are those of `BlockConfig` (d_model, n_heads, n_layers, causal, norm,
+    activation, dropout, injection, loop_norm, …), or one as `config`. `recompute` is the policy of
+    `relay_fast.policy`; `impl` is "auto", "triton" or "torch".
+    """
+
+    def __init__(
+        self,
+        d_model: int | None = None,
+        n_heads: int | None = None,
+        n_layers: int | None = None,
+        *,
+        config: BlockConfig | None = None,
+        recompute: str = "state",
+        gather_rows: int = GATHER_ROWS,
+        impl: str = "auto",
+        **options,
+    ):
+        super().__init__()
+        if config is None:
+            config = BlockConfig(d_model, n_heads, n_layers, **options)
+        c = self.config = config
+        self.recompute, self.gather_rows, self.impl = recompute, gather_rows, impl
+        Policy.parse(recompute)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
+        if c.loop_norm != "none":
+            self.loop_norm = Norm(c.d_model, c.bias and c.norm == "layer")
+        if c.injection == "concat":
+            self.injection = nn.Linear(2 * c.d_model, c.d_model, bias=False)
+        if c.max_loops:
+            self.loop_embedding = nn.Embedding(c.max_loops, c.d_model)
+            nn.init.zeros_(self.loop_embedding.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
+
+    def forward(
+        self,
+        x: Tensor,
+        loops: int | Sequence[int] | Tensor = 1,
+        *,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        positions: Tensor | None = None,
+        return_states: bool | Sequence[int] = False,
+        truncate: int | None = None,
+    ) -> Tensor | list[Tensor]:
+        """States after the last iteration of each sequence, in the caller's order.
+
+        x: (B, n, d) padded or, with `cu_seqlens` (B + 1,), (N, d) packed. loops: an int, or one
+        count
+        per sequence (≥ 0). positions: (N,) or (n,) int, default 0..n−1. truncate: gradient through
+        each sequence's last `truncate` iterations only. Returns a tensor of x's shape; with
+        return_states=True, a list of the states of iterations 1..T (or of the iterations given),
+        each holding the sequences still looping then, in the caller's order.
+        """
+        packed, shape = self._pack(x, cu_seqlens)
+        plan = self._plan(x, loops, cu_seqlens, positions)
+        wanted = self._wanted(return_states, plan)
+        if plan.to_sorted is not None:
+            packed = packed[plan.to_sorted]
+        run = self.run(plan, states=wanted, truncate=truncate)
+        final, states, _, _ = run_loop(run, packed, list(self.parameters()))
+        if return_states is False:
+            final = final if plan.to_caller is None else final[plan.to_caller]
+            return final.view(shape)
+        result = []
+        for t, span in run.state_spans().items():
+            index = plan.active_to_caller(t)
+            state = states[span] if index is None else states[span][index]
+            result.append(state if len(shape) == 2 else state.view(-1, *shape[1:]))
+        return result
+
+    def run(self, plan: Plan, **options) -> Run:
+        """The engine's description of a pass of this block over a plan (see
+        `relay_fast.engine.Run`)."""
+        weight = self.layers[0].qkv.weight
+        dtype = compute_dtype(weight)
+        names = [name for name, _ in self.named_parameters()]
+        ops = select(self.impl, weight.device)
+        seed = None
+        if self.training and self.config.dropout:
+            seed = torch.randint(2**31, (), device=weight.device)
+        if self.config.max_loops and plan.max_loops > self.config.max_loops:
+            raise ValueError(
+                f"loops = {plan.max_loops} is more than the {self.config.max_loops} iterations "
+                f"that the "
+                "loop-index embedding holds: build the block with a larger max_loops"
+            )
+
+        def make_body(x: Tensor, parameters: Sequence[Tensor | None]) -> BlockBody:
+            named = dict(zip(names, parameters, strict=False))
+            return BlockBody(self.config, named, plan, x, ops, dtype, seed)
+
+        return Run(
+            plan, make_body, ops, Policy.parse(self.recompute), gather_rows=self.gather_rows,
+            compute_dtype=dtype, **options,
+        )  # fmt: skip
+
+    def _pack(self, x: Tensor, cu_seqlens) -> tuple[Tensor, torch.Size]:
+        d = self.config.d_model
+        if x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: pass (B, n, {d}), or (tokens, {d}) together with "
+                f"cu_seqlens"
+            )
+        return x.reshape(-1, d), x.shape
+
+    def _plan(self, x: Tensor, loops, cu_seqlens, positions) -> Plan:
+        if cu_seqlens is None:
+            lengths = np.full(x.shape[0], x.shape[1])
+        else:
+            offsets = np.asarray(cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+            lengths = np.diff(offsets)
+            if offsets.ndim != 1 or len(offsets) < 1 or offsets[0] != 0 or np.any(lengths < 0):
+                raise ValueError("cu_seqlens must start at 0 and never decrease")
+            if offsets[-1] != x.shape[0]:
+                raise ValueError(f"cu_seqlens ends at {offsets[-1]} but x has {x.shape[0]} tokens")
+        if positions is not None:
+            positions = np.asarray(positions.cpu() if isinstance(positions, Tensor) else positions)
+            rows = int(lengths.sum())
+            if positions.size != rows:
+                positions = np.broadcast_to(positions, x.shape[:-1])
+            positions = positions.reshape(-1)
+        return Plan(lengths, check_loops(loops, len(lengths)), x.device, positions)
+
+    def _wanted(self, return_states, plan: Plan) -> tuple[int, ...]:
+        if return_states is False:
+            return ()
+        if return_states is True:
+            return tuple(range(1, plan.max_loops + 1))
+        wanted = tuple(sorted(set(return_states)))
+        if wanted and not 1 <= wanted[0] <= wanted[-1] <= plan.max_loops:
+            raise ValueError(
+                f"return_states asks for iterations {list(wanted)} but the batch loops "
+                f"1..{plan.max_loops}"
+            )
+        return wanted
+
+
+class Losses(NamedTuple):
+    """A step's losses and counts, all on the device (nothing is read back)."""
+
+    loss: Tensor  # () total
+    chain: Tensor  # () weighted chain loss
+    answer: Tensor  # () weighted answer loss
+    chain_correct: Tensor  # () share of supervised rows read out right
+    answer_correct: Tensor  # () share of answers right
+
+
+class _Transformer(nn.Module):
+    """Embedding, block, final norm and chain head: what both models share."""
+
+    def __init__(self, config: ModelConfig, recompute: str, impl: str):
+        super().__init__()
+        c = self.config = config
+        self.embedding = nn.Embedding(c.vocabulary_size, c.block.d_model)
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        self.block = LoopedBlock(config=c.block, recompute=recompute, impl=impl)
+        self.norm = Norm(c.block.d_model, c.block.bias and c.block.norm == "layer")
+        self.chain_head = nn.Linear(c.block.d_model, c.vocabulary_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """(N, d) embeddings of the batch's tokens, with dropout in training."""
+        self._check(batch)
+        x = nn.functional.embedding(batch.tokens, self.embedding.weight)
+        p = self.config.block.dropout
+        if self.training and p:
+            seed = torch.randint(2**31, (), device=x.device)
+            x = x * dropout_mask_ref(Dropout(p, seed, 0, 0, batch.plan.tokens), x.shape[1], x.dtype)
+        return x
+
+    def _check(self, batch: PackedBatch) -> None:
+        if batch.max_token >= self.config.vocabulary_size:
+            raise ValueError(
+                f"token {batch.max_token} is outside the model's vocabulary of "
+                f"{self.config.vocabulary_size}: encode with the vocabulary the model was made with"
+            )
+        longest = int(batch.plan.lengths.max(initial=0))
+        if longest > self.config.max_tokens:
+            raise ValueError(
+                f"a sequence of {longest} tokens is longer than the model's limit of "
+                f"{self.config.max_tokens}: shorten the problem or build the model with larger "
+                f"max_tokens"
+            )
+
+    def _readout_parameters(self) -> list[Tensor | None]:
+        return [self.norm.weight, self.norm.bias, self.chain_head.weight]
+
+    def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """final (N, d), row losses (R,) and correct (R,)."""
+        c = self.config.block
+        readout = None
+        if supervised and batch.targets.numel():
+            readout = Readout(batch.rows, batch.targets, batch.row_offsets, c.eps, c.norm)
+        run = self.block.run(batch.plan, readout=readout)
+        parameters = list(self.block.parameters())
+        if readout is not None:
+            parameters += self._readout_parameters()
+        final, _, loss, correct = run_loop(run, self.embed(batch), parameters)
+        return final, loss, correct
+
+
+class LoopedTransformer(_Transformer):
+    """The looped model: embedding, block, chain head on every state, answer head on the last.
+
+    `supervise="chain"` aligns every iteration with a round; `"answer"` is the vanilla looped model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        supervise: str = "chain",
+        recompute: str = "state",
+        impl: str = "auto",
+    ):
+        super().__init__(config, recompute, impl)
+        if supervise not in ("chain", "answer"):
+            raise ValueError(f'supervise = {supervise!r} is unknown: use "chain" or "answer"')
+        self.supervise = supervise
+        self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
+
+    def loss(self, batch: PackedBatch) -> Losses:
+        """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
+        final, row_loss, correct = self._pass(batch, self.supervise == "chain")
+        c = self.config.block
+        answer_loss, answer_correct = row_cross_entropy(
+            final, batch.plan.last_rows, batch.answers, self.norm.weight, self.answer_head.weight,
+            self.norm.bias, eps=c.eps, norm=c.norm, impl=self.block.impl,
+        )  # fmt: skip
+        chain = (row_loss * batch.weights).sum() if row_loss.numel() else final.new_zeros(())
+        answer = (answer_loss * batch.answer_weights).sum()
+        return Losses(
+            chain + answer, chain.detach(), answer.detach(), _share(correct), _share(answer_correct)
+        )
+
+    @torch.no_grad()
+    def read(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
+        """Reads the chains off: token ids (N_t,) of each iteration's active prefix, answers (B,).
+
+        No state outlives its iteration; only token ids are kept.
+        """
+        c = self.config.block
+        run = self.block.run(batch.plan)
+        x = self.embed(batch)
+        head = self.chain_head.weight.to(run.compute_dtype)
+        final = x.clone()
+        rounds = []
+        for t, state in iterate(run, x, list(self.block.parameters())):
+            ids = run.ops.argmax(state, self.norm.weight, self.norm.bias, head, c.eps, c.norm)
+            rounds.append(ids)
+            final[batch.plan.rows_at(t + 1) : len(state)] = state[batch.plan.rows_at(t + 1) :]
+        answers = run.ops.argmax(
+            final[batch.plan.last_rows], self.norm.weight, self.norm.bias,
+            self.answer_head.weight.to(run.compute_dtype), c.eps, c.norm,
+        )  # fmt: skip
+        return rounds, answers
+
+
+class AutoregressiveTransformer(_Transformer):
+    """The autoregressive model: the same block, causal, one iteration."""
+
+    def __init__(self, config: ModelConfig, *, recompute: str = "none", impl: str = "auto"):
+        if not config.block.causal:
+            raise ValueError("an autoregressive model needs BlockConfig(causal=True)")
+        super().__init__(config, recompute, impl)
+
+    def loss(self, batch: PackedBatch) -> Losses:
+        """Weighted next-token cross-entropy of everything after the problem."""
+        final, row_loss, correct = self._pass(batch, True)
+        loss = (row_loss * batch.weights).sum() if row_loss.numel() else final.sum() * 0
+        zero = loss.new_zeros(())
+        return Losses(loss, loss.detach(), zero, _share(correct), zero)
+
+    @torch.no_grad()
+    def forced(self, batch: PackedBatch) -> Tensor:
+        """correct (R,) bool: whether each target is the argmax, given the true tokens before it."""
+        return self._pass(batch, True)[2]
+
+
+def _share(correct: Tensor) -> Tensor:
+    return correct.sum() / max(1, correct.numel())

@@ -1,0 +1,18 @@
+"""Ragged arrays: pieces of unequal length laid end to end, all vectorised."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def offsets_of(sizes: np.ndarray) -> np.ndarray:
+    """(N + 1,) int64 offsets of N pieces laid end to end."""
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
+
+
+def ragged_index(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Flat indices starts[0], …, starts[0] + sizes[0] − 1, starts[1], … of ragged pieces."""
+    offsets = offsets_of(sizes)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
