@@ -15,4 +15,6 @@ def offsets_of(sizes: np.ndarray) -> np.ndarray:
 def ragged_index(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Flat indices starts[0], …, starts[0] + sizes[0] − 1, starts[1], … of ragged pieces."""
     offsets = offsets_of(sizes)
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
+    flat = np.repeat(starts - offsets[:-1], sizes)
+    flat += np.arange(offsets[-1])
+    return flat

@@ -21,6 +21,8 @@ class Task(ABC):
     token: id of the task token, the first of every problem.
     end: id of the last token of every problem.
     min_length: the smallest length.
+    min_input_tokens: the looped model pads shorter inputs on the left to this many tokens, so that
+        every round and its boundary `<pad>` fit.
     answer_suffix: tokens between the last round and the answer in an autoregressive sequence;
         None where the last round itself is the answer, so that nothing is added.
 
@@ -33,6 +35,7 @@ class Task(ABC):
     end: ClassVar[int]
     answer_suffix: ClassVar[tuple[int, ...] | None]
     min_length: ClassVar[int] = 1
+    min_input_tokens: int = 0
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary

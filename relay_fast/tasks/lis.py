@@ -62,6 +62,7 @@ class LIS(Task):
                 f"n + 1."
             )
         self.group = group
+        self.min_input_tokens = group + 2
         self.low = low
         self.high = high
         self.max_runs = max_runs

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks.vocabulary import EOS
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Samples:
     @cached_property
     def first_round(self) -> np.ndarray:
         """(S + 1,) int64: the rounds of sample i are first_round[i] .. first_round[i + 1] - 1."""
-        return _offsets(self.loops)
+        return offsets_of(self.loops)
 
     def problem_of(self, i: int) -> np.ndarray:
         """Problem tokens of sample i."""
@@ -67,15 +68,15 @@ class Samples:
         rows = np.atleast_1d(np.arange(len(self))[index])
         loops = self.loops[rows]
         problem_sizes = np.diff(self.problem_offsets)[rows]
-        rounds = _ragged(self.first_round[rows], loops)
+        rounds = ragged_index(self.first_round[rows], loops)
         round_sizes = np.diff(self.round_offsets)[rounds]
         return Samples(
             task=self.task[rows],
             length=self.length[rows],
-            problem=self.problem[_ragged(self.problem_offsets[rows], problem_sizes)],
-            problem_offsets=_offsets(problem_sizes),
-            rounds=self.rounds[_ragged(self.round_offsets[rounds], round_sizes)],
-            round_offsets=_offsets(round_sizes),
+            problem=self.problem[ragged_index(self.problem_offsets[rows], problem_sizes)],
+            problem_offsets=offsets_of(problem_sizes),
+            rounds=self.rounds[ragged_index(self.round_offsets[rounds], round_sizes)],
+            round_offsets=offsets_of(round_sizes),
             loops=loops,
             answer=self.answer[rows],
         )
@@ -114,7 +115,7 @@ class Samples:
             tails[self.task == k] = 0 if suffix is None else len(suffix) + 1
         prompts = np.diff(self.problem_offsets)
         chains = np.diff(self.round_offsets[self.first_round])
-        offsets = _offsets(prompts + chains + tails + 1)
+        offsets = offsets_of(prompts + chains + tails + 1)
         # One byte a token says where it comes from: three times faster than 64-bit indices.
         sizes = np.stack([prompts, chains, tails + 1], axis=1).ravel()
         origin = np.repeat(np.tile(np.arange(3, dtype=np.uint8), len(self)), sizes)
@@ -136,18 +137,3 @@ class Samples:
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         return i % len(self)
-
-
-def _offsets(sizes: np.ndarray) -> np.ndarray:
-    """(N + 1,) int64 offsets of N pieces laid end to end."""
-    offsets = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return offsets
-
-
-def _ragged(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Flat indices starts[0], …, starts[0] + sizes[0] - 1, starts[1], … of ragged pieces."""
-    offsets = _offsets(sizes)
-    flat = np.repeat(starts - offsets[:-1], sizes)
-    flat += np.arange(offsets[-1])
-    return flat
