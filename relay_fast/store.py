@@ -1,0 +1,110 @@
+"""Models on disk: a checkpoint that knows which model it holds, and a run folder's six models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relay_fast.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    pack_training_state,
+    save_checkpoint,
+    unpack_training_state,
+)
+from relay_fast.config import ModelConfig
+from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.tasks import Task, Vocabulary, make_task
+
+MODEL_NAMES = (
+    "looped_aligned",
+    "looped_vanilla",
+    "ar_baseline",
+    "ar_relay",
+    "ar_self_loop",
+    "ar_self_truth",
+)
+
+Model = LoopedTransformer | AutoregressiveTransformer
+
+
+def save_model(path: str | os.PathLike, model: Model, info: Mapping[str, Any]) -> None:
+    """Write the model, and what is needed to build it again, to `path`.
+
+    info: anything JSON can hold (seed, steps, task names). Raises CheckpointError if the file
+    cannot be written.
+    """
+    looped = isinstance(model, LoopedTransformer)
+    metadata = {
+        "config": model.config.to_dict(),
+        "kind": "looped" if looped else "autoregressive",
+        "supervise": model.supervise if looped else None,
+        "info": dict(info),
+    }
+    save_checkpoint(path, pack_training_state(model), metadata)
+
+
+def load_model(
+    path: str | os.PathLike, device: torch.device | str = "cpu", impl: str = "auto"
+) -> tuple[Model, dict[str, Any]]:
+    """(model in eval mode on `device`, info) of the file that `save_model` wrote.
+
+    Raises CheckpointError if the file is missing, damaged or holds no model, ValueError for a
+    device that is not there.
+    """
+    check_device(device)
+    tensors, metadata = load_checkpoint(path)
+    kind = metadata.get("kind")
+    if kind not in ("looped", "autoregressive"):
+        raise CheckpointError(
+            f"{path} holds no model that can be loaded by itself (its header names no kind); give "
+            f"a file written by relay_fast.store.save_model."
+        )
+    config = ModelConfig.from_dict(metadata["config"])
+    if kind == "looped":
+        model: Model = LoopedTransformer(config, supervise=metadata["supervise"], impl=impl)
+    else:
+        model = AutoregressiveTransformer(config, impl=impl)
+    unpack_training_state(tensors, model, source=path)
+    return model.to(device).eval(), metadata["info"]
+
+
+def model_path(run: str | os.PathLike, name: str) -> Path:
+    """Where a run folder keeps the model called `name`."""
+    return Path(run) / f"{name}.safetensors"
+
+
+def load_run_model(
+    run: str | os.PathLike, name: str, device: torch.device | str = "cpu", impl: str = "auto"
+) -> Model:
+    """The model called `name` (one of MODEL_NAMES) of a run folder.
+
+    Raises ValueError for an unknown name, CheckpointError as `load_model` does.
+    """
+    if name not in MODEL_NAMES:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(MODEL_NAMES)}.")
+    return load_model(model_path(run, name), device, impl)[0]
+
+
+def run_tasks(config: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Task]]:
+    """The vocabulary and the tasks, by name, of a run's config.
+
+    config["vocabulary"]: parameters of Vocabulary; config["tasks"][name]["parameters"]: those of
+    the task. Raises ValueError as their constructors do.
+    """
+    vocabulary = Vocabulary.from_dict(config["vocabulary"])
+    tasks = {
+        name: make_task(name, vocabulary, **entry["parameters"])
+        for name, entry in config["tasks"].items()
+    }
+    return vocabulary, tasks
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises ValueError for a device that this machine does not have."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} asked for, but CUDA is not available; use cpu.")
