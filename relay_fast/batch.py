@@ -4,7 +4,7 @@ targets."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,18 @@ class PackedBatch:
     def __len__(self) -> int:
         return self.plan.sequences
 
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on another device; itself if it is there already."""
+        device = torch.device(device)
+        if device.type == self.plan.device.type and device.index in (None, self.plan.device.index):
+            return self
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, plan=self.plan.to(device), **moved)
+
     @staticmethod
     def looped(
         samples: Samples,
@@ -58,7 +70,8 @@ class PackedBatch:
         """The looped model's batch: problems, and every iteration's round right-aligned.
 
         An input shorter than its task's longest round plus the boundary `<pad>` is padded on the
-        left, and so is every input by `extra_pad` (S,) more tokens. weighting="sequence" lets
+        left, between the task token (always leftmost) and the problem, and so is every input by
+        `extra_pad` (S,) more tokens. weighting="sequence" lets
         sequences weigh alike whatever their length; "row" lets all supervised rows weigh alike.
         """
         order = np.argsort(-samples.loops, kind="stable")
@@ -70,7 +83,10 @@ class PackedBatch:
         plan = Plan(width, s.loops, device)
         tokens = np.full(plan.rows, PAD, np.int64)
         ends = plan.offsets[1:]
-        tokens[ragged_index(ends - sizes, sizes)] = s.problem
+        tokens[ragged_index(ends - sizes + 1, sizes - 1)] = s.problem[
+            ragged_index(s.problem_offsets[:-1] + 1, sizes - 1)
+        ]
+        tokens[plan.offsets[:-1]] = s.problem[s.problem_offsets[:-1]]
 
         # Rounds, iteration-major: the boundary <pad> and then the round's tokens.
         owner = np.repeat(np.arange(len(s)), s.loops)

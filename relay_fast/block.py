@@ -16,9 +16,11 @@ from torch import Tensor
 from relay_fast.config import BlockConfig
 from relay_fast.functional import Ops
 from relay_fast.gradients import GradientBuffers
-from relay_fast.kernels.dropout_ref import Dropout
+from relay_fast.kernels.dropout_ref import Dropout, state_noise_ref
 from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref
 from relay_fast.plan import Plan, Segment
+
+NOISE_SITE = 0xFFFF
 
 
 class LayerSaved(NamedTuple):
@@ -71,8 +73,11 @@ class BlockBody:
     def _dropout(self, site: int, segment: Segment) -> Dropout | None:
         if self.seed is None or not self.config.dropout:
             return None
+        return self._counters(self.config.dropout, site, segment)
+
+    def _counters(self, p: float, site: int, segment: Segment) -> Dropout:
         tokens = self.plan.tokens[segment.rows]
-        return Dropout(self.config.dropout, self.seed, site, segment.iteration, tokens)
+        return Dropout(p, self.seed, site, segment.iteration, tokens)
 
     def _rope(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, int]:
         if self.cos is None:
@@ -105,6 +110,7 @@ class BlockBody:
 
     def _enter(self, h: Tensor, segment: Segment) -> Tensor:
         c = self.config
+        h = self._noisy(h, segment)
         if c.loop_norm == "pre":
             h = self._norm(h, "loop_norm")
         if c.injection == "add":
@@ -206,10 +212,19 @@ class BlockBody:
         norm("norm1", dweight, dbias)
         return g + dx
 
+    def _noisy(self, h: Tensor, segment: Segment) -> Tensor:
+        """h with the training noise; its scale is taken as constant, so the gradient is unchanged."""
+        p = self.config.state_noise
+        if self.seed is None or not p:
+            return h
+        return h + state_noise_ref(self._counters(p, NOISE_SITE, segment), h)
+
     def _enter_backward(
         self, g: Tensor, h: Tensor, segment: Segment, grads: GradientBuffers
     ) -> Tensor:
         c = self.config
+        if c.loop_norm == "pre":
+            h = self._noisy(h, segment)
         if c.max_loops and grads.needs(index := self.index["loop_embedding.weight"]):
             grads.buffer(index)[segment.iteration - 1].add_(g.sum(0))
         if c.injection == "add":

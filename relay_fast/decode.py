@@ -27,8 +27,8 @@ from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks.vocabulary import EOS
 
 CACHE_BYTES = 1 << 30  # what the cache may take when the batch is not given
-MAX_BATCH = 512  # measured on a CPU: larger batches leave its caches
-REFILL_SHARE = 4  # wait until a quarter of the batch is free, so that prefills are worth it
+MAX_BATCH = 1024  # more gains nothing on a CPU, where this was measured
+REFILL_SHARE = 2  # wait until half of the batch is free: neighbours then have similar lengths
 
 
 class Decoded(NamedTuple):
@@ -135,6 +135,7 @@ class _Cache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self._rows = torch.arange(shape[1], device=device)
+        self._heads = torch.arange(shape[2], device=device)
         self._columns = torch.arange(shape[3], device=device)
         self._slot = 0
 
@@ -149,10 +150,11 @@ class _Cache:
         rows, positions (N,): where each token goes.
         """
         self._slot = 0
+        targets = self._targets(rows, positions)
 
         def attention(qkv, layout, heads, kv_heads, causal):
             _, k, v = _split(qkv, heads, kv_heads)
-            self._store(k, v, rows, positions)
+            self._store(k, v, targets)
             self._slot += 1
             return ops.attention_fwd(qkv, layout, heads, kv_heads, causal)
 
@@ -165,14 +167,14 @@ class _Cache:
         """
         self._slot = 0
         active = len(positions)
-        rows = self._rows[:active]
+        targets = self._targets(self._rows[:active], positions)
         future = self._columns[:length] > positions.unsqueeze(1)
         mask = torch.zeros(active, 1, 1, length, device=positions.device)
         mask.masked_fill_(future[:, None, None], float("-inf"))
 
         def attention(qkv, layout, heads, kv_heads, causal):
             q, k, v = _split(qkv, heads, kv_heads)
-            self._store(k, v, rows, positions)
+            self._store(k, v, targets)
             keys = self.keys[self._slot, :active, :, :length]
             values = self.values[self._slot, :active, :, :length]
             self._slot += 1
@@ -183,9 +185,15 @@ class _Cache:
 
         return ops._replace(attention_fwd=attention)
 
-    def _store(self, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
-        self.keys[self._slot][rows, :, positions] = k
-        self.values[self._slot][rows, :, positions] = v
+    def _targets(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """(N · kv_heads,): where the head vectors of the tokens go in a slot of head vectors."""
+        first = (rows.unsqueeze(1) * self._heads.shape[0] + self._heads) * self._columns.shape[0]
+        return (first + positions.unsqueeze(1)).view(-1)
+
+    def _store(self, k: Tensor, v: Tensor, targets: Tensor) -> None:
+        for part, new in ((self.keys, k), (self.values, v)):
+            vectors = part[self._slot].view(-1, part.shape[-1])
+            vectors.index_copy_(0, targets, new.reshape(-1, part.shape[-1]))
 
 
 def _split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

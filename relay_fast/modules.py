@@ -134,7 +134,7 @@ class LoopedBlock(nn.Module):
         names = [name for name, _ in self.named_parameters()]
         ops = select(self.impl, weight.device)
         seed = None
-        if self.training and self.config.dropout:
+        if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=weight.device)
         if self.config.max_loops and plan.max_loops > self.config.max_loops:
             raise ValueError(

@@ -84,6 +84,11 @@ class Plan:
         self._caller_positions = positions
         self._layouts: dict[tuple[int, int], PaddedLayout] = {}
 
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan for another device, its sorted order taken as the caller's."""
+        positions = None if self._caller_positions is None else self.positions.cpu().numpy()
+        return Plan(self.lengths, self.loops, device, positions)
+
     @property
     def sequences(self) -> int:
         return len(self.lengths)

@@ -1,0 +1,97 @@
+"""Optimisers: AdamW for everything, or Muon for the block's matrices beside it.
+
+Weight decay applies to matrices only (no norms, no embeddings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon").
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly: singular values in about 0.7..1.2.
+
+    matrix (…, rows, columns).
+    """
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = matrix if wide else matrix.mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, but groups with `muon=True` take Muon's step (Jordan et al. 2024).
+
+    Muon: momentum, then orthogonalisation of each matrix's update. A weight that stacks `parts`
+    matrices (qkv rows) is orthogonalised part by part.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if group.get("muon"):
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self._muon_step(p, group)
+                        p.grad = None  # AdamW passes over it
+        return super().step(closure)
+
+    def _muon_step(self, p: Tensor, group: dict) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(momentum, group["momentum"])
+        stacked = update.view(group["parts"], -1, p.shape[1])
+        scale = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(orthogonalize(stacked).reshape(p.shape), alpha=-group["lr"] * scale)
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: Sequence[float] = (0.9, 0.95),
+    muon_lr: float | None = None,
+    momentum: float = 0.95,
+) -> MuonAdamW:
+    """lr: AdamW's learning rate; muon_lr: Muon's for the block's linear weights, None for AdamW
+    alone. Each group remembers its learning rate as `base_lr`, for the schedule."""
+    decayed, plain, matrices, qkv = [], [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or "embedding" in name:
+            plain.append(p)
+        elif muon_lr is None or ".layers." not in f".{name}":
+            decayed.append(p)
+        else:
+            (qkv if name.endswith("qkv.weight") else matrices).append(p)
+    muon = {"muon": True, "lr": muon_lr, "momentum": momentum, "weight_decay": weight_decay}
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": matrices, "parts": 1, **muon},
+        {"params": qkv, "parts": 3, **muon},
+    ]
+    fused = {"fused": True} if next(model.parameters()).is_cuda else {"foreach": True}
+    groups = [g for g in groups if g["params"]]
+    optimizer = MuonAdamW(groups, lr=lr, betas=tuple(betas), **fused)
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"]
+    return optimizer
+
+
+def set_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets every group's learning rate to `factor` times its base."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,116 @@
+"""Runs stages in their order, several at a time where the run says so, and shows how far they are.
+
+Each stage runs in a worker process; only this process writes the run's bookkeeping, so that an
+interruption at any moment loses at most what a stage had not yet saved.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relay_fast.display import Display
+from relay_fast.runs import RunFolder
+from relay_fast.stages import NEEDS, Context, run_stage
+
+
+def with_needs(names: Iterable[str]) -> list[str]:
+    """The stages and all that they need, in the pipeline's order. Raises ValueError for unknowns."""
+    wanted: set[str] = set()
+
+    def add(name: str) -> None:
+        if name not in NEEDS:
+            raise ValueError(f"stage {name!r} is unknown: use some of {', '.join(NEEDS)}")
+        for need in NEEDS[name]:
+            add(need)
+        wanted.add(name)
+
+    for name in names:
+        add(name)
+    return [name for name in NEEDS if name in wanted]
+
+
+def run_pipeline(
+    folder: RunFolder,
+    names: Iterable[str],
+    display: Display,
+    *,
+    device: str = "cpu",
+    impl: str = "auto",
+    done: Callable[[str, Mapping[str, Any]], None],
+) -> None:
+    """Runs the stages that are not done yet; `done(name, result)` is called as each finishes.
+
+    A stage that fails stops the run with its error, after the others have saved their state;
+    Ctrl-C does the same.
+    """
+    waiting = [name for name in names if not folder.stage_done(name)]
+    workers = max(1, min(int(folder.config["workers"]), len(waiting) or 1))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        events = manager.Queue()
+        pool = ProcessPoolExecutor(workers, context, _initialize, (threads,))
+        running: dict[Future, str] = {}
+        try:
+            while waiting or running:
+                for name in _ready(folder, waiting, workers - len(running)):
+                    waiting.remove(name)
+                    task = (str(folder.path), folder.config, device, impl, name, events)
+                    running[pool.submit(_run, *task)] = name
+                    display.start(name)
+                finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                _drain(events, display)
+                for future in finished:
+                    name = running.pop(future)
+                    result = future.result()
+                    display.finish(name, result["seconds"])
+                    done(name, result)
+        except BaseException:
+            _interrupt(pool)
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ready(folder: RunFolder, waiting: list[str], room: int) -> list[str]:
+    """The stages whose needs are done, as many as there is room for."""
+    ready = [name for name in waiting if all(map(folder.stage_done, NEEDS[name]))]
+    return ready[:room]
+
+
+def _drain(events: Any, display: Display) -> None:
+    while True:
+        try:
+            display.progress(*events.get_nowait())
+        except queue.Empty:
+            return
+
+
+def _interrupt(pool: ProcessPoolExecutor) -> None:
+    """Asks the workers to save and stop, as Ctrl-C would."""
+    for process in list((pool._processes or {}).values()):
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+
+
+def _initialize(threads: int) -> None:
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _run(path: str, config: dict, device: str, impl: str, name: str, events: Any) -> dict:
+    """One stage, in a worker: its part of results.json and the seconds it took."""
+    started = time.monotonic()
+    context = Context(Path(path), config, device, impl)
+    result = run_stage(context, name, lambda progress: events.put((name, progress)))
+    return {"result": result, "seconds": round(time.monotonic() - started, 2)}

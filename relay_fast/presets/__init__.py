@@ -1,0 +1,73 @@
+"""Presets: runs as data. Each is a TOML file beside this one."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(
+        p.name.removesuffix(".toml") for p in files(__name__).iterdir() if p.name.endswith(".toml")
+    )
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The run config of a preset, a fresh dictionary. Raises ValueError for an unknown name."""
+    if name not in preset_names():
+        raise ValueError(f"preset {name!r} is unknown: use one of {', '.join(preset_names())}")
+    return tomllib.loads((files(__name__) / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def override(
+    config: dict[str, Any],
+    *,
+    tasks: list[str] | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    eval_problems: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """The config with a run's own choices put in; raises ValueError for what it does not know.
+
+    steps: so many in every training stage (and as many problems in every generated set as one
+    batch needs), for a smoke run.
+    """
+    if tasks is not None:
+        unknown = [name for name in tasks if name not in config["tasks"]]
+        if unknown or not tasks:
+            raise ValueError(
+                f"task {unknown[0] if unknown else ''!r} is not in preset {config['name']!r}: "
+                f"use some of {', '.join(config['tasks'])}"
+            )
+        config["tasks"] = {name: config["tasks"][name] for name in config["tasks"] if name in tasks}
+    for what, value in (("steps", steps), ("batch size", batch_size), ("problems", eval_problems)):
+        if value is not None and value < 1:
+            raise ValueError(f"{what} = {value}: give at least 1")
+    if batch_size is not None:
+        for recipe in (config["training"], *config["stages"].values()):
+            recipe.pop("batch_tokens", None)
+            if "batch_size" in recipe or recipe is config["training"]:
+                recipe["batch_size"] = batch_size
+    if steps is not None:
+        size = config["training"]["batch_size"]
+        for recipe in config["stages"].values():
+            for key in ("epochs", "token_iterations"):
+                recipe.pop(key, None)
+            recipe["steps"] = steps
+        for task in config["tasks"].values():
+            task["merge_inside"] = min(task["merge_inside"], steps * size)
+            task["merge_beyond"] = [min(n, size) for n in task["merge_beyond"]]
+            task["self_counts"] = [min(n, size) for n in task["self_counts"]]
+    if eval_problems is not None:
+        config["evaluation"]["problems"] = eval_problems
+    if seed is not None:
+        config["seed"] = seed
+    return config
+
+
+def recipe(config: dict[str, Any], stage: str) -> dict[str, Any]:
+    """A training stage's recipe: what all stages share, overridden by its own."""
+    return {**config["training"], **config["stages"][stage]}

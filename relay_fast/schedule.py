@@ -1,0 +1,57 @@
+"""How far a training stage is at each step: learning-rate factor and curriculum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """progress (steps,) in [0, 1): the share of the stage that is behind at the start of each
+    step."""
+
+    progress: np.ndarray
+    warmup: float = 0.01
+    decay: str = "linear"
+
+    @staticmethod
+    def by_steps(steps: int, **options) -> Schedule:
+        """Every step counts alike."""
+        return Schedule(np.arange(steps) / max(1, steps), **options)
+
+    @staticmethod
+    def by_work(work: float, cost: Callable[[float], float], **options) -> Schedule:
+        """Steps count by their cost: `cost(progress)` is what a step at that progress takes, in the
+        unit of `work`, so that a curriculum's short problems get more steps for the same time."""
+        done, progress = 0.0, []
+        while done < work:
+            progress.append(done / work)
+            done += cost(progress[-1])
+        return Schedule(np.array(progress), **options)
+
+    @property
+    def steps(self) -> int:
+        return len(self.progress)
+
+    def factor(self, step: int) -> float:
+        """Learning-rate factor: linear warm-up, then linear or cosine decay to 0, or constant."""
+        p = float(self.progress[step])
+        warm = min(1.0, (p + 1 / self.steps) / self.warmup) if self.warmup else 1.0
+        if self.decay == "linear":
+            return warm * (1 - p)
+        if self.decay == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * p))
+        return warm
+
+
+def curriculum_length(progress: float, shortest: int, longest: int, share: float) -> int:
+    """Largest length at `progress`: grows from the shortest + 1 to the longest over the first
+    `share` of the stage; always inside the training range."""
+    if share <= 0:
+        return longest
+    start = min(longest, shortest + 1)
+    return min(longest, math.ceil(start + (longest - start) * min(1.0, progress / share)))

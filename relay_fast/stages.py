@@ -1,0 +1,334 @@
+"""The stages of RELAY, each a function of a run folder: what it reads, trains, writes.
+
+Stages talk through files in the run folder only, so that each can run in its own process, alone from
+the shell, or again after an interruption. A stage returns what belongs into results.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.data import Form, SampleStream, TruthStream, mean_cost
+from relay_fast.datasets import load_samples, save_samples
+from relay_fast.decode import decode
+from relay_fast.evaluate import evaluate_autoregressive, evaluate_looped, hit_matrix
+from relay_fast.generate import generate_chains
+from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.presets import recipe
+from relay_fast.ragged import offsets_of
+from relay_fast.schedule import Schedule
+from relay_fast.store import load_run_model, model_path, run_tasks, save_model
+from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.trainer import Progress, Trained, train_model
+
+Report = Callable[[Progress], None]
+
+# Seeds of the sample streams, so that no two of them meet.
+_TRAIN, _CHAINS, _INSIDE, _SELF = 1, 2, 3, 4
+
+# What each stage needs before it can run, in the order in which ready stages are started.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "looped_aligned": (),
+    "ar_baseline": (),
+    "looped_vanilla": (),
+    "chains": ("looped_aligned",),
+    "ar_relay": ("ar_baseline", "chains"),
+    "ar_self_loop": ("ar_baseline", "looped_vanilla"),
+    "ar_self_truth": ("ar_baseline",),
+}
+MODELS = tuple(name for name in NEEDS if name != "chains")
+NEEDS |= {f"evaluate.{name}": (name,) for name in MODELS}
+
+
+class Context:
+    """A run as a stage sees it: folder, config, tasks."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], device: str, impl: str):
+        self.folder, self.config, self.device, self.impl = folder, config, device, impl
+        self.vocabulary, self.tasks = run_tasks(config)
+        self.seed: int = config["seed"]
+        self.ranges = {name: tuple(config["tasks"][name]["train"]) for name in self.tasks}
+
+    def stream_seed(self, salt: int) -> int:
+        return self.seed * 1000 + salt
+
+    def task_config(self, task: str) -> Mapping[str, Any]:
+        return self.config["tasks"][task]
+
+    def farthest(self, task: str) -> int:
+        """The largest length that any stage writes or reads."""
+        entry = self.task_config(task)
+        return max(entry["test"][1], self.ranges[task][1] + len(entry["merge_beyond"]),
+                   *entry["self_lengths"])  # fmt: skip
+
+    def new_model(self, kind: str, supervise: str = "chain"):
+        """A fresh model of the run's sizes, from the run's seed."""
+        shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
+        sizes = {**shared, **self.config["model"].get(kind, {})}
+        causal = kind == "autoregressive"
+        bound = max(
+            task.max_sequence_tokens(self.farthest(name))
+            if causal
+            else task.max_problem_tokens(self.farthest(name))
+            for name, task in self.tasks.items()
+        )
+        pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
+        config = ModelConfig(
+            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16)
+        )
+        torch.manual_seed(self.seed)
+        options = {"impl": self.impl, "recompute": self.config["training"].get("recompute", "none")}
+        if causal:
+            return AutoregressiveTransformer(config, **options).to(self.device)
+        return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
+
+    def load(self, name: str):
+        return load_run_model(self.folder, name, self.device, self.impl)
+
+    def state_path(self, name: str) -> Path:
+        return self.folder / "checkpoints" / f"{name}.state.safetensors"
+
+    def form(self, settings: Mapping[str, Any], kind: str) -> Form:
+        names = ("task_weights", "chain_weight", "weighting", "batch_tokens")
+        return Form(kind, **{k: settings[k] for k in names if k in settings})
+
+    def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
+        """Saves a trained model; the part of results.json that its training brings."""
+        save_model(model_path(self.folder, name), model, {"seed": self.seed, "stage": name})
+        return {
+            "history": {name: trained.history},
+            "longest_true_problem": trained.longest_true,
+        }
+
+
+def run_stage(context: Context, name: str, report: Report) -> dict[str, Any]:
+    """Runs one stage; returns its part of results.json."""
+    if name.startswith("evaluate."):
+        return _evaluate(context, name.removeprefix("evaluate."))
+    return _STAGES[name](context, report)
+
+
+# Training from scratch
+
+
+def _schedule(context: Context, settings: Mapping[str, Any], kind: str, samples: int) -> Schedule:
+    """The stage's steps: given as steps, as epochs over `samples`, or as token-iterations."""
+    options = {"warmup": settings["warmup"], "decay": settings["decay"]}
+    if "token_iterations" in settings:
+        cost = mean_cost(
+            context.tasks, context.ranges, kind, settings["batch_size"],
+            settings["lengths"], settings.get("curriculum", 0.0),
+        )  # fmt: skip
+        return Schedule.by_work(settings["token_iterations"], cost, **options)
+    if "epochs" in settings:
+        steps = settings["epochs"] * samples // settings["batch_size"]
+        return Schedule.by_steps(max(1, int(steps)), **options)
+    return Schedule.by_steps(settings["steps"], **options)
+
+
+def _from_scratch(context: Context, name: str, model, kind: str, report: Report):
+    settings = recipe(context.config, name)
+    size = settings.get("dataset_size")
+    schedule = _schedule(context, settings, kind, (size or 0) * len(context.tasks))
+    names = ("batch_size", "lengths", "lengths_per_batch", "dataset_size", "curriculum",
+             "pad_probability", "pad_to")  # fmt: skip
+    stream = TruthStream(
+        context.tasks, context.ranges, context.form(settings, kind), schedule,
+        seed=context.stream_seed(_TRAIN), **{k: settings[k] for k in names if k in settings},
+    )  # fmt: skip
+    trained = train_model(
+        model, stream, settings, context.state_path(name), seed=context.seed,
+        data_workers=context.config["data_workers"], report=report,
+    )  # fmt: skip
+    return context.finish(name, model, trained)
+
+
+def _looped_aligned(context: Context, report: Report):
+    model = context.new_model("looped", "chain")
+    return _from_scratch(context, "looped_aligned", model, "looped", report)
+
+
+def _looped_vanilla(context: Context, report: Report):
+    model = context.new_model("looped", "answer")
+    return _from_scratch(context, "looped_vanilla", model, "looped", report)
+
+
+def _ar_baseline(context: Context, report: Report):
+    model = context.new_model("autoregressive")
+    return _from_scratch(context, "ar_baseline", model, "autoregressive", report)
+
+
+# Stage II
+
+
+def _chains(context: Context, report: Report):
+    """The looped model writes chains for every length beyond its training range."""
+    model = context.load("looped_aligned")
+    parts = []
+    for name, task in context.tasks.items():
+        longest = context.ranges[name][1]
+        counts = context.task_config(name)["merge_beyond"]
+        lengths = np.repeat(np.arange(longest + 1, longest + 1 + len(counts)), counts)
+        parts.append(task.sample(lengths, context.stream_seed(_CHAINS)))
+    problems = Samples.concat(parts)
+    written = generate_chains(model, problems, context.tasks)
+    save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
+    return {}
+
+
+def _inside(context: Context) -> Samples:
+    """The original data of the merged set: true problems inside the training range, ∝ length."""
+    parts = []
+    for name, task in context.tasks.items():
+        shortest, longest = context.ranges[name]
+        rng = np.random.default_rng([_INSIDE, context.seed, task.index])
+        choices = np.arange(shortest, longest + 1)
+        size = context.task_config(name)["merge_inside"]
+        lengths = rng.choice(choices, size=size, p=choices / choices.sum())
+        parts.append(task.sample(lengths, context.stream_seed(_INSIDE)))
+    return Samples.concat(parts)
+
+
+def _fine_tune(context: Context, stage: str, name: str, model, added: Samples, report: Report):
+    """Fine-tunes on the original data merged with `added`, whose chains a model wrote."""
+    settings = recipe(context.config, stage)
+    merged = Samples.concat([_inside(context), added])
+    schedule = _schedule(context, settings, "autoregressive", len(merged))
+    stream = SampleStream(
+        merged, context.tasks, context.form(settings, "autoregressive"), schedule,
+        batch_size=settings["batch_size"], seed=context.seed,
+        longest_true={task: longest for task, (_, longest) in context.ranges.items()},
+    )  # fmt: skip
+    return train_model(
+        model, stream, settings, context.state_path(name), seed=context.seed,
+        data_workers=context.config["data_workers"], report=report,
+    )  # fmt: skip
+
+
+def _ar_relay(context: Context, report: Report):
+    model = context.load("ar_baseline")
+    written = load_samples(context.folder / "chains.safetensors")
+    trained = _fine_tune(context, "ar_relay", "ar_relay", model, written, report)
+    return context.finish("ar_relay", model, trained)
+
+
+# Self-chain controls
+
+
+def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np.ndarray], report):
+    """Five growing phases: the AR model writes chains for lengths beyond its range, those whose
+    answer passes `judge` are kept, and it is fine-tuned on them and the original data."""
+    model = context.load("ar_baseline")
+    settings_key = "ar_self"
+    phases = max(len(context.task_config(task)["self_lengths"]) for task in context.tasks)
+    history, kept, longest_true, seconds = [], [], {}, 0.0
+    for phase in range(phases):
+        problems = _self_problems(context, phase)
+        written = write_chains(model, problems, context.tasks)
+        passed = written.take(judge(problems, written))
+        kept.append({"phase": phase + 1, "written": len(written), "kept": len(passed)})
+        trained = _fine_tune(context, settings_key, f"{name}.{phase + 1}", model, passed, report)
+        history += trained.history
+        longest_true, seconds = trained.longest_true, seconds + trained.seconds
+    result = context.finish(name, model, Trained(history, longest_true, seconds))
+    return {**result, "kept": {name: kept}}
+
+
+def _self_problems(context: Context, phase: int) -> Samples:
+    """Problems of all the lengths up to this phase's, as many of each as the phase has."""
+    parts = []
+    for name, task in context.tasks.items():
+        entry = context.task_config(name)
+        lengths = entry["self_lengths"][: phase + 1]
+        drawn = np.repeat(lengths, entry["self_counts"][phase])
+        parts.append(task.sample(drawn, context.stream_seed(_SELF) + phase))
+    return Samples.concat(parts)
+
+
+def _ar_self_truth(context: Context, report: Report):
+    def judge(problems: Samples, written: Samples) -> np.ndarray:
+        return written.answer == problems.answer
+
+    return _ar_self(context, "ar_self_truth", judge, report)
+
+
+def _ar_self_loop(context: Context, report: Report):
+    looped = context.load("looped_vanilla")
+
+    def judge(problems: Samples, written: Samples) -> np.ndarray:
+        return written.answer == generate_chains(looped, problems, context.tasks).answer
+
+    return _ar_self(context, "ar_self_loop", judge, report)
+
+
+def write_chains(
+    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task]
+) -> Samples:
+    """The same problems with the rounds and answers that the autoregressive model writes.
+
+    An answer that cannot be read is −1.
+    """
+    limit = np.array(
+        [
+            tasks[TASK_NAMES[k]].max_chain_tokens(n) + 3
+            for k, n in zip(problems.task.tolist(), problems.length.tolist(), strict=True)
+        ]
+    )
+    decoded = decode(model, problems.problem, problems.problem_offsets, max_new=limit)
+    rounds: list[list[int]] = []
+    loops, answers = [], []
+    for i, k in enumerate(problems.task.tolist()):
+        text = decoded.tokens[decoded.offsets[i] : decoded.offsets[i + 1]]
+        parts, answer = tasks[TASK_NAMES[k]].split(text)
+        rounds += parts
+        loops.append(len(parts))
+        answers.append(-1 if answer is None else answer)
+    return Samples(
+        task=problems.task,
+        length=problems.length,
+        problem=problems.problem,
+        problem_offsets=problems.problem_offsets,
+        rounds=np.array([token for part in rounds for token in part], np.int32),
+        round_offsets=offsets_of(np.array([len(part) for part in rounds], np.int64)),
+        loops=np.array(loops, np.int32),
+        answer=np.array(answers, np.int32),
+    )
+
+
+# Evaluation
+
+
+def _evaluate(context: Context, name: str) -> dict[str, Any]:
+    """Accuracy at every length from the shortest to the farthest, and the hit matrices."""
+    model = context.load(name)
+    problems = context.config["evaluation"]["problems"]
+    looped = isinstance(model, LoopedTransformer)
+    evaluate = evaluate_looped if looped else evaluate_autoregressive
+    accuracy, matrices = {}, {}
+    for task, entry in context.config["tasks"].items():
+        lengths = range(entry["train"][0], entry["test"][1] + 1)
+        accuracy[task] = evaluate(model, context.tasks, task, lengths, problems, context.seed)
+        matrices[task] = {}
+        for length in entry["hit_matrix"]:
+            matrix = hit_matrix(model, context.tasks[task], length, min(problems, 200))
+            rows = np.where(np.isnan(matrix), None, matrix.round(4)).tolist()
+            matrices[task][str(length)] = {name: rows}
+    accuracy = {t: {str(n): row for n, row in by.items()} for t, by in accuracy.items()}
+    return {"accuracy": {name: accuracy}, "hit_matrix": matrices}
+
+
+_STAGES: dict[str, Callable[[Context, Report], dict[str, Any]]] = {
+    "looped_aligned": _looped_aligned,
+    "looped_vanilla": _looped_vanilla,
+    "ar_baseline": _ar_baseline,
+    "chains": _chains,
+    "ar_relay": _ar_relay,
+    "ar_self_loop": _ar_self_loop,
+    "ar_self_truth": _ar_self_truth,
+}

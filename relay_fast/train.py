@@ -1,0 +1,119 @@
+"""RELAY from the shell: `python -m relay_fast.train --preset cpu --out RUN`.
+
+The same command continues an interrupted run. Leaves results.json, tables, plots and checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relay_fast.checkpoint import CheckpointError
+from relay_fast.display import Display
+from relay_fast.pipeline import run_pipeline, with_needs
+from relay_fast.presets import load_preset, override, preset_names
+from relay_fast.runs import RunFolder, RunFolderError, versions
+from relay_fast.stages import NEEDS
+
+
+def train(
+    config: Mapping[str, Any],
+    out: str | Path,
+    *,
+    stages: Sequence[str] | None = None,
+    device: str = "cpu",
+    impl: str = "auto",
+) -> dict[str, Any]:
+    """Runs RELAY (or the given stages and what they need) in the run folder `out`.
+
+    config: a preset from `relay_fast.presets`, overridden or not. Returns the content of
+    results.json. Raises RunFolderError, ValueError, CheckpointError with one clear sentence.
+    """
+    names = with_needs(stages or NEEDS)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {device!r} was asked for, but CUDA is not available: use --device cpu"
+        )
+    folder = RunFolder(out, config)
+    started = time.monotonic()
+    before = folder.results().get("seconds", {}).get("total", 0.0)
+    folder.update_results(
+        {
+            "config": folder.config,
+            "seed": config["seed"],
+            "versions": versions(),
+            "train_lengths": {name: task["train"] for name, task in config["tasks"].items()},
+        }
+    )
+
+    def done(name: str, result: Mapping[str, Any]) -> None:
+        longest = folder.results().get("longest_true_problem", {})
+        part = dict(result["result"])
+        for task, length in part.pop("longest_true_problem", {}).items():
+            longest[task] = max(length, longest.get(task, 0))
+        total = round(before + time.monotonic() - started, 1)
+        seconds = {name: result["seconds"], "total": total}
+        folder.update_results({**part, "longest_true_problem": longest, "seconds": seconds})
+        folder.mark_done(name, {"seconds": result["seconds"]})
+
+    with Display() as display:
+        run_pipeline(folder, names, display, device=device, impl=impl, done=done)
+    results = folder.results()
+    _show(results, folder.path)
+    return results
+
+
+def _show(results: Mapping[str, Any], path: Path) -> None:
+    """The table on the terminal, the plots into the folder."""
+    from relay_fast.plots import plot_run
+    from relay_fast.report import print_table
+
+    if results.get("accuracy"):
+        print_table(results)
+        for file in plot_run(results, path):
+            print(f"plot: {file}")
+    print(f"results: {path / 'results.json'}   {results.get('seconds', {}).get('total', 0):.0f} s")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m relay_fast.train", description=__doc__)
+    parser.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())}")
+    parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--tasks", help="comma-separated, default all of the preset")
+    parser.add_argument("--stages", help="comma-separated, default all; what they need runs too")
+    parser.add_argument("--steps", type=int, help="so many steps in every training stage")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--eval-problems", type=int, help="problems a length in evaluation")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, 2 for bad input, 130 when interrupted."""
+    a = _parser().parse_args(arguments)
+    try:
+        config = override(
+            load_preset(a.preset), tasks=a.tasks.split(",") if a.tasks else None, steps=a.steps,
+            batch_size=a.batch_size, eval_problems=a.eval_problems, seed=a.seed,
+        )  # fmt: skip
+        stages = a.stages.split(",") if a.stages else None
+        train(config, a.out, stages=stages, device=a.device, impl=a.impl)
+    except (ValueError, RunFolderError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues this run", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Trains one model on one stream: resumable, interruptible, deterministic from its seed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from relay_fast.checkpoint import (
+    load_checkpoint,
+    pack_training_state,
+    save_checkpoint,
+    unpack_training_state,
+)
+from relay_fast.data import run_ahead
+from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.optim import make_optimizer, set_factor
+
+Model = LoopedTransformer | AutoregressiveTransformer
+
+LOG_EVERY = 2.0  # seconds between two progress reports (each reads a loss back)
+SAVE_EVERY = 20.0  # seconds between two resume points
+
+
+class Progress(NamedTuple):
+    """What a training stage reports now and then."""
+
+    step: int
+    steps: int
+    samples_per_s: float
+    loss: float
+    chain_accuracy: float
+
+
+class Trained(NamedTuple):
+    """What a finished training leaves beside the model."""
+
+    history: list[dict[str, float]]  # step, loss, chain_accuracy, answer_accuracy
+    longest_true: dict[str, int]
+    seconds: float  # over all the calls that it took
+
+
+def train_model(
+    model: Model,
+    stream: Dataset,
+    recipe: Mapping[str, Any],
+    state_path: str | os.PathLike,
+    *,
+    seed: int,
+    data_workers: int = 0,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Trained:
+    """Takes every step of `stream`, in place; continues from `state_path` if it is there.
+
+    recipe: lr, muon_lr, weight_decay, betas, clip, ema. Interrupted (Ctrl-C), it saves its state
+    and raises KeyboardInterrupt; the same call then continues exactly.
+    """
+    return _Training(model, stream, recipe, Path(state_path), seed).run(data_workers, report)
+
+
+class _Training:
+    def __init__(self, model: Model, stream: Dataset, recipe: Mapping, path: Path, seed: int):
+        self.model, self.stream, self.path = model.train(), stream, path
+        self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
+        self.identity = {"seed": seed, "steps": len(stream), "recipe": dict(recipe)}
+        options = {k: recipe[k] for k in ("weight_decay", "betas", "muon_lr") if k in recipe}
+        self.optimizer = make_optimizer(model, lr=recipe["lr"], **options)
+        self.ema = None
+        if self.ema_decay:
+            self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+        torch.manual_seed(seed)
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.longest_true: dict[str, int] = {}
+        self._generators = {"cpu": torch.default_generator}
+        if model.device.type == "cuda":
+            self._generators["cuda"] = torch.cuda.default_generators[model.device.index or 0]
+        if path.exists():
+            self._resume()
+
+    def run(self, data_workers: int, report: Callable[[Progress], None]) -> Trained:
+        started, spent = time.monotonic(), self.seconds
+        logged, saved, first = started, started, self.step
+        samples = 0
+        try:
+            for batch, longest_true in run_ahead(self.stream, self.step, data_workers):
+                losses = self._train_step(batch.to(self.model.device))
+                samples += len(batch)
+                for name, length in longest_true.items():
+                    self.longest_true[name] = max(length, self.longest_true.get(name, 0))
+                now = time.monotonic()
+                self.seconds = spent + now - started
+                last = self.step == len(self.stream)
+                if now - logged >= LOG_EVERY or self.step == first + 1 or last:
+                    report(self._log(losses, samples / (now - started)))
+                    logged = now
+                if now - saved >= SAVE_EVERY and not last:
+                    self._save()
+                    saved = now
+        except KeyboardInterrupt:
+            self._save()
+            raise
+        if self.ema is not None:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    p.copy_(self.ema[name])
+        self.model.eval()
+        return Trained(self.history, self.longest_true, self.seconds)
+
+    def _train_step(self, batch):
+        losses = self.model.loss(batch)
+        self.optimizer.zero_grad()
+        losses.loss.backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        set_factor(self.optimizer, self.stream.schedule.factor(self.step))
+        self.optimizer.step()
+        self.step += 1
+        if self.ema is not None:
+            with torch.no_grad():
+                decay = min(self.ema_decay, self.step / (self.step + 10))
+                torch._foreach_lerp_(
+                    list(self.ema.values()), list(self.model.parameters()), 1 - decay
+                )
+        return losses
+
+    def _log(self, losses, samples_per_s: float) -> Progress:
+        entry = {
+            "step": self.step,
+            "loss": losses.loss.item(),
+            "chain_accuracy": losses.chain_correct.item(),
+            "answer_accuracy": losses.answer_correct.item(),
+        }
+        self.history.append(entry)
+        return Progress(
+            self.step, len(self.stream), samples_per_s, entry["loss"], entry["chain_accuracy"]
+        )
+
+    def _save(self) -> None:
+        tensors = pack_training_state(self.model, self.optimizer, self.ema, self._generators)
+        metadata = {
+            "config": self.identity,
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "longest_true": self.longest_true,
+        }
+        save_checkpoint(self.path, tensors, metadata)
+
+    def _resume(self) -> None:
+        tensors, metadata = load_checkpoint(self.path, expect=self.identity)
+        unpack_training_state(
+            tensors, self.model, self.optimizer, self.ema, self._generators, self.path
+        )
+        self.step, self.seconds = metadata["step"], metadata["seconds"]
+        self.history, self.longest_true = metadata["history"], metadata["longest_true"]
