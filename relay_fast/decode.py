@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast._inference import inference
 from relay_fast.block import BlockBody
 from relay_fast.functional import Ops
 from relay_fast.kernels.cross_entropy_ref import readout_ref
@@ -83,17 +84,12 @@ def decode(
     longest = int((lengths + limits).max(initial=0)) + sync_every
     if batch is None:
         batch = max(1, min(MAX_BATCH, CACHE_BYTES // _cache_bytes(model, longest, loops)))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
-            stepper = _Stepper(model, min(batch, len(order)), longest, loops, temperature, seed)
-            scheduler = _Scheduler(stepper, prompts, offsets, limits, order, sync_every)
-            while scheduler.advance():
-                if progress is not None:
-                    progress(scheduler.done, len(lengths))
-    finally:
-        model.train(was_training)
+    with inference(model), torch.autocast(model.device.type, enabled=False):
+        stepper = _Stepper(model, min(batch, len(order)), longest, loops, temperature, seed)
+        scheduler = _Scheduler(stepper, prompts, offsets, limits, order, sync_every)
+        while scheduler.advance():
+            if progress is not None:
+                progress(scheduler.done, len(lengths))
     return scheduler.result(len(lengths))
 
 

@@ -1,0 +1,260 @@
+"""Accuracy by length, for every model on the same problems.
+
+`answer`: the final answer is right. `chain`: every token of every round is right. `bit`: share of
+the true chain's tokens that are right. All of them free-running; `bit_forced` (autoregressive
+models only) is `bit` with the true tokens before each one given.
+
+A looped model's round is compared right-aligned, as it is supervised; an autoregressive model's
+text is compared token by token from the end of the prompt on. A missing token is wrong.
+
+`python -m relay_fast.evaluate --out RUN` evaluates the models of a run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from relay_fast._files import write_json
+from relay_fast._inference import inference
+from relay_fast.batch import PackedBatch
+from relay_fast.checkpoint import CheckpointError
+from relay_fast.generate import decode_chains, generate_chains, read_answers, unseen_problems
+from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.ragged import ragged_index
+from relay_fast.runs import RunFolder, RunFolderError, versions
+from relay_fast.store import MODEL_NAMES, Model, load_run_model, model_path, run_tasks
+from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.vocabulary import EOS
+
+FORCED_TOKENS = 16384  # tokens in a teacher-forced batch
+Metrics = dict[str, float | int]
+
+
+class Marks(NamedTuple):
+    """What is right in the answers to S problems with C chain tokens in all."""
+
+    answer: np.ndarray  # (S,) bool
+    chain: np.ndarray  # (S,) bool
+    hits: np.ndarray  # (C,) bool, of the tokens in Samples.rounds
+    forced: np.ndarray | None = None  # (C,) bool
+
+
+def mark_looped(model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task]) -> Marks:
+    """Compares what the looped model writes with the truth in `problems`."""
+    written = generate_chains(model, problems, tasks)
+    true_sizes, sizes = np.diff(problems.round_offsets), np.diff(written.round_offsets)
+    owner = np.repeat(np.arange(len(true_sizes)), true_sizes)
+    from_right = problems.round_offsets[owner + 1] - np.arange(len(owner))  # 1 for the last token
+    there = from_right <= sizes[owner]
+    place = written.round_offsets[owner + 1] - from_right
+    hits = np.zeros(len(owner), bool)
+    hits[there] = written.rounds[place[there]] == problems.rounds[there]
+    wrong = (sizes != true_sizes) | (np.bincount(owner[~hits], minlength=len(sizes)) > 0)
+    sample = np.repeat(np.arange(len(problems)), problems.loops)
+    chain = np.bincount(sample[wrong], minlength=len(problems)) == 0
+    return Marks(written.answer == problems.answer, chain, hits)
+
+
+def mark_autoregressive(
+    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task]
+) -> Marks:
+    """Compares what the autoregressive model writes with the truth in `problems`.
+
+    Raises ValueError where a true sequence is longer than the model takes.
+    """
+    forced = _forced(model, problems, tasks)
+    decoded = decode_chains(model, problems, tasks)
+    sequence, offsets, prompts = problems.sequences(tasks)
+    sizes = np.diff(offsets) - prompts
+    truth = sequence[ragged_index(offsets[:-1] + prompts, sizes)]
+    owner = np.repeat(np.arange(len(problems)), sizes)
+    place = ragged_index(np.zeros_like(sizes), sizes)
+    there = place < np.diff(decoded.offsets)[owner]
+    hits = np.zeros(len(truth), bool)
+    hits[there] = decoded.tokens[(decoded.offsets[owner] + place)[there]] == truth[there]
+    chain_sizes = np.diff(problems.round_offsets[problems.first_round])[owner]
+    in_chain = place < chain_sizes
+    # A last round without a delimiter of its own ends with <eos>: more after it would be wrong.
+    decides = in_chain | ((place == chain_sizes) & (truth == EOS))
+    chain = np.bincount(owner[decides & ~hits], minlength=len(problems)) == 0
+    answer = read_answers(decoded, problems, tasks) == problems.answer
+    return Marks(answer, chain, hits[in_chain], forced[in_chain])
+
+
+def _forced(
+    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task]
+) -> np.ndarray:
+    """Whether each token after the prompts is the argmax, given the true tokens before it."""
+    sizes = np.diff(problems.sequences(tasks)[1])
+    cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // FORCED_TOKENS)) + 1
+    parts = [np.zeros(0, bool)]
+    with inference(model):
+        for chosen in np.split(np.arange(len(problems)), cuts):
+            batch = PackedBatch.autoregressive(problems.take(chosen), tasks, device=model.device)
+            parts.append(model.forced(batch).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def evaluate_looped(
+    model: LoopedTransformer,
+    tasks: Mapping[str, Task],
+    name: str,
+    lengths: Iterable[int],
+    problems_per_length: int,
+    seed: int = 0,
+) -> dict[int, Metrics]:
+    """{length: {answer, bit, chain, n}} of task `name`, on `unseen_problems`.
+
+    Raises ValueError for lengths that the task or the model cannot take.
+    """
+    return _evaluate(mark_looped, model, tasks, name, lengths, problems_per_length, seed)
+
+
+def evaluate_autoregressive(
+    model: AutoregressiveTransformer,
+    tasks: Mapping[str, Task],
+    name: str,
+    lengths: Iterable[int],
+    problems_per_length: int,
+    seed: int = 0,
+) -> dict[int, Metrics]:
+    """{length: {answer, bit, bit_forced, chain, n}} of task `name`, on `unseen_problems`.
+
+    Raises ValueError for lengths that the task or the model cannot take.
+    """
+    return _evaluate(mark_autoregressive, model, tasks, name, lengths, problems_per_length, seed)
+
+
+def _evaluate(mark, model, tasks, name, lengths, number, seed) -> dict[int, Metrics]:
+    # All lengths at once: short sequences take the places of finished ones.
+    drawn = [unseen_problems(tasks[name], length, number, seed) for length in lengths]
+    problems = Samples.concat(drawn)
+    marks = mark(model, problems, tasks)
+    token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
+    result = {}
+    for length in np.unique(problems.length).tolist():
+        samples, tokens = problems.length == length, token_length == length
+        result[length] = {
+            "answer": float(marks.answer[samples].mean()),
+            "bit": float(marks.hits[tokens].mean()),
+            "chain": float(marks.chain[samples].mean()),
+            "n": int(samples.sum()),
+        }
+        if marks.forced is not None:
+            result[length]["bit_forced"] = float(marks.forced[tokens].mean())
+    return result
+
+
+def hit_matrix(model: Model, task: Task, length: int, n: int, seed: int = 0) -> np.ndarray:
+    """(rounds, positions) share of n problems whose token there is right, NaN where none has one.
+
+    Positions count from the beginning of the true round.
+    """
+    problems = unseen_problems(task, length, n, seed)
+    mark = mark_looped if isinstance(model, LoopedTransformer) else mark_autoregressive
+    hits = mark(model, problems, {task.name: task}).hits
+    sizes = np.diff(problems.round_offsets)
+    position = ragged_index(np.zeros_like(sizes), sizes)
+    round_index = np.repeat(ragged_index(np.zeros_like(problems.loops), problems.loops), sizes)
+    shape = (int(problems.loops.max(initial=0)), int(sizes.max(initial=0)))
+    cell = round_index * shape[1] + position
+    cells = shape[0] * shape[1]
+    right = np.bincount(cell, weights=hits, minlength=cells)
+    count = np.bincount(cell, minlength=cells)
+    return np.where(count > 0, right / np.maximum(count, 1), np.nan).reshape(shape)
+
+
+# The command
+
+
+def evaluate_run(
+    run: str,
+    models: Sequence[str] | None = None,
+    lengths: range | None = None,
+    number: int = 500,
+    seed: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Evaluates models of a run folder again and writes RUN/evaluation.json, which it returns.
+
+    models: default all that are there. lengths: default from the shortest trained to the longest
+    test length of each task. seed: default the run's. Raises RunFolderError, CheckpointError,
+    ValueError.
+    """
+    folder = RunFolder.open(run)
+    config = folder.config
+    seed = config.get("seed", 0) if seed is None else seed
+    _, tasks = run_tasks(config)
+    there = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
+    if not models and not there:
+        raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
+    accuracy: dict[str, dict[str, dict[str, Metrics]]] = {}
+    for model_name in models or there:
+        model = load_run_model(run, model_name, device)
+        looped = isinstance(model, LoopedTransformer)
+        evaluate = evaluate_looped if looped else evaluate_autoregressive
+        accuracy[model_name] = {}
+        for name in tasks:
+            entry = config["tasks"][name]
+            chosen = lengths or range(entry["train"][0], entry["test"][1] + 1)
+            by_length = evaluate(model, tasks, name, chosen, number, seed)
+            accuracy[model_name][name] = {str(length): row for length, row in by_length.items()}
+    results = {
+        "config": config,
+        "seed": seed,
+        "versions": versions(device),
+        "train_lengths": {name: config["tasks"][name]["train"] for name in tasks},
+        "accuracy": accuracy,
+    }
+    write_json(folder.path / "evaluation.json", results)
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m relay_fast.evaluate", description="Evaluate the models of a run again."
+    )
+    parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--models", help=f"comma-separated, default all of {','.join(MODEL_NAMES)}")
+    parser.add_argument("--lengths", metavar="A-B", help="default: all that the run evaluates")
+    parser.add_argument("--problems", type=int, default=500, help="problems a length (500)")
+    parser.add_argument("--seed", type=int, help="which problems; default the run's seed")
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def _lengths(text: str | None) -> range | None:
+    if text is None:
+        return None
+    first, _, last = text.partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+        raise ValueError(f"--lengths {text!r} is not understood; give a range like 10-13.")
+    return range(int(first), int(last or first) + 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 for bad input."""
+    from relay_fast.report import print_report
+
+    a = _parser().parse_args(arguments)
+    try:
+        if a.problems < 1:
+            raise ValueError(f"--problems is {a.problems}; give at least 1.")
+        models = a.models.split(",") if a.models else None
+        results = evaluate_run(a.out, models, _lengths(a.lengths), a.problems, a.seed, a.device)
+    except (ValueError, RunFolderError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_report(results, metrics=("answer", "chain", "bit"))
+    print(f"results: {Path(a.out) / 'evaluation.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
