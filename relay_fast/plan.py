@@ -218,13 +218,19 @@ class Plan:
         return np.array(bounds[::-1])
 
     def layout(self, first: int, last: int) -> PaddedLayout:
-        """The padded layout of sequences first..last − 1, for the torch attention."""
+        """Row offsets of sequences first..last − 1, and their padding for the torch attention."""
         key = (first, last)
         if key not in self._layouts:
-            self._layouts[key] = self._make_layout(self.lengths[first:last])
+            lengths = self.lengths[first:last]
+            cu_seqlens = self.cu_seqlens[first : last + 1]
+            self._layouts[key] = PaddedLayout(
+                cu_seqlens - cu_seqlens[:1] if first else cu_seqlens,
+                int(lengths.max(initial=0)),
+                lambda: self._make_padding(lengths),
+            )
         return self._layouts[key]
 
-    def _make_layout(self, lengths: np.ndarray) -> PaddedLayout:
+    def _make_padding(self, lengths: np.ndarray) -> tuple[int, Tensor | None, tuple[Group, ...]]:
         rows = int(lengths.sum())
         member = np.searchsorted(self._group_bounds, lengths)
         base = np.zeros(len(lengths), dtype=np.int64)
@@ -239,14 +245,14 @@ class Plan:
             mask = None
             if inner.min() < width:
                 mask = np.arange(width)[None, :] >= inner[:, None]
-                mask = self._tensor(mask, torch.bool)[:, None, None, None, :]
+                mask = self._tensor(mask, torch.bool).unsqueeze(1)
             groups.append(Group(slot, len(inside), width, mask))
             slot += len(inside) * width
         if len(groups) <= 1 and slot == rows:
-            return PaddedLayout(slot, None, tuple(groups))
+            return slot, None, tuple(groups)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         slots = np.arange(rows) + np.repeat(base - starts, lengths)
-        return PaddedLayout(slot, self._tensor(slots, torch.int64), tuple(groups))
+        return slot, self._tensor(slots, torch.int64), tuple(groups)
 
 
 def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int) -> np.ndarray:

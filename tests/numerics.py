@@ -47,9 +47,15 @@ def assert_bitwise(name: str, value: Tensor, other: Tensor) -> None:
     assert bool((value == other).all()), describe(name, value, other)
 
 
-def assert_as_good_as_eager(name: str, value: Tensor, eager: Tensor, truth: Tensor) -> None:
-    """The error against the fp64 truth is at most twice eager's in the same dtype (plus twice the
-    rounding noise of the truth itself)."""
+def assert_as_good_as_eager(
+    name: str,
+    value: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """The error against the fp64 truth is at most twice eager's in the same dtype (plus
+    twice the rounding noise of the truth itself). dtype: what was computed in, if not value's."""
     assert value.shape == truth.shape, f"{name}: shape {value.shape}, should be {truth.shape}"
     if not truth.numel():
         return
@@ -58,5 +64,5 @@ def assert_as_good_as_eager(name: str, value: Tensor, eager: Tensor, truth: Tens
     allowed = 2 * float((eager.double() - truth.double()).abs().max()) + 2 * noise
     error = float((value.double() - truth.double()).abs().max())
     assert error <= allowed, f"{describe(name, value, truth)}; allowed {allowed:.3g}"
-    ratio = 2 * rms_ratio(eager, truth) + RMS_RATIO[value.dtype]
+    ratio = 2 * rms_ratio(eager, truth) + RMS_RATIO[dtype or value.dtype]
     assert rms_ratio(value, truth) <= ratio, f"{describe(name, value, truth)}; allowed {ratio:.3g}"

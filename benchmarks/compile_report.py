@@ -1,0 +1,332 @@
+"""Compiles every Triton kernel ahead of time and reports what the compiler made of it. No GPU.
+
+    python benchmarks/compile_report.py --quick          # RELAY's sizes, sm_90, within 50 s
+    python benchmarks/compile_report.py --csv report.csv # all presets, sm_80, sm_90, sm_100
+
+The launchers run on meta tensors, so that configurations, flags and specialisations are the ones a
+GPU would get; each launch is recorded instead of made, then compiled. A row of the report is ok if
+the kernel keeps its bound: shared memory within the architecture's, no more spilled bytes than
+SPILLS allows, matrix instructions of the operands' own dtype in every kernel with a dot (on sm_90
+warp-group ones from tiles of 64 rows on), and never TF32 for fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from torch import Tensor  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from relay_fast.functional import select  # noqa: E402
+from relay_fast.kernels._runtime import FACTS, assume  # noqa: E402
+from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
+from relay_fast.kernels.dropout_ref import Dropout  # noqa: E402
+
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MANY_ROWS, FEW_ROWS = 24_000, 700  # first and last iteration of RELAY's mix at B = 512
+
+# Spilled bytes a thread that a kernel may have, with the reason; 0 for all others.
+_EPILOGUE = "addresses parked across the main loop and read once after it"
+SPILLS: dict[tuple[str, str], tuple[int, str]] = {
+    ("_norm_linear_bwd_kernel", "bf16"): (16, _EPILOGUE),
+    ("_norm_linear_bwd_kernel", "fp16"): (16, _EPILOGUE),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model whose kernels are compiled."""
+
+    d: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    length: int  # of the longest sequence
+    activation: str = "gelu_tanh"
+    norm: str = "rms"
+    bias: bool = False
+    dropout: float = 0.0
+    kv_share: int = 1  # query heads of a key/value head
+    causal: bool = False
+
+
+RELAY = Sizes(256, 64, 1024, 320, 122)
+ALL = (
+    RELAY,
+    Sizes(64, 16, 256, 320, 122),
+    Sizes(128, 32, 512, 320, 122),
+    Sizes(512, 64, 2048, 320, 122),
+    Sizes(1024, 64, 4096, 320, 122),
+    Sizes(256, 64, 1024, 50_304, 2048, causal=True),
+    Sizes(256, 128, 1024, 320, 60, "swiglu", "layer", True, 0.1, 2),
+    Sizes(128, 64, 384, 320, 30, "gelu", "layer", True, 0.1, 2, True),
+    Sizes(256, 64, 1024, 320, 16, "relu2"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    config: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    mma: str
+    bound: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch, ready to compile."""
+
+    function: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], list]
+    options: dict[str, int]
+    dtype: str
+    arch: int
+
+    @property
+    def key(self) -> str:
+        return repr((self.function.__name__, self.arch, self.signature, self.constexprs,
+                     sorted(self.options.items())))  # fmt: skip
+
+    @property
+    def config(self) -> str:
+        named = {k: v for k, v in self.constexprs.items() if k.isupper() and v is not None}
+        parts = [f"{k}={v}" for k, v in {**named, **self.options}.items()]
+        return " ".join(parts)
+
+
+_NAMES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64",
+    torch.int32: "i32", torch.int8: "i8", torch.bool: "i1", torch.uint8: "u8",
+}  # fmt: skip
+
+
+def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
+    """The launches that `calls` makes on meta tensors."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args, grid, warmup, **kwargs):
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        values = self.signature.bind(*args, **kwargs).arguments
+        signature, constexprs, attrs = {}, {}, {}
+        for i, parameter in enumerate(self.params):
+            name, value = parameter.name, values[parameter.name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[name], constexprs[name] = "constexpr", value
+                continue
+            if isinstance(value, Tensor):
+                signature[name] = f"*{_NAMES[value.dtype]}"
+                divisible = True  # the caching allocator aligns to 512 bytes
+            elif isinstance(value, float):
+                signature[name], divisible = "fp32", False
+            else:
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                divisible = value % 16 == 0
+            if divisible:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        launches.append(Launch(self, signature, constexprs, attrs, options, dtype, arch))
+
+    original, JITFunction.run = JITFunction.run, run
+    try:
+        assume(arch)
+        calls()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
+    """Every op once, forward and backward, on meta tensors of these sizes."""
+    ops = select("triton", "meta")
+
+    def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    state = torch.float32
+    d, heads = s.d, s.d // s.head_dim
+    kv_heads = max(1, heads // s.kv_share)
+    columns = (heads + 2 * kv_heads) * s.head_dim
+    rotary = (heads + kv_heads) * s.head_dim
+    x, norm_weight = new(rows, d, of=state), new(d, of=state)
+    norm_bias = new(d, of=state) if s.bias else None
+    biases = [new(n) if s.bias else None for n in (columns, d, s.hidden, d)]
+    cos = new(rows, s.head_dim // 2, of=state)
+    common = {"eps": 1e-6, "kind": s.norm}
+    dropout = None
+    if s.dropout:
+        tokens = new(rows, of=torch.int64)
+        dropout = Dropout(s.dropout, new(1, of=torch.int64)[0], 1, 2, tokens)
+    layout = PaddedLayout(new(513, of=torch.int32), s.length, lambda: (0, None, ()))
+
+    norm, qkv_weight = (norm_weight, norm_bias), new(columns, d)
+    rope = (cos, cos, rotary)
+    qkv = ops.norm_linear_fwd(x, *norm, qkv_weight, biases[0], *rope, **common)
+    o, lse = ops.attention_fwd(qkv, layout, heads, kv_heads, s.causal)
+    out_weight = new(d, heads * s.head_dim)
+    ops.linear_residual_fwd(o, out_weight, biases[1], x, dropout)
+    up_weight, down_weight = new(s.hidden, d), new(d, s.hidden)
+    gate_weight = new(s.hidden, d) if s.activation == "swiglu" else None
+    gate_bias = biases[2] if gate_weight is not None else None
+    for keep in (False, True):
+        _, up, gate, hidden = ops.mlp_fwd(
+            x, *norm, up_weight, biases[2], gate_weight, gate_bias, down_weight, biases[3],
+            s.activation, dropout=dropout, keep=keep, **common,
+        )  # fmt: skip
+    g = new(rows, d, of=state)
+    *_, y, dup, _, dbranch = ops.mlp_bwd(
+        g, x, up, gate, *norm, up_weight, gate_weight, down_weight, s.activation,
+        dropout=dropout, **common,
+    )  # fmt: skip
+    ops.weight_grad(new(s.hidden, d, of=state), dup, y)
+    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden)
+    do, _ = ops.linear_residual_bwd(g, out_weight, dropout)
+    dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal)
+    *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
+    ops.weight_grad(new(columns, d, of=state), dz, y)
+
+    head, targets = new(s.vocabulary, d), new(rows, of=torch.int64)
+    ops.argmax(x, *norm, head, **common)
+    if d > 512:  # the reference's chunks read nothing that a meta tensor does not have
+        return
+    _, lse, _ = ops.cross_entropy_fwd(x, targets, *norm, head, targets, **common)
+    ops.cross_entropy_bwd(
+        lse, x, targets, lse, *norm, head, new(s.vocabulary, d, of=state), new(d, of=state),
+        norm_bias, targets, **common,
+    )  # fmt: skip
+
+
+def collect(quick: bool, archs: tuple[int, ...]) -> list[Launch]:
+    """All distinct launches."""
+    sizes = (RELAY,) if quick else ALL
+    dtypes = ("bf16", "fp32") if quick else tuple(DTYPES)
+    found: dict[str, Launch] = {}
+    for arch in archs:
+        for dtype in dtypes:
+            for s in sizes:
+                for rows in (MANY_ROWS,) if quick else (MANY_ROWS, FEW_ROWS):
+                    calls = lambda s=s, d=dtype, r=rows: run_ops(s, DTYPES[d], r)
+                    for launch in record(calls, dtype, arch):
+                        found.setdefault(launch.key, launch)
+    return list(found.values())
+
+
+def matrix_instructions(ptx: str) -> str:
+    """The kinds of matrix instructions in PTX, `wgmma.bf16` or `mma.f16` for example."""
+    kinds = set()
+    for unit, rest in re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma)\.([\w.:]+)", ptx):
+        dtype = re.search(r"(tf32|bf16|f16)(?=\.(?:tf32|bf16|f16)|$)", rest.replace("::", "."))
+        kind = re.search(r"kind\.(\w+)", rest.replace("::", "."))
+        name = dtype.group(1) if dtype else kind.group(1) if kind else "?"
+        kinds.add(f"{unit.split('.')[0]}.{name}")
+    return " ".join(sorted(kinds)) or "-"
+
+
+def compile_row(launch: Launch) -> Row:
+    """Compiles one launch and holds it to its bound."""
+    source = ASTSource(
+        fn=launch.function, signature=launch.signature,
+        constexprs=launch.constexprs, attrs=launch.attrs,
+    )  # fmt: skip
+    target = GPUTarget("cuda", launch.arch, 32)
+    allowed, _ = SPILLS.get((launch.function.__name__, launch.dtype), (0, ""))
+    shared_limit = FACTS[launch.arch].shared_bytes
+    bound = f"spill<={allowed} shared<={shared_limit}"
+    head = (launch.function.__name__, launch.arch, launch.dtype, launch.config)
+    try:
+        compiled = triton.compile(source, target=target, options=launch.options)
+    except Exception as error:  # the report goes on; the row says what failed
+        text = " ".join(str(error).split())[-200:]
+        return Row(*head, -1, -1, -1, f"failed: {text}", bound, False)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [TOOL, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK"))
+    shared = compiled.metadata.shared
+    mma = matrix_instructions(compiled.asm["ptx"])
+    ok = shared <= shared_limit and stack <= allowed
+    if "tt.dot" in compiled.asm["ttir"]:
+        own = {"bf16": "bf16", "fp16": "f16"}.get(launch.dtype)
+        tile = launch.constexprs.get("BLOCK_M", launch.constexprs.get("BLOCK_N"))
+        if own is None:
+            ok = ok and mma == "-"
+        elif launch.arch == 90 and tile >= 64:
+            ok = ok and f"wgmma.{own}" in mma
+        else:
+            ok = ok and own in mma
+    ok = ok and "tf32" not in mma
+    return Row(*head, registers, stack, shared, mma, bound, ok)
+
+
+_launches: list[Launch] = []
+
+
+def _compile_at(index: int) -> Row:
+    return compile_row(_launches[index])
+
+
+def report(quick: bool, archs: tuple[int, ...], workers: int) -> list[Row]:
+    """Rows of all launches, compiled by forked workers (a jit function cannot be pickled)."""
+    _launches[:] = collect(quick, archs)
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        return sorted(pool.imap_unordered(_compile_at, range(len(_launches))), key=repr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="RELAY's sizes on sm_90 only")
+    parser.add_argument("--arch", type=int, nargs="*", choices=sorted(FACTS))
+    parser.add_argument("--csv", type=Path, help="where to keep the rows")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    options = parser.parse_args()
+    start = time.perf_counter()
+    archs = tuple(options.arch or ((90,) if options.quick else sorted(FACTS)))
+    rows = report(options.quick, archs, options.workers)
+    for r in rows:
+        mark = "ok  " if r.ok else "FAIL"
+        numbers = (
+            f"{r.registers:4} registers {r.spill_bytes:5} B spilled {r.shared_bytes:7} B shared"
+        )
+        print(f"{mark} {r.kernel:34} sm_{r.arch:<4}{r.dtype} {numbers}  {r.mma}  {r.config}")
+    bad = sum(not r.ok for r in rows)
+    print(f"{len(rows)} kernels, {bad} over their bound, {time.perf_counter() - start:.0f} s")
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(r) for r in rows)
+    return bad > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

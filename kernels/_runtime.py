@@ -1,0 +1,110 @@
+"""What every kernel shares: the one `dot`, facts about the device, and launch configurations.
+
+`dot` is the only place that calls `tl.dot`. Operands stay in their storage dtype on a device: an
+upcast to fp32 there would compile to TF32 without a word. The interpreter multiplies the raw bits
+of bf16, so there (and only there) operands are upcast. fp32 operands are multiplied in full fp32
+(`ieee`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a · b + acc, accumulated in fp32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rows_left(M, base, BLOCK_M: tl.constexpr):
+    """How many of a program's BLOCK_M rows from `base` (int64) on exist.
+
+    Pointers are moved to `base` once, so that offsets inside a tile stay 32-bit: 64-bit ones cost
+    two registers an element wherever a tile is touched twice.
+    """
+    return tl.minimum(M - base, BLOCK_M).to(tl.int32)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What launch configurations depend on."""
+
+    arch: int  # compute capability, 90 for sm_90
+    processors: int
+    shared_bytes: int  # largest dynamic shared memory of one program
+
+
+FACTS = {
+    80: Facts(80, 108, 163 << 10),
+    90: Facts(90, 132, 227 << 10),
+    100: Facts(100, 148, 227 << 10),
+}
+_assumed = FACTS[90]
+
+
+def assume(arch: int) -> None:
+    """The architecture that tensors without a GPU (interpreter, compile report) stand for."""
+    global _assumed
+    _assumed = FACTS[arch]
+
+
+@cache
+def _cuda_facts(index: int) -> Facts:
+    p = torch.cuda.get_device_properties(index)
+    shared = getattr(p, "shared_memory_per_block_optin", FACTS[90].shared_bytes)
+    return Facts(10 * p.major + p.minor, p.multi_processor_count, shared)
+
+
+def facts(device: torch.device) -> Facts:
+    """Facts about a tensor's device, asked for once."""
+    if device.type != "cuda":
+        return _assumed
+    return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A hand-picked launch configuration."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def block_of(size: int) -> int:
+    """The power of two that holds `size` columns; tensor cores want at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def readable(x: Tensor) -> Tensor:
+    """x with contiguous columns; any row stride, zero included, is read as it is."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def row_block(rows: int, processors: int, smallest: int = 64, largest: int = 128) -> int:
+    """Rows a program: `largest`, or fewer where that would leave processors without work."""
+    block = largest
+    while block > smallest and cdiv(rows, block) < processors:
+        block //= 2
+    return block

@@ -1,0 +1,213 @@
+"""Attention over packed sequences, bidirectional and causal, grouped-query heads: forward.
+
+    s = q · kᵀ · scale (+ mask);  p = exp(s − lse);  o = p · v
+
+Shapes: qkv (rows, (heads + 2 · kv_heads) · head_dim), rows of a sequence cu_seqlens[i] ..
+cu_seqlens[i + 1], o (rows, heads · head_dim), lse (rows, heads) fp32. Saved: qkv, o, lse.
+
+*Short* (no sequence over 128 rows, fp32: 32): one program per (sequence, head) holds all keys, so
+softmax takes a single pass. *Long*: one program per (sequence, head, block of queries), online
+softmax over blocks of keys. Nothing is padded in memory; programs without rows leave at once.
+
+FLOPs: 4 · n² · head_dim a head. Bytes: every row of q, k, v read and of o written once
+(8 · head_dim in 16 bits a row and head; key blocks again from L2): for n ≤ 128 at most 64 FLOP a
+byte, so memory is the floor.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._runtime import Config, block_of, cdiv, dot, readable
+from .attention_ref import PaddedLayout
+from .supports import heads_reason, require, tensor_reason
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SHORT = 128  # rows of the longest sequence that one tile holds
+
+
+@triton.jit
+def load_head(ptr, stride, rows, row_mask, column, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Columns column .. column + HEAD_DIM of some rows, [BLOCK, BLOCK_H], zeros outside."""
+    inside = tl.arange(0, BLOCK_H)
+    return tl.load(
+        ptr + rows[:, None] * stride + column + inside[None, :],
+        mask=row_mask[:, None] & (inside < HEAD_DIM)[None, :], other=0.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_head(
+    ptr, value, stride, rows, row_mask, column, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr
+):  # fmt: skip
+    """Writes what `load_head` reads."""
+    inside = tl.arange(0, BLOCK_H)
+    tl.store(
+        ptr + rows[:, None] * stride + column + inside[None, :],
+        value.to(ptr.dtype.element_ty),
+        mask=row_mask[:, None] & (inside < HEAD_DIM)[None, :],
+    )
+
+
+@triton.jit
+def masked_scores(
+    q, k, q_at, k_at, n, SCALE: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_M, BLOCK_N] in units of log 2, −inf where a key is not seen."""
+    s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (SCALE * LOG2_E)
+    visible = (k_at < n)[None, :]
+    if CAUSAL:
+        visible = visible & (q_at[:, None] >= k_at[None, :])
+    return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def _attention_short_fwd_kernel(
+    # pointers
+    qkv_ptr, cu_ptr, o_ptr, lse_ptr,
+    # strides
+    stride_qm,
+    # flags
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr,
+    # blocks
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    kv_head = head // (HEADS // KV_HEADS)
+    start = tl.load(cu_ptr + sequence)
+    n = tl.load(cu_ptr + sequence + 1) - start
+    at = tl.arange(0, BLOCK_N)
+    first_row = start.to(tl.int64)
+    qkv_ptr += first_row * stride_qm
+    o_ptr += first_row * (HEADS * HEAD_DIM)
+    lse_ptr += first_row * HEADS
+    mask = at < n
+    q = load_head(qkv_ptr, stride_qm, at, mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
+    k = load_head(qkv_ptr, stride_qm, at, mask, (HEADS + kv_head) * HEAD_DIM, HEAD_DIM, BLOCK_H)
+    s = masked_scores(q, k, at, at, n, SCALE, CAUSAL, BLOCK_N, BLOCK_N)
+    top = tl.max(s, 1)
+    # A sequence without rows sees no key at all.
+    top = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp2(s - top[:, None])
+    total = tl.sum(p, 1)
+    v = load_head(
+        qkv_ptr, stride_qm, at, mask, (HEADS + KV_HEADS + kv_head) * HEAD_DIM, HEAD_DIM, BLOCK_H
+    )
+    o = dot(p.to(v.dtype), v, tl.zeros((BLOCK_N, BLOCK_H), tl.float32)) / total[:, None]
+    store_head(o_ptr, o, HEADS * HEAD_DIM, at, mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
+    tl.store(lse_ptr + at * HEADS + head, (top + tl.log2(total)) / LOG2_E, mask=mask)
+
+
+@triton.jit
+def _attention_long_fwd_kernel(
+    # pointers
+    qkv_ptr, cu_ptr, o_ptr, lse_ptr,
+    # strides
+    stride_qm,
+    # flags
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SCALE: tl.constexpr, CAUSAL: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    kv_head = head // (HEADS // KV_HEADS)
+    first = tl.program_id(1) * BLOCK_M
+    start = tl.load(cu_ptr + sequence)
+    n = tl.load(cu_ptr + sequence + 1) - start
+    if first >= n:
+        return
+    q_at = first + tl.arange(0, BLOCK_M)
+    first_row = start.to(tl.int64)
+    qkv_ptr += first_row * stride_qm
+    o_ptr += first_row * (HEADS * HEAD_DIM)
+    lse_ptr += first_row * HEADS
+    q_mask = q_at < n
+    q = load_head(qkv_ptr, stride_qm, q_at, q_mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    o = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    stop = n
+    if CAUSAL:
+        stop = tl.minimum(n, first + BLOCK_M)
+    # Key 0 is seen by every query, so `top` is finite after the first block.
+    for block in range(0, stop, BLOCK_N):
+        k_at = block + tl.arange(0, BLOCK_N)
+        k_mask = k_at < n
+        k = load_head(
+            qkv_ptr, stride_qm, k_at, k_mask, (HEADS + kv_head) * HEAD_DIM, HEAD_DIM, BLOCK_H
+        )
+        v = load_head(
+            qkv_ptr, stride_qm, k_at, k_mask, (HEADS + KV_HEADS + kv_head) * HEAD_DIM,
+            HEAD_DIM, BLOCK_H,
+        )  # fmt: skip
+        s = masked_scores(q, k, q_at, k_at, n, SCALE, CAUSAL, BLOCK_M, BLOCK_N)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shrink = tl.exp2(top - new_top)
+        p = tl.exp2(s - new_top[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        o = dot(p.to(v.dtype), v, o * shrink[:, None])
+        top = new_top
+    o = o / total[:, None]
+    store_head(o_ptr, o, HEADS * HEAD_DIM, q_at, q_mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
+    tl.store(lse_ptr + q_at * HEADS + head, (top + tl.log2(total)) / LOG2_E, mask=q_mask)
+
+
+def is_short(layout: PaddedLayout, dtype: torch.dtype) -> bool:
+    """Whether one tile holds each sequence."""
+    return layout.max_length <= (32 if dtype == torch.float32 else SHORT)
+
+
+def long_config(head_dim: int, dtype: torch.dtype) -> Config:
+    """Blocks of the long kernels, forward and backward."""
+    if dtype == torch.float32:
+        return Config(32, 32, 8, 1)
+    return Config(64, 64, 4, 2) if head_dim <= 64 else Config(64, 64, 8, 2)
+
+
+def check(qkv: Tensor, layout: PaddedLayout, heads: int, kv_heads: int, *others: Tensor) -> None:
+    """Raises Unsupported where the kernels do not take the call."""
+    reason = tensor_reason(qkv, layout.cu_seqlens.new_empty(0, 1, dtype=qkv.dtype), *others)
+    require(reason or heads_reason(qkv.shape[1], heads, kv_heads))
+
+
+def attention_fwd(
+    qkv: Tensor,  # (rows, (heads + 2 * kv_heads) * head_dim)
+    layout: PaddedLayout,
+    heads: int,
+    kv_heads: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """o (rows, heads * head_dim) in qkv's dtype and lse (rows, heads) in fp32."""
+    check(qkv, layout, heads, kv_heads)
+    qkv = readable(qkv)
+    rows, head_dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
+    o = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(rows, heads, dtype=torch.float32, device=qkv.device)
+    if rows == 0:
+        return o, lse
+    programs = (layout.cu_seqlens.shape[0] - 1) * heads
+    shape = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "SCALE": head_dim**-0.5,
+        "CAUSAL": causal, "BLOCK_H": block_of(head_dim),
+    }  # fmt: skip
+    if is_short(layout, qkv.dtype):
+        block = block_of(layout.max_length)
+        _attention_short_fwd_kernel[(programs,)](
+            qkv, layout.cu_seqlens, o, lse, stride_qm=qkv.stride(0), BLOCK_N=block, **shape,
+            num_warps=8 if block == SHORT else 4, num_stages=1,
+        )  # fmt: skip
+    else:
+        config = long_config(head_dim, qkv.dtype)
+        _attention_long_fwd_kernel[(programs, cdiv(layout.max_length, config.block_m))](
+            qkv, layout.cu_seqlens, o, lse, stride_qm=qkv.stride(0), BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, **shape, **config.launch,
+        )  # fmt: skip
+    return o, lse

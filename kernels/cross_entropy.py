@@ -1,0 +1,222 @@
+"""Final norm + head + cross-entropy of the rows that carry a target: forward, and argmax.
+
+    y = norm(h);  l = y · Wᵀ;  lse = log Σ exp(l)
+    loss = lse − (1 − s) · l[target] − s · mean(l) + z · lse²
+
+Shapes: h (rows, d) or with `index` (rows,) the buffer that holds them, W (V, d); loss, lse (rows,)
+fp32, correct (rows,) bool. A program keeps norm(h) of its rows and walks over the vocabulary in
+tiles with an online log-sum-exp: no logits leave the SM. Where rows are few and the vocabulary is
+large, the vocabulary is split over programs and the parts are joined afterwards. Only lse is saved.
+
+FLOPs a row: 2 · d · V. Bytes a row (fp32 state): 4 · d + 16; at d = 256, V = 320: 160 FLOP a byte,
+near the ridge; the head (164 kB) stays in L2. Above d = 512 the logits of a chunk of rows are
+cuBLAS's and go through the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._runtime import Config, block_of, cdiv, dot, facts, readable, row_block
+from .cross_entropy_ref import argmax_ref, cross_entropy_fwd_ref
+from .norm import normalize, scale_shift
+from .supports import FUSED_WIDTH, norm_reason, require, vocabulary_reason, weights_reason
+
+
+@triton.jit
+def load_states(
+    h_ptr, index_ptr, stride_hm, at, M, columns, D: tl.constexpr,
+):  # fmt: skip
+    """The states [BLOCK_M, BLOCK_D] of list entries `at`, fp32, zeros outside."""
+    rows = at
+    if index_ptr is not None:
+        rows = tl.load(index_ptr + at, mask=at < M, other=0).to(tl.int64)
+    mask = (at < M)[:, None] & (columns < D)[None, :]
+    h = tl.load(h_ptr + rows[:, None] * stride_hm + columns[None, :], mask=mask, other=0.0)
+    return h.to(tl.float32)
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    # pointers
+    h_ptr, index_ptr, target_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr,
+    loss_ptr, lse_ptr, correct_ptr, best_ptr, id_ptr, chosen_ptr, total_ptr,
+    # strides
+    stride_hm, stride_vn,
+    # sizes, scalars
+    M, V, each,
+    # flags
+    D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    row_mask = at < M
+    inside = tl.arange(0, BLOCK_D)
+    h = load_states(h_ptr, index_ptr, stride_hm, at, M, inside, D)
+    x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
+    y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
+    y = y.to(head_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
+    target = tl.full((BLOCK_M,), -1, tl.int64)
+    if target_ptr is not None:
+        target = tl.load(target_ptr + at, mask=row_mask, other=-1).to(tl.int64)
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    ids = tl.zeros((BLOCK_M,), tl.int32)
+    summed = tl.zeros((BLOCK_M,), tl.float32)
+    chosen = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(split * each, tl.minimum((split + 1) * each, V), BLOCK_V):
+        tokens = start + tl.arange(0, BLOCK_V)
+        head = tl.load(
+            head_ptr + tokens[None, :].to(tl.int64) * stride_vn + inside[:, None],
+            mask=(tokens < V)[None, :] & (inside < D)[:, None], other=0.0,
+        )  # [BLOCK_D, BLOCK_V]  # fmt: skip
+        logits = dot(y, head, tl.zeros((BLOCK_M, BLOCK_V), tl.float32))
+        logits = tl.where((tokens < V)[None, :], logits, float("-inf"))
+        top, top_at = tl.max(logits, 1, return_indices=True)
+        ids = tl.where(top > best, top_at + start, ids)
+        if target_ptr is not None:
+            new_best = tl.maximum(best, top)
+            summed *= tl.exp(best - new_best)
+            summed += tl.sum(tl.exp(logits - new_best[:, None]), 1)
+            hit = tokens[None, :] == target[:, None]
+            chosen += tl.sum(tl.where(hit, logits, 0.0), 1)
+            if SMOOTHING != 0.0:
+                total += tl.sum(tl.where((tokens < V)[None, :], logits, 0.0), 1)
+        best = tl.maximum(best, top)
+    if loss_ptr is not None:
+        lse = best + tl.log(summed)
+        loss = lse - (1.0 - SMOOTHING) * chosen - SMOOTHING * (total / V) + Z_LOSS * lse * lse
+        tl.store(loss_ptr + at, tl.where(target >= 0, loss, 0.0), mask=row_mask)
+        tl.store(lse_ptr + at, lse, mask=row_mask)
+        correct = (ids == target) & (target >= 0)
+        tl.store(correct_ptr + at, correct.to(tl.int8), mask=row_mask)
+    else:
+        part = split.to(tl.int64) * M + at
+        tl.store(id_ptr + part, ids.to(tl.int64), mask=row_mask)
+        if best_ptr is not None:
+            tl.store(best_ptr + part, best, mask=row_mask)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + part, best + tl.log(summed), mask=row_mask)
+            tl.store(chosen_ptr + part, chosen, mask=row_mask)
+            tl.store(total_ptr + part, total, mask=row_mask)
+
+
+def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """block_n is the extent of a tile of the vocabulary; forward and backward."""
+    if dtype == torch.float32:
+        return Config(16, 16, 4, 1) if d > 128 else Config(32, 16, 4, 1)
+    if d > 256:
+        return Config(64, 32, 8, 2)
+    block = row_block(rows, facts(device).processors) if d <= 128 else 64
+    return Config(block, 64, 8 if block * block_of(d) > 8192 else 4, 2)
+
+
+def check_readout(h, norm_weight, norm_bias, head, kind, *others) -> None:
+    """Raises Unsupported where the kernels do not take the call."""
+    require(
+        norm_reason(h, norm_weight, norm_bias, head, *others, kind=kind)
+        or weights_reason(head)
+        or vocabulary_reason(head.shape[0])
+    )
+
+
+def _splits(rows: int, vocabulary: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """How many programs share the vocabulary, and how many tokens each takes."""
+    tiles = cdiv(vocabulary, config.block_n)
+    if vocabulary <= 1024:
+        return 1, tiles * config.block_n
+    wanted = max(1, 2 * facts(device).processors // cdiv(rows, config.block_m))
+    each = cdiv(tiles, min(tiles, wanted)) * config.block_n
+    return cdiv(vocabulary, each), each
+
+
+def _launch(h, index, targets, norm_weight, norm_bias, head, eps, kind, outputs, splits, options):
+    rows, d = (h.shape[0] if index is None else index.shape[0]), h.shape[1]
+    config = readout_config(rows, d, head.dtype, h.device)
+    _cross_entropy_fwd_kernel[(cdiv(rows, config.block_m), splits[0])](
+        h, index, targets, norm_weight, norm_bias, head, *outputs,
+        stride_hm=h.stride(0), stride_vn=head.stride(0), M=rows, V=head.shape[0], each=splits[1],
+        D=d, EPS=eps, IS_LAYER=kind == "layer", **options,
+        BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
+    )  # fmt: skip
+
+
+def argmax(
+    h: Tensor,  # (rows, d)
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    head: Tensor,  # (V, d)
+    eps: float = 1e-6,
+    kind: str = "rms",
+) -> Tensor:
+    """Token ids (rows,) int64 of the largest logit, the first of equals; no logits are stored."""
+    check_readout(h, norm_weight, norm_bias, head, kind)
+    if h.shape[1] > FUSED_WIDTH and h.shape[0]:
+        return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)
+    h, rows = readable(h), h.shape[0]
+    if rows == 0:
+        return torch.empty(0, dtype=torch.int64, device=h.device)
+    config = readout_config(rows, h.shape[1], head.dtype, h.device)
+    splits = _splits(rows, head.shape[0], config, h.device)
+    ids = torch.empty(splits[0], rows, dtype=torch.int64, device=h.device)
+    best = None
+    if splits[0] > 1:
+        best = torch.empty(ids.shape, dtype=torch.float32, device=h.device)
+    outputs = (None, None, None, best, ids, None, None)
+    options = {"SMOOTHING": 0.0, "Z_LOSS": 0.0}
+    _launch(h, None, None, norm_weight, norm_bias, head, eps, kind, outputs, splits, options)
+    return ids[0] if best is None else ids.gather(0, best.argmax(0, keepdim=True))[0]
+
+
+def cross_entropy_fwd(
+    h: Tensor,  # (rows, d) states, or with `index` the buffer that holds them
+    targets: Tensor,  # (rows,) int64
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    head: Tensor,  # (V, d)
+    index: Tensor | None = None,  # (rows,) which rows of h
+    eps: float = 1e-6,
+    kind: str = "rms",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (rows,), lse (rows,) in fp32, and correct (rows,) bool (argmax equals target)."""
+    check_readout(h, norm_weight, norm_bias, head, kind)
+    if h.shape[1] > FUSED_WIDTH:
+        return cross_entropy_fwd_ref(
+            h, targets, norm_weight, norm_bias, head, index, eps, kind, label_smoothing, z_loss
+        )
+    h, rows, vocabulary = readable(h), targets.shape[0], head.shape[0]
+    index = None if index is None else index.contiguous()
+    targets = targets.contiguous()
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=h.device)
+
+    if rows == 0:
+        return empty(0), empty(0), empty(0, dtype=torch.bool)
+    splits = _splits(
+        rows, vocabulary, readout_config(rows, h.shape[1], head.dtype, h.device), h.device
+    )
+    options = {"SMOOTHING": label_smoothing, "Z_LOSS": z_loss}
+    shared = (h, index, targets, norm_weight, norm_bias, head, eps, kind)
+    if splits[0] == 1:
+        loss, lse, correct = empty(rows), empty(rows), empty(rows, dtype=torch.bool)
+        outputs = (loss, lse, correct.view(torch.int8), None, None, None, None)
+        _launch(*shared, outputs, splits, options)
+        return loss, lse, correct
+    best, lse, chosen, total = (empty(splits[0], rows) for _ in range(4))
+    ids = empty(splits[0], rows, dtype=torch.int64)
+    _launch(*shared, (None, lse, None, best, ids, chosen, total), splits, options)
+    ids = ids.gather(0, best.argmax(0, keepdim=True))[0]
+    lse, valid = lse.logsumexp(0), targets >= 0
+    loss = lse - (1 - label_smoothing) * chosen.sum(0) + z_loss * lse.square()
+    if label_smoothing:
+        loss = loss - label_smoothing / vocabulary * total.sum(0)
+    return loss * valid, lse, (ids == targets) & valid

@@ -1,0 +1,148 @@
+"""Final norm + head + cross-entropy: backward of `cross_entropy.py`.
+
+    dl = g · ((1 + 2·z·lse) · softmax(l) − (1 − s) · onehot − s / V);  dy = dl · W;  dW += dlᵀ · y
+
+The logits are recomputed tile by tile; d(state) is formed in the same sweep with the norm's
+backward fused. dl (rows, V) and y are written, in the compute dtype, only where the head needs a
+gradient, for a chunk of rows at a time (at most `CHUNK_LOGITS` elements), and reduced by
+weight_grad at once.
+
+FLOPs a row: 4 · d · V, plus 2 · d · V in weight_grad. Bytes a row: 12 · d + 2 · V.
+Above d = 512 the GEMMs are cuBLAS's, through the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._runtime import block_of, cdiv, dot, readable
+from .cross_entropy import check_readout, load_states, readout_config
+from .cross_entropy_ref import cross_entropy_bwd_ref
+from .norm import norm_input_grad, normalize, scale_shift, store_norm_partials
+from .supports import FUSED_WIDTH
+from .weight_grad import weight_grad
+
+CHUNK_LOGITS = 1 << 26  # elements of dl in memory at a time
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    # pointers
+    grad_ptr, h_ptr, index_ptr, target_ptr, lse_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr,
+    dh_ptr, dlogits_ptr, y_ptr, dnorm_weight_ptr, dnorm_bias_ptr,
+    # strides
+    stride_g, stride_hm, stride_vn,
+    # sizes, scalars
+    M, V,
+    # flags
+    D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    at = program * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = at < M
+    inside = tl.arange(0, BLOCK_D)
+    mask = row_mask[:, None] & (inside < D)[None, :]
+    h = load_states(h_ptr, index_ptr, stride_hm, at, M, inside, D)
+    x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
+    y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
+    y = y.to(head_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
+    if y_ptr is not None:
+        tl.store(y_ptr + at[:, None] * D + inside[None, :], y, mask=mask)
+    target = tl.load(target_ptr + at, mask=row_mask, other=-1).to(tl.int64)
+    lse = tl.load(lse_ptr + at, mask=row_mask, other=0.0)
+    grad = tl.load(grad_ptr + at * stride_g, mask=row_mask, other=0.0).to(tl.float32)
+    grad = tl.where(target >= 0, grad, 0.0)
+    soft = grad * (1.0 + 2.0 * Z_LOSS * lse)
+    dy = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        tokens = start + tl.arange(0, BLOCK_V)
+        head = tl.load(
+            head_ptr + tokens[:, None].to(tl.int64) * stride_vn + inside[None, :],
+            mask=(tokens < V)[:, None] & (inside < D)[None, :], other=0.0,
+        )  # [BLOCK_V, BLOCK_D]  # fmt: skip
+        logits = dot(y, tl.trans(head), tl.zeros((BLOCK_M, BLOCK_V), tl.float32))
+        dlogits = soft[:, None] * tl.exp(logits - lse[:, None])
+        hit = tokens[None, :] == target[:, None]
+        dlogits -= tl.where(hit, ((1.0 - SMOOTHING) * grad)[:, None], 0.0)
+        if SMOOTHING != 0.0:
+            dlogits -= (SMOOTHING / V * grad)[:, None]
+        # Rows outside hold whatever exp gave; columns outside meet a zero head row.
+        dlogits = tl.where(row_mask[:, None], dlogits, 0.0).to(y.dtype)
+        if dlogits_ptr is not None:
+            tl.store(
+                dlogits_ptr + at[:, None] * V + tokens[None, :], dlogits,
+                mask=row_mask[:, None] & (tokens < V)[None, :],
+            )  # fmt: skip
+        dy = dot(dlogits, head, dy)
+    x_hat, rstd = normalize(
+        load_states(h_ptr, index_ptr, stride_hm, at, M, inside, D), inside, D, EPS, IS_LAYER
+    )
+    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+    dh = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
+    tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
+
+
+def cross_entropy_bwd(
+    grad: Tensor,  # (rows,) gradient of each row's loss
+    h: Tensor,
+    targets: Tensor,
+    lse: Tensor,  # (rows,)
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    head: Tensor,
+    head_grad: Tensor | None,  # (V, d) fp32 accumulator, or None if the head is frozen
+    norm_grad: Tensor | None,  # (d,) fp32 accumulator
+    norm_bias_grad: Tensor | None,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+    kind: str = "rms",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """dh (rows, d) of the rows named by `index` (all rows of h without it), in fp32."""
+    check_readout(h, norm_weight, norm_bias, head, kind, grad, lse)
+    if h.shape[1] > FUSED_WIDTH:
+        return cross_entropy_bwd_ref(
+            grad, h, targets, lse, norm_weight, norm_bias, head, head_grad, norm_grad,
+            norm_bias_grad, index, eps, kind, label_smoothing, z_loss,
+        )  # fmt: skip
+    h, targets, lse = readable(h), targets.contiguous(), lse.contiguous()
+    index = None if index is None else index.contiguous()
+    rows, (vocabulary, d) = targets.shape[0], head.shape
+    dh = torch.empty(rows, d, dtype=torch.float32, device=h.device)
+    step = rows
+    if head_grad is not None:
+        step = max(256, CHUNK_LOGITS // vocabulary)
+    for start in range(0, rows, max(1, step)):
+        part = slice(start, min(rows, start + step))
+        count = part.stop - start
+        config = readout_config(count, d, head.dtype, h.device)
+        programs = cdiv(count, config.block_m)
+        dnorm = torch.empty(2, programs, d, dtype=torch.float32, device=h.device)
+        dlogits = y = None
+        if head_grad is not None:
+            dlogits = torch.empty(count, vocabulary, dtype=head.dtype, device=h.device)
+            y = torch.empty(count, d, dtype=head.dtype, device=h.device)
+        _cross_entropy_bwd_kernel[(programs,)](
+            grad[part], h if index is not None else h[part],
+            None if index is None else index[part], targets[part], lse[part],
+            norm_weight, norm_bias, head, dh[part], dlogits, y, dnorm[0],
+            None if norm_bias_grad is None else dnorm[1],
+            stride_g=grad.stride(0), stride_hm=h.stride(0), stride_vn=head.stride(0),
+            M=count, V=vocabulary, D=d, EPS=eps, IS_LAYER=kind == "layer",
+            SMOOTHING=label_smoothing, Z_LOSS=z_loss,
+            BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
+        )  # fmt: skip
+        if head_grad is not None:
+            weight_grad(head_grad, dlogits, y)
+        if norm_grad is not None:
+            norm_grad.add_(dnorm[0].sum(0))
+        if norm_bias_grad is not None:
+            norm_bias_grad.add_(dnorm[1].sum(0))
+    return dh

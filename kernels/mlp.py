@@ -1,0 +1,209 @@
+"""Norm + up + activation + down + residual in one kernel: forward.
+
+    y = norm(x);  u = y · Wuᵀ + bu;  a = act(u)  (SwiGLU: a = silu(y · Wgᵀ + bg) · u)
+    out = x + drop(a · Wdᵀ + bd)
+
+Shapes: x, out (rows, d), Wu and Wg (hidden, d), Wd (d, hidden). For d ≤ 256 (fp32: 128) a program
+keeps norm(x) and the output of its rows on the SM and walks over the hidden layer in tiles, which
+never leave the SM unless the backward wants them.
+
+| saved by the caller | recomputed in backward |
+|---|---|
+| x, u, (gate), a, if `keep` | norm(x) |
+
+FLOPs a row: 4 · d · hidden (SwiGLU 6). Bytes a row (fp32 state): 8 · d without `keep`, plus
+4 · hidden with it. At d = 256, hidden = 1,024: 512 FLOP a byte, so the tensor cores are the floor;
+kept, 170: both.
+Above d = 256: norm_linear, an elementwise activation, linear_residual, the hidden layer in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._runtime import Config, block_of, cdiv, dot, facts, readable, row_block, rows_left
+from .activation import activate, activation_fwd
+from .dropout import dropout_arguments, dropout_scale
+from .dropout_ref import Dropout
+from .linear_residual import linear_residual_fwd
+from .norm import normalize, scale_shift
+from .norm_linear import norm_linear_fwd
+from .supports import activation_reason, mlp_is_fused, norm_reason, require, weights_reason
+
+
+@triton.jit
+def load_weight(
+    ptr, stride, first, last, at, D: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Rows `first` < last and columns `at` < D of a weight: [rows, columns], or turned."""
+    if TRANSPOSED:
+        return tl.load(
+            ptr + first[None, :] * stride + at[:, None],
+            mask=(first < last)[None, :] & (at < D)[:, None], other=0.0,
+        )  # fmt: skip
+    else:
+        return tl.load(
+            ptr + first[:, None] * stride + at[None, :],
+            mask=(first < last)[:, None] & (at < D)[None, :], other=0.0,
+        )  # fmt: skip
+
+
+@triton.jit
+def _mlp_fwd_kernel(
+    # pointers
+    x_ptr, norm_weight_ptr, norm_bias_ptr, up_weight_ptr, up_bias_ptr, gate_weight_ptr,
+    gate_bias_ptr, down_weight_ptr, down_bias_ptr, out_ptr, up_ptr, gate_ptr, hidden_ptr,
+    seed_ptr, tokens_ptr,
+    # strides
+    stride_xm, stride_un, stride_gn, stride_dn, stride_om,
+    # sizes, scalars
+    M, H, counter,
+    # flags
+    D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, ACTIVATION: tl.constexpr,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    base = tl.program_id(0).to(tl.int64) * BLOCK_M
+    x_ptr += base * stride_xm
+    out_ptr += base * stride_om
+    if up_ptr is not None:
+        up_ptr += base * H
+        hidden_ptr += base * H
+    if gate_ptr is not None:
+        gate_ptr += base * H
+    if tokens_ptr is not None:
+        tokens_ptr += base
+    rows = tl.arange(0, BLOCK_M)
+    inside = tl.arange(0, BLOCK_D)
+    row_mask = rows < rows_left(M, base, BLOCK_M)
+    mask = row_mask[:, None] & (inside < D)[None, :]
+    x_at = x_ptr + rows[:, None] * stride_xm + inside[None, :]
+    x_hat, _ = normalize(
+        tl.load(x_at, mask=mask, other=0.0).to(tl.float32), inside, D, EPS, IS_LAYER
+    )
+    y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
+    y = y.to(up_weight_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
+    branch = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        at = start + tl.arange(0, BLOCK_H)
+        w_up = load_weight(up_weight_ptr, stride_un, at, H, inside, D, True)
+        up = dot(y, w_up, tl.zeros((BLOCK_M, BLOCK_H), tl.float32))
+        if up_bias_ptr is not None:
+            up += tl.load(up_bias_ptr + at, mask=at < H, other=0.0).to(tl.float32)[None, :]
+        hidden_at = rows[:, None] * H + at[None, :]
+        hidden_mask = row_mask[:, None] & (at < H)[None, :]
+        if up_ptr is not None:
+            tl.store(up_ptr + hidden_at, up.to(up_ptr.dtype.element_ty), mask=hidden_mask)
+        gate = up
+        if gate_weight_ptr is not None:
+            w_gate = load_weight(gate_weight_ptr, stride_gn, at, H, inside, D, True)
+            gate = dot(y, w_gate, tl.zeros((BLOCK_M, BLOCK_H), tl.float32))
+            if gate_bias_ptr is not None:
+                bias = tl.load(gate_bias_ptr + at, mask=at < H, other=0.0)
+                gate += bias.to(tl.float32)[None, :]
+            if gate_ptr is not None:
+                tl.store(gate_ptr + hidden_at, gate.to(gate_ptr.dtype.element_ty), mask=hidden_mask)
+        hidden = activate(up, gate, ACTIVATION).to(y.dtype)  # [BLOCK_M, BLOCK_H]
+        if hidden_ptr is not None:
+            tl.store(hidden_ptr + hidden_at, hidden, mask=hidden_mask)
+        # Columns beyond H are act(0) = 0.
+        w_down = tl.load(
+            down_weight_ptr + inside[None, :] * stride_dn + at[:, None],
+            mask=(inside < D)[None, :] & (at < H)[:, None], other=0.0,
+        )  # [BLOCK_H, BLOCK_D]  # fmt: skip
+        branch = dot(hidden, w_down, branch)
+    if down_bias_ptr is not None:
+        bias = tl.load(down_bias_ptr + inside, mask=inside < D, other=0.0)
+        branch += bias.to(tl.float32)[None, :]
+    if seed_ptr is not None:
+        branch *= dropout_scale(
+            seed_ptr, tokens_ptr, counter, rows, row_mask, inside, THRESHOLD, SCALE
+        )
+    out = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + branch
+    tl.store(
+        out_ptr + rows[:, None] * stride_om + inside[None, :],
+        out.to(out_ptr.dtype.element_ty), mask=mask,
+    )  # fmt: skip
+
+
+def mlp_config(rows: int, d: int, dtype: torch.dtype, device: torch.device, gated: bool) -> Config:
+    """block_n is the extent of a tile of the hidden layer; forward and backward."""
+    if dtype == torch.float32:
+        return Config(16, 16, 4, 1)
+    block = row_block(rows, facts(device).processors) if d <= 128 else 64
+    tile = 64 if d <= 128 and not gated else 32
+    return Config(block, tile, 8 if block * block_of(d) > 8192 else 4, 2)
+
+
+def check_mlp(
+    x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind, *others
+) -> None:
+    """Raises Unsupported where the kernels do not take the call."""
+    require(
+        norm_reason(
+            x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, *others, kind=kind
+        )
+        or weights_reason(up_weight, gate_weight, down_weight)
+        or activation_reason(activation, gate_weight is not None)
+    )
+
+
+def mlp_fwd(
+    x: Tensor,  # (rows, d), in the state dtype
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    up_weight: Tensor,  # (hidden, d), in the compute dtype
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,  # (hidden, d), SwiGLU only
+    gate_bias: Tensor | None,
+    down_weight: Tensor,  # (d, hidden)
+    down_bias: Tensor | None,
+    activation: str = "gelu_tanh",
+    eps: float = 1e-6,
+    kind: str = "rms",
+    dropout: Dropout | None = None,
+    out: Tensor | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """out (rows, d), and if `keep`, for the backward u, gate, a (rows, hidden)."""
+    check_mlp(
+        x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
+        up_bias, gate_bias, down_bias, out,
+    )  # fmt: skip
+    x = readable(x)
+    (rows, d), hidden_size = x.shape, up_weight.shape[0]
+    if not mlp_is_fused(d, up_weight.dtype):
+        norm = (norm_weight, norm_bias)
+        up = norm_linear_fwd(x, *norm, up_weight, up_bias, eps=eps, kind=kind)
+        gate = None
+        if gate_weight is not None:
+            gate = norm_linear_fwd(x, *norm, gate_weight, gate_bias, eps=eps, kind=kind)
+        hidden = activation_fwd(activation, up, gate)
+        out = linear_residual_fwd(hidden, down_weight, down_bias, x, dropout, out)
+        return out, up, gate, hidden
+    if out is None:
+        out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
+    require("out needs contiguous columns" if out.stride(-1) != 1 else None)
+
+    def buffer(wanted: bool) -> Tensor | None:
+        shape = (rows, hidden_size)
+        return torch.empty(shape, dtype=up_weight.dtype, device=x.device) if wanted else None
+
+    gated = gate_weight is not None
+    up, gate, hidden = buffer(keep), buffer(keep and gated), buffer(keep)
+    if rows:
+        config = mlp_config(rows, d, up_weight.dtype, x.device, gated)
+        _mlp_fwd_kernel[(cdiv(rows, config.block_m),)](
+            x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias,
+            down_weight, down_bias, out, up, gate, hidden, **dropout_arguments(dropout),
+            stride_xm=x.stride(0), stride_un=up_weight.stride(0),
+            stride_gn=gate_weight.stride(0) if gated else 0, stride_dn=down_weight.stride(0),
+            stride_om=out.stride(0), M=rows, H=hidden_size,
+            D=d, EPS=eps, IS_LAYER=kind == "layer", ACTIVATION=activation,
+            BLOCK_M=config.block_m, BLOCK_H=config.block_n, BLOCK_D=block_of(d), **config.launch,
+        )  # fmt: skip
+    return out, up, gate, hidden

@@ -1,0 +1,171 @@
+"""RMSNorm and LayerNorm over the last dimension as row kernels, and as parts of other kernels.
+
+    x̂ = (x − μ) · r,  μ = 0 for RMSNorm,  r = (mean((x − μ)²) + eps)^(−1/2),  y = x̂ · weight + bias
+    dx = r · (g − [mean(g)] − x̂ · mean(g · x̂)),  g = dy · weight   (the bracket only for LayerNorm)
+
+Shapes: x, y, dy, dx (rows, d), weight and bias (d,). Nothing is saved; x̂ and r are recomputed.
+dweight and dbias are summed from one fp32 partial a program, in a fixed order: no float atomics.
+
+Bytes a row: forward d · (x + y), backward d · (x + dy + 4): memory bound everywhere, the floor is
+bytes / bandwidth. The row kernels serve d > 512, where the GEMM beside them belongs to cuBLAS.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._runtime import block_of, cdiv, readable
+from .supports import norm_reason, require
+
+
+@triton.jit
+def normalize(x, columns, D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr):
+    """x̂ [BLOCK_M, BLOCK_D] and r [BLOCK_M] of x, fp32 with zeros beyond column D."""
+    if IS_LAYER:
+        x = tl.where(columns[None, :] < D, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit
+def scale_shift(x_hat, weight_ptr, bias_ptr, columns, D: tl.constexpr):
+    """x̂ · weight + bias [BLOCK_M, BLOCK_D] in fp32; zeros beyond column D."""
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    y = x_hat * weight[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+        y += bias[None, :]
+    return y
+
+
+@triton.jit
+def norm_input_grad(dy, x_hat, rstd, weight_ptr, columns, D: tl.constexpr, IS_LAYER: tl.constexpr):
+    """dx [BLOCK_M, BLOCK_D] in fp32; dy has zeros beyond column D."""
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    g = dy * weight[None, :]
+    inner = g - x_hat * (tl.sum(g * x_hat, 1) / D)[:, None]
+    if IS_LAYER:
+        inner -= (tl.sum(g, 1) / D)[:, None]
+    return inner * rstd[:, None]
+
+
+@triton.jit
+def store_norm_partials(dy, x_hat, dweight_ptr, dbias_ptr, program, columns, D: tl.constexpr):
+    """This program's share of dweight and dbias; rows beyond M must be zero in dy."""
+    mask = columns < D
+    tl.store(dweight_ptr + program * D + columns, tl.sum(dy * x_hat, 0), mask=mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + program * D + columns, tl.sum(dy, 0), mask=mask)
+
+
+@triton.jit
+def _norm_fwd_kernel(
+    # pointers
+    x_ptr, weight_ptr, bias_ptr, y_ptr,
+    # strides, sizes
+    stride_xm, M,
+    # flags and blocks
+    D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < M)[:, None] & (columns < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=mask, other=0.0)
+    x_hat, _ = normalize(x.to(tl.float32), columns, D, EPS, IS_LAYER)
+    y = scale_shift(x_hat, weight_ptr, bias_ptr, columns, D)
+    tl.store(y_ptr + rows[:, None] * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_bwd_kernel(
+    # pointers
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    # strides, sizes
+    stride_dm, stride_xm, M, row_blocks,
+    # flags and blocks
+    D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    dbias = tl.zeros((BLOCK_D,), tl.float32)
+    for block in range(program, row_blocks, tl.num_programs(0)):
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (rows < M)[:, None] & (columns < D)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + rows[:, None] * stride_dm + columns[None, :], mask=mask, other=0.0)
+        dy = dy.to(tl.float32)
+        x_hat, rstd = normalize(x.to(tl.float32), columns, D, EPS, IS_LAYER)
+        dx = norm_input_grad(dy, x_hat, rstd, weight_ptr, columns, D, IS_LAYER)
+        tl.store(dx_ptr + rows[:, None] * D + columns[None, :], dx, mask=mask)
+        dweight += tl.sum(dy * x_hat, 0)
+        dbias += tl.sum(dy, 0)
+    tl.store(dweight_ptr + program * D + columns, dweight, mask=columns < D)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + program * D + columns, dbias, mask=columns < D)
+
+
+def _block_rows(d: int) -> int:
+    return max(1, 4096 // block_of(d))
+
+
+def norm_fwd(
+    x: Tensor,  # (rows, d)
+    weight: Tensor,  # (d,)
+    bias: Tensor | None,  # (d,)
+    eps: float,
+    kind: str = "rms",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y (rows, d) in `dtype` (default: x's)."""
+    require(norm_reason(x, weight, kind=kind))
+    x = readable(x)
+    rows, d = x.shape
+    y = torch.empty(rows, d, dtype=dtype or x.dtype, device=x.device)
+    if rows:
+        block = _block_rows(d)
+        _norm_fwd_kernel[(cdiv(rows, block),)](
+            x, weight, bias, y, stride_xm=x.stride(0), M=rows, D=d, EPS=eps,
+            IS_LAYER=kind == "layer", BLOCK_M=block, BLOCK_D=block_of(d), num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def norm_bwd(
+    dy: Tensor,  # (rows, d)
+    x: Tensor,  # (rows, d)
+    weight: Tensor,  # (d,)
+    eps: float,
+    kind: str = "rms",
+    has_bias: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx (rows, d), dweight (d,) and dbias (d,), all in fp32."""
+    require(norm_reason(x, weight, kind=kind))
+    x, dy = readable(x), readable(dy)
+    rows, d = x.shape
+    block = _block_rows(d)
+    row_blocks = cdiv(rows, block)
+    programs = min(row_blocks, 256)
+    dx, dweight, dbias = norm_grad_buffers(x, programs, has_bias)
+    if rows:
+        _norm_bwd_kernel[(programs,)](
+            dy, x, weight, dx, dweight, dbias, stride_dm=dy.stride(0), stride_xm=x.stride(0),
+            M=rows, row_blocks=row_blocks, D=d, EPS=eps, IS_LAYER=kind == "layer",
+            BLOCK_M=block, BLOCK_D=block_of(d), num_warps=4,
+        )  # fmt: skip
+    return dx, dweight.sum(0), None if dbias is None else dbias.sum(0)
+
+
+def norm_grad_buffers(
+    x: Tensor, programs: int, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dx (rows, d) and the partials (programs, d) of dweight and dbias, uninitialised, fp32."""
+    d = x.shape[1]
+    dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    partials = [torch.empty(programs, d, dtype=torch.float32, device=x.device) for _ in "wb"]
+    return dx, partials[0], partials[1] if has_bias else None

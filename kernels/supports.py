@@ -1,0 +1,143 @@
+"""What the Triton kernels take: every check returns the reason why not, or None.
+
+Importing this module does not import triton, so `relay_fast.explain` answers anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .mlp_ref import ACTIVATIONS
+from .norm_ref import NORMS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (8, 128)
+FUSED_WIDTH = 512  # above, GEMMs belong to cuBLAS
+MAX_WIDTH = 8192
+MAX_VOCABULARY = 1 << 18
+_INT32 = 2**31 - 1
+
+
+class Unsupported(RuntimeError):
+    """A call that the Triton kernels do not take; raised before anything is launched."""
+
+
+def require(reason: str | None) -> None:
+    """Raises Unsupported with the reason, if there is one."""
+    if reason is not None:
+        raise Unsupported(f'impl="triton" cannot be used: {reason}; use impl="torch" or "auto"')
+
+
+def mlp_is_fused(d: int, dtype: torch.dtype) -> bool:
+    """Whether the MLP's hidden layer stays on the SM."""
+    return d <= (128 if dtype == torch.float32 else 256)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def device_reason(device: torch.device | str) -> str | None:
+    """Why kernels cannot run on `device`; None if they can (meta: they can be compiled for it)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+            return "the GPU is older than sm_80"
+        return None
+    if device.type == "meta" or (device.type == "cpu" and interpreted()):
+        return None
+    return f"Triton kernels run on CUDA devices, not on {device.type!r}"
+
+
+def dtype_reason(*dtypes: torch.dtype) -> str | None:
+    """Why these dtypes are not taken."""
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            return f"dtype {str(dtype).removeprefix('torch.')} is not one of {known}"
+    return None
+
+
+def tensor_reason(*tensors: Tensor | None) -> str | None:
+    """Why these tensors are not taken: device, dtype, layout or size."""
+    present = [t for t in tensors if t is not None]
+    for t in present:
+        if t.device != present[0].device:
+            return f"tensors lie on {present[0].device} and {t.device}"
+        if t.numel() and t.shape[-1] * max(t.stride(-1), 1) > _INT32:
+            return f"a row of {tuple(t.shape)} overflows 32-bit column offsets"
+    return device_reason(present[0].device) or dtype_reason(*(t.dtype for t in present))
+
+
+def width_reason(d: int, kind: str = "rms") -> str | None:
+    """Why a norm of this width or kind is not taken."""
+    if kind not in NORMS:
+        return f"norm {kind!r} is not one of {NORMS}"
+    if not 1 <= d <= MAX_WIDTH:
+        return f"width {d} is not in 1..{MAX_WIDTH}"
+    return None
+
+
+def norm_reason(x: Tensor, *tensors: Tensor | None, kind: str = "rms") -> str | None:
+    """Why a norm of x (rows, d) is not taken."""
+    if x.ndim != 2:
+        return f"x has {x.ndim} dimensions instead of 2"
+    return width_reason(x.shape[1], kind) or tensor_reason(x, *tensors)
+
+
+def weights_reason(*weights: Tensor | None) -> str | None:
+    """Why these GEMM weights are not taken."""
+    present = [w for w in weights if w is not None]
+    for w in present:
+        if w.dtype != present[0].dtype:
+            return f"weights are {present[0].dtype} and {w.dtype}"
+        if w.stride(-1) != 1:
+            return f"a weight {tuple(w.shape)} has column stride {w.stride(-1)} instead of 1"
+    return None
+
+
+def rope_reason(columns: int, rotary: int, cos: Tensor | None, sin: Tensor | None) -> str | None:
+    """Why this rotary embedding is not taken."""
+    if not rotary:
+        return None
+    if cos is None or sin is None:
+        return f"rotary = {rotary} but cos or sin is missing"
+    head_dim = 2 * cos.shape[1]
+    if columns % head_dim or rotary % head_dim or rotary > columns:
+        return f"columns {columns} and rotary {rotary} are not whole heads of {head_dim}"
+    if cos.dtype != torch.float32 or cos.stride() != sin.stride() or cos.stride(1) != 1:
+        return "cos and sin must be fp32 tables of one layout with contiguous columns"
+    return None
+
+
+def heads_reason(columns: int, heads: int, kv_heads: int) -> str | None:
+    """Why these attention heads are not taken."""
+    if heads % kv_heads:
+        return f"{heads} heads are not divisible by {kv_heads} key/value heads"
+    if columns % (heads + 2 * kv_heads):
+        return f"{columns} columns are not {heads} + 2 · {kv_heads} heads"
+    head_dim = columns // (heads + 2 * kv_heads)
+    low, high = HEAD_DIMS
+    if not low <= head_dim <= high:
+        return f"head_dim {head_dim} is not in {low}..{high}"
+    return None
+
+
+def activation_reason(activation: str, gated: bool) -> str | None:
+    """Why this activation is not taken."""
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} is not one of {ACTIVATIONS}"
+    if gated != (activation == "swiglu"):
+        return f"activation {activation!r} {'takes no' if gated else 'needs a'} gate weight"
+    return None
+
+
+def vocabulary_reason(vocabulary: int) -> str | None:
+    """Why a head of so many tokens is not taken."""
+    if not 1 <= vocabulary <= MAX_VOCABULARY:
+        return f"vocabulary {vocabulary} is not in 1..{MAX_VOCABULARY}"
+    return None

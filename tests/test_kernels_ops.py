@@ -1,0 +1,432 @@
+"""Every Triton kernel against the reference beside it: in the interpreter, or on a GPU if there is
+one.
+
+Truth is the reference in fp64 on the same (rounded) inputs. fp32 must agree to an RMS ratio of
+1e-5; 16-bit errors are judged against the reference's own in that dtype. Inputs lie between rows of
+NaN, outputs between rows that must not change and are NaN until they are written.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import interpreter
+import pytest
+import torch
+from numerics import assert_as_good_as_eager, assert_bitwise, describe, rms_ratio
+from torch import Tensor
+
+from relay_fast.functional import TORCH, Ops, explain, select, supports
+from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
+from relay_fast.kernels.supports import Unsupported
+from relay_fast.plan import Plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GUARD = 3  # rows around every buffer
+interpreter.mend()
+# The interpreter computes lanes that masks throw away (0 / 0 in absent rows).
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+Outputs = dict[str, Tensor]
+
+
+class Make:
+    """Draws the same numbers for kernel, eager and truth, each in its own dtype."""
+
+    def __init__(self, mode: str, dtype: torch.dtype):
+        self.mode, self.dtype = mode, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, scale: float = 1.0, state: bool = False) -> Tensor:
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        stored = drawn.to(torch.float32 if state else self.dtype).to(DEVICE)
+        if self.mode == "truth":
+            return stored.double()
+        return guarded(stored) if self.mode == "kernel" else stored
+
+    def positive(self, *shape: int) -> Tensor:
+        return self(*shape, scale=0.1, state=True).add_(1)
+
+    def ints(self, low: int, high: int, count: int) -> Tensor:
+        return torch.randint(low, high, (count,), generator=self.generator).to(DEVICE)
+
+    def zeros(self, *shape: int) -> Tensor:
+        wide = torch.float64 if self.mode == "truth" else torch.float32
+        return torch.zeros(shape, dtype=wide, device=DEVICE)
+
+
+def guarded(t: Tensor) -> Tensor:
+    """A copy of t whose neighbours in memory are NaN."""
+    buffer = torch.full((t.shape[0] + 2 * GUARD, *t.shape[1:]), float("nan")).to(t)
+    buffer[GUARD:-GUARD] = t
+    return buffer[GUARD:-GUARD]
+
+
+@pytest.fixture
+def guard_outputs(monkeypatch) -> Iterator[None]:
+    """Every buffer that a launcher allocates starts as NaN, and its neighbours must stay so."""
+    buffers: list[tuple[Tensor, int]] = []
+    empty = torch.empty
+
+    def allocate(*size, dtype=None, device=None, **_) -> Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        dtype = dtype or torch.float32
+        count, pad = torch.Size(shape).numel(), 64
+        if not dtype.is_floating_point:
+            return empty(shape, dtype=dtype, device=device)
+        flat = empty(count + 2 * pad, dtype=dtype, device=device).fill_(float("nan"))
+        buffers.append((flat, pad))
+        return flat[pad : pad + count].view(shape)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t: allocate(t.shape, dtype=t.dtype, device=t.device)
+    )
+    yield
+    assert buffers
+    for flat, pad in buffers:
+        assert flat[:pad].isnan().all() and flat[-pad:].isnan().all(), "written out of bounds"
+
+
+def check(case: Callable[[Ops, Make], Outputs], dtype: torch.dtype) -> None:
+    """Holds the kernels' outputs to the rules, and two runs to the same bits."""
+    kernels = select("triton", DEVICE)
+    value = case(kernels, Make("kernel", dtype))
+    again = case(kernels, Make("kernel", dtype))
+    truth = case(TORCH, Make("truth", dtype))
+    eager = case(TORCH, Make("eager", dtype))
+    assert set(value) == set(truth)
+    for name, t in truth.items():
+        assert value[name].shape == t.shape, name
+        if not t.numel():
+            continue
+        assert_bitwise(name, value[name], again[name])
+        if t.dtype in (torch.bool, torch.int64):
+            assert_bitwise(name, value[name], t)
+        elif dtype == torch.float32:
+            assert rms_ratio(value[name], t) <= 1e-5, describe(name, value[name], t)
+        else:
+            assert_as_good_as_eager(name, value[name], eager[name], t, dtype)
+
+
+def named(names: str, values) -> Outputs:
+    """Outputs by name, without those that are absent."""
+    pairs = zip(names.split(), values, strict=True)
+    return {name: value for name, value in pairs if value is not None and name != "_"}
+
+
+def dropout_of(rows: int, p: float) -> Dropout | None:
+    """Tokens of any order, as the plan's sorting leaves them."""
+    if not p:
+        return None
+    tokens = torch.arange(rows, device=DEVICE).flip(0) * 7
+    return Dropout(p, torch.tensor(2**31 + 5, device=DEVICE), 3, 11, tokens)
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "kind", "bias", "rope", "dtype"),
+    [
+        (65, 48, "rms", False, True, torch.float32),  # one row more than a block
+        (65, 48, "rms", False, True, torch.float16),
+        (65, 48, "rms", False, True, torch.bfloat16),
+        (63, 33, "layer", True, True, torch.float32),  # one less; an odd width
+        (1, 64, "layer", True, False, torch.float16),  # no RoPE: columns in plain halves
+        (0, 16, "rms", False, True, torch.float32),
+        (9, 520, "layer", True, True, torch.float32),  # over 512: row kernels and torch.mm
+    ],
+)
+def test_norm_linear(guard_outputs, rows, d, kind, bias, rope, dtype) -> None:
+    head_dim, heads, kv_heads = 16, 3, 1
+
+    def case(ops: Ops, make: Make) -> Outputs:
+        columns = (heads + 2 * kv_heads) * head_dim + (0 if rope else 5)
+        x, norm_weight = make(rows, d, state=True), make.positive(d)
+        norm_bias = make(d, scale=0.1, state=True) if bias else None
+        weight = make(columns, d, scale=d**-0.5)
+        b = make(columns) if bias else None
+        angle = make(rows, head_dim // 2, state=True)
+        cos, sin = (angle.cos(), angle.sin()) if rope else (None, None)
+        rotary = (heads + kv_heads) * head_dim if rope else 0
+        shared = (cos, sin, rotary, 1e-6, kind)
+        out = ops.norm_linear_fwd(x, norm_weight, norm_bias, weight, b, *shared)
+        dx, dnw, dnb, dz, y = ops.norm_linear_bwd(
+            make(rows, columns), x, norm_weight, norm_bias, weight, *shared
+        )
+        dnb = dnb if bias else None
+        return named("out dx dnorm_weight dnorm_bias dz y", (out, dx, dnw, dnb, dz, y))
+
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "kv_heads", "head_dim", "dtype"),
+    [
+        ((5, 0, 31, 1), 2, 2, 16, torch.float32),  # mixed, with an empty sequence
+        ((63, 65), 2, 1, 16, torch.float16),  # a block and one row: 128 slots; shared keys
+        ((127,), 1, 1, 24, torch.bfloat16),  # no power of two
+        ((40, 33), 4, 2, 16, torch.float32),  # long in fp32: over one block of 32
+        ((130, 64, 1), 2, 1, 32, torch.float16),  # long: over 128 rows
+        ((), 2, 2, 16, torch.float32),
+    ],
+)
+def test_attention(guard_outputs, lengths, heads, kv_heads, head_dim, causal, dtype) -> None:
+    rows = sum(lengths)
+    plan = Plan(lengths, [1] * len(lengths), DEVICE)
+    layout = plan.layout(0, len(lengths))
+
+    def case(ops: Ops, make: Make) -> Outputs:
+        qkv = make(rows, (heads + 2 * kv_heads) * head_dim)
+        forward = {} if make.mode == "kernel" else {"with_lse": True}
+        o, lse = ops.attention_fwd(qkv, layout, heads, kv_heads, causal, **forward)
+        do = make(rows, heads * head_dim)
+        dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, causal)
+        return {"o": o, "lse": lse, "dqkv": dqkv}
+
+    check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "d", "bias", "p", "dtype"),
+    [
+        (65, 48, 40, False, 0.0, torch.float32),
+        (63, 65, 33, True, 0.3, torch.float32),
+        (65, 65, 65, True, 0.3, torch.float16),
+        (1, 16, 16, False, 0.0, torch.bfloat16),
+        (0, 16, 16, False, 0.0, torch.float32),
+    ],
+)
+def test_linear_residual(guard_outputs, rows, columns, d, bias, p, dtype) -> None:
+    def case(ops: Ops, make: Make) -> Outputs:
+        a, weight = make(rows, columns), make(d, columns, scale=columns**-0.5)
+        b, residual = make(d) if bias else None, make(rows, d, state=True)
+        dropout = dropout_of(rows, p)
+        out = ops.linear_residual_fwd(a, weight, b, residual, dropout)
+        da, dbranch = ops.linear_residual_bwd(make(rows, d, state=True), weight, dropout)
+        return {"out": out, "da": da, "dbranch": dbranch}
+
+    check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "hidden", "activation", "kind", "bias", "p", "dtype"),
+    [
+        (65, 48, 72, "gelu_tanh", "rms", False, 0.0, torch.float32),
+        (65, 48, 72, "gelu_tanh", "rms", False, 0.0, torch.float16),
+        (65, 48, 72, "gelu_tanh", "rms", False, 0.0, torch.bfloat16),
+        (19, 33, 65, "gelu", "layer", True, 0.3, torch.float32),
+        (63, 64, 65, "swiglu", "layer", True, 0.3, torch.float16),
+        (1, 16, 127, "relu2", "rms", True, 0.0, torch.float32),
+        (0, 16, 16, "gelu_tanh", "rms", False, 0.0, torch.float32),
+        (17, 136, 64, "gelu_tanh", "rms", True, 0.0, torch.float32),  # the hidden layer in memory
+        (17, 136, 64, "swiglu", "layer", True, 0.3, torch.float32),
+    ],
+)
+def test_mlp(guard_outputs, rows, d, hidden, activation, kind, bias, p, dtype) -> None:
+    def case(ops: Ops, make: Make) -> Outputs:
+        x, norm_weight = make(rows, d, state=True), make.positive(d)
+        norm_bias, up_bias = (make(d, scale=0.1, state=True), make(hidden)) if bias else (None,) * 2
+        gated = activation == "swiglu"
+        up_weight, down_weight = make(hidden, d, scale=d**-0.5), make(d, hidden, scale=hidden**-0.5)
+        gate_weight = make(hidden, d, scale=d**-0.5) if gated else None
+        gate_bias = make(hidden) if gated and bias else None
+        down_bias = make(d) if bias else None
+        dropout = dropout_of(rows, p)
+        out, up, gate, a = ops.mlp_fwd(
+            x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias, down_weight,
+            down_bias, activation, 1e-6, kind, dropout,
+        )  # fmt: skip
+        dx, dnw, dnb, y, dup, dgate, dbranch = ops.mlp_bwd(
+            make(rows, d, state=True), x, up, gate, norm_weight, norm_bias, up_weight,
+            gate_weight, down_weight, activation, 1e-6, kind, dropout,
+        )  # fmt: skip
+        return named(
+            "out up gate a dx dnorm_weight dnorm_bias y dup dgate dbranch",
+            (out, up, gate, a, dx, dnw, dnb if bias else None, y, dup, dgate, dbranch),
+        )
+
+    check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("rows", "states", "d", "vocabulary", "kind", "smoothing", "z_loss", "dtype"),
+    [
+        (65, 80, 48, 130, "rms", 0.0, 0.0, torch.float32),
+        (65, 80, 48, 130, "rms", 0.0, 0.0, torch.float16),
+        (65, 80, 48, 130, "rms", 0.0, 0.0, torch.bfloat16),
+        (63, 63, 33, 1, "layer", 0.1, 0.01, torch.float32),  # a vocabulary of one: loss 0
+        (1, 1, 16, 17, "layer", 0.1, 0.01, torch.float16),
+        (0, 4, 16, 17, "rms", 0.0, 0.0, torch.float32),
+        (5, 9, 16, 1500, "rms", 0.1, 0.01, torch.float32),  # split over programs
+    ],
+)
+def test_cross_entropy(
+    guard_outputs, rows, states, d, vocabulary, kind, smoothing, z_loss, dtype
+) -> None:
+    def case(ops: Ops, make: Make) -> Outputs:
+        h, norm_weight, norm_bias = make(states, d, state=True), make.positive(d), make(d)
+        norm_bias = norm_bias.to(norm_weight.dtype) * 0.1 if kind == "layer" else None
+        head = make(vocabulary, d, scale=d**-0.5)
+        targets = make.ints(-1, vocabulary, rows)
+        index = torch.randperm(states, generator=make.generator)[:rows].to(DEVICE)
+        options = (index, 1e-6, kind, smoothing, z_loss)
+        loss, lse, correct = ops.cross_entropy_fwd(
+            h, targets, norm_weight, norm_bias, head, *options
+        )
+        sums = [
+            make.zeros(vocabulary, d),
+            make.zeros(d),
+            make.zeros(d) if kind == "layer" else None,
+        ]
+        dh = ops.cross_entropy_bwd(
+            make(rows, state=True), h, targets, lse, norm_weight, norm_bias, head, *sums, *options
+        )
+        outputs = {"loss": loss, "lse": lse, "dh": dh}
+        if dtype == torch.float32:  # elsewhere two logits may round to the same
+            outputs["correct"] = correct
+            outputs["argmax"] = ops.argmax(h, norm_weight, norm_bias, head, 1e-6, kind)
+        names = ("dhead", "dnorm_weight", "dnorm_bias")
+        return outputs | {n: s for n, s in zip(names, sums, strict=True) if s is not None}
+
+    if vocabulary == 1:  # one token: everything is 0 but the z-loss
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = case(select("triton", DEVICE), Make("kernel", dtype))
+            truth = case(TORCH, Make("truth", dtype))
+        for name in ("loss", "dh", "dhead"):
+            assert (value[name] - truth[name]).abs().max() < 1e-5, name
+        return
+    check(case, dtype)
+
+
+def test_cross_entropy_of_extreme_logits() -> None:
+    """Logits of ±1e4: the loss stays finite, its gradient in [−1, 1]."""
+    ops, rows, d, vocabulary = select("triton", DEVICE), 7, 16, 33
+    h = torch.randn(rows, d, device=DEVICE)
+    weight, head = torch.ones(d, device=DEVICE), torch.randn(vocabulary, d, device=DEVICE) * 3e3
+    targets = torch.arange(rows, device=DEVICE)
+    args = (weight, None, head)
+    loss, lse, correct = ops.cross_entropy_fwd(h, targets, *args)
+    truth = TORCH.cross_entropy_fwd(h.double(), targets, weight.double(), None, head.double())
+    torch.testing.assert_close(loss, truth[0].float(), rtol=1e-5, atol=1e-2)
+    assert torch.equal(correct, truth[2])
+    dh = ops.cross_entropy_bwd(torch.ones_like(loss), h, targets, lse, *args, None, None, None)
+    assert dh.isfinite().all()
+
+
+def test_ignored_rows_alone() -> None:
+    ops = select("triton", DEVICE)
+    h, weight, head = torch.randn(5, 16), torch.ones(16), torch.randn(20, 16)
+    h, weight, head = (t.to(DEVICE) for t in (h, weight, head))
+    targets = torch.full((5,), -1, device=DEVICE)
+    loss, lse, correct = ops.cross_entropy_fwd(h, targets, weight, None, head)
+    sums = (torch.zeros_like(head), torch.zeros_like(weight), None)
+    dh = ops.cross_entropy_bwd(torch.ones_like(loss), h, targets, lse, weight, None, head, *sums)
+    assert not loss.any() and not correct.any() and not dh.any() and not sums[0].any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "d", "dtype"),
+    [
+        (300, 40, 33, torch.float32),  # rows split over programs
+        (65, 33, 64, torch.float16),
+        (300, 130, 65, torch.bfloat16),
+        (1, 16, 16, torch.float32),
+        (0, 16, 16, torch.float32),
+    ],
+)
+def test_weight_grad(rows, columns, d, dtype) -> None:
+    def case(ops: Ops, make: Make) -> Outputs:
+        acc = make(columns, d, state=True).clone()
+        ops.weight_grad(acc, make(rows, columns), make(rows, d))
+        return {"acc": acc}
+
+    check(case, dtype)
+
+
+def test_strided_gradients() -> None:
+    """Zero-stride (expanded) and non-contiguous gradients give what contiguous ones give."""
+    ops, rows, d, columns = select("triton", DEVICE), 20, 16, 48
+    make = Make("eager", torch.float32)
+    x, norm_weight, weight = make(rows, d), make.positive(d), make(columns, d)
+    angle = make(rows, 8)
+    rope = (angle.cos(), angle.sin(), 32)
+    expanded = make(1, columns).expand(rows, columns)
+    turned = make(columns, rows).t()
+    for grad in (expanded, turned):
+        before = grad.clone()
+        given = ops.norm_linear_bwd(grad, x, norm_weight, None, weight, *rope)
+        dense = ops.norm_linear_bwd(before.clone(), x, norm_weight, None, weight, *rope)
+        for a, b in zip(given, dense, strict=True):
+            assert a is None or torch.equal(a, b)
+        assert torch.equal(grad, before)
+        acc, acc_dense = torch.zeros_like(weight), torch.zeros_like(weight)
+        ops.weight_grad(acc, grad, x)
+        ops.weight_grad(acc_dense, before, x)
+        assert torch.equal(acc, acc_dense)
+    layout = Plan([rows], [1], DEVICE).layout(0, 1)
+    qkv = make(rows, columns)
+    o, lse = ops.attention_fwd(qkv, layout, 1, 1, False)
+    do = make(1, d).expand(rows, d)
+    a = ops.attention_bwd(do, qkv, o, lse, layout, 1, 1, False)
+    assert torch.equal(a, ops.attention_bwd(do.contiguous(), qkv, o, lse, layout, 1, 1, False))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.9])
+def test_dropout_draws_the_same_integers(p: float) -> None:
+    rows, columns = 37, 29
+    dropout = dropout_of(rows, p)
+    a = torch.zeros(rows, 16, device=DEVICE)
+    weight, bias = torch.zeros(columns, 16, device=DEVICE), torch.ones(columns, device=DEVICE)
+    residual = torch.zeros(rows, columns, device=DEVICE)
+    out = select("triton", DEVICE).linear_residual_fwd(a, weight, bias, residual, dropout)
+    torch.testing.assert_close(out, dropout_mask_ref(dropout, columns, torch.float32))
+
+
+def test_unsupported_calls_raise_before_any_launch() -> None:
+    ops = select("triton", DEVICE)
+    x, w = torch.randn(4, 16, device=DEVICE), torch.randn(48, 16, device=DEVICE)
+    layout = Plan([4], [1], DEVICE).layout(0, 1)
+    with pytest.raises(Unsupported, match="float64 is not one of bfloat16, float16, float32"):
+        ops.norm_linear_fwd(x.double(), w[0].double(), None, w.double(), None)
+    with pytest.raises(Unsupported, match="head_dim 136 is not in 8..128"):
+        ops.attention_fwd(torch.randn(4, 3 * 136, device=DEVICE), layout, 1, 1, False)
+    with pytest.raises(Unsupported, match="activation 'tanh' is not one of"):
+        ops.mlp_fwd(x, x[0], None, w, None, None, None, w.t().contiguous(), None, "tanh")
+    with pytest.raises(Unsupported, match="needs a gate weight"):
+        ops.mlp_fwd(x, x[0], None, w, None, None, None, w.t().contiguous(), None, "swiglu")
+    with pytest.raises(Unsupported, match="vocabulary 262145 is not in 1..262144"):
+        ops.argmax(x, x[0], None, torch.empty(2**18 + 1, 16, device=DEVICE))
+    with pytest.raises(Unsupported, match="accumulator must be fp32"):
+        ops.weight_grad(torch.zeros(4, 16, device=DEVICE).half(), x[:, :4], x)
+    with pytest.raises(Unsupported, match="column stride"):
+        ops.norm_linear_fwd(x, x[0], None, torch.randn(16, 48, device=DEVICE).t(), None)
+
+
+def test_supports_names_what_is_missing() -> None:
+    assert supports("meta", d_model=256, head_dim=64, vocabulary=320, activation="swiglu") is None
+    assert "float64" in supports("meta", dtype=torch.float64)
+    assert "8..128" in supports("meta", head_dim=256)
+    assert "mps" in supports("mps")
+    assert explain("cpu").startswith("torch: ")
+
+
+def test_without_interpreter_a_cpu_is_refused_and_triton_not_imported() -> None:
+    """`select` says why before it imports triton."""
+    code = (
+        "import sys, relay_fast.functional as f\n"
+        "assert f.select('auto', 'cpu') is f.TORCH\n"
+        "try: f.select('triton', 'cpu')\n"
+        "except RuntimeError as e: assert 'CUDA' in str(e), e\n"
+        "else: raise SystemExit('not refused')\n"
+        "assert 'triton' not in sys.modules"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
