@@ -1,0 +1,456 @@
+"""What the benchmarks share: configurations, data, providers, timing, memory, result rows."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines import EagerTransformer, PaddedBatch, buckets
+from relay_fast.batch import PackedBatch
+from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.modules import LoopedTransformer
+from relay_fast.plan import Plan
+from relay_fast.ragged import offsets_of
+from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
+
+RESULTS = Path(__file__).parent / "results"
+CONFIGS = {
+    "relay": ModelConfig(BlockConfig(256, 4, 3), 320),  # the paper's; dropout off, to compare
+    "lm": ModelConfig(BlockConfig(512, 8, 4, None, 1408, activation="swiglu", causal=True), 8192),
+    "tiny": ModelConfig(BlockConfig(64, 2, 2), 320),
+}  # fmt: skip
+LONGEST = {"arithmetic": 15, "edit_distance": 30, "lis": 100}  # the paper's training ranges
+MIXES = ("multitask", *LONGEST)
+COLUMNS = (
+    "config mix provider policy loops samples_per_s token_iterations_per_s useful_flops_per_s "
+    "peak_share saved_bytes peak_bytes"
+).split()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# Data
+
+
+def task_batch(mix: str, size: int, seed: int, device: str) -> tuple[PackedBatch, np.ndarray]:
+    """`size` samples of the mix, lengths drawn in proportion to length; and each one's task."""
+    tasks = build_tasks(TASK_NAMES, Vocabulary())
+    rng = np.random.default_rng(seed)
+    names = TASK_NAMES if mix == "multitask" else (mix,)
+    drawn = rng.integers(len(names), size=size)
+    parts = []
+    for k, name in enumerate(names):
+        lengths = np.arange(tasks[name].min_length, LONGEST[name] + 1)
+        chosen = rng.choice(lengths, int((drawn == k).sum()), p=lengths / lengths.sum())
+        parts.append(tasks[name].sample(chosen, seed=seed))
+    samples = Samples.concat(parts)
+    batch = PackedBatch.looped(samples, tasks, device=device)
+    return batch, samples.task[batch.order]
+
+
+def synthetic_batch(
+    lengths: np.ndarray,
+    loops: np.ndarray,
+    targets_per_sequence: int | None,
+    vocabulary: int,
+    device: str = "cpu",
+    seed: int = 0,
+) -> PackedBatch:
+    """Random tokens. Supervised: the last few rows of each sequence at each of its iterations, or
+    (None) all its rows at its last iteration, as in language modelling."""
+    rng = np.random.default_rng(seed)
+    order = np.argsort(-loops, kind="stable")
+    plan = Plan(lengths[order], loops[order], device)
+    rows, weights = [], []
+    for t in range(1, plan.max_loops + 1):
+        for i in range(plan.active_sequences[t - 1]):
+            a, b = plan.offsets[i : i + 2]
+            if targets_per_sequence is not None:
+                a = max(a, b - targets_per_sequence)
+            elif t < plan.loops[i]:
+                a = b
+            rows.append(np.arange(a, b))
+            share = 1.0 if targets_per_sequence is None else 1 / plan.loops[i]
+            weights.append(np.full(b - a, share / max(1, b - a) / len(lengths)))
+    per_iteration = np.zeros(plan.max_loops, np.int64)
+    start = 0
+    for t, active in enumerate(plan.active_sequences):
+        per_iteration[t] = sum(len(r) for r in rows[start : start + active])
+        start += active
+    to = lambda array: torch.from_numpy(array).to(device)
+    rows = np.concatenate(rows)
+    return PackedBatch(
+        to(rng.integers(vocabulary, size=plan.rows)),
+        plan,
+        to(rows),
+        tuple(offsets_of(per_iteration).tolist()),
+        to(rng.integers(vocabulary, size=len(rows))),
+        to(np.concatenate(weights).astype(np.float32)),
+        to(rng.integers(vocabulary, size=plan.sequences)),
+        torch.full((plan.sequences,), 1 / plan.sequences, device=device),
+        order,
+        vocabulary - 1,
+    )
+
+
+def make_batch(
+    config: str, mix: str, size: int, seed: int, device: str
+) -> tuple[PackedBatch, np.ndarray]:
+    """The batch of a configuration, and the group of each sequence that eager buckets keep apart.
+
+    lm: 128 to 512 tokens, 1 to 8 loops, both uniform.
+    """
+    if config != "lm":
+        return task_batch(mix, size, seed, device)
+    rng = np.random.default_rng(seed)
+    lengths, loops = rng.integers(128, 513, size), rng.integers(1, 9, size)
+    batch = synthetic_batch(lengths, loops, None, CONFIGS["lm"].vocabulary_size, device, seed)
+    return batch, batch.plan.loops
+
+
+def useful_flops(config: ModelConfig, batch: PackedBatch) -> float:
+    """FLOPs that a step needs: forward and twice that for backward, on real tokens and supervised
+    rows only, recomputation excluded."""
+    c, plan = config.block, batch.plan
+    mlp = (3 if c.activation == "swiglu" else 2) * c.d_model * c.hidden
+    linear = c.d_model * (c.n_heads + 2 * c.kv_heads) * c.head_dim + c.d_model**2 + mlp
+    pairs = plan.lengths * (plan.lengths + 1) / 2 if c.causal else plan.lengths**2
+    layer = 2 * linear * plan.token_iterations + 4 * c.d_model * float(pairs @ plan.loops)
+    readout = 2 * c.d_model * config.vocabulary_size * (len(batch.targets) + len(batch))
+    return 3 * (c.n_layers * layer + readout)
+
+
+# Providers
+
+
+@dataclass
+class Provider:
+    """One way to take a training step over one batch's samples, in one piece or in several."""
+
+    name: str
+    policy: str
+    model: nn.Module
+    loss: Callable[[object], Tensor]
+    pieces: list[object]
+    dtype: torch.dtype
+    device: str
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)  # there in every step but the first
+
+    def forward(self, piece: object) -> Tensor:
+        autocast = torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+        with autocast:
+            return self.loss(piece)
+
+    def forward_all(self) -> None:
+        for piece in self.pieces:
+            self.forward(piece)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=False)
+        for piece in self.pieces:
+            self.forward(piece).backward()
+        self.optimizer.step()
+
+
+def make_providers(
+    names: Iterable[str],
+    policies: Iterable[str],
+    config: ModelConfig,
+    batch: PackedBatch,
+    group: np.ndarray,
+    dtype: torch.dtype,
+    device: str,
+    at_most: int = 8,
+) -> list[Provider]:
+    """Providers of the same weights and the same samples."""
+    torch.manual_seed(0)
+    weights = LoopedTransformer(config).state_dict()
+
+    def eager(name: str, pieces: list, compiled: bool = False, **options) -> Provider:
+        model = EagerTransformer(config).to(device)
+        model.load_state_dict(weights)
+        if compiled:
+            model.block.iteration = torch.compile(model.block.iteration, dynamic=True)
+        return Provider(
+            name, "", model, lambda piece: model.loss(piece, **options), pieces, dtype, device
+        )
+
+    whole = [PaddedBatch.of(batch, np.arange(len(batch)))]
+    cut = [PaddedBatch.of(batch, b) for b in buckets(batch, group, at_most)]
+    make = {
+        "eager_padded": lambda: eager("eager_padded", whole, dense=True),
+        "eager_bucketed": lambda: eager("eager_bucketed", cut),
+        "eager_bucketed_checkpoint": lambda: eager(
+            "eager_bucketed_checkpoint", cut, per_iteration_checkpoint=True
+        ),
+        "compile_bucketed": lambda: eager("compile_bucketed", cut, compiled=True),
+    }
+    providers = []
+    for name in names:
+        if name != "relay_fast":
+            providers.append(make[name]())
+            continue
+        for policy in policies:
+            model = LoopedTransformer(config, recompute=policy).to(device)
+            model.load_state_dict(weights)
+            loss = lambda piece, model=model: model.loss(piece).loss
+            providers.append(Provider(name, policy, model, loss, [batch], dtype, device))
+    return providers
+
+
+PROVIDERS = (
+    "eager_padded", "eager_bucketed", "eager_bucketed_checkpoint", "compile_bucketed", "relay_fast",
+)  # fmt: skip
+
+
+def policies_for(batch: PackedBatch, d_model: int) -> list[str]:
+    """Every policy; the budget is half of what `state` keeps."""
+    kept = sum(batch.plan.active_rows[:-1]) * d_model * 4
+    policies = ["none", "state", "every:4", "sqrt", "last:4"]
+    return [*policies, f"budget:{kept // 2}"] if batch.plan.max_loops > 2 else policies
+
+
+# Measuring
+
+
+@dataclass
+class Memory:
+    saved: int  # alive after forward beyond what was before
+    peak: int  # most alive at any moment of forward and backward beyond what was before
+
+
+def measured_step(provider: Provider) -> tuple[float, dict[str, Tensor], Memory]:
+    """Loss, gradients and memory of one step without the optimizer; the largest of its pieces."""
+    provider.optimizer.zero_grad(set_to_none=False)
+    total, memory = 0.0, Memory(0, 0)
+    for piece in provider.pieces:
+        gc.collect()
+        measure = _cuda_memory if provider.device == "cuda" else _cpu_memory
+        loss, m = measure(provider, piece)
+        total += float(loss)
+        memory = Memory(max(memory.saved, m.saved), max(memory.peak, m.peak))
+    return total, {n: p.grad.clone() for n, p in provider.model.named_parameters()}, memory
+
+
+def _cuda_memory(provider: Provider, piece: object) -> tuple[Tensor, Memory]:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = provider.forward(piece)
+    saved = torch.cuda.memory_allocated() - before
+    loss.backward()
+    return loss.detach(), Memory(saved, torch.cuda.max_memory_allocated() - before)
+
+
+@contextmanager
+def _quiet():
+    """Silences the lines that the profiler writes to the error stream past Python."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _cpu_memory(provider: Provider, piece: object) -> tuple[Tensor, Memory]:
+    """From the profiler's record of every allocation and release."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profile = torch.profiler.profile(activities=activities, profile_memory=True)
+    with _quiet():
+        profile.start()
+    loss = provider.forward(piece)
+    with torch.profiler.record_function("forward ended"):
+        pass
+    loss.backward()
+    with _quiet():
+        profile.stop()
+    events = profile.profiler.kineto_results.events()
+    (ended,) = (e.start_ns() for e in events if e.name() == "forward ended")
+    record = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    now = saved = peak = 0
+    for at, size in record:
+        now += size
+        peak = max(peak, now)
+        if at <= ended:
+            saved = now
+    return loss.detach(), Memory(saved, peak)
+
+
+def check_equal(
+    name: str, loss: float, grads: dict[str, Tensor], truth: tuple[float, dict], bound: float
+) -> None:
+    """Raises RuntimeError unless loss and every gradient agree with the first provider's."""
+    error = abs(loss - truth[0]) / max(1e-9, abs(truth[0]))
+    worst = "the loss"
+    for key, grad in grads.items():
+        scale = float(truth[1][key].abs().max()) or 1.0
+        off = float((grad - truth[1][key]).abs().max()) / scale
+        if off > error:
+            error, worst = off, key
+    if not error <= bound:
+        raise RuntimeError(
+            f"{name} computes something else: {worst} is off by {error:.2g}; nothing was timed"
+        )
+
+
+def seconds_of(call: Callable[[], None], device: str) -> float:
+    """Seconds of one call."""
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    sync()
+    start = time.perf_counter()
+    call()
+    sync()
+    return time.perf_counter() - start
+
+
+def interleave(providers: list[Provider], seconds: float, least: int = 1) -> list[float]:
+    """Median seconds of each provider's step: rounds of one step each, in turn, until the time is
+    up. Every provider has already taken a step (the equality check)."""
+    times: list[list[float]] = [[] for _ in providers]
+    start = time.perf_counter()
+    while len(times[0]) < least or time.perf_counter() - start < seconds:
+        began = time.perf_counter()
+        for provider, seen in zip(providers, times, strict=True):
+            seen.append(seconds_of(provider.step, provider.device))
+        now = time.perf_counter()
+        if len(times[0]) >= least and now - start + (now - began) > seconds:
+            break
+    return [statistics.median(seen) for seen in times]
+
+
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the best square matmul that this machine does."""
+    best = 0.0
+    for n in (1024, 2048) if device == "cpu" else (4096, 8192):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        out = a @ b
+        for _ in range(5):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def measure(
+    providers: list[Provider],
+    label: dict[str, object],
+    config: ModelConfig,
+    batch: PackedBatch,
+    seconds: float,
+    peak: float,
+) -> list[dict[str, object]]:
+    """One row per provider: first equality and memory, then time."""
+    bound = 1e-3 if providers[0].dtype == torch.float32 else 0.1
+    truth, memories = None, []
+    for p in providers:
+        loss, grads, memory = measured_step(p)
+        truth = truth or (loss, grads)
+        check_equal(f"{p.name} {p.policy}", loss, grads, truth, bound)
+        memories.append(memory)
+    flops, plan = useful_flops(config, batch), batch.plan
+    rows = []
+    for p, memory, second in zip(providers, memories, interleave(providers, seconds), strict=True):
+        rows.append(
+            {
+                **label,
+                "provider": p.name,
+                "policy": p.policy,
+                "loops": plan.max_loops,
+                "samples_per_s": round(len(batch) / second, 3),
+                "token_iterations_per_s": round(plan.token_iterations / second),
+                "useful_flops_per_s": f"{flops / second:.4g}",
+                "peak_share": round(flops / second / peak, 4),
+                "saved_bytes": memory.saved,
+                "peak_bytes": memory.peak,
+            }
+        )
+    return rows
+
+
+# Results
+
+
+def machine(device: str) -> dict[str, str]:
+    """Where and with what the numbers were taken."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpu = next(
+            (s.split(":")[1].strip() for s in _cpu_info() if s.startswith("model name")),
+            platform.processor(),
+        )
+        name = f"{cpu}, {torch.get_num_threads()} threads"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(git, capture_output=True, text=True)
+    return {
+        "machine": name,
+        "versions": f"torch {torch.__version__}, python {platform.python_version()}",
+        "commit": done.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Appends to a CSV file, with a header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    """The rows as a table."""
+    cells = [COLUMNS, *([str(row[c]) for c in COLUMNS] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    for line in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+
+
+def arguments(description: str, default_csv: str) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on CUDA, else fp32")
+    parser.add_argument("--csv", type=Path, default=RESULTS / default_csv)
+    parser.add_argument("--quick", action="store_true", help="small, within 50 s on 2 cores")
+    return parser
+
+
+def chosen_dtype(args: argparse.Namespace) -> torch.dtype:
+    return DTYPES[args.dtype or ("bf16" if args.device == "cuda" else "fp32")]
