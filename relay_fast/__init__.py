@@ -21,7 +21,7 @@ _PUBLIC = {
     "PackedBatch": "relay_fast.batch",
     "Plan": "relay_fast.batch",
     "IterationCrossEntropy": "relay_fast.loss",
-    "loop": "relay_fast.engine",
+    "loop": "relay_fast.module_loop",
     "explain": "relay_fast.functional",
     "engine": "relay_fast.engine",
     "functional": "relay_fast.functional",

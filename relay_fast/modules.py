@@ -111,7 +111,7 @@ class LoopedBlock(nn.Module):
         """
         packed, shape = self._pack(x, cu_seqlens)
         plan = self._plan(x, loops, cu_seqlens, positions)
-        wanted = self._wanted(return_states, plan)
+        wanted = plan.chosen_states(return_states)
         if plan.to_sorted is not None:
             packed = packed[plan.to_sorted]
         run = self.run(plan, states=wanted, truncate=truncate)
@@ -178,19 +178,6 @@ class LoopedBlock(nn.Module):
                 positions = np.broadcast_to(positions, x.shape[:-1])
             positions = positions.reshape(-1)
         return Plan(lengths, check_loops(loops, len(lengths)), x.device, positions)
-
-    def _wanted(self, return_states, plan: Plan) -> tuple[int, ...]:
-        if return_states is False:
-            return ()
-        if return_states is True:
-            return tuple(range(1, plan.max_loops + 1))
-        wanted = tuple(sorted(set(return_states)))
-        if wanted and not 1 <= wanted[0] <= wanted[-1] <= plan.max_loops:
-            raise ValueError(
-                f"return_states asks for iterations {list(wanted)} but the batch loops "
-                f"1..{plan.max_loops}"
-            )
-        return wanted
 
 
 class Losses(NamedTuple):

@@ -119,6 +119,21 @@ class Plan:
             if self.offsets[b] > self.offsets[a]
         )
 
+    def chosen_states(self, return_states: bool | Sequence[int]) -> tuple[int, ...]:
+        """Which iterations' states are asked for: none, all, or the ones given, ascending.
+
+        Raises ValueError for an iteration that the batch does not reach.
+        """
+        if isinstance(return_states, bool):
+            return tuple(range(1, self.max_loops + 1)) if return_states else ()
+        wanted = tuple(sorted(set(return_states)))
+        if wanted and not 1 <= wanted[0] <= wanted[-1] <= self.max_loops:
+            raise ValueError(
+                f"return_states asks for iterations {list(wanted)} but the batch loops "
+                f"1..{self.max_loops}"
+            )
+        return wanted
+
     # Index tensors, each made once on the host and copied to the device.
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:

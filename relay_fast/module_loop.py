@@ -1,0 +1,240 @@
+"""The loop engine around any nn.Module: `relay_fast.loop`.
+
+The module's own autograd gives the gradients of one iteration; active prefix, recompute policies,
+states, truncation and the sum of the weight gradients are the engine's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from relay_fast.engine import Run, run_loop
+from relay_fast.functional import select
+from relay_fast.gradients import GradientBuffers
+from relay_fast.kernels.norm_ref import wide
+from relay_fast.plan import Plan, Segment, check_loops
+from relay_fast.policy import Policy
+
+
+@torch.compiler.disable
+def loop(
+    module: nn.Module,
+    x: Tensor,
+    loops: int | Sequence[int] | Tensor,
+    *,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    per_row: Mapping[str, Tensor] | None = None,
+    shared: Mapping[str, object] | None = None,
+    recompute: str = "state",
+    return_states: bool | Sequence[int] = False,
+    truncate: int | None = None,
+) -> Tensor | list[Tensor]:
+    """Applies `module` to x `loops` times: h ← module(h, **per_row, **shared), h of x's shape.
+
+    x: (B, …) padded, or any other batch-first shape, or (N, …) packed with `cu_seqlens` (B + 1,).
+    loops: an int, or one count per sequence (≥ 0); a finished sequence is no longer computed.
+    per_row: tensors with one entry per sequence (padded) or per row (packed), cut with the active
+    prefix; shared: arguments handed over as they are. A packed module that has a `cu_seqlens`
+    argument gets that of the sequences it sees. Gradients flow into x, the module's parameters, and
+    tensors in per_row and shared. recompute: see `relay_fast.policy`; random numbers (dropout) are
+    drawn again as in forward. Returns what `LoopedBlock.forward` does.
+
+    A module whose buffers change in forward (batch norm in training) is refused with RuntimeError,
+    and so is one that changes its input in place. A forward that is non-deterministic otherwise
+    than through torch's generators gives wrong gradients when recomputed: use recompute="none".
+    Under torch.compile this call is a graph break (the module itself may be compiled); weight
+    gradients are summed per iteration.
+    """
+    per_row, shared = dict(per_row or {}), dict(shared or {})
+    _refuse_batch_norm(module)
+    plan = _make_plan(x, loops, cu_seqlens)
+    for name, value in per_row.items():
+        if len(value) != plan.rows:
+            raise ValueError(
+                f"per_row[{name!r}] has {len(value)} entries but x has {plan.rows} rows: pass it "
+                "in `shared` if it is the same for all of them"
+            )
+    if plan.to_sorted is not None:
+        x = x[plan.to_sorted]
+        per_row = {name: value[plan.to_sorted] for name, value in per_row.items()}
+    policy = Policy.parse(recompute)
+    call = _Call(module, plan, per_row, shared, cu_seqlens is not None, x)
+    call.redraws = torch.is_grad_enabled() and policy.kind != "none"
+    wanted = plan.chosen_states(return_states)
+    run = Run(plan, call.body, select("torch"), policy, wanted, truncate)
+    final, states, _, _ = run_loop(run, x, call.tensors)
+    if return_states is False:
+        return final if plan.to_caller is None else final[plan.to_caller]
+    result = []
+    for t, span in run.state_spans().items():
+        index = plan.active_to_caller(t)
+        result.append(states[span] if index is None else states[span][index])
+    return result
+
+
+def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:
+    """Packed: rows are rows. Padded: a whole sequence counts as one row."""
+    if cu_seqlens is None:
+        return Plan(np.ones(len(x), np.int64), check_loops(loops, len(x)), x.device)
+    offsets = np.asarray(cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
+    lengths = np.diff(offsets)
+    if offsets.ndim != 1 or offsets[0] != 0 or np.any(lengths < 0) or offsets[-1] != len(x):
+        raise ValueError(f"cu_seqlens must rise from 0 to the {len(x)} rows of x")
+    return Plan(lengths, check_loops(loops, len(lengths)), x.device)
+
+
+def _refuse_batch_norm(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        tracks = isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
+        if tracks and part.training:
+            raise RuntimeError(
+                f"{name or 'the module'} ({type(part).__name__}) changes its running statistics in "
+                "forward, which recomputation would do twice: use eval(), or a norm without them"
+            )
+
+
+class _Call:
+    """One call of `loop`: its tensors as leaves of their own, and its random states."""
+
+    def __init__(self, module: nn.Module, plan: Plan, per_row, shared, packed: bool, x: Tensor):
+        self.module, self.plan = module, plan
+        self.parameters = dict(module.named_parameters())
+        self.per_row = per_row
+        self.shared = {k: v for k, v in shared.items() if isinstance(v, Tensor)}
+        self.constants = {k: v for k, v in shared.items() if not isinstance(v, Tensor)}
+        # Everything that a gradient may flow into, in the order of the engine's parameters.
+        self.tensors = [*self.parameters.values(), *per_row.values(), *self.shared.values()]
+        # What the module sees instead: its graphs must end here, not in the caller's graph.
+        leaf = lambda t: t.detach().requires_grad_(t.requires_grad)
+        self.weights = {name: leaf(p) for name, p in self.parameters.items()}
+        self.shared_leaves = {name: leaf(t) for name, t in self.shared.items()}
+        self.redraws = False
+        self.random: dict[tuple[int, int], _Random] = {}
+        kind = x.device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self.takes_cu_seqlens = packed and _accepts(module, "cu_seqlens")
+
+    def body(self, x: Tensor, _: Sequence[Tensor | None]) -> _ModuleBody:
+        return _ModuleBody(self, x.device)
+
+
+def _accepts(module: nn.Module, name: str) -> bool:
+    return name in inspect.signature(module.forward).parameters
+
+
+class _Random:
+    """The state of torch's generators, to draw the same numbers again."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def again(self):
+        devices = [] if self.cuda is None else [self.device]
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
+
+
+class _ModuleBody:
+    """One iteration of a user's module (see `relay_fast.engine.Body`)."""
+
+    dx = None
+
+    def __init__(self, call: _Call, device: torch.device):
+        self.call, self.device = call, device
+        self.saved_width = 2 + len(call.per_row)
+
+    def forward(
+        self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
+    ) -> list[Tensor | None]:
+        """Writes the next state into `out`; with `keep`, returns the iteration's graph: its input,
+        its output, and the parts of the per-row tensors that it saw."""
+        call, key = self.call, (segment.iteration, segment.first_sequence)
+        if key in call.random:
+            with call.random[key].again():
+                saved = self._run(h, segment, keep)
+        else:
+            if call.redraws:
+                call.random[key] = _Random(self.device)
+            saved = self._run(h, segment, keep)
+        new = saved[1]
+        if new.shape != h.shape:
+            raise ValueError(
+                f"the module turned a state of shape {tuple(h.shape)} into {tuple(new.shape)}: a "
+                "looped module must keep the shape"
+            )
+        out.copy_(new.detach())
+        return saved if keep else []
+
+    def _run(self, h: Tensor, segment: Segment, keep: bool) -> list[Tensor]:
+        call = self.call
+        # Not detach(): later states go into the same buffer, and would count as changes of it.
+        entered = h.data.requires_grad_(keep)
+        cut = {
+            name: value.detach()[segment.rows].requires_grad_(keep and value.requires_grad)
+            for name, value in call.per_row.items()
+        }
+        arguments = {**cut, **call.shared_leaves, **call.constants}
+        if call.takes_cu_seqlens:
+            cu = call.plan.cu_seqlens[segment.first_sequence : segment.last_sequence + 1]
+            arguments["cu_seqlens"] = cu - segment.first_row if segment.first_row else cu
+        buffers = [(name, b, b._version) for name, b in call.module.named_buffers()]
+        kind, dtype, enabled = call.autocast
+        with torch.set_grad_enabled(keep), torch.autocast(kind, dtype, enabled=enabled):
+            new = torch.func.functional_call(call.module, call.weights, (entered,), arguments)
+        now = dict(call.module.named_buffers())
+        for name, buffer, before in buffers:
+            if now.get(name) is not buffer or buffer._version != before:
+                raise RuntimeError(
+                    f"the module changed its buffer {name!r} in forward, which recomputation would "
+                    "do twice: keep such a state outside of the module"
+                )
+        if entered._version:
+            raise RuntimeError(
+                "the module changed its input in place, but that is a state that the loop still "
+                "needs: let it work on a copy"
+            )
+        return [entered, new, *cut.values()]
+
+    def backward(
+        self,
+        g: Tensor,
+        h: Tensor,
+        saved: Sequence[Tensor | None],
+        segment: Segment,
+        grads: GradientBuffers,
+    ) -> Tensor:
+        call = self.call
+        entered, new, *cut = saved
+        if not new.requires_grad:
+            return torch.zeros_like(g)
+        leaves = [*call.weights.values(), *cut, *call.shared_leaves.values()]
+        needed = [i for i in range(len(leaves)) if grads.needs(i)]
+        # The graph of policy "none" may be asked for again; the engine drops it with its tensors.
+        dh, *values = torch.autograd.grad(
+            new,
+            [entered, *(leaves[i] for i in needed)],
+            g.to(new.dtype),
+            allow_unused=True,
+            retain_graph=True,
+        )
+        first_cut = len(call.weights)
+        for i, value in zip(needed, values, strict=True):
+            if value is None:
+                continue
+            if first_cut <= i < first_cut + len(cut):
+                grads.buffer(i)[segment.rows] += value
+            else:
+                grads.vector(i, value)
+        return torch.zeros_like(g) if dh is None else wide(dh)
