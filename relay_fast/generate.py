@@ -26,7 +26,8 @@ from relay_fast.store import MODEL_NAMES, Model, load_run_model, run_tasks
 from relay_fast.tasks import TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 
-BATCH_TOKENS = 8192  # problem tokens in a batch; measured on a CPU
+# Problem tokens in a batch, by device: what a CPU's caches hold (measured), what fills a GPU.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
 UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they never meet
 NO_ANSWER = -1  # where what was written cannot be read as an answer
 
@@ -47,15 +48,17 @@ def generate_chains(
     problems: Samples,
     tasks: Mapping[str, Task],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Samples:
     """The same problems, in the same order, with the rounds and answers that the model writes.
 
     A problem gets `problems.loops` rounds; its true rounds and answer are not read. A round begins
-    after the last `<pad>` read from the right, and may be empty. progress is called with (problems
-    done, S). Raises ValueError for problems that the model cannot take.
+    after the last `<pad>` read from the right, and may be empty. batch_tokens: problem tokens in a
+    batch, by default those of BATCH_TOKENS. progress is called with (problems done, S). Raises
+    ValueError for problems that the model cannot take.
     """
+    batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
     order = np.lexsort((-np.diff(problems.problem_offsets), -problems.loops))
     sizes = np.diff(problems.problem_offsets)[order]
     cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // batch_tokens)) + 1
