@@ -29,6 +29,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -40,17 +41,27 @@ from relay_fast.functional import select  # noqa: E402
 from relay_fast.kernels._runtime import FACTS, assume  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
 from relay_fast.kernels.dropout_ref import Dropout  # noqa: E402
+from relay_fast.kernels.loop import loop_fwd  # noqa: E402
+from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights  # noqa: E402
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MANY_ROWS, FEW_ROWS = 24_000, 700  # first and last iteration of RELAY's mix at B = 512
 
-# Spilled bytes a thread that a kernel may have, with the reason; 0 for all others.
-_EPILOGUE = "addresses parked across the main loop and read once after it"
-SPILLS: dict[tuple[str, str], tuple[int, str]] = {
-    ("_norm_linear_bwd_kernel", "bf16"): (16, _EPILOGUE),
-    ("_norm_linear_bwd_kernel", "fp16"): (16, _EPILOGUE),
-}
+# Spilled bytes a thread that are allowed: kernel, part of its configuration, bytes, reason.
+_EPILOGUE = "values parked across the main loop and read once after it"
+SPILLS: tuple[tuple[str, str, int, str], ...] = (
+    ("_norm_linear_bwd_kernel", "D=256", 16, _EPILOGUE),
+    ("_mlp_bwd_kernel", "ACTIVATION=swiglu", 80, _EPILOGUE),
+    ("_cross_entropy_bwd_kernel", "IS_LAYER=True", 40, _EPILOGUE),
+    ("_loop_fwd_kernel", "D=128", 336, "addresses of weight tiles, hoisted out of every loop"),
+)
+
+
+def allowed_spill(kernel: str, config: str) -> int:
+    """Bytes a thread that a kernel may spill in a configuration."""
+    fits = (size for name, part, size, _ in SPILLS if name == kernel and part in config.split())
+    return max(fits, default=0)
 
 
 @dataclass(frozen=True)
@@ -71,10 +82,11 @@ class Sizes:
 
 
 RELAY = Sizes(256, 64, 1024, 320, 122)
+LOOP = Sizes(128, 32, 512, 320, 122)  # what the whole-loop kernel is made for
 ALL = (
     RELAY,
+    LOOP,
     Sizes(64, 16, 256, 320, 122),
-    Sizes(128, 32, 512, 320, 122),
     Sizes(512, 64, 2048, 320, 122),
     Sizes(1024, 64, 4096, 320, 122),
     Sizes(256, 64, 1024, 50_304, 2048, causal=True),
@@ -215,6 +227,8 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
 
     head, targets = new(s.vocabulary, d), new(rows, of=torch.int64)
     ops.argmax(x, *norm, head, **common)
+    if d <= 128:
+        run_loop(s, dtype, rows)
     if d > 512:  # the reference's chunks read nothing that a meta tensor does not have
         return
     _, lse, _ = ops.cross_entropy_fwd(x, targets, *norm, head, targets, **common)
@@ -224,16 +238,43 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     )  # fmt: skip
 
 
+def run_loop(s: Sizes, dtype: torch.dtype, rows: int) -> None:
+    """The whole-loop kernel on meta tensors; fp32 programs hold 32 rows."""
+
+    def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    length = min(s.length, 32) if dtype == torch.float32 else s.length
+    if length > 128 or (dtype == torch.float32 and s.d > 64):
+        return
+    d, heads, state = s.d, s.d // s.head_dim, torch.float32
+    kv_heads = max(1, heads // s.kv_share)
+    lengths = np.full(rows // length, length)
+    layout = LoopLayout(lengths, np.full(len(lengths), 30), "meta")
+    weights = LoopWeights(
+        new(3, d, of=state), new(3, (heads + 2 * kv_heads) * s.head_dim, d), new(3, d, d),
+        new(3, d, of=state), new(3, s.hidden, d),
+        new(3, s.hidden, d) if s.activation == "swiglu" else None, new(3, d, s.hidden),
+        None, new(d, of=state), new(s.vocabulary, d),
+    )  # fmt: skip
+    x, cos = (
+        new(int(lengths.sum()), d, of=state),
+        new(int(lengths.sum()), s.head_dim // 2, of=state),
+    )
+    loop_fwd(x, layout, weights, cos, cos, heads, kv_heads, s.causal, s.activation, kind=s.norm)
+
+
 def collect(quick: bool, archs: tuple[int, ...]) -> list[Launch]:
     """All distinct launches."""
-    sizes = (RELAY,) if quick else ALL
+    sizes = (RELAY, LOOP) if quick else ALL
     dtypes = ("bf16", "fp32") if quick else tuple(DTYPES)
     found: dict[str, Launch] = {}
     for arch in archs:
         for dtype in dtypes:
             for s in sizes:
                 for rows in (MANY_ROWS,) if quick else (MANY_ROWS, FEW_ROWS):
-                    calls = lambda s=s, d=dtype, r=rows: run_ops(s, DTYPES[d], r)
+                    op = run_loop if quick and s is LOOP else run_ops
+                    calls = lambda op=op, s=s, d=dtype, r=rows: op(s, DTYPES[d], r)
                     for launch in record(calls, dtype, arch):
                         found.setdefault(launch.key, launch)
     return list(found.values())
@@ -257,7 +298,7 @@ def compile_row(launch: Launch) -> Row:
         constexprs=launch.constexprs, attrs=launch.attrs,
     )  # fmt: skip
     target = GPUTarget("cuda", launch.arch, 32)
-    allowed, _ = SPILLS.get((launch.function.__name__, launch.dtype), (0, ""))
+    allowed = allowed_spill(launch.function.__name__, launch.config)
     shared_limit = FACTS[launch.arch].shared_bytes
     bound = f"spill<={allowed} shared<={shared_limit}"
     head = (launch.function.__name__, launch.arch, launch.dtype, launch.config)

@@ -168,7 +168,7 @@ def is_short(layout: PaddedLayout, dtype: torch.dtype) -> bool:
 def long_config(head_dim: int, dtype: torch.dtype) -> Config:
     """Blocks of the long kernels, forward and backward."""
     if dtype == torch.float32:
-        return Config(32, 32, 8, 1)
+        return Config(32, 32, 8, 1) if head_dim <= 64 else Config(16, 16, 4, 1)
     return Config(64, 64, 4, 2) if head_dim <= 64 else Config(64, 64, 8, 2)
 
 

@@ -252,7 +252,7 @@ def attention_bwd(
         block = block_of(layout.max_length)
         _attention_short_bwd_kernel[(sequences * kv_heads,)](
             *tensors, **shape, BLOCK_M=min(block, 32), BLOCK_N=block,
-            num_warps=8 if block == SHORT else 4, num_stages=1,
+            num_warps=8 if block == SHORT or qkv.dtype == torch.float32 else 4, num_stages=1,
         )  # fmt: skip
         return dqkv
     config = long_config(head_dim, qkv.dtype)

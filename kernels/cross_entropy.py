@@ -9,8 +9,8 @@ tiles with an online log-sum-exp: no logits leave the SM. Where rows are few and
 large, the vocabulary is split over programs and the parts are joined afterwards. Only lse is saved.
 
 FLOPs a row: 2 · d · V. Bytes a row (fp32 state): 4 · d + 16; at d = 256, V = 320: 160 FLOP a byte,
-near the ridge; the head (164 kB) stays in L2. Above d = 512 the logits of a chunk of rows are
-cuBLAS's and go through the reference.
+near the ridge; the head (164 kB) stays in L2. Above d = 512 (fp32: 256) the logits of a chunk of
+rows are cuBLAS's and go through the reference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from ._runtime import Config, block_of, cdiv, dot, facts, readable, row_block
 from .cross_entropy_ref import argmax_ref, cross_entropy_fwd_ref
 from .norm import normalize, scale_shift
-from .supports import FUSED_WIDTH, norm_reason, require, vocabulary_reason, weights_reason
+from .supports import norm_is_fused, norm_reason, require, vocabulary_reason, weights_reason
 
 
 @triton.jit
@@ -110,11 +110,11 @@ def _cross_entropy_fwd_kernel(
 def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
     """block_n is the extent of a tile of the vocabulary; forward and backward."""
     if dtype == torch.float32:
-        return Config(16, 16, 4, 1) if d > 128 else Config(32, 16, 4, 1)
+        return Config(16, 16, 4, 1)
     if d > 256:
-        return Config(64, 32, 8, 2)
+        return Config(32, 32, 8, 2)
     block = row_block(rows, facts(device).processors) if d <= 128 else 64
-    return Config(block, 64, 8 if block * block_of(d) > 8192 else 4, 2)
+    return Config(block, 64 if d <= 128 else 32, 8 if block * block_of(d) > 8192 else 4, 2)
 
 
 def check_readout(h, norm_weight, norm_bias, head, kind, *others) -> None:
@@ -157,7 +157,7 @@ def argmax(
 ) -> Tensor:
     """Token ids (rows,) int64 of the largest logit, the first of equals; no logits are stored."""
     check_readout(h, norm_weight, norm_bias, head, kind)
-    if h.shape[1] > FUSED_WIDTH and h.shape[0]:
+    if not norm_is_fused(h.shape[1], head.dtype) and h.shape[0]:
         return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)
     h, rows = readable(h), h.shape[0]
     if rows == 0:
@@ -188,7 +188,7 @@ def cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (rows,), lse (rows,) in fp32, and correct (rows,) bool (argmax equals target)."""
     check_readout(h, norm_weight, norm_bias, head, kind)
-    if h.shape[1] > FUSED_WIDTH:
+    if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_fwd_ref(
             h, targets, norm_weight, norm_bias, head, index, eps, kind, label_smoothing, z_loss
         )

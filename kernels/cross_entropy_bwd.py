@@ -8,7 +8,7 @@ gradient, for a chunk of rows at a time (at most `CHUNK_LOGITS` elements), and r
 weight_grad at once.
 
 FLOPs a row: 4 · d · V, plus 2 · d · V in weight_grad. Bytes a row: 12 · d + 2 · V.
-Above d = 512 the GEMMs are cuBLAS's, through the reference.
+Above d = 512 (fp32: 256) the GEMMs are cuBLAS's, through the reference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._runtime import block_of, cdiv, dot, readable
 from .cross_entropy import check_readout, load_states, readout_config
 from .cross_entropy_ref import cross_entropy_bwd_ref
 from .norm import norm_input_grad, normalize, scale_shift, store_norm_partials
-from .supports import FUSED_WIDTH
+from .supports import norm_is_fused
 from .weight_grad import weight_grad
 
 CHUNK_LOGITS = 1 << 26  # elements of dl in memory at a time
@@ -107,7 +107,7 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """dh (rows, d) of the rows named by `index` (all rows of h without it), in fp32."""
     check_readout(h, norm_weight, norm_bias, head, kind, grad, lse)
-    if h.shape[1] > FUSED_WIDTH:
+    if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_bwd_ref(
             grad, h, targets, lse, norm_weight, norm_bias, head, head_grad, norm_grad,
             norm_bias_grad, index, eps, kind, label_smoothing, z_loss,

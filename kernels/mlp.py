@@ -133,10 +133,10 @@ def _mlp_fwd_kernel(
 def mlp_config(rows: int, d: int, dtype: torch.dtype, device: torch.device, gated: bool) -> Config:
     """block_n is the extent of a tile of the hidden layer; forward and backward."""
     if dtype == torch.float32:
-        return Config(16, 16, 4, 1)
-    block = row_block(rows, facts(device).processors) if d <= 128 else 64
+        return Config(16, 16, 8, 1)
+    block = row_block(rows, facts(device).processors) if d <= 64 else 64
     tile = 64 if d <= 128 and not gated else 32
-    return Config(block, tile, 8 if block * block_of(d) > 8192 else 4, 2)
+    return Config(block, tile, 8 if block * block_of(d) > 4096 else 4, 2)
 
 
 def check_mlp(

@@ -14,7 +14,7 @@ column c + head_dim / 2 lie at the same place of two accumulators, so that RoPE 
 FLOPs a row: 2 · d · columns forward, the same backward. Bytes a row (16-bit, fp32 state; d = 256,
 columns = 768): forward 4d + 2·columns = 2.6 kB, backward 4d + 4·columns + 6d = 5.6 kB, so both sit
 at about 100 FLOP a byte: below the H200's 180, the floor is memory.
-Above d = 512 the norm is a row kernel, the GEMM cuBLAS's, RoPE an in-place kernel.
+Above d = 512 (fp32: 256) the norm is a row kernel, the GEMM cuBLAS's, RoPE an in-place kernel.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .norm import (
     scale_shift,
     store_norm_partials,
 )
-from .supports import FUSED_WIDTH, norm_reason, require, rope_reason, weights_reason
+from .supports import norm_is_fused, norm_reason, require, rope_reason, weights_reason
 
 
 @triton.jit
@@ -162,9 +162,9 @@ def _rope(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float) -> Tens
 def _config(rows: int, d: int, dtype: torch.dtype, device: torch.device, back: bool) -> Config:
     """block_n is the number of column pairs a tile."""
     if dtype == torch.float32:
-        return Config(16, 16, 4, 1) if back else Config(32, 16, 4, 1)
+        return Config(16, 16, 4, 1) if back else Config(32, 16, 8, 1)
     if d > 256:
-        return Config(64, 16, 8, 2)
+        return Config(32, 16, 8, 2)
     block = row_block(rows, facts(device).processors) if d <= 128 or not back else 64
     pairs = 16 if back and d > 128 else 32
     if d <= 64:
@@ -196,7 +196,7 @@ def norm_linear_fwd(
     _check(x, norm_weight, norm_bias, weight, bias, cos, sin, rotary, kind)
     x = readable(x)
     (rows, d), columns = x.shape, weight.shape[0]
-    if d > FUSED_WIDTH:
+    if not norm_is_fused(d, weight.dtype):
         y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype)
         z = torch.nn.functional.linear(y, weight, bias)
         return _rope(z, cos, sin, rotary, 1.0) if rotary else z
@@ -311,7 +311,7 @@ def norm_linear_bwd(
     x, dz = readable(x), readable(dout)
     if rotary and not dz.is_contiguous():  # expanded rows share memory: not to be written
         dz = dz.contiguous()
-    if d > FUSED_WIDTH:
+    if not norm_is_fused(d, weight.dtype):
         dz = _rope(dz, cos, sin, rotary, -1.0) if rotary else dz
         y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype)
         has_bias = norm_bias is not None

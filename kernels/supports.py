@@ -31,6 +31,11 @@ def require(reason: str | None) -> None:
         raise Unsupported(f'impl="triton" cannot be used: {reason}; use impl="torch" or "auto"')
 
 
+def norm_is_fused(d: int, dtype: torch.dtype) -> bool:
+    """Whether a norm of this width shares a kernel with the GEMM behind it."""
+    return d <= (256 if dtype == torch.float32 else FUSED_WIDTH)
+
+
 def mlp_is_fused(d: int, dtype: torch.dtype) -> bool:
     """Whether the MLP's hidden layer stays on the SM."""
     return d <= (128 if dtype == torch.float32 else 256)
