@@ -28,7 +28,7 @@ from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks.vocabulary import EOS
 
 CACHE_BYTES = 1 << 30  # what the cache may take when the batch is not given
-MAX_BATCH = 1024  # more gains nothing on a CPU, where this was measured
+MAX_BATCH = 512  # more gains nothing on a CPU, where this was measured
 REFILL_SHARE = 2  # wait until half of the batch is free: neighbours then have similar lengths
 
 
