@@ -18,6 +18,7 @@ HEAD_DIMS = (8, 128)
 FUSED_WIDTH = 512  # above, GEMMs belong to cuBLAS
 MAX_WIDTH = 8192
 MAX_VOCABULARY = 1 << 18
+TILE_ROWS = 128  # of the largest tile
 _INT32 = 2**31 - 1
 
 
@@ -74,7 +75,9 @@ def tensor_reason(*tensors: Tensor | None) -> str | None:
         if t.device != present[0].device:
             return f"tensors lie on {present[0].device} and {t.device}"
         if t.numel() and t.shape[-1] * max(t.stride(-1), 1) > _INT32:
-            return f"a row of {tuple(t.shape)} overflows 32-bit column offsets"
+            return f"a row of {tuple(t.shape)} overflows 32-bit offsets"
+        if t.ndim == 2 and t.stride(0) * TILE_ROWS > _INT32:
+            return f"{TILE_ROWS} rows of stride {t.stride(0)} overflow 32-bit offsets"
     return device_reason(present[0].device) or dtype_reason(*(t.dtype for t in present))
 
 
@@ -102,6 +105,8 @@ def weights_reason(*weights: Tensor | None) -> str | None:
             return f"weights are {present[0].dtype} and {w.dtype}"
         if w.stride(-1) != 1:
             return f"a weight {tuple(w.shape)} has column stride {w.stride(-1)} instead of 1"
+        if w.shape[0] * w.stride(0) > _INT32:
+            return f"a weight {tuple(w.shape)} overflows 32-bit offsets"
     return None
 
 

@@ -252,8 +252,15 @@ def row_cross_entropy(
             f"with one d"
         )
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    ops = select(impl, states.device)
     head = head.to(compute_dtype(head))
+    if torch.compiler.is_compiling():
+        from relay_fast.compiled_loss import row_cross_entropy_fwd
+
+        loss, _, correct = row_cross_entropy_fwd(
+            states, rows, targets, norm_weight, norm_bias, head, *options.values(), impl
+        )
+        return loss, correct
+    ops = select(impl, states.device)
     return _RowCrossEntropy.apply(ops, options, rows, targets, states, norm_weight, norm_bias, head)
 
 

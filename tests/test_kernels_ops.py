@@ -403,6 +403,9 @@ def test_unsupported_calls_raise_before_any_launch() -> None:
         ops.argmax(x, x[0], None, torch.empty(2**18 + 1, 16, device=DEVICE))
     with pytest.raises(Unsupported, match="accumulator must be fp32"):
         ops.weight_grad(torch.zeros(4, 16, device=DEVICE).half(), x[:, :4], x)
+    huge = torch.empty(1, device="meta").as_strided((1, 16), (2**25, 1))
+    with pytest.raises(Unsupported, match="overflow 32-bit offsets"):
+        ops.norm_linear_fwd(huge, huge[0], None, huge, None)
     with pytest.raises(Unsupported, match="column stride"):
         ops.norm_linear_fwd(x, x[0], None, torch.randn(16, 48, device=DEVICE).t(), None)
 
