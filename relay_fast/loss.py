@@ -1,0 +1,96 @@
+"""The loss of all iterations in one call, as a module."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from relay_fast.functional import row_cross_entropy
+
+
+class IterationLoss(NamedTuple):
+    """Loss and what a log wants, all on the device: nothing is read back."""
+
+    loss: Tensor  # () weighted sum over all rows
+    losses: Tensor  # (T,) the iterations' parts of it, detached
+    accuracy: Tensor  # (T,) share of an iteration's rows whose argmax is the target, 0 without rows
+    counts: Tensor  # (T,) int64, rows of each iteration that carry a target
+
+
+class IterationCrossEntropy(nn.Module):
+    """Final norm, head and cross-entropy of every iteration's supervised rows at once.
+
+    No logits of more than a chunk of rows ever exist; the backward recomputes them from the saved
+    log-sum-exp. norm: "rms" or "layer"; bias: of the norm (LayerNorm only).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        vocabulary_size: int,
+        *,
+        norm: str = "rms",
+        bias: bool = False,
+        eps: float = 1e-6,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing = {label_smoothing}: it must lie in [0, 1)")
+        if z_loss < 0:
+            raise ValueError(f"z_loss = {z_loss}: it must be 0 or more")
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(torch.ones(d_model))
+        self.norm.register_parameter("bias", nn.Parameter(torch.zeros(d_model)) if bias else None)
+        self.head = nn.Linear(d_model, vocabulary_size, bias=False)
+        self.options = {
+            "eps": eps, "norm": norm, "label_smoothing": label_smoothing, "z_loss": z_loss,
+            "impl": impl,
+        }  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+    def forward(
+        self,
+        states: Tensor | list[Tensor],
+        rows: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        iteration: Tensor | None = None,
+        iterations: int = 1,
+    ) -> IterationLoss:
+        """Loss of rows (R,) of the states against targets (R,) (negative: ignored).
+
+        states: (N, d), or the list that `LoopedBlock(..., return_states=True)` returns, which is
+        laid end to end; rows index into that. weights (R,): default 1 / R each. iteration (R,)
+        int64, 0-based: which of the `iterations` a row belongs to, for the log.
+        """
+        if isinstance(states, list):
+            states = torch.cat([s.flatten(0, -2) for s in states])
+        if weights is None:
+            weights = torch.full_like(rows, 1 / max(1, len(rows)), dtype=torch.float32)
+        if weights.shape != rows.shape:
+            raise ValueError(
+                f"weights {tuple(weights.shape)} must have one entry for each of the {len(rows)} "
+                "rows"
+            )
+        loss, correct = row_cross_entropy(
+            states, rows, targets, self.norm.weight, self.head.weight, self.norm.bias,
+            **self.options,
+        )  # fmt: skip
+        weighted = loss * weights
+        if iteration is None:
+            iteration = torch.zeros_like(rows)
+        per_iteration = lambda values: torch.zeros(
+            iterations, dtype=values.dtype, device=values.device
+        ).index_add_(0, iteration, values)
+        counts = per_iteration((targets >= 0).long())
+        right = per_iteration(correct.long())
+        return IterationLoss(
+            weighted.sum(), per_iteration(weighted.detach()), right / counts.clamp(min=1), counts
+        )
