@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--png", type=Path, help="default: beside the CSV")
     args = parser.parse_args(argv)
     config, dtype = common.CONFIGS[args.config], common.chosen_dtype(args)
-    size = args.batch or (4 if args.quick else 8 if args.device == "cpu" else 256)
+    size = args.batch or (2 if args.quick else 8 if args.device == "cpu" else 256)
     peak = common.matmul_peak(args.device, dtype)
     names = [n for n in common.PROVIDERS if not (args.quick and n == "compile_bucketed")]
     extra = {"batch": size, "dtype": str(dtype).removeprefix("torch.")}
