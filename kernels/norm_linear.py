@@ -162,14 +162,14 @@ def _rope(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float) -> Tens
 def _config(rows: int, d: int, dtype: torch.dtype, device: torch.device, back: bool) -> Config:
     """block_n is the number of column pairs a tile."""
     if dtype == torch.float32:
-        return Config(16, 16, 4, 1) if back else Config(32, 16, 8, 1)
+        if back:
+            return Config(16, 16, 4, 1)
+        return Config(32, 16, 4, 1) if d > 128 else Config(16, 16, 8, 1)
     if d > 256:
         return Config(32, 16, 8, 2)
     block = row_block(rows, facts(device).processors) if d <= 128 or not back else 64
     pairs = 16 if back and d > 128 else 32
-    if d <= 64:
-        return Config(block, pairs, 4, 2)
-    return Config(block, pairs, 8 if block == 128 or back else 4, 2)
+    return Config(block, pairs, 8 if block == 128 or (back and d > 64) else 4, 2)
 
 
 def _check(x, norm_weight, norm_bias, weight, bias, cos, sin, rotary, kind) -> None:
