@@ -5,7 +5,9 @@ Importing this module does not import triton, so `relay_fast.explain` answers an
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -47,9 +49,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def device_reason(device: torch.device | str) -> str | None:
     """Why kernels cannot run on `device`; None if they can (meta: they can be compiled for it)."""
     device = torch.device(device)
+    if not _has_triton():
+        return "the package triton is not installed"
     if device.type == "cuda":
         if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
             return "the GPU is older than sm_80"

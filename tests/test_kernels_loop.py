@@ -67,6 +67,7 @@ def test_loop_equals_torch(dtype: torch.dtype) -> None:
     [
         {"norm": "layer", "bias": True, "activation": "swiglu", "n_kv_heads": 1, "causal": True},
         {"activation": "relu2", "loop_norm": "post", "injection": "concat", "rope_base": None},
+        {"dropout": 0.3, "recompute": "every:2"},
         {"activation": "gelu", "recompute": "none", "frozen": ("x", "layers.0.qkv.weight")},
     ],
 )

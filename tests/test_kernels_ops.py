@@ -252,6 +252,18 @@ def test_mlp(guard_outputs, rows, d, hidden, activation, kind, bias, p, dtype) -
     check(case, dtype)
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_mlp_that_keeps_nothing_computes_the_same(activation: str) -> None:
+    make = Make("kernel", torch.float32)
+    x, norm_weight, up, down = make(9, 16), make.positive(16), make(24, 16), make(16, 24)
+    gate = make(24, 16) if activation == "swiglu" else None
+    args = (x, norm_weight, None, up, None, gate, None, down, None, activation)
+    ops = select("triton", DEVICE)
+    kept, dropped = ops.mlp_fwd(*args), ops.mlp_fwd(*args, keep=False)
+    assert_bitwise("out", dropped[0], kept[0])
+    assert dropped[1:] == (None, None, None)
+
+
 @pytest.mark.parametrize(
     ("rows", "states", "d", "vocabulary", "kind", "smoothing", "z_loss", "dtype"),
     [
