@@ -9,7 +9,7 @@ column c + head_dim / 2 lie at the same place of two accumulators, so that RoPE 
 
 | saved by the caller | recomputed in backward | written for weight_grad |
 |---|---|---|
-| x | norm(x), its statistics | norm(x), dz (in place of dout where RoPE turns it) |
+| x | norm(x), its statistics | norm(x), dz (dout itself without RoPE) |
 
 FLOPs a row: 2 · d · columns forward, the same backward. Bytes a row (16-bit, fp32 state; d = 256,
 columns = 768): forward 4d + 2·columns = 2.6 kB, backward 4d + 4·columns + 6d = 5.6 kB, so both sit
@@ -293,7 +293,7 @@ def _norm_linear_bwd_kernel(
 
 
 def norm_linear_bwd(
-    dout: Tensor,  # (rows, columns); overwritten where RoPE turns it back
+    dout: Tensor,  # (rows, columns)
     x: Tensor,  # (rows, d)
     norm_weight: Tensor,
     norm_bias: Tensor | None,
@@ -308,24 +308,24 @@ def norm_linear_bwd(
     dz (rows, columns), y (rows, d)."""
     _check(x, norm_weight, norm_bias, weight, dout, cos, sin, rotary, kind)
     (rows, d), columns = x.shape, weight.shape[0]
-    x, dz = readable(x), readable(dout)
-    if rotary and not dz.is_contiguous():  # expanded rows share memory: not to be written
-        dz = dz.contiguous()
+    x, dout = readable(x), readable(dout)
     if not norm_is_fused(d, weight.dtype):
-        dz = _rope(dz, cos, sin, rotary, -1.0) if rotary else dz
+        dz = _rope(dout.clone(), cos, sin, rotary, -1.0) if rotary else dout
         y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype)
         has_bias = norm_bias is not None
         dx, dnw, dnb = norm_bwd(dz @ weight, x, norm_weight, eps, kind, has_bias)
         return dx, dnw, dnb, dz, y
+    # Not in place: another thread may still have to read what one writes.
+    dz = torch.empty(dout.shape, dtype=dout.dtype, device=x.device) if rotary else dout
     y = torch.empty(rows, d, dtype=weight.dtype, device=x.device)
     config = _config(rows, d, weight.dtype, x.device, back=True)
     programs = cdiv(rows, config.block_m)
     dx, dnw, dnb = norm_grad_buffers(x, programs, norm_bias is not None)
     if rows:
         _norm_linear_bwd_kernel[(programs,)](
-            dz, x, norm_weight, norm_bias, weight, cos if rotary else None,
+            dout, x, norm_weight, norm_bias, weight, cos if rotary else None,
             sin if rotary else None, dz if rotary else None, y, dx, dnw, dnb,
-            stride_dm=dz.stride(0), stride_xm=x.stride(0), stride_wn=weight.stride(0),
+            stride_dm=dout.stride(0), stride_xm=x.stride(0), stride_wn=weight.stride(0),
             stride_cm=cos.stride(0) if rotary else 0, stride_zm=dz.stride(0),
             M=rows, N=columns, rotary=rotary, tiles=cdiv(columns, 2 * config.block_n),
             D=d, HALF=cos.shape[1] if rotary else config.block_n, EPS=eps,
