@@ -118,7 +118,9 @@ def cross_entropy_bwd_ref(
         dlogits = dlogits.to(head.dtype)
         if head_grad is not None:
             weight_grad_ref(head_grad, dlogits, y)
-        dx, dweight, dbias = norm_bwd_ref(dlogits @ head, states, norm_weight, eps, kind)
+        dx, dweight, dbias, _ = norm_bwd_ref(
+            dlogits @ head, states, norm_weight, norm_bias, eps, kind
+        )
         dh[part] = dx
         if norm_grad is not None:
             norm_grad.add_(dweight)

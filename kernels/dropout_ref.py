@@ -32,23 +32,30 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _draw(dropout: Dropout, columns: int) -> Tensor:
-    """(rows, columns) int64, uniform in 0..2³² − 1."""
-    device = dropout.tokens.device
+def _row_key(dropout: Dropout) -> Tensor:
+    """(rows,) int64, uniform in 0..2³² − 1."""
     key = _mix((dropout.seed + (dropout.site << 16) + dropout.iteration) & _LOW)
-    row = _mix((dropout.tokens * 0x9E3779B1 + key) & _LOW)
-    column = torch.arange(columns, device=device) * 0x27D4EB2F & _LOW
-    return _mix((row.unsqueeze(1) + column) & _LOW)
+    return _mix((dropout.tokens * 0x9E3779B1 + key) & _LOW)
 
 
 def dropout_mask_ref(dropout: Dropout, columns: int, dtype: torch.dtype) -> Tensor:
     """(rows, columns): 1 / (1 − p) where kept, else 0."""
-    keep = _draw(dropout, columns) >= int(dropout.p * 2**32)
+    column = torch.arange(columns, device=dropout.tokens.device) * 0x27D4EB2F & _LOW
+    drawn = _mix((_row_key(dropout).unsqueeze(1) + column) & _LOW)
+    keep = drawn >= int(dropout.p * 2**32)
     return keep.to(dtype).div_(1 - dropout.p)
 
 
-def state_noise_ref(dropout: Dropout, h: Tensor) -> Tensor:
-    """Uniform noise of h's shape (rows, d) with standard deviation p times each row's RMS."""
-    scale = 2 * 3**0.5 * dropout.p
-    unit = _draw(dropout, h.shape[1]).to(h.dtype).mul_(2.0**-32).sub_(0.5).mul_(scale)
-    return unit * h.square().mean(-1, keepdim=True).sqrt()
+NOISE_ROWS = 8192
+
+
+def noise_table(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(NOISE_ROWS, columns) standard normal, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NOISE_ROWS, columns, generator=generator).to(device, dtype)
+
+
+def state_noise_ref(dropout: Dropout, h: Tensor, table: Tensor) -> Tensor:
+    """h (rows, d) plus normal noise of p times each row's RMS: a hashed row of the table each."""
+    rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True).mul_(dropout.p * h.shape[1] ** -0.5)
+    return torch.addcmul(h, table.index_select(0, _row_key(dropout) % NOISE_ROWS), rms)

@@ -62,14 +62,15 @@ def mlp_fwd_ref(
     kind: str = "rms",
     dropout: Dropout | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """out (rows, d), and for the backward u, gate, a (rows, hidden)."""
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """out (rows, d), and if `keep`, for the backward u, gate, a (rows, hidden)."""
     y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, up_weight.dtype)
     up = torch.nn.functional.linear(y, up_weight, up_bias)
     gate = None if gate_weight is None else torch.nn.functional.linear(y, gate_weight, gate_bias)
     hidden = activation_fwd_ref(activation, up, gate)
     out = linear_residual_fwd_ref(hidden, down_weight, down_bias, x, dropout, out)
-    return out, up, gate, hidden
+    return (out, up, gate, hidden) if keep else (out, None, None, None)
 
 
 def mlp_bwd_ref(
@@ -93,7 +94,8 @@ def mlp_bwd_ref(
     dup, dgate = activation_bwd_ref(activation, da, up, gate)
     dy = dup @ up_weight
     if dgate is not None:
-        dy = dy + dgate @ gate_weight
-    y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, up_weight.dtype)
-    dx, dnorm_weight, dnorm_bias = norm_bwd_ref(dy, x, norm_weight, eps, kind)
+        dy = dy.addmm_(dgate, gate_weight)
+    dx, dnorm_weight, dnorm_bias, y = norm_bwd_ref(
+        dy, x, norm_weight, norm_bias, eps, kind, up_weight.dtype
+    )
     return dx, dnorm_weight, dnorm_bias, y, dup, dgate, dbranch

@@ -25,11 +25,11 @@ def rotate_ref(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float = 1
     """
     half = cos.shape[-1]
     pairs = z[:, :rotary].unflatten(-1, (-1, 2, half))  # (rows, heads, 2, half), a view
-    a, b = pairs[:, :, 0], pairs[:, :, 1]
-    cos = cos.unsqueeze(1).to(z.dtype)
-    sin = (sin * sign).unsqueeze(1).to(z.dtype)
-    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=2)
-    pairs.copy_(rotated)
+    swapped = torch.cat((pairs[:, :, 1:], pairs[:, :, :1]), dim=2)
+    cos, sin = cos.unsqueeze(1).to(z.dtype), sin.unsqueeze(1).to(z.dtype)
+    pairs.mul_(cos.unsqueeze(2))
+    pairs[:, :, 0].addcmul_(swapped[:, :, 0], sin, value=-sign)
+    pairs[:, :, 1].addcmul_(swapped[:, :, 1], sin, value=sign)
     return z
 
 
@@ -66,6 +66,7 @@ def norm_linear_bwd_ref(
     """dx, dnorm_weight, dnorm_bias, and the weight gradient's operands dz (rows, columns), y
     (rows, d)."""
     dz = rotate_ref(dout, cos, sin, rotary, -1.0) if rotary else dout
-    y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, weight.dtype)
-    dx, dnorm_weight, dnorm_bias = norm_bwd_ref(dz @ weight, x, norm_weight, eps, kind)
+    dx, dnorm_weight, dnorm_bias, y = norm_bwd_ref(
+        dz @ weight, x, norm_weight, norm_bias, eps, kind, weight.dtype
+    )
     return dx, dnorm_weight, dnorm_bias, dz, y

@@ -27,7 +27,8 @@ def normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
     x = wide(x)
     if kind == "layer":
         x = x - x.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * rstd, rstd
 
 
@@ -40,25 +41,34 @@ def norm_fwd_ref(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y (rows, d) in `dtype` (default: x's)."""
-    y, _ = normalize(x, eps, kind)
-    y = y * wide(weight)
-    if bias is not None:
-        y = y + wide(bias)
-    return y.to(dtype or x.dtype)
+    x_hat, _ = normalize(x, eps, kind)
+    return _scale(x_hat, weight, bias).to(dtype or x.dtype)
+
+
+def _scale(x_hat: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x_hat * wide(weight)
+    return y if bias is None else y.add_(wide(bias))
 
 
 def norm_bwd_ref(
     dy: Tensor,  # (rows, d)
     x: Tensor,  # (rows, d)
     weight: Tensor,  # (d,)
+    bias: Tensor | None,  # (d,)
     eps: float,
     kind: str = "rms",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (rows, d), dweight (d,) and dbias (d,), all in the wide dtype."""
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx (rows, d), dweight (d,), dbias (d,) (zeros without a bias) in the wide dtype, and y again
+    in `dtype` (default: x's), which the weight gradient of the projection behind it needs."""
     dy = wide(dy)
     x_hat, rstd = normalize(x, eps, kind)
+    y = _scale(x_hat, weight, bias).to(dtype or x.dtype)
+    product = dy * x_hat
+    dweight = product.sum(0)
+    inner = (product @ wide(weight)).div_(-x.shape[-1]).unsqueeze(-1)  # −mean(g · x̂)
     g = dy * wide(weight)
-    inner = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
     if kind == "layer":
-        inner = inner - g.mean(-1, keepdim=True)
-    return inner * rstd, (dy * x_hat).sum(0), dy.sum(0)
+        g.sub_(g.mean(-1, keepdim=True))
+    dx = g.addcmul_(x_hat, inner).mul_(rstd)
+    return dx, dweight, torch.zeros_like(dweight) if bias is None else dy.sum(0), y

@@ -7,6 +7,7 @@ Before the first layer the state may be normalised (`loop_norm="pre"`), joined w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from relay_fast.config import BlockConfig
 from relay_fast.functional import Ops
 from relay_fast.gradients import GradientBuffers
-from relay_fast.kernels.dropout_ref import Dropout, state_noise_ref
+from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
 from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref
 from relay_fast.plan import Plan, Segment
 
 NOISE_SITE = 0xFFFF
+_noise_table = functools.cache(noise_table)
 
 
 class LayerSaved(NamedTuple):
@@ -86,17 +88,19 @@ class BlockBody:
 
     # Forward
 
-    def forward(self, h: Tensor, segment: Segment, out: Tensor) -> list[Tensor | None]:
+    def forward(
+        self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
+    ) -> list[Tensor | None]:
         """Writes state t of the segment's rows into `out` (rows, d), given state t − 1 in `h`.
 
-        Returns what the backward needs, flat; a caller that does not keep it just drops it.
+        Returns what the backward needs, flat, if `keep`; else it may be incomplete.
         """
         c = self.config
         u = self._enter(h, segment)
         saved: list[Tensor | None] = []
         for i in range(c.n_layers):
             last = i == c.n_layers - 1 and c.loop_norm != "post"
-            u, layer = self._layer(u, i, segment, out if last else None)
+            u, layer = self._layer(u, i, segment, out if last else None, keep)
             saved.extend(layer)
         if c.loop_norm == "post":
             saved.append(u)
@@ -124,7 +128,7 @@ class BlockBody:
         return h
 
     def _layer(
-        self, u: Tensor, i: int, segment: Segment, out: Tensor | None
+        self, u: Tensor, i: int, segment: Segment, out: Tensor | None, keep: bool
     ) -> tuple[Tensor, LayerSaved]:
         c, ops, w = self.config, self.ops, self._weight
         p = f"layers.{i}."
@@ -141,7 +145,7 @@ class BlockBody:
             mid, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "up.bias"), w(p + "gate.weight"), w(p + "gate.bias"),
             w(p + "down.weight"), w(p + "down.bias"),
-            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment), out,
+            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment), out, keep,
         )  # fmt: skip
         return new, LayerSaved(u, qkv, o, lse, mid, up, gate, hidden)
 
@@ -167,7 +171,8 @@ class BlockBody:
 
     def _norm_backward(self, g: Tensor, x: Tensor, name: str, grads: GradientBuffers) -> Tensor:
         c = self.config
-        dx, dweight, dbias = norm_bwd_ref(g, x, self._weight(f"{name}.weight"), c.eps, c.norm)
+        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+        dx, dweight, dbias, _ = norm_bwd_ref(g, x, weight, bias, c.eps, c.norm)
         grads.vector(self.index.get(f"{name}.weight"), dweight)
         grads.vector(self.index.get(f"{name}.bias"), dbias)
         return dx
@@ -213,11 +218,12 @@ class BlockBody:
         return g + dx
 
     def _noisy(self, h: Tensor, segment: Segment) -> Tensor:
-        """h with the training noise; its scale is taken as constant, so the gradient is unchanged."""
+        """h with the training noise, whose scale counts as constant: the gradient passes by."""
         p = self.config.state_noise
         if self.seed is None or not p:
             return h
-        return h + state_noise_ref(self._counters(p, NOISE_SITE, segment), h)
+        table = _noise_table(h.shape[1], h.dtype, h.device)
+        return state_noise_ref(self._counters(p, NOISE_SITE, segment), h, table)
 
     def _enter_backward(
         self, g: Tensor, h: Tensor, segment: Segment, grads: GradientBuffers

@@ -19,8 +19,8 @@ class BlockConfig:
     d_hidden: hidden width of the MLP, default 4 · d_model. n_kv_heads: default n_heads.
     rope_base: None switches positions off (NoPE). loop_norm: norm on the state between iterations.
     injection: how each iteration sees the input again. max_loops: size of the loop-index embedding,
-    0 without one. state_noise: in training, noise added to the state before each iteration, relative
-    to its RMS. Raises ValueError where the parts do not fit together.
+    0 without one. state_noise: in training, noise added to the state before each iteration,
+    relative to its RMS. Raises ValueError where the parts do not fit together.
     """
 
     d_model: int

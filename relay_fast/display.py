@@ -36,7 +36,7 @@ class Display:
             print(f"{name:24s} started", flush=True)
 
     def progress(self, name: str, p: Progress) -> None:
-        note = f"loss {p.loss:.4f}  rows right {p.chain_accuracy:6.1%}  {p.samples_per_s:.0f} samples/s"
+        note = f"loss {p.loss:.4f}  right {p.chain_accuracy:6.1%}  {p.samples_per_s:.0f} samples/s"
         if self._bars:
             self._bars.update(self._ids[name], total=p.steps, completed=p.step, note=note)
             return
@@ -51,7 +51,9 @@ class Display:
 
     def finish(self, name: str, seconds: float) -> None:
         if self._bars:
-            self._bars.update(self._ids[name], total=1, completed=1, note=f"done in {seconds:.0f} s")
+            self._bars.update(
+                self._ids[name], total=1, completed=1, note=f"done in {seconds:.0f} s"
+            )
         else:
             print(f"{name:24s} done in {seconds:.0f} s", flush=True)
 

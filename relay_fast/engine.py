@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from relay_fast.functional import Ops
+from relay_fast.functional import Ops, differentiable_once
 from relay_fast.gradients import GATHER_ROWS, GradientBuffers
 from relay_fast.kernels.norm_ref import wide
 from relay_fast.plan import Plan, Segment
 from relay_fast.policy import Policy
+
+READOUT_ROWS = 1024  # fewer rows than this make a cross-entropy call mostly overhead
 
 
 class Body(Protocol):
@@ -34,7 +36,9 @@ class Body(Protocol):
     )  # gradient of the input as far as injection carried it, None without injection
     saved_width: int  # how many tensors `forward` returns
 
-    def forward(self, h: Tensor, segment: Segment, out: Tensor) -> list[Tensor | None]: ...
+    def forward(
+        self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
+    ) -> list[Tensor | None]: ...
 
     def backward(
         self,
@@ -64,7 +68,27 @@ class Readout:
     z_loss: float = 0.0
 
     def part(self, iteration: int) -> slice:
+        """The rows of an iteration in the flat lists."""
         return slice(self.offsets[iteration - 1], self.offsets[iteration])
+
+    def group(self, iteration: int) -> range:
+        """The iterations whose rows are read out together with this one's: neighbours with fewer
+        than READOUT_ROWS rows between them, the same under every recompute policy."""
+        return self._groups[iteration - 1]
+
+    def span(self, group: range) -> slice:
+        """The rows of a group of iterations in the flat lists."""
+        return slice(self.offsets[group[0] - 1], self.offsets[group[-1]])
+
+    @cached_property
+    def _groups(self) -> list[range]:
+        groups, first = [], 1
+        for t in range(1, len(self.offsets)):
+            full = self.offsets[t] - self.offsets[first - 1] >= READOUT_ROWS
+            if full or t == len(self.offsets) - 1:
+                groups += [range(first, t + 1)] * (t + 1 - first)
+                first = t + 1
+        return groups
 
     @property
     def options(self) -> dict[str, Any]:
@@ -94,6 +118,13 @@ class Run:
     gather_rows: int = GATHER_ROWS
     compute_dtype: torch.dtype | None = None  # of the readout's head; None: the parameter's own
 
+    def __post_init__(self) -> None:
+        if self.truncate is not None and self.truncate < 1:
+            raise ValueError(
+                f"truncate = {self.truncate}: gradients flow through at least 1 iteration; "
+                "use None for all, or torch.no_grad() for none"
+            )
+
     def state_spans(self) -> dict[int, slice]:
         """Where each returned state lies in the flat buffer of returned states."""
         spans, start = {}, 0
@@ -115,7 +146,7 @@ def run_loop(
     if torch.is_grad_enabled():
         return _Loop.apply(run, x, *parameters)
     with _no_autocast(x):
-        return _forward(run, x, parameters, keep=False).outputs
+        return forward_pass(run, x, parameters, keep=False).outputs
 
 
 def iterate(
@@ -130,7 +161,7 @@ def iterate(
         for t in range(1, run.plan.max_loops + 1):
             out = buffers[t % 2][: run.plan.rows_at(t)]
             for segment in run.plan.segments(t):
-                body.forward(h[segment.rows], segment, out[segment.rows])
+                body.forward(h[segment.rows], segment, out[segment.rows], keep=False)
             yield t, out
             h = out
 
@@ -182,7 +213,7 @@ class _Pass(NamedTuple):
     saved: list[Tensor | None]
 
 
-def _kept(run: Run, row_bytes: int) -> set[int]:
+def kept_states(run: Run, row_bytes: int) -> set[int]:
     """Which states are kept beside those that are returned anyway."""
     plan = run.plan
     kept = run.policy.kept(plan.max_loops, [rows * row_bytes for rows in plan.active_rows])
@@ -191,10 +222,11 @@ def _kept(run: Run, row_bytes: int) -> set[int]:
     return set(kept).difference(run.states)
 
 
-def _forward(run: Run, x: Tensor, parameters: Sequence[Tensor | None], keep: bool) -> _Pass:
+def forward_pass(run: Run, x: Tensor, parameters: Sequence[Tensor | None], keep: bool) -> _Pass:
+    """All iterations; with `keep`, what the backward needs is kept."""
     plan = run.plan
     body = run.make_body(x, parameters)
-    states = _States(run, x, _kept(run, x[:1].nbytes) if keep else ())
+    states = _States(run, x, kept_states(run, x[:1].nbytes) if keep else ())
     losses = _RowLosses(run, x, parameters) if run.readout is not None else None
     saved: list[Tensor | None] = []
     states.final[plan.rows_at(1) :] = x[plan.rows_at(1) :]
@@ -202,8 +234,9 @@ def _forward(run: Run, x: Tensor, parameters: Sequence[Tensor | None], keep: boo
     for t in range(1, plan.max_loops + 1):
         out = states.slot(t)
         for segment in plan.segments(t, run.truncate):
-            inside = body.forward(h[segment.rows], segment, out[segment.rows])
-            if keep and segment.grad and run.policy.kind == "none":
+            wanted = keep and segment.grad and run.policy.kind == "none"
+            inside = body.forward(h[segment.rows], segment, out[segment.rows], wanted)
+            if wanted:
                 saved.extend(inside)
             del inside
         states.ended(t, out)
@@ -212,7 +245,9 @@ def _forward(run: Run, x: Tensor, parameters: Sequence[Tensor | None], keep: boo
         h = out
     empty = torch.empty(0, device=x.device)
     loss, lse, correct = losses.outputs() if losses else (empty, empty, empty)
-    return _Pass((states.final, states.output, loss, correct), lse, states.kept, saved)
+    # Aliases: autograd marks what is returned, and `saved` holds views of the same buffers.
+    final, output = states.final.detach(), states.output.detach()
+    return _Pass((final, output, loss, correct), lse, states.kept, saved)
 
 
 class _RowLosses:
@@ -220,22 +255,29 @@ class _RowLosses:
 
     def __init__(self, run: Run, x: Tensor, parameters: Sequence[Tensor | None]):
         self._run, self._readout = run, run.readout
-        self._parameters = _readout_parameters(run, x, parameters)
+        self._parameters = _readout_parameters(run, parameters)
         rows = run.readout.offsets[-1]
         self._loss = torch.empty(rows, dtype=wide(x[:0]).dtype, device=x.device)
         self._lse = torch.empty_like(self._loss)
         self._correct = torch.empty(rows, dtype=torch.bool, device=x.device)
+        self._held: list[Tensor] = []
 
     def forward(self, t: int, state: Tensor) -> None:
-        part = self._readout.part(t)
+        """Takes the rows of state t along, and their loss where its group is complete."""
+        readout = self._readout
+        group = readout.group(t)
+        if len(group) > 1:
+            self._held.append(state.index_select(0, readout.rows[readout.part(t)]))
+            if t != group[-1]:
+                return
+            h, index, self._held = torch.cat(self._held), None, []
+        else:
+            h, index = state, readout.rows[readout.part(t)]
+        part = readout.span(group)
         if part.stop > part.start:
             self._loss[part], self._lse[part], self._correct[part] = (
                 self._run.ops.cross_entropy_fwd(
-                    state,
-                    self._readout.targets[part],
-                    *self._parameters,
-                    self._readout.rows[part],
-                    **self._readout.options,
+                    h, readout.targets[part], *self._parameters, index, **readout.options
                 )
             )
 
@@ -243,7 +285,7 @@ class _RowLosses:
         return self._loss, self._lse, self._correct
 
 
-def _readout_parameters(run: Run, x: Tensor, parameters: Sequence[Tensor | None]):
+def _readout_parameters(run: Run, parameters: Sequence[Tensor | None]):
     """Final norm weight, its bias, and the head in the compute dtype."""
     norm_weight, norm_bias, head = parameters[-3:]
     return norm_weight, norm_bias, head.to(run.compute_dtype or head.dtype)
@@ -253,7 +295,7 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: Run, x: Tensor, *parameters: Tensor | None):
         with _no_autocast(x):
-            done = _forward(run, x, parameters, keep=any(ctx.needs_input_grad))
+            done = forward_pass(run, x, parameters, keep=any(ctx.needs_input_grad))
         final, states, _, correct = done.outputs
         ctx.run, ctx.kept, ctx.parameters = run, tuple(done.kept), len(parameters)
         ctx.set_materialize_grads(False)
@@ -264,10 +306,17 @@ class _Loop(torch.autograd.Function):
         return done.outputs
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, g_final, g_states, g_loss, _):
         with _no_autocast(ctx.saved_tensors[0]):
-            return _Backward(ctx).run_all(g_final, g_states, g_loss)
+            return backward_pass(ctx, g_final, g_states, g_loss)
+
+
+def backward_pass(
+    ctx, g_final: Tensor | None, g_states: Tensor | None, g_loss: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `_Loop.apply`'s arguments, given what its forward left in `ctx`."""
+    return _Backward(ctx).run_all(g_final, g_states, g_loss)
 
 
 class _Backward:
@@ -338,24 +387,39 @@ class _Backward:
             for s in range(start + 1, t + 1):
                 out = self.x.new_empty(self.plan.rows_at(s), *self.x.shape[1:])
                 for segment in self.plan.segments(s, self.run.truncate):
-                    self.body.forward(h[segment.rows], segment, out[segment.rows])
+                    self.body.forward(h[segment.rows], segment, out[segment.rows], keep=False)
                 self.states[s] = h = out
         return self.states[t]
 
     def _readout(self, t: int, g_t: Tensor, g_loss: Tensor) -> None:
         """Adds the loss gradient of iteration t's rows to g_t (N_t, d)."""
-        readout, part = self.run.readout, self.run.readout.part(t)
+        readout = self.run.readout
+        group = readout.group(t)
+        if t == group[-1]:
+            self._dh = self._group_gradient(group, g_loss)
+        part, start = readout.part(t), readout.span(group).start
+        if part.stop > part.start:
+            dh = self._dh[part.start - start : part.stop - start]
+            g_t.index_add_(0, readout.rows[part], dh.to(g_t.dtype))
+
+    def _group_gradient(self, group: range, g_loss: Tensor) -> Tensor | None:
+        """Gradient of the group's state rows, one after the other."""
+        readout, part = self.run.readout, self.run.readout.span(group)
         if part.stop == part.start:
-            return
+            return None
+        if len(group) > 1:
+            rows = [self._state(u).index_select(0, readout.rows[readout.part(u)]) for u in group]
+            h, index = torch.cat(rows), None
+        else:
+            h, index = self._state(group[0]), readout.rows[part]
         norm, norm_bias, head = (len(self.parameters) - i for i in (3, 2, 1))
-        dh = self.run.ops.cross_entropy_bwd(
+        return self.run.ops.cross_entropy_bwd(
             g_loss[part],
-            self._state(t),
+            h,
             readout.targets[part],
             self.lse[part],
-            *_readout_parameters(self.run, self.x, self.parameters),
+            *_readout_parameters(self.run, self.parameters),
             *(self.grads.buffer(i) for i in (head, norm, norm_bias)),
-            readout.rows[part],
+            index,
             **readout.options,
         )
-        g_t.index_add_(0, readout.rows[part], dh.to(g_t.dtype))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from relay_fast.batch import PackedBatch
 from relay_fast.block import BlockBody
+from relay_fast.compiled import describe
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.engine import Readout, Run, iterate, run_loop
 from relay_fast.functional import compute_dtype, row_cross_entropy, select
@@ -86,6 +87,7 @@ class LoopedBlock(nn.Module):
         if c.max_loops:
             self.loop_embedding = nn.Embedding(c.max_loops, c.d_model)
             nn.init.zeros_(self.loop_embedding.weight)
+        self._spec = describe(c, [name for name, _ in self.named_parameters()])
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
@@ -110,6 +112,8 @@ class LoopedBlock(nn.Module):
         each holding the sequences still looping then, in the caller's order.
         """
         packed, shape = self._pack(x, cu_seqlens)
+        if torch.compiler.is_compiling():
+            return self._as_op(packed, shape, loops, cu_seqlens, positions, return_states, truncate)
         plan = self._plan(x, loops, cu_seqlens, positions)
         wanted = plan.chosen_states(return_states)
         if plan.to_sorted is not None:
@@ -125,6 +129,39 @@ class LoopedBlock(nn.Module):
             state = states[span] if index is None else states[span][index]
             result.append(state if len(shape) == 2 else state.view(-1, *shape[1:]))
         return result
+
+    def _as_op(
+        self, x: Tensor, shape: torch.Size, loops, cu_seqlens, positions, return_states, truncate
+    ) -> Tensor | list[Tensor]:
+        """The forward under torch.compile: one custom op (see `relay_fast.compiled`).
+
+        States are returned where `loops` is an int; otherwise their sizes depend on data.
+        """
+        count = loops if isinstance(loops, int) else 0
+        tensor = lambda t: t if t is None or isinstance(t, Tensor) else torch.tensor(t)
+        if return_states is False:
+            wanted = []
+        elif isinstance(loops, int):
+            wanted = list(range(1, count + 1)) if return_states is True else sorted(return_states)
+            if wanted and not 1 <= wanted[0] <= wanted[-1] <= count:
+                raise ValueError(f"return_states asks for {wanted} but the batch loops 1..{count}")
+        else:
+            raise ValueError("under torch.compile, return_states needs loops to be an int")
+        if positions is not None:
+            positions = positions.expand(shape[:-1]).reshape(-1)
+        seed = None
+        if self.training and (self.config.dropout or self.config.state_noise):
+            seed = torch.randint(2**31, (), device=x.device)
+        final, states, _ = torch.ops.relay_fast.loop_fwd(
+            x, list(self.parameters()), self._spec,
+            f'["{self.recompute}", "{self.impl}", {self.gather_rows}]',
+            compute_dtype(self.layers[0].qkv.weight), 0 if cu_seqlens is not None else shape[0],
+            tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
+            positions, seed, wanted, truncate or 0, torch.is_grad_enabled(),
+        )  # fmt: skip
+        if return_states is False:
+            return final.view(shape)
+        return [s.view(shape) for s in states.split(x.shape[0])] if wanted else []
 
     def run(self, plan: Plan, **options) -> Run:
         """The engine's description of a pass of this block over a plan (see

@@ -24,7 +24,7 @@ from relay_fast.stages import NEEDS, Context, run_stage
 
 
 def with_needs(names: Iterable[str]) -> list[str]:
-    """The stages and all that they need, in the pipeline's order. Raises ValueError for unknowns."""
+    """The stages and what they need, in the pipeline's order. Raises ValueError for unknowns."""
     wanted: set[str] = set()
 
     def add(name: str) -> None:

@@ -48,6 +48,31 @@ _STYLES = {
 _OTHER_STYLES = [_Style("#E69F00", "P", "-"), _Style("#7F7F7F", "*", (0, (3, 2)))]
 
 
+def plot_run(results: Mapping[str, Any], folder: str | os.PathLike) -> list[Path]:
+    """Every picture of a run, into `folder`: accuracy by metric, hit matrices, losses.
+
+    `results`: the content of results.json. Returns the files. Raises ImportError without
+    matplotlib.
+    """
+    folder = Path(folder)
+    files = [
+        plot_accuracy(results, metric, folder / f"accuracy_{metric}.png")
+        for metric in ("answer", "chain", "bit")
+    ]
+    for task, by_length in results.get("hit_matrix", {}).items():
+        for length, matrices in by_length.items():
+            title = f"{TASK_NAMES.get(task, task)} {length}: share of problems with the token right"
+            files.append(plot_hit_matrix(matrices, title, folder / f"hits_{task}_{length}.png"))
+    curves = {
+        name: {key: [entry[key] for entry in entries] for key in ("step", "loss")}
+        for name, entries in results.get("history", {}).items()
+        if entries
+    }
+    if curves:
+        files.append(plot_losses(curves, folder / "losses.png"))
+    return files
+
+
 def plot_accuracy(results: Mapping[str, Any], metric: str, path: str | os.PathLike) -> Path:
     """Accuracy against length, a panel for each task and a line for each model.
 

@@ -38,13 +38,16 @@ class Schedule:
         return len(self.progress)
 
     def factor(self, step: int) -> float:
-        """Learning-rate factor: linear warm-up, then linear or cosine decay to 0, or constant."""
+        """Learning-rate factor: linear warm-up, then `decay`: "linear" or "cosine" to 0, "late"
+        (linear to 0 over the last 40 % only) or "constant"."""
         p = float(self.progress[step])
         warm = min(1.0, (p + 1 / self.steps) / self.warmup) if self.warmup else 1.0
         if self.decay == "linear":
             return warm * (1 - p)
         if self.decay == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * p))
+        if self.decay == "late":
+            return warm * min(1.0, (1 - p) / 0.4)
         return warm
 
 

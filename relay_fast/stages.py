@@ -1,7 +1,7 @@
 """The stages of RELAY, each a function of a run folder: what it reads, trains, writes.
 
-Stages talk through files in the run folder only, so that each can run in its own process, alone from
-the shell, or again after an interruption. A stage returns what belongs into results.json.
+Stages talk through files in the run folder only, so that each can run in its own process, alone
+from the shell, or again after an interruption. A stage returns what belongs into results.json.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import torch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data import Form, SampleStream, TruthStream, mean_cost
 from relay_fast.datasets import load_samples, save_samples
-from relay_fast.decode import decode
 from relay_fast.evaluate import evaluate_autoregressive, evaluate_looped, hit_matrix
-from relay_fast.generate import generate_chains
+from relay_fast.generate import generate_chains, write_chains
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.presets import recipe
-from relay_fast.ragged import offsets_of
 from relay_fast.schedule import Schedule
 from relay_fast.store import load_run_model, model_path, run_tasks, save_model
-from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks import Samples
 from relay_fast.trainer import Progress, Trained, train_model
 
 Report = Callable[[Progress], None]
@@ -198,7 +196,9 @@ def _inside(context: Context) -> Samples:
 def _fine_tune(context: Context, stage: str, name: str, model, added: Samples, report: Report):
     """Fine-tunes on the original data merged with `added`, whose chains a model wrote."""
     settings = recipe(context.config, stage)
-    merged = Samples.concat([_inside(context), added])
+    sizes = np.diff(added.sequences(context.tasks)[1])
+    fits = sizes <= model.config.max_tokens  # a chain gone wrong may never end
+    merged = Samples.concat([_inside(context), added.take(fits)])
     schedule = _schedule(context, settings, "autoregressive", len(merged))
     stream = SampleStream(
         merged, context.tasks, context.form(settings, "autoregressive"), schedule,
@@ -225,7 +225,6 @@ def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np
     """Five growing phases: the AR model writes chains for lengths beyond its range, those whose
     answer passes `judge` are kept, and it is fine-tuned on them and the original data."""
     model = context.load("ar_baseline")
-    settings_key = "ar_self"
     phases = max(len(context.task_config(task)["self_lengths"]) for task in context.tasks)
     history, kept, longest_true, seconds = [], [], {}, 0.0
     for phase in range(phases):
@@ -233,7 +232,7 @@ def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np
         written = write_chains(model, problems, context.tasks)
         passed = written.take(judge(problems, written))
         kept.append({"phase": phase + 1, "written": len(written), "kept": len(passed)})
-        trained = _fine_tune(context, settings_key, f"{name}.{phase + 1}", model, passed, report)
+        trained = _fine_tune(context, "ar_self", f"{name}.{phase + 1}", model, passed, report)
         history += trained.history
         longest_true, seconds = trained.longest_true, seconds + trained.seconds
     result = context.finish(name, model, Trained(history, longest_true, seconds))
@@ -265,40 +264,6 @@ def _ar_self_loop(context: Context, report: Report):
         return written.answer == generate_chains(looped, problems, context.tasks).answer
 
     return _ar_self(context, "ar_self_loop", judge, report)
-
-
-def write_chains(
-    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task]
-) -> Samples:
-    """The same problems with the rounds and answers that the autoregressive model writes.
-
-    An answer that cannot be read is −1.
-    """
-    limit = np.array(
-        [
-            tasks[TASK_NAMES[k]].max_chain_tokens(n) + 3
-            for k, n in zip(problems.task.tolist(), problems.length.tolist(), strict=True)
-        ]
-    )
-    decoded = decode(model, problems.problem, problems.problem_offsets, max_new=limit)
-    rounds: list[list[int]] = []
-    loops, answers = [], []
-    for i, k in enumerate(problems.task.tolist()):
-        text = decoded.tokens[decoded.offsets[i] : decoded.offsets[i + 1]]
-        parts, answer = tasks[TASK_NAMES[k]].split(text)
-        rounds += parts
-        loops.append(len(parts))
-        answers.append(-1 if answer is None else answer)
-    return Samples(
-        task=problems.task,
-        length=problems.length,
-        problem=problems.problem,
-        problem_offsets=problems.problem_offsets,
-        rounds=np.array([token for part in rounds for token in part], np.int32),
-        round_offsets=offsets_of(np.array([len(part) for part in rounds], np.int64)),
-        loops=np.array(loops, np.int32),
-        answer=np.array(answers, np.int32),
-    )
 
 
 # Evaluation

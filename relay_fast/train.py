@@ -72,10 +72,10 @@ def train(
 def _show(results: Mapping[str, Any], path: Path) -> None:
     """The table on the terminal, the plots into the folder."""
     from relay_fast.plots import plot_run
-    from relay_fast.report import print_table
+    from relay_fast.report import print_report
 
     if results.get("accuracy"):
-        print_table(results)
+        print_report(results)
         for file in plot_run(results, path):
             print(f"plot: {file}")
     print(f"results: {path / 'results.json'}   {results.get('seconds', {}).get('total', 0):.0f} s")

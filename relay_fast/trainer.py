@@ -143,6 +143,8 @@ class _Training:
         )
 
     def _save(self) -> None:
+        if not self.step:
+            return
         tensors = pack_training_state(self.model, self.optimizer, self.ema, self._generators)
         metadata = {
             "config": self.identity,
