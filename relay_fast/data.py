@@ -6,6 +6,8 @@ reports the longest *true* problem of each batch, so that a run can prove what i
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -42,7 +44,7 @@ class Form:
         self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None
     ) -> PackedBatch:
         if self.batch_tokens is not None:
-            samples, extra_pad = self._cut(samples, extra_pad)
+            samples, extra_pad = self._cut(samples, tasks, extra_pad)
         options = {"task_weights": self.task_weights, "weighting": self.weighting}
         if self.kind == "autoregressive":
             return PackedBatch.autoregressive(samples, tasks, **options)
@@ -50,12 +52,22 @@ class Form:
             samples, tasks, chain_weight=self.chain_weight, extra_pad=extra_pad, **options
         )
 
-    def _cut(self, samples: Samples, extra_pad: np.ndarray | None):
-        tokens = np.diff(samples.problem_offsets)
+    def _cut(self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None):
+        """The first samples that fit, tasks in turns so that none of them is cut off."""
         if self.kind == "autoregressive":
-            tokens = tokens + np.diff(samples.round_offsets[samples.first_round])
-        fits = max(1, int(np.searchsorted(np.cumsum(tokens), self.batch_tokens, side="right")))
-        return samples.take(slice(0, fits)), None if extra_pad is None else extra_pad[:fits]
+            tokens = np.diff(samples.sequences(tasks)[1]) - 1
+        else:
+            shortest = [tasks[TASK_NAMES[k]].min_input_tokens for k in samples.task]
+            tokens = np.maximum(np.diff(samples.problem_offsets), shortest)
+            tokens = tokens if extra_pad is None else tokens + extra_pad
+        turn = np.empty(len(samples), np.int64)
+        for k in np.unique(samples.task):
+            own = np.flatnonzero(samples.task == k)
+            turn[own] = np.arange(len(own))
+        order = np.argsort(turn, kind="stable")
+        total = np.cumsum(tokens[order])
+        order = order[: max(1, int(np.searchsorted(total, self.batch_tokens, side="right")))]
+        return samples.take(order), None if extra_pad is None else extra_pad[order]
 
 
 class TruthStream(Dataset):
@@ -64,10 +76,9 @@ class TruthStream(Dataset):
     ranges[task] = (shortest, longest); lengths: "proportional" (probability ∝ length) or "uniform".
     lengths_per_batch: how many different (length, padding) pairs a batch draws per task, None for
     one a sample; few of them make attention cheap. dataset_size: samples per task that exist in
-    all,
-    None for ever fresh ones. curriculum: share of the stage over which the longest length grows.
-    pad_probability: share of the draws that get random extra padding, so that the input is as long
-    as some problem of up to `pad_to` tokens.
+    all, None for ever fresh ones. curriculum: share of the stage over which the longest length
+    grows. pad_probability: share of the draws that get random extra padding, so that the input is
+    as long as some problem of up to `pad_to` tokens.
     """
 
     def __init__(
@@ -136,7 +147,8 @@ class TruthStream(Dataset):
         return rng.choice(choices, size=count, p=weights / weights.sum())
 
     def _extra_pad(self, rng: np.random.Generator, task: Task, draws: np.ndarray) -> np.ndarray:
-        room = self.pad_to - np.array([task.max_problem_tokens(n) for n in draws.tolist()])
+        longest = np.array([task.max_problem_tokens(n) for n in draws.tolist()])
+        room = self.pad_to - np.maximum(longest, task.min_input_tokens)
         extra = rng.integers(0, np.maximum(room, 0) + 1)
         return np.where(rng.random(len(draws)) < self.pad_probability, extra, 0)
 
@@ -176,7 +188,9 @@ class SampleStream(Dataset):
 
 
 def run_ahead(stream: Dataset, start: int, workers: int) -> Iterator[Step]:
-    """The stream's steps from `start` on, made ahead by `workers` processes (0: in this one)."""
+    """The stream's steps from `start` on, made ahead by `workers` processes (0: in this one), at
+    most one a core."""
+    workers = min(workers, os.cpu_count() or 1)
     options = {}
     if workers:
         options = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"}
@@ -185,14 +199,16 @@ def run_ahead(stream: Dataset, start: int, workers: int) -> Iterator[Step]:
         batch_size=None,
         sampler=range(start, len(stream)),
         num_workers=workers,
-        worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # or it would draw from the global one, which dropout uses
+        worker_init_fn=_start_worker,
         **options,
     )
     return iter(loader)
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to act on
 
 
 def mean_cost(

@@ -198,12 +198,16 @@ def _fine_tune(context: Context, stage: str, name: str, model, added: Samples, r
     settings = recipe(context.config, stage)
     sizes = np.diff(added.sequences(context.tasks)[1])
     fits = sizes <= model.config.max_tokens  # a chain gone wrong may never end
-    merged = Samples.concat([_inside(context), added.take(fits)])
+    inside = _inside(context)
+    merged = Samples.concat([inside, added.take(fits)])
+    longest_true = {
+        name: int(inside.length[inside.task == task.index].max(initial=0))
+        for name, task in context.tasks.items()
+    }
     schedule = _schedule(context, settings, "autoregressive", len(merged))
     stream = SampleStream(
         merged, context.tasks, context.form(settings, "autoregressive"), schedule,
-        batch_size=settings["batch_size"], seed=context.seed,
-        longest_true={task: longest for task, (_, longest) in context.ranges.items()},
+        batch_size=settings["batch_size"], seed=context.seed, longest_true=longest_true,
     )  # fmt: skip
     return train_model(
         model, stream, settings, context.state_path(name), seed=context.seed,

@@ -36,7 +36,7 @@ def train(
     results.json. Raises RunFolderError, ValueError, CheckpointError with one clear sentence.
     """
     names = with_needs(stages or NEEDS)
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    if _device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {device!r} was asked for, but CUDA is not available: use --device cpu"
         )
@@ -47,7 +47,7 @@ def train(
         {
             "config": folder.config,
             "seed": config["seed"],
-            "versions": versions(),
+            "versions": versions(device),
             "train_lengths": {name: task["train"] for name, task in config["tasks"].items()},
         }
     )
@@ -67,6 +67,14 @@ def train(
     results = folder.results()
     _show(results, folder.path)
     return results
+
+
+def _device(name: str) -> torch.device:
+    """Raises ValueError for a name that torch does not know."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown: use cpu or cuda") from error
 
 
 def _show(results: Mapping[str, Any], path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +62,28 @@ def train_model(
     """Takes every step of `stream`, in place; continues from `state_path` if it is there.
 
     recipe: lr, muon_lr, weight_decay, betas, clip, ema. Interrupted (Ctrl-C), it saves its state
-    and raises KeyboardInterrupt; the same call then continues exactly.
+    between two steps and raises KeyboardInterrupt; the same call then continues exactly.
     """
-    return _Training(model, stream, recipe, Path(state_path), seed).run(data_workers, report)
+    training = _Training(model, stream, recipe, Path(state_path), seed)
+    with _interrupts_deferred() as asked:
+        return training.run(data_workers, report, asked)
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed meanwhile, instead of raising in the middle of a step or
+    of saving. Outside the main thread, which gets no signals, it changes nothing."""
+    asked: list[int] = []
+    here = threading.current_thread() is threading.main_thread()
+    kinds = (signal.SIGINT, signal.SIGTERM) if here else ()
+    kinds = [kind for kind in kinds if signal.getsignal(kind) is signal.default_int_handler]
+    for kind in kinds:
+        signal.signal(kind, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for kind in kinds:
+            signal.signal(kind, signal.default_int_handler)
 
 
 class _Training:
@@ -84,7 +106,9 @@ class _Training:
         if path.exists():
             self._resume()
 
-    def run(self, data_workers: int, report: Callable[[Progress], None]) -> Trained:
+    def run(
+        self, data_workers: int, report: Callable[[Progress], None], asked: Callable[[], bool]
+    ) -> Trained:
         started, spent = time.monotonic(), self.seconds
         logged, saved, first = started, started, self.step
         samples = 0
@@ -103,6 +127,8 @@ class _Training:
                 if now - saved >= SAVE_EVERY and not last:
                     self._save()
                     saved = now
+                if asked():
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             self._save()
             raise

@@ -46,6 +46,8 @@ def override(
     for what, value in (("steps", steps), ("batch size", batch_size), ("problems", eval_problems)):
         if value is not None and value < 1:
             raise ValueError(f"{what} = {value}: give at least 1")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed = {seed}: give at least 0")
     if batch_size is not None:
         for recipe in (config["training"], *config["stages"].values()):
             recipe.pop("batch_tokens", None)

@@ -1,0 +1,293 @@
+"""`python -m relay_fast.train` from end to end, what it leaves, and what it says to bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from relay_fast.display import Display
+from relay_fast.pipeline import with_needs
+from relay_fast.presets import load_preset, override, preset_names, recipe
+from relay_fast.stages import MODELS, NEEDS, Context
+from relay_fast.store import MODEL_NAMES, load_run_model
+from relay_fast.tasks import TASK_NAMES
+from relay_fast.train import main, train
+from relay_fast.trainer import Progress
+
+SMALL = ["--preset", "cpu", "--steps", "2", "--batch-size", "8", "--eval-problems", "4"]
+
+
+def small(**options):
+    return override(load_preset("cpu"), steps=2, batch_size=8, eval_problems=4, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a whole run, made by the command."""
+    out = tmp_path_factory.mktemp("runs") / "cpu"
+    assert main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def results_of(out) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+# A whole run
+
+
+def test_results_have_their_form(finished) -> None:
+    results, config = results_of(finished), small()
+    assert results["config"] == config and results["seed"] == config["seed"]
+    assert results["versions"]["torch"] == torch.__version__
+    assert set(results["accuracy"]) == set(MODEL_NAMES) == set(MODELS)
+    for model, tasks in results["accuracy"].items():
+        assert set(tasks) == set(config["tasks"])
+        for task, by_length in tasks.items():
+            entry = config["tasks"][task]
+            lengths = range(entry["train"][0], entry["test"][1] + 1)
+            assert [int(n) for n in by_length] == list(lengths)
+            for row in by_length.values():
+                columns = {"answer", "bit", "chain", "n"}
+                columns |= {"bit_forced"} if model.startswith("ar_") else set()
+                assert set(row) == columns and row["n"] == 4
+                assert all(0 <= row[key] <= 1 for key in columns - {"n"})
+    assert results["train_lengths"] == {t: e["train"] for t, e in config["tasks"].items()}
+    assert set(results["seconds"]) == {"total", *NEEDS}
+    assert results["seconds"]["total"] > 0
+    assert set(results["history"]) == set(MODELS)
+    for control in ("ar_self_loop", "ar_self_truth"):
+        assert [row["phase"] for row in results["kept"][control]] == [1, 2, 3, 4, 5]
+        assert all(0 <= row["kept"] <= row["written"] for row in results["kept"][control])
+    for task, entry in config["tasks"].items():
+        assert set(results["hit_matrix"][task]) == {str(n) for n in entry["hit_matrix"]}
+        for models in results["hit_matrix"][task].values():
+            assert set(models) == set(MODELS)
+
+
+def test_no_true_problem_beyond_the_training_range(finished) -> None:
+    results = results_of(finished)
+    assert set(results["longest_true_problem"]) == set(results["config"]["tasks"])
+    for task, longest in results["longest_true_problem"].items():
+        shortest, bound = results["train_lengths"][task]
+        assert shortest <= longest <= bound
+
+
+def test_models_and_plots_are_there(finished) -> None:
+    for name in MODEL_NAMES:
+        load_run_model(finished, name)
+    names = {file.name for file in finished.glob("*.png")}
+    assert {"accuracy_answer.png", "accuracy_chain.png", "accuracy_bit.png"} <= names
+    for task, entry in small()["tasks"].items():
+        assert {f"hits_{task}_{n}.png" for n in entry["hit_matrix"]} <= names
+    assert all(file.stat().st_size > 1000 for file in finished.glob("*.png"))
+
+
+def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
+    before = results_of(finished)
+    stages = (finished / "stages.json").read_bytes()
+    models = {name: (finished / f"{name}.safetensors").stat().st_mtime_ns for name in MODEL_NAMES}
+    assert main([*SMALL, "--out", str(finished)]) == 0
+    assert results_of(finished) == before
+    assert (finished / "stages.json").read_bytes() == stages
+    for name, time_ns in models.items():
+        assert (finished / f"{name}.safetensors").stat().st_mtime_ns == time_ns
+    out = capsys.readouterr().out
+    assert "started" not in out
+    assert "whole chain right" in out and "results:" in out  # the table is shown again
+
+
+def test_another_config_in_the_same_folder_is_refused(finished, capsys) -> None:
+    before = (finished / "results.json").read_bytes()
+    assert main([*SMALL, "--seed", "1", "--out", str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the run folder") and "belongs to another config" in error
+    assert "seed (1 here, 0 in the folder)" in error and "give another --out" in error
+    assert error.count("\n") == 1
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_some_stages_and_their_needs(tmp_path) -> None:
+    results = train(small(), tmp_path / "run", stages=["looped_vanilla"])
+    assert set(results["seconds"]) == {"looped_vanilla", "total"} and "accuracy" not in results
+    results = train(small(), tmp_path / "run", stages=["evaluate.looped_vanilla"])
+    assert set(results["accuracy"]) == {"looped_vanilla"}
+    first = results["seconds"]["looped_vanilla"]
+    assert results["seconds"]["total"] > first
+
+
+def test_ctrl_c(tmp_path) -> None:
+    out, stage = tmp_path / "run", "looped_vanilla"
+    command = [sys.executable, "-m", "relay_fast.train", "--preset", "cpu", "--steps", "3000"]
+    command += ["--batch-size", "8", "--stages", stage, "--out", str(out)]
+    # As from a terminal: the whole group gets the signal, and it is not ignored.
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    for line in process.stdout:
+        if "step" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted; the same command continues this run" in error
+    assert "Traceback" not in error
+    state = out / "checkpoints" / f"{stage}.state.safetensors"
+    assert state.is_file() and not (out / "stages.json").exists()
+    assert not list(out.rglob("*.partial*"))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks", "sorting"], "task 'sorting' is not in preset 'cpu': use some of arithmetic"),
+        (["--preset", "huge"], "preset 'huge' is unknown: use one of cpu, paper"),
+        (["--steps", "0"], "steps = 0: give at least 1"),
+        (["--batch-size", "0"], "batch size = 0: give at least 1"),
+        (["--eval-problems", "-3"], "problems = -3: give at least 1"),
+        (["--seed", "-1"], "seed = -1: give at least 0"),
+        (["--stages", "looped"], "stage 'looped' is unknown: use some of looped_aligned"),
+        (["--device", "abacus"], "device 'abacus' is unknown: use cpu or cuda"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(tmp_path, capsys, arguments, message) -> None:
+    assert main([*SMALL, *arguments, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(tmp_path, capsys) -> None:
+    assert main([*SMALL, "--device", "cuda", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "device 'cuda'" in error and "CUDA is not available: use --device cpu" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_is_a_file_or_somebody_elses_folder(tmp_path, capsys) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        assert main([*SMALL, "--out", str(out)]) == 2
+        assert "is a file, or lies below one" in capsys.readouterr().err
+    assert main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "is not empty and is not a run folder" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--impl", "c"], ["--steps", "x"]])
+def test_argparse_refuses_with_2(arguments, capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "usage: python -m relay_fast.train" in capsys.readouterr().err
+
+
+# Presets, stages, display
+
+
+def test_presets_are_data_and_whole() -> None:
+    assert preset_names() == ["cpu", "paper"]
+    for name in preset_names():
+        config = load_preset(name)
+        assert config["name"] == name
+        config["tasks"].clear()
+        assert load_preset(name)["tasks"]  # fresh each time
+        context = Context("nowhere", load_preset(name), "cpu", "auto")
+        for task, entry in context.config["tasks"].items():
+            context.tasks[task].check_length(context.farthest(task))
+            assert entry["train"][1] < context.farthest(task)
+            assert len(entry["self_counts"]) == len(entry["self_lengths"]) == 5
+            assert min(entry["self_lengths"]) > entry["train"][1]
+        for stage in ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self"):
+            settings = recipe(context.config, stage)
+            assert {"lr", "batch_size", "warmup", "decay"} <= set(settings), stage
+            assert sum(key in settings for key in ("steps", "epochs", "token_iterations")) == 1
+
+
+def test_the_paper_preset_says_what_the_paper_does() -> None:
+    config = load_preset("paper")
+    assert tuple(config["tasks"]) == TASK_NAMES
+    ranges = {name: (e["train"], e["test"]) for name, e in config["tasks"].items()}
+    assert ranges == {
+        "arithmetic": ([1, 15], [15, 25]),
+        "edit_distance": ([1, 30], [30, 40]),
+        "lis": ([1, 100], [100, 120]),
+    }
+    model = {"d_model": 256, "n_heads": 4, "n_layers": 3, "dropout": 0.1}
+    assert config["model"] == model
+    for entry in config["tasks"].values():  # a merged set of 100 k a task, but for rounding
+        merged = entry["merge_inside"] + sum(entry["merge_beyond"])
+        assert abs(merged - 100_000) <= 100
+        assert len(entry["merge_beyond"]) == entry["test"][1] - entry["train"][1]
+    stages = ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self")
+    recipes = {name: recipe(config, name) for name in stages}
+    assert [recipes[n]["lr"] for n in stages] == [5e-4, 1e-3, 5e-4, 1e-4, 5e-5]
+    assert [recipes[n]["epochs"] for n in stages] == [500, 500, 500, 500, 100]
+    assert all(r["batch_size"] == 512 and r["weight_decay"] == 0.01 for r in recipes.values())
+    weights = {"arithmetic": 1.0, "edit_distance": 10.0, "lis": 5.0}
+    for name in ("looped_vanilla", "ar_baseline", "ar_relay"):
+        assert recipes[name]["task_weights"] == weights
+    assert "task_weights" not in recipes["looped_aligned"] | recipes["ar_self"]
+
+
+def test_overrides() -> None:
+    config = override(load_preset("paper"), tasks=["lis", "arithmetic"], steps=3, batch_size=4,
+                      eval_problems=5, seed=6)  # fmt: skip
+    assert list(config["tasks"]) == ["arithmetic", "lis"]  # in the preset's order
+    assert (config["seed"], config["evaluation"]["problems"]) == (6, 5)
+    for stage in config["stages"]:
+        settings = recipe(config, stage)
+        assert (settings["steps"], settings["batch_size"]) == (3, 4)
+        assert not {"epochs", "token_iterations"} & set(settings)
+    for entry in config["tasks"].values():
+        assert entry["merge_inside"] == 12 and set(entry["merge_beyond"]) == {4}
+    assert override(load_preset("paper")) == load_preset("paper")
+    with pytest.raises(ValueError, match="task '' is not in preset"):
+        override(load_preset("paper"), tasks=[])
+
+
+def test_stages_bring_their_needs_in_order() -> None:
+    assert with_needs(["ar_relay"]) == ["looped_aligned", "ar_baseline", "chains", "ar_relay"]
+    assert with_needs(NEEDS) == list(NEEDS)
+    assert with_needs(["evaluate.looped_vanilla"]) == ["looped_vanilla", "evaluate.looped_vanilla"]
+    for name, needs in NEEDS.items():
+        assert all(list(NEEDS).index(need) < list(NEEDS).index(name) for need in needs)
+
+
+def test_plain_progress_has_rate_and_time_left(capsys, monkeypatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Display() as display:
+        display.start("looped_aligned")
+        for step in (1, 2, 51):  # the second comes too soon to be shown
+            display.progress("looped_aligned", Progress(step, 101, 320.0, 0.25, 0.5))
+            clock[0] += 1.0 if step == 1 else 9.0
+        display.finish("looped_aligned", 12.4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("looped_aligned ") for line in lines)
+    assert "step 1/101" in lines[1] and "left" not in lines[1]
+    assert "step 51/101" in lines[2] and "loss 0.2500" in lines[2] and "50.0%" in lines[2]
+    assert "320 samples/s" in lines[2] and "10 s left" in lines[2]
+    assert lines[3].endswith("done in 12 s")
+
+
+def test_bars_on_a_terminal(monkeypatch, capsys) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with Display() as display:
+        display.start("ar_baseline")
+        display.progress("ar_baseline", Progress(3, 10, 320.0, 0.25, 0.5))
+        display.finish("ar_baseline", 1.0)
+    out = capsys.readouterr().out
+    assert "ar_baseline" in out and "done in 1 s" in out
