@@ -6,6 +6,7 @@ The same command continues an interrupted run. Leaves results.json, tables, plot
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for bad input, 130 when interrupted."""
     a = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers save, as after Ctrl-C
     try:
         config = override(
             load_preset(a.preset), tasks=a.tasks.split(",") if a.tasks else None, steps=a.steps,
