@@ -75,7 +75,9 @@ def make_optimizer(
         elif muon_lr is None or ".layers." not in f".{name}":
             decayed.append(p)
         else:
-            (qkv if name.endswith("qkv.weight") else matrices).append(p)
+            # With fewer key/value heads the three parts differ in size: taken as one matrix.
+            even = name.endswith("qkv.weight") and p.shape[0] == 3 * p.shape[1]
+            (qkv if even else matrices).append(p)
     muon = {"muon": True, "lr": muon_lr, "momentum": momentum, "weight_decay": weight_decay}
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
