@@ -7,7 +7,13 @@ overwrite another project's package of that name, so packages are listed and nev
 from setuptools import setup
 
 setup(
-    packages=["relay_fast", "relay_fast.kernels", "relay_fast.presets", "relay_fast.tasks"],
+    packages=[
+        "relay_fast",
+        "relay_fast.kernels",
+        "relay_fast.presets",
+        "relay_fast.recipes",
+        "relay_fast.tasks",
+    ],
     package_dir={"relay_fast": "relay_fast", "relay_fast.kernels": "kernels"},
     package_data={"relay_fast": ["py.typed"], "relay_fast.presets": ["*.toml"]},
 )

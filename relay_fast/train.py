@@ -37,10 +37,7 @@ def train(
     results.json. Raises RunFolderError, ValueError, CheckpointError with one clear sentence.
     """
     names = with_needs(stages or NEEDS)
-    if _device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {device!r} was asked for, but CUDA is not available: use --device cpu"
-        )
+    check_device(device)
     folder = RunFolder(out, config)
     started = time.monotonic()
     before = folder.results().get("seconds", {}).get("total", 0.0)
@@ -70,12 +67,16 @@ def train(
     return results
 
 
-def _device(name: str) -> torch.device:
-    """Raises ValueError for a name that torch does not know."""
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that torch does not know or this machine does not have."""
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown: use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {name!r} was asked for, but CUDA is not available: use --device cpu"
+        )
 
 
 def _show(results: Mapping[str, Any], path: Path) -> None:

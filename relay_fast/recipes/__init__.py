@@ -1,0 +1,28 @@
+"""Neighbours of RELAY as runnable recipes: `python -m relay_fast.recipes NAME`.
+
+A recipe is a module of this folder with
+
+- `PRESETS`: dict of frozen dataclasses of numbers, "cpu" and "paper" (the paper's exact sizes); one
+  that trains holds a `relay_fast.recipes._common.Training` called `training`;
+- `PUBLISHED`: the paper's numbers as printed, only those known;
+- `run(settings, folder, *, seed, device, display)`: the results, JSON-able; continues in `folder`;
+- `rows(results)`: (header, rows) of the table, measured beside published;
+- `plot(results, path)`: a PNG.
+
+`rows` and `plot` get the results as read back from JSON: keys are strings, tuples are lists.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+# Name -> one line with the paper. The lines are here so that listing them imports no torch.
+RECIPES: dict[str, str] = {}
+
+
+def load_recipe(name: str) -> ModuleType:
+    """The module of a recipe. Raises ValueError for an unknown name."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(RECIPES)}")
+    return importlib.import_module(f"{__name__}.{name}")

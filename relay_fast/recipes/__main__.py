@@ -1,0 +1,182 @@
+"""Recipes from the shell: `python -m relay_fast.recipes NAME --preset cpu --out RUN`, `... list`.
+
+The same command continues an interrupted run. Leaves results.json, plot.png and checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relay_fast.recipes import RECIPES, load_recipe
+
+
+def run_recipe(
+    name: str,
+    out: str | Path,
+    *,
+    preset: str = "cpu",
+    changes: Sequence[str] = (),
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Runs a recipe in the run folder `out`, or continues it there; returns results.json's content.
+
+    changes: texts like "training.steps=20" that put other numbers into the preset's settings.
+    Raises RunFolderError, ValueError, CheckpointError with one clear sentence.
+    """
+    from relay_fast.display import Display
+    from relay_fast.runs import RunFolder, versions
+    from relay_fast.train import check_device
+
+    recipe = load_recipe(name)
+    if preset not in recipe.PRESETS:
+        known = ", ".join(recipe.PRESETS)
+        raise ValueError(f"preset {preset!r} of recipe {name} is unknown: use one of {known}")
+    if seed < 0:
+        raise ValueError(f"seed = {seed}: give at least 0")
+    check_device(device)
+    settings = recipe.PRESETS[preset]
+    for change in changes:
+        settings = changed(settings, change)
+    config = {
+        "recipe": name, "preset": preset, "seed": seed, "settings": dataclasses.asdict(settings)
+    }  # fmt: skip
+    folder = RunFolder(out, config)
+    if not folder.stage_done(name):
+        started, before = time.monotonic(), folder.results().get("seconds", 0.0)
+        folder.update_results({"config": folder.config, "versions": versions(device)})
+        try:
+            with Display() as display:
+                results = recipe.run(settings, folder, seed=seed, device=device, display=display)
+            folder.update_results({"results": results})
+        finally:
+            seconds = round(before + time.monotonic() - started, 2)
+            folder.update_results({"seconds": seconds})
+        folder.mark_done(name)
+    return folder.results()
+
+
+def changed(settings: Any, change: str) -> Any:
+    """The dataclass `settings` with `change`, "name=value" or "part.name=value", put in.
+
+    The value is JSON of the old one's kind. Raises ValueError for anything else.
+    """
+    path, equals, text = change.partition("=")
+    if not equals:
+        raise ValueError(f"{change!r} changes nothing: write NAME=VALUE")
+    name, _, rest = path.partition(".")
+    known = [field.name for field in dataclasses.fields(settings)]
+    if name not in known:
+        raise ValueError(f"setting {name!r} is unknown: use one of {', '.join(known)}")
+    old = getattr(settings, name)
+    if dataclasses.is_dataclass(old):
+        if not rest:
+            names = ", ".join(f"{name}.{field.name}" for field in dataclasses.fields(old))
+            raise ValueError(f"setting {name!r} has parts: use one of {names}")
+        return dataclasses.replace(settings, **{name: changed(old, f"{rest}={text}")})
+    if rest:
+        raise ValueError(f"setting {name!r} has no part {rest!r}: write {name}=VALUE")
+    return dataclasses.replace(settings, **{name: _value(path, text, old)})
+
+
+def _value(name: str, text: str, old: Any) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if old is not None and value is not None and type(value) is not type(old):
+        kind = type(old).__name__.replace("tuple", "list")
+        raise ValueError(f"setting {name} = {text}: give a {kind}, like {json.dumps(old)}")
+    return value
+
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A plain table; cells are texts, numbers (4 digits) or None, numbers to the right."""
+    cells = [[_cell(value) for value in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    text = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(row, widths, text, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _show(name: str, results: dict[str, Any], folder: Path) -> None:
+    """The table on the terminal, the plot into the folder."""
+    recipe = load_recipe(name)
+    print(f"\n{name}: {RECIPES[name]}")
+    print(table_text(*recipe.rows(results["results"])))
+    try:
+        recipe.plot(results["results"], folder / "plot.png")
+        print(f"plot: {folder / 'plot.png'}")
+    except ImportError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    print(f"results: {folder / 'results.json'}   {results['seconds']:.0f} s")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m relay_fast.recipes", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="a recipe, or: list")
+    parser.add_argument("--preset", default="cpu", help="cpu or paper")
+    parser.add_argument("--out", metavar="RUN", help="default runs/NAME-PRESET")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="so many training steps")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+        help="another number for a setting, such as training.batch_size=8; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, 2 for bad input, 130 when interrupted."""
+    a = _parser().parse_args(arguments)
+    if a.name == "list":
+        width = max(map(len, RECIPES), default=0)
+        print("\n".join(f"{name:{width}s}  {summary}" for name, summary in RECIPES.items()))
+        return 0
+    from relay_fast.checkpoint import CheckpointError
+    from relay_fast.runs import RunFolderError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # saves, as after Ctrl-C
+    changes = [*a.changes, *([] if a.steps is None else [f"training.steps={a.steps}"])]
+    out = Path(a.out or f"runs/{a.name}-{a.preset}")
+    try:
+        results = run_recipe(
+            a.name, out, preset=a.preset, changes=changes, seed=a.seed, device=a.device
+        )
+    except (ValueError, RunFolderError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues this run", file=sys.stderr)
+        return 130
+    _show(a.name, results, out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""What the recipes share: training that resumes, and pictures of curves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from relay_fast.checkpoint import load_checkpoint, save_checkpoint
+from relay_fast.data import Step
+from relay_fast.display import Display
+from relay_fast.modules import Losses
+from relay_fast.plots import _figure, _save
+from relay_fast.runs import RunFolder
+from relay_fast.schedule import Schedule
+from relay_fast.trainer import train_model
+
+# A batch is a tuple of arrays whose first axis is the sample.
+Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray]]
+Loss = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The numbers of one training; `relay_fast.optim` and `relay_fast.schedule` explain them."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: float = 0.01
+    decay: str = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    muon_lr: float | None = None
+    clip: float | None = None
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
+
+
+class TrainedInfo(NamedTuple):
+    """What `train` leaves beside the model."""
+
+    history: list[dict[str, float]]  # step, loss, chain_accuracy (the share right)
+    seconds: float  # over all the calls that it took
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    draw: Draw,
+    training: Training,
+    folder: RunFolder,
+    name: str,
+    display: Display,
+    *,
+    seed: int,
+    device: str = "cpu",
+) -> TrainedInfo:
+    """Trains `model` in place; a finished one is read from `folder`, an interrupted one continues.
+
+    loss(model, *batch) -> (loss (), share right () or None). draw(rng, step) -> the step's batch,
+    which depends on its arguments only; `rng` is the step's own. name: of the model, in the folder.
+    """
+    model.to(device)
+    state_path, done_path = folder.checkpoint(name), folder.checkpoint(f"{name}.done")
+    identity = {"training": asdict(training), "seed": seed}
+    if done_path.exists():
+        tensors, metadata = load_checkpoint(done_path, expect=identity)
+        model.load_state_dict(tensors)
+        model.eval()
+        return TrainedInfo(metadata["history"], metadata["seconds"])
+    display.start(name)
+    trained = train_model(
+        _Learner(model, loss),
+        _Draws(draw, training, seed),
+        asdict(training),
+        state_path,
+        seed=seed,
+        report=lambda progress: display.progress(name, progress),
+    )
+    display.finish(name, trained.seconds)
+    info = TrainedInfo(trained.history, round(trained.seconds, 2))
+    metadata = {"config": identity, "history": info.history, "seconds": info.seconds}
+    save_checkpoint(done_path, model.state_dict(), metadata)
+    state_path.unlink(missing_ok=True)
+    return info
+
+
+class _Batch:
+    """Tensors that move together; its length is the number of samples.
+
+    No tuple: the data loader would turn it into a list.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        self.tensors = tuple(tensors)
+
+    def to(self, device: torch.device) -> _Batch:
+        return _Batch(tensor.to(device) for tensor in self.tensors)
+
+    def __len__(self) -> int:
+        return self.tensors[0].shape[0]
+
+
+class _Draws(Dataset):
+    """step → batch, the same after every resume."""
+
+    def __init__(self, draw: Draw, training: Training, seed: int):
+        self.draw, self.seed = draw, seed
+        self.schedule = Schedule.by_steps(
+            training.steps, warmup=training.warmup, decay=training.decay
+        )
+
+    def __len__(self) -> int:
+        return self.schedule.steps
+
+    def __getitem__(self, step: int) -> Step:
+        arrays = self.draw(np.random.default_rng([self.seed, step]), step)
+        return Step(_Batch(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays), {})
+
+
+class _Learner(nn.Module):
+    """A model and its loss, as the trainer wants them."""
+
+    def __init__(self, model: nn.Module, loss: Loss):
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def loss(self, batch: _Batch) -> Losses:
+        loss, right = self._loss(self.model, *batch.tensors)
+        zero = loss.new_zeros(())
+        right = zero if right is None else right
+        return Losses(loss, loss.detach(), zero, right, right)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of a picture: curves[label] = (x, y); dashed ones are theory or published."""
+
+    title: str
+    x: str
+    y: str
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    dashed: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    log_x: bool = False
+    log_y: bool = False
+    y_range: tuple[float, float] | None = None
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+_MARKERS = "osD^vPX*"
+
+
+def draw_panels(path: str | os.PathLike, panels: Sequence[Panel], title: str = "") -> Path:
+    """The panels side by side as a PNG at `path`. Raises ImportError without matplotlib."""
+    figure = _figure(5.2 * len(panels), 4.4)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        colors = {}
+        for i, (label, (x, y)) in enumerate(panel.curves.items()):
+            colors[label] = _COLORS[i % len(_COLORS)]
+            marker = _MARKERS[i % len(_MARKERS)] if len(x) <= 40 else None
+            axes.plot(x, y, color=colors[label], marker=marker, markersize=5, label=label)
+        for i, (label, (x, y)) in enumerate(panel.dashed.items()):
+            color = colors.get(label, _COLORS[(len(colors) + i) % len(_COLORS)])
+            shown = None if label in colors else label  # one of a pair shares its entry
+            axes.plot(x, y, "--", color=color, alpha=0.7, linewidth=2.5, label=shown, zorder=1)
+        axes.set_title(panel.title)
+        axes.set_xlabel(panel.x)
+        axes.set_ylabel(panel.y)
+        if panel.log_x:
+            axes.set_xscale("log")
+        if panel.log_y:
+            axes.set_yscale("log")
+        if panel.y_range:
+            axes.set_ylim(*panel.y_range)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", frameon=False)
+    if title:
+        figure.suptitle(title)
+    return _save(figure, path)
