@@ -7,7 +7,9 @@ The launchers run on meta tensors, so that configurations, flags and specialisat
 GPU would get; each launch is recorded instead of made, then compiled. A row of the report is ok if
 the kernel keeps its bound: shared memory within the architecture's, no more spilled bytes than
 SPILLS allows, matrix instructions of the operands' own dtype in every kernel with a dot (on sm_90
-warp-group ones from tiles of 64 rows on), and never TF32 for fp32.
+warp-group ones from tiles of 64 rows on), and never TF32 for fp32. Beside it stand the FLOPs and
+bytes of that launch (`kernel_costs.py` has the formulas), the FLOPs a byte, and the time that a
+card needs at least, by what binds it.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
 from relay_fast.functional import select  # noqa: E402
 from relay_fast.kernels._runtime import FACTS, assume  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
@@ -118,6 +121,11 @@ class Row:
     mma: str
     bound: str
     ok: bool
+    flops: int
+    bytes: int
+    flops_per_byte: float
+    floor_us: float
+    floor: str
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,7 @@ class Launch:
     options: dict[str, int]
     dtype: str
     arch: int
+    cost: Cost
 
     @property
     def key(self) -> str:
@@ -173,7 +182,8 @@ def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
                 divisible = value % 16 == 0
             if divisible:
                 attrs[(i,)] = [["tt.divisibility", 16]]
-        launches.append(Launch(self, signature, constexprs, attrs, options, dtype, arch))
+        cost = launch_cost(self.__name__, values)
+        launches.append(Launch(self, signature, constexprs, attrs, options, dtype, arch, cost))
 
     original, JITFunction.run = JITFunction.run, run
     try:
@@ -205,7 +215,8 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     if s.dropout:
         tokens = new(rows, of=torch.int64)
         dropout = Dropout(s.dropout, new(1, of=torch.int64)[0], 1, 2, tokens)
-    layout = PaddedLayout(new(513, of=torch.int32), s.length, lambda: (0, None, ()))
+    sequences = rows // s.length
+    layout = PaddedLayout(new(sequences + 1, of=torch.int32), s.length, lambda: (0, None, ()))
 
     norm, qkv_weight = (norm_weight, norm_bias), new(columns, d)
     rope = (cos, cos, rotary)
@@ -310,11 +321,16 @@ def compile_row(launch: Launch) -> Row:
     shared_limit = FACTS[launch.arch].shared_bytes
     bound = f"spill<={allowed} shared<={shared_limit}"
     head = (launch.function.__name__, launch.arch, launch.dtype, launch.config)
+    seconds, binds = launch.cost.floor(launch.arch, launch.dtype)
+    cost = (
+        launch.cost.flops, launch.cost.bytes, round(launch.cost.intensity, 1),
+        round(seconds * 1e6, 2), binds,
+    )  # fmt: skip
     try:
         compiled = triton.compile(source, target=target, options=launch.options)
     except Exception as error:  # the report goes on; the row says what failed
         text = " ".join(str(error).split())[-200:]
-        return Row(*head, -1, -1, -1, f"failed: {text}", bound, False)
+        return Row(*head, -1, -1, -1, f"failed: {text}", bound, False, *cost)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -335,7 +351,7 @@ def compile_row(launch: Launch) -> Row:
             # tcgen05's kind f16 takes bf16 too.
             ok = ok and (own in mma or "tcgen05.f16" in mma)
     ok = ok and "tf32" not in mma
-    return Row(*head, registers, stack, shared, mma, bound, ok)
+    return Row(*head, registers, stack, shared, mma, bound, ok, *cost)
 
 
 _launches: list[Launch] = []
@@ -367,7 +383,9 @@ def main() -> int:
         rows.append(r)
         mark = "ok  " if r.ok else "FAIL"
         numbers = (
-            f"{r.registers:4} registers {r.spill_bytes:5} B spilled {r.shared_bytes:7} B shared"
+            f"{r.registers:4} registers {r.spill_bytes:5} B spilled {r.shared_bytes:7} B shared "
+            f"{r.flops / 1e9:9.2f} GFLOP {r.bytes / 1e6:7.1f} MB {r.flops_per_byte:6.0f} FLOP/B "
+            f"floor {r.floor_us:7.1f} us ({r.floor})"
         )
         line = f"{mark} {r.kernel:34} sm_{r.arch:<4}{r.dtype} {numbers}  {r.mma}  {r.config}"
         print(line, flush=True)

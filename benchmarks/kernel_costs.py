@@ -1,0 +1,147 @@
+"""What a kernel launch has to do at least: its FLOPs, its bytes, and the time below which a card
+cannot finish it.
+
+FLOPs: 2 a multiply-add of the GEMMs that the op is made of, recomputation in backward included,
+padding of tiles not; kernels without a GEMM count their arithmetic an element. Attention counts
+every sequence as long as the batch's mean, and half the scores where it is causal.
+Bytes: every buffer of the launch once, as large as it is; what is updated in place twice. What is
+read again, from L2 or from memory, comes on top: this is a floor.
+
+    floor = max(FLOPs / peak, bytes / bandwidth);  memory binds below peak / bandwidth FLOP a byte
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates of a card of an architecture."""
+
+    name: str
+    flops_16_bit: float  # a second, tensor cores, fp32 accumulation
+    flops_fp32: float  # a second, full fp32 (no TF32)
+    bandwidth: float  # bytes a second, reads plus writes
+
+
+CARDS = {
+    80: Card("A100 80 GB (data sheet)", 312e12, 19.5e12, 2.04e12),
+    # 16-bit and bandwidth measured on random data (design.md), fp32 from the data sheet.
+    90: Card("H200 (measured)", 790e12, 67e12, 4.3e12),
+    100: Card("B200 (data sheet)", 2250e12, 75e12, 8e12),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one launch."""
+
+    flops: int
+    bytes: int
+
+    @property
+    def intensity(self) -> float:
+        """FLOP a byte."""
+        return self.flops / max(1, self.bytes)
+
+    def floor(self, arch: int, dtype: str) -> tuple[float, str]:
+        """Seconds at least on the architecture's card, and what binds: "memory" or "compute"."""
+        card = CARDS[arch]
+        peak = card.flops_fp32 if dtype == "fp32" else card.flops_16_bit
+        compute, memory = self.flops / peak, self.bytes / card.bandwidth
+        return max(compute, memory), "memory" if memory >= compute else "compute"
+
+
+# FLOPs by kernel, from the launch's arguments: M rows, N columns, D width, H hidden, V vocabulary.
+
+
+def _gemm(times: int, *sizes: str) -> Callable[[Any], int]:
+    """`times` multiply-adds at every point of a space of these sizes."""
+
+    def flops(a: Any) -> int:
+        total = 2 * times
+        for name in sizes:
+            total *= getattr(a, name)
+        return total
+
+    return flops
+
+
+def _attention(gemms: int) -> Callable[[Any], int]:
+    """`gemms` products of every query with every key that it sees, in every head."""
+
+    def flops(a: Any) -> int:
+        rows, sequences = a.qkv_ptr.shape[0], max(1, a.cu_ptr.shape[0] - 1)
+        keys = (rows / sequences + 1) / 2 if a.CAUSAL else rows / sequences
+        return int(2 * gemms * rows * keys * a.HEADS * a.HEAD_DIM)
+
+    return flops
+
+
+def _elementwise(operations: int) -> Callable[[Any], int]:
+    """`operations` an element of the first buffer, which holds all elements."""
+    return lambda a: operations * next(v for v in vars(a).values() if _is_matrix(v)).numel()
+
+
+def _mlp(a: Any) -> int:
+    return 2 * (2 + (a.gate_weight_ptr is not None)) * a.M * a.H * a.D
+
+
+def _loop(a: Any) -> int:
+    """Of all row-iterations; RoPE's second product and scores of other sequences left out."""
+    layer = 2 * a.D * (2 * a.HEADS + 2 * a.KV_HEADS) * a.HEAD_DIM
+    layer += 2 * a.D * a.H * (2 + (a.gate_ptr is not None))
+    sequences = a.bin_ptr.shape[0] - 1  # one a program in the report
+    layer += 4 * a.x_ptr.shape[0] // max(1, sequences) * a.HEADS * a.HEAD_DIM
+    return a.ids_ptr.numel() * (a.layers * layer + 2 * a.D * a.V)
+
+
+FLOPS: Mapping[str, Callable[[Any], int]] = {
+    "_norm_fwd_kernel": _elementwise(6),
+    "_norm_bwd_kernel": _elementwise(12),
+    "_norm_linear_fwd_kernel": _gemm(1, "M", "N", "D"),
+    "_norm_linear_bwd_kernel": _gemm(1, "M", "N", "D"),
+    "_rope_kernel": lambda a: 3 * a.M * a.rotary,
+    "_attention_short_fwd_kernel": _attention(2),
+    "_attention_long_fwd_kernel": _attention(2),
+    "_attention_short_bwd_kernel": _attention(5),
+    "_attention_long_bwd_dq_kernel": _attention(3),
+    "_attention_long_bwd_dkdv_kernel": _attention(4),
+    "_linear_residual_fwd_kernel": _gemm(1, "M", "N", "K"),
+    "_linear_residual_bwd_kernel": _gemm(1, "M", "N", "K"),
+    "_mlp_fwd_kernel": _mlp,
+    "_mlp_bwd_kernel": _mlp,
+    "_activation_fwd_kernel": _elementwise(10),
+    "_activation_bwd_kernel": _elementwise(20),
+    "_cross_entropy_fwd_kernel": _gemm(1, "M", "V", "D"),
+    "_cross_entropy_bwd_kernel": _gemm(2, "M", "V", "D"),
+    "_weight_grad_kernel": _gemm(1, "M", "N", "D"),
+    "_weight_grad_sum_kernel": lambda a: a.splits * a.N * a.D,
+    "_loop_fwd_kernel": _loop,
+}
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2
+
+
+def _updated(name: str, a: Any) -> tuple[Tensor, ...]:
+    """Buffers that are read and written."""
+    if name == "_rope_kernel":
+        return (a.z_ptr,)
+    if name == "_weight_grad_sum_kernel" or (name == "_weight_grad_kernel" and a.ADD):
+        return (a.acc_ptr,)
+    return ()
+
+
+def launch_cost(name: str, arguments: Mapping[str, Any]) -> Cost:
+    """Of a launch of the kernel `name` with its arguments by name."""
+    a = SimpleNamespace(**arguments)
+    tensors = (*(v for v in arguments.values() if isinstance(v, Tensor)), *_updated(name, a))
+    return Cost(int(FLOPS[name](a)), sum(t.numel() * t.element_size() for t in tensors))
