@@ -22,8 +22,8 @@ from relay_fast.runs import RunFolder
 from relay_fast.schedule import Schedule
 from relay_fast.trainer import train_model
 
-# A batch is a tuple of arrays whose first axis is the sample.
-Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray]]
+# A batch: arrays become tensors on the device, lists (such as cu_seqlens) stay on the host.
+Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray | list]]
 Loss = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -98,26 +98,26 @@ def train(
 
 
 class _Batch:
-    """Tensors that move together; its length is the number of samples.
+    """Arguments of a loss; the tensors among them move together.
 
     No tuple: the data loader would turn it into a list.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]):
-        self.tensors = tuple(tensors)
+    def __init__(self, size: int, parts: Iterable[Tensor | list]):
+        self.size, self.parts = size, tuple(parts)
 
     def to(self, device: torch.device) -> _Batch:
-        return _Batch(tensor.to(device) for tensor in self.tensors)
+        return _Batch(self.size, (p.to(device) if isinstance(p, Tensor) else p for p in self.parts))
 
     def __len__(self) -> int:
-        return self.tensors[0].shape[0]
+        return self.size
 
 
 class _Draws(Dataset):
     """step → batch, the same after every resume."""
 
     def __init__(self, draw: Draw, training: Training, seed: int):
-        self.draw, self.seed = draw, seed
+        self.draw, self.size, self.seed = draw, training.batch_size, seed
         self.schedule = Schedule.by_steps(
             training.steps, warmup=training.warmup, decay=training.decay
         )
@@ -126,8 +126,9 @@ class _Draws(Dataset):
         return self.schedule.steps
 
     def __getitem__(self, step: int) -> Step:
-        arrays = self.draw(np.random.default_rng([self.seed, step]), step)
-        return Step(_Batch(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays), {})
+        parts = self.draw(np.random.default_rng([self.seed, step]), step)
+        tensor = lambda part: part if isinstance(part, list) else torch.from_numpy(part)
+        return Step(_Batch(self.size, map(tensor, parts)), {})
 
 
 class _Learner(nn.Module):
@@ -142,7 +143,7 @@ class _Learner(nn.Module):
         return next(self.model.parameters()).device
 
     def loss(self, batch: _Batch) -> Losses:
-        loss, right = self._loss(self.model, *batch.tensors)
+        loss, right = self._loss(self.model, *batch.parts)
         zero = loss.new_zeros(())
         right = zero if right is None else right
         return Losses(loss, loss.detach(), zero, right, right)
