@@ -18,6 +18,11 @@ from typing import Any
 from relay_fast.recipes import RECIPES, load_recipe
 
 
+_KINDS = {
+    int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list"
+}  # fmt: skip
+
+
 def run_recipe(
     name: str,
     out: str | Path,
@@ -97,8 +102,8 @@ def _value(name: str, text: str, old: Any) -> Any:
     if isinstance(old, float) and type(value) is int:
         value = float(value)
     if old is not None and value is not None and type(value) is not type(old):
-        kind = type(old).__name__.replace("tuple", "list")
-        raise ValueError(f"setting {name} = {text}: give a {kind}, like {json.dumps(old)}")
+        kind = _KINDS[type(old)]
+        raise ValueError(f"setting {name} = {text}: give {kind}, like {json.dumps(old)}")
     return value
 
 

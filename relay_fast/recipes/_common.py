@@ -6,21 +6,19 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from relay_fast.checkpoint import load_checkpoint, save_checkpoint
 from relay_fast.data import Step
 from relay_fast.display import Display
 from relay_fast.modules import Losses
 from relay_fast.plots import _figure, _save
 from relay_fast.runs import RunFolder
 from relay_fast.schedule import Schedule
-from relay_fast.trainer import train_model
+from relay_fast.trainer import Trained, train_model
 
 # A batch: arrays become tensors on the device, lists (such as cu_seqlens) stay on the host.
 Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray | list]]
@@ -48,13 +46,6 @@ class Training:
                 raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
 
 
-class TrainedInfo(NamedTuple):
-    """What `train` leaves beside the model."""
-
-    history: list[dict[str, float]]  # step, loss, chain_accuracy (the share right)
-    seconds: float  # over all the calls that it took
-
-
 def train(
     model: nn.Module,
     loss: Loss,
@@ -66,35 +57,23 @@ def train(
     *,
     seed: int,
     device: str = "cpu",
-) -> TrainedInfo:
+) -> Trained:
     """Trains `model` in place; a finished one is read from `folder`, an interrupted one continues.
 
     loss(model, *batch) -> (loss (), share right () or None). draw(rng, step) -> the step's batch,
     which depends on its arguments only; `rng` is the step's own. name: of the model, in the folder.
     """
-    model.to(device)
-    state_path, done_path = folder.checkpoint(name), folder.checkpoint(f"{name}.done")
-    identity = {"training": asdict(training), "seed": seed}
-    if done_path.exists():
-        tensors, metadata = load_checkpoint(done_path, expect=identity)
-        model.load_state_dict(tensors)
-        model.eval()
-        return TrainedInfo(metadata["history"], metadata["seconds"])
     display.start(name)
     trained = train_model(
-        _Learner(model, loss),
+        _Learner(model.to(device), loss),
         _Draws(draw, training, seed),
         asdict(training),
-        state_path,
+        folder.checkpoint(name),
         seed=seed,
         report=lambda progress: display.progress(name, progress),
     )
     display.finish(name, trained.seconds)
-    info = TrainedInfo(trained.history, round(trained.seconds, 2))
-    metadata = {"config": identity, "history": info.history, "seconds": info.seconds}
-    save_checkpoint(done_path, model.state_dict(), metadata)
-    state_path.unlink(missing_ok=True)
-    return info
+    return trained
 
 
 class _Batch:

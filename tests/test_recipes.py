@@ -1,0 +1,235 @@
+"""`python -m relay_fast.recipes`: settings, resuming, what it leaves, what it says to bad input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import relay_fast.recipes.__main__ as command
+from relay_fast import recipes
+from relay_fast.checkpoint import CheckpointError
+from relay_fast.display import Display
+from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.runs import RunFolder
+
+TRAINING = Training(steps=8, batch_size=4, lr=0.1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    training: Training = TRAINING
+    width: int = 3
+    scale: float = 1.0
+    sizes: tuple[int, ...] = (1, 2)
+
+
+def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor, sizes: list):
+    assert sizes == [0, 4] and len(x) == 4
+    x = x * (torch.rand(3) < 0.9)  # noise from the trainer's generator
+    return (model(x)[:, 0] - y).square().mean(), None
+
+
+def draw(rng: np.random.Generator, step: int):
+    x = rng.standard_normal((4, 3), dtype=np.float32)
+    return x, x.sum(1), [0, 4]
+
+
+def fit(folder: RunFolder, training: Training = TRAINING, draw=draw, seed: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    with Display() as display:
+        model.trained = train(model, loss, draw, training, folder, "linear", display, seed=seed)
+    return model
+
+
+def run(settings, folder, *, seed, device, display):
+    torch.manual_seed(seed)
+    model = nn.Linear(settings.width, 1)
+    trained = train(model, loss, draw, settings.training, folder, "linear", display, seed=seed)
+    return {"loss": trained.history[-1]["loss"], "weight": model.weight[0].tolist()}
+
+
+TOY = SimpleNamespace(
+    PRESETS={"cpu": Settings(), "paper": replace(Settings(), width=5)},
+    PUBLISHED={"loss": 0.5},
+    run=run,
+    rows=lambda results: (["what", "measured", "paper"], [["loss", results["loss"], 0.5]]),
+    plot=lambda results, path: draw_panels(
+        path, [Panel("t", "x", "y", {"w": ([1, 2, 3], results["weight"])}, {"w": ([1, 3], [1, 1])})]
+    ),
+)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A registry of one recipe."""
+    monkeypatch.setitem(sys.modules, "relay_fast.recipes.toy", TOY)
+    monkeypatch.setattr(recipes, "RECIPES", {"toy": "a line"})
+    monkeypatch.setattr(command, "RECIPES", {"toy": "a line"})
+
+
+# Training
+
+
+def test_training_is_exact_after_an_interruption(tmp_path) -> None:
+    whole = fit(RunFolder(tmp_path / "whole", {}))
+    folder = RunFolder(tmp_path / "broken", {})
+
+    def interrupted(rng, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return draw(rng, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(folder, draw=interrupted)
+    steps = []
+    resumed = fit(folder, draw=lambda rng, step: (steps.append(step), draw(rng, step))[1])
+    assert steps == [5, 6, 7]
+    assert torch.equal(resumed.weight, whole.weight)
+    assert not torch.equal(whole.weight, fit(RunFolder(tmp_path / "s", {}), seed=1).weight)
+
+
+def test_finished_training_is_read_back(tmp_path) -> None:
+    folder = RunFolder(tmp_path, {})
+    first = fit(folder)
+    again = fit(folder, draw=None)
+    assert torch.equal(first.weight, again.weight) and not again.training
+    assert again.trained.history == first.trained.history
+    assert [entry["step"] for entry in first.trained.history] == [1, 8]
+    with pytest.raises(CheckpointError, match="belongs to another config"):
+        fit(folder, replace(TRAINING, lr=0.2))
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_training_needs_steps_and_samples(name) -> None:
+    with pytest.raises(ValueError, match=f"{name} = 0: give at least 1"):
+        replace(TRAINING, **{name: 0})
+
+
+# The command
+
+
+def test_the_command_leaves_results_plot_and_table(toy, tmp_path, capsys) -> None:
+    arguments = ["toy", "--out", str(tmp_path / "run"), "--steps", "3", "--seed", "2"]
+    assert command.main(arguments) == 0
+    text = (tmp_path / "run" / "results.json").read_text()
+    results = json.loads(text)
+    assert results["config"]["recipe"] == "toy" and results["config"]["preset"] == "cpu"
+    assert results["config"]["seed"] == 2
+    assert results["config"]["settings"]["training"]["steps"] == 3
+    assert results["versions"]["torch"] == torch.__version__ and results["seconds"] > 0
+    assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "what  measured  paper" in out and f"{results['results']['loss']:.4g}" in out
+    assert command.main(arguments) == 0  # shows it again, runs nothing
+    assert "started" not in capsys.readouterr().out
+    assert (tmp_path / "run" / "results.json").read_text() == text
+    assert command.main([*arguments[:-1], "3"]) == 2
+    error = capsys.readouterr().err
+    assert "belongs to another config: seed (3 here, 2 in the folder)" in error
+
+
+def test_an_interruption_is_continued(toy, tmp_path, monkeypatch, capsys) -> None:
+    arguments = ["toy", "--out", str(tmp_path)]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TOY, "run", stop)
+        assert command.main(arguments) == 130
+    assert "the same command continues this run" in capsys.readouterr().err
+    assert command.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["p_hops"], "recipe 'p_hops' is unknown: use one of toy"),
+        (
+            ["toy", "--preset", "gpu"],
+            "preset 'gpu' of recipe toy is unknown: use one of cpu, paper",
+        ),
+        (["toy", "--seed", "-1"], "seed = -1: give at least 0"),
+        (["toy", "--steps", "0"], "steps = 0: give at least 1"),
+        (["toy", "--device", "abacus"], "device 'abacus' is unknown: use cpu or cuda"),
+        (["toy", "--set", "widht=3"], "setting 'widht' is unknown: use one of training, width"),
+        (["toy", "--set", "width"], "'width' changes nothing: write NAME=VALUE"),
+        (["toy", "--set", "width=wide"], "setting width = wide: give a whole number, like 3"),
+        (["toy", "--set", "sizes=1"], "setting sizes = 1: give a list, like [1, 2]"),
+        (["toy", "--set", "training=1"], "setting 'training' has parts: use one of training.steps"),
+        (["toy", "--set", "width.x=1"], "setting 'width' has no part 'x': write width=VALUE"),
+    ],
+)
+def test_bad_input_is_one_sentence(toy, tmp_path, capsys, arguments, message) -> None:
+    assert command.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_changes_keep_the_kind_of_a_setting() -> None:
+    s = command.changed(Settings(), "scale=2")
+    assert s.scale == 2.0 and type(s.scale) is float
+    assert command.changed(s, "sizes=[4,5]").sizes == (4, 5)
+    assert command.changed(s, "training.clip=1.0").training.clip == 1.0
+
+
+def test_a_recipe_without_training_takes_no_steps(toy, tmp_path, monkeypatch, capsys) -> None:
+    @dataclass(frozen=True)
+    class Draws:
+        draws: int = 1
+
+    monkeypatch.setattr(TOY, "PRESETS", {"cpu": Draws()})
+    assert command.main(["toy", "--steps", "2", "--out", str(tmp_path)]) == 2
+    assert "setting 'training' is unknown: use one of draws" in capsys.readouterr().err
+
+
+def test_no_matplotlib_is_no_failure(toy, tmp_path, monkeypatch, capsys) -> None:
+    def missing(*_):
+        raise ImportError("plots need matplotlib")
+
+    monkeypatch.setattr(TOY, "plot", missing)
+    assert command.main(["toy", "--out", str(tmp_path)]) == 0
+    assert "no plot: plots need matplotlib" in capsys.readouterr().err
+
+
+def test_table_cells() -> None:
+    text = command.table_text(["model", "n", "error"], [["a", 10, 0.123456], ["longer", 2, None]])
+    assert text.splitlines() == [
+        "model    n   error",
+        "──────────────────",
+        "a       10  0.1235",
+        "longer   2       –",
+    ]
+
+
+# The registry
+
+
+def test_every_module_is_listed_and_whole() -> None:
+    folder = Path(recipes.__file__).parent
+    modules = {file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")}
+    assert modules == set(recipes.RECIPES)
+    for name in recipes.RECIPES:
+        recipe = recipes.load_recipe(name)
+        assert set(recipe.PRESETS) == {"cpu", "paper"}
+        assert all(hasattr(recipe, part) for part in ("PUBLISHED", "run", "rows", "plot"))
+
+
+def test_list_imports_no_torch(capsys) -> None:
+    code = """
+import sys
+from relay_fast.recipes.__main__ import main
+assert main(["list"]) == 0 and "torch" not in sys.modules
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = out.stdout.strip().splitlines()
+    assert [line.split()[0] for line in lines] == list(recipes.RECIPES)
