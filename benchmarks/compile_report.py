@@ -90,6 +90,7 @@ class Sizes:
     dropout: float = 0.0
     kv_share: int = 1  # query heads of a key/value head
     causal: bool = False
+    counted: bool = False  # with the number of rows on the device
 
 
 RELAY = Sizes(256, 64, 1024, 320, 122)
@@ -104,6 +105,7 @@ ALL = (
     Sizes(256, 128, 1024, 320, 60, "swiglu", "layer", True, 0.1, 2),
     Sizes(128, 64, 384, 320, 30, "gelu", "layer", True, 0.1, 2, True),
     Sizes(256, 64, 1024, 320, 16, "relu2"),
+    Sizes(256, 64, 1024, 320, 122, counted=True),
 )
 
 
@@ -150,7 +152,8 @@ class Launch:
     def config(self) -> str:
         named = {k: v for k, v in self.constexprs.items() if k.isupper() and v is not None}
         parts = [f"{k}={v}" for k, v in {**named, **self.options}.items()]
-        return " ".join(parts)
+        counted = self.signature.get("count_ptr", "constexpr") != "constexpr"
+        return " ".join([*parts, *(["row_count"] if counted else [])])
 
 
 _NAMES = {
@@ -210,20 +213,21 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     norm_bias = new(d, of=state) if s.bias else None
     biases = [new(n) if s.bias else None for n in (columns, d, s.hidden, d)]
     cos = new(rows, s.head_dim // 2, of=state)
-    common = {"eps": 1e-6, "kind": s.norm}
+    count = {"row_count": new(1, of=torch.int32) if s.counted else None}
+    common = {"eps": 1e-6, "kind": s.norm, **count}
     dropout = None
     if s.dropout:
         tokens = new(rows, of=torch.int64)
         dropout = Dropout(s.dropout, new(1, of=torch.int64)[0], 1, 2, tokens)
     sequences = rows // s.length
-    layout = PaddedLayout(new(sequences + 1, of=torch.int32), s.length, lambda: (0, None, ()))
+    layout = PaddedLayout(new(sequences + 1, of=torch.int32), s.length, lambda: (0, None, ()), rows)
 
     norm, qkv_weight = (norm_weight, norm_bias), new(columns, d)
     rope = (cos, cos, rotary)
     qkv = ops.norm_linear_fwd(x, *norm, qkv_weight, biases[0], *rope, **common)
-    o, lse = ops.attention_fwd(qkv, layout, heads, kv_heads, s.causal)
+    o, lse = ops.attention_fwd(qkv, layout, heads, kv_heads, s.causal, **count)
     out_weight = new(d, heads * s.head_dim)
-    ops.linear_residual_fwd(o, out_weight, biases[1], x, dropout)
+    ops.linear_residual_fwd(o, out_weight, biases[1], x, dropout, **count)
     up_weight, down_weight = new(s.hidden, d), new(d, s.hidden)
     gate_weight = new(s.hidden, d) if s.activation == "swiglu" else None
     gate_bias = biases[2] if gate_weight is not None else None
@@ -237,16 +241,16 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
         g, x, up, gate, *norm, up_weight, gate_weight, down_weight, s.activation,
         dropout=dropout, **common,
     )  # fmt: skip
-    ops.weight_grad(new(s.hidden, d, of=state), dup, y)
-    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden)
-    do, _ = ops.linear_residual_bwd(g, out_weight, dropout)
-    dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal)
+    ops.weight_grad(new(s.hidden, d, of=state), dup, y, **count)
+    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden, **count)
+    do, _ = ops.linear_residual_bwd(g, out_weight, dropout, **count)
+    dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal, **count)
     *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
-    ops.weight_grad(new(columns, d, of=state), dz, y)
+    ops.weight_grad(new(columns, d, of=state), dz, y, **count)
 
     head, targets = new(s.vocabulary, d), new(rows, of=torch.int64)
     ops.argmax(x, *norm, head, **common)
-    if d <= 128:
+    if d <= 128 and not s.counted:
         run_loop(s, dtype, rows)
     if d > 512:  # the reference's chunks read nothing that a meta tensor does not have
         return

@@ -4,6 +4,14 @@
 upcast to fp32 there would compile to TF32 without a word. The interpreter multiplies the raw bits
 of bf16, so there (and only there) operands are upcast. fp32 operands are multiplied in full fp32
 (`ieee`).
+
+Row counts on the device: a launcher's `row_count` (one int32 on the device, None: all rows) says
+how many of its rows hold data, so that a CUDA graph captured at a capacity serves smaller batches.
+The grid stays the capacity's; programs beyond the count leave at once. What the kernels sum over
+rows (norm and weight gradients) covers the counted rows only; a cross-entropy's outputs are 0
+beyond them, all other outputs hold there what the buffer held. Attention takes whole sequences:
+those that start at or beyond the count, and empty ones, do nothing, so `cu_seqlens` of a capacity
+repeats its last offset. All shapes stay the capacity's, and so do GEMMs that are left to cuBLAS.
 """
 
 from __future__ import annotations
@@ -25,6 +33,14 @@ def dot(a, b, acc):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def counted_rows(M, count_ptr, first=0):
+    """How many of the M rows from row `first` on hold data: all, or what the device says."""
+    if count_ptr is not None:
+        M = tl.minimum(M, tl.load(count_ptr) - first)
+    return M
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._runtime import Config, block_of, cdiv, dot, readable
 from .attention_ref import PaddedLayout
-from .supports import heads_reason, require, tensor_reason
+from .supports import heads_reason, layout_reason, require, row_count_reason, rows_reason
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SHORT = 128  # rows of the longest sequence that one tile holds
@@ -66,9 +66,19 @@ def masked_scores(
 
 
 @triton.jit
+def sequence_rows(cu_ptr, count_ptr, sequence):
+    """First row (int64) and number of rows of a sequence; none where `count_ptr` leaves it out."""
+    start = tl.load(cu_ptr + sequence)
+    n = tl.load(cu_ptr + sequence + 1) - start
+    if count_ptr is not None:
+        n = tl.where(start < tl.load(count_ptr), n, 0)
+    return start.to(tl.int64), n
+
+
+@triton.jit
 def _attention_short_fwd_kernel(
     # pointers
-    qkv_ptr, cu_ptr, o_ptr, lse_ptr,
+    qkv_ptr, cu_ptr, o_ptr, lse_ptr, count_ptr,
     # strides
     stride_qm,
     # flags
@@ -80,10 +90,10 @@ def _attention_short_fwd_kernel(
     sequence = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     kv_head = head // (HEADS // KV_HEADS)
-    start = tl.load(cu_ptr + sequence)
-    n = tl.load(cu_ptr + sequence + 1) - start
+    first_row, n = sequence_rows(cu_ptr, count_ptr, sequence)
+    if n == 0:
+        return
     at = tl.arange(0, BLOCK_N)
-    first_row = start.to(tl.int64)
     qkv_ptr += first_row * stride_qm
     o_ptr += first_row * (HEADS * HEAD_DIM)
     lse_ptr += first_row * HEADS
@@ -92,8 +102,6 @@ def _attention_short_fwd_kernel(
     k = load_head(qkv_ptr, stride_qm, at, mask, (HEADS + kv_head) * HEAD_DIM, HEAD_DIM, BLOCK_H)
     s = masked_scores(q, k, at, at, n, SCALE, CAUSAL, BLOCK_N, BLOCK_N)
     top = tl.max(s, 1)
-    # A sequence without rows sees no key at all.
-    top = tl.where(top == float("-inf"), 0.0, top)
     p = tl.exp2(s - top[:, None])
     total = tl.sum(p, 1)
     v = load_head(
@@ -107,7 +115,7 @@ def _attention_short_fwd_kernel(
 @triton.jit
 def _attention_long_fwd_kernel(
     # pointers
-    qkv_ptr, cu_ptr, o_ptr, lse_ptr,
+    qkv_ptr, cu_ptr, o_ptr, lse_ptr, count_ptr,
     # strides
     stride_qm,
     # flags
@@ -120,12 +128,10 @@ def _attention_long_fwd_kernel(
     head = tl.program_id(0) % HEADS
     kv_head = head // (HEADS // KV_HEADS)
     first = tl.program_id(1) * BLOCK_M
-    start = tl.load(cu_ptr + sequence)
-    n = tl.load(cu_ptr + sequence + 1) - start
+    first_row, n = sequence_rows(cu_ptr, count_ptr, sequence)
     if first >= n:
         return
     q_at = first + tl.arange(0, BLOCK_M)
-    first_row = start.to(tl.int64)
     qkv_ptr += first_row * stride_qm
     o_ptr += first_row * (HEADS * HEAD_DIM)
     lse_ptr += first_row * HEADS
@@ -172,10 +178,21 @@ def long_config(head_dim: int, dtype: torch.dtype) -> Config:
     return Config(64, 64, 4, 2) if head_dim <= 64 else Config(64, 64, 8, 2)
 
 
-def check(qkv: Tensor, layout: PaddedLayout, heads: int, kv_heads: int, *others: Tensor) -> None:
+def check(
+    qkv: Tensor,
+    layout: PaddedLayout,
+    heads: int,
+    kv_heads: int,
+    row_count: Tensor | None,
+    *others: Tensor,
+) -> None:
     """Raises Unsupported where the kernels do not take the call."""
-    reason = tensor_reason(qkv, layout.cu_seqlens.new_empty(0, 1, dtype=qkv.dtype), *others)
-    require(reason or heads_reason(qkv.shape[1], heads, kv_heads))
+    require(
+        rows_reason(qkv, *others)
+        or heads_reason(qkv.shape[1], heads, kv_heads)
+        or row_count_reason(row_count, qkv)
+        or layout_reason(layout, qkv, row_count)
+    )
 
 
 def attention_fwd(
@@ -184,15 +201,18 @@ def attention_fwd(
     heads: int,
     kv_heads: int,
     causal: bool,
+    *,
+    row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o (rows, heads * head_dim) in qkv's dtype and lse (rows, heads) in fp32."""
-    check(qkv, layout, heads, kv_heads)
+    check(qkv, layout, heads, kv_heads, row_count)
     qkv = readable(qkv)
     rows, head_dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
     o = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=qkv.device)
     if rows == 0:
         return o, lse
+    tensors = (qkv, layout.cu_seqlens, o, lse, row_count)
     programs = (layout.cu_seqlens.shape[0] - 1) * heads
     shape = {
         "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "SCALE": head_dim**-0.5,
@@ -201,13 +221,13 @@ def attention_fwd(
     if is_short(layout, qkv.dtype):
         block = block_of(layout.max_length)
         _attention_short_fwd_kernel[(programs,)](
-            qkv, layout.cu_seqlens, o, lse, stride_qm=qkv.stride(0), BLOCK_N=block, **shape,
+            *tensors, stride_qm=qkv.stride(0), BLOCK_N=block, **shape,
             num_warps=8 if block == SHORT else 4, num_stages=1,
         )  # fmt: skip
     else:
         config = long_config(head_dim, qkv.dtype)
         _attention_long_fwd_kernel[(programs, cdiv(layout.max_length, config.block_m))](
-            qkv, layout.cu_seqlens, o, lse, stride_qm=qkv.stride(0), BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, **shape, **config.launch,
+            *tensors, stride_qm=qkv.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            **shape, **config.launch,
         )  # fmt: skip
     return o, lse

@@ -30,6 +30,7 @@ from .attention import (
     load_head,
     long_config,
     masked_scores,
+    sequence_rows,
     store_head,
 )
 from .attention_ref import PaddedLayout
@@ -65,7 +66,7 @@ def _score_grads(
 @triton.jit
 def _attention_short_bwd_kernel(
     # pointers
-    qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr,
+    qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, count_ptr,
     # strides
     stride_qm, stride_om, stride_dm,
     # flags
@@ -80,9 +81,9 @@ def _attention_short_bwd_kernel(
     k_column = (HEADS + kv_head) * HEAD_DIM
     v_column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    start = tl.load(cu_ptr + sequence)
-    n = tl.load(cu_ptr + sequence + 1) - start
-    first_row = start.to(tl.int64)
+    first_row, n = sequence_rows(cu_ptr, count_ptr, sequence)
+    if n == 0:
+        return
     qkv_ptr += first_row * stride_qm
     o_ptr += first_row * stride_om
     do_ptr += first_row * stride_dm
@@ -117,7 +118,7 @@ def _attention_short_bwd_kernel(
 @triton.jit
 def _attention_long_bwd_dq_kernel(
     # pointers
-    qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr,
+    qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, count_ptr,
     # strides
     stride_qm, stride_om, stride_dm,
     # flags
@@ -131,16 +132,14 @@ def _attention_long_bwd_dq_kernel(
     kv_head = head // (HEADS // KV_HEADS)
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     first = tl.program_id(1) * BLOCK_M
-    start = tl.load(cu_ptr + sequence)
-    n = tl.load(cu_ptr + sequence + 1) - start
-    first_row = start.to(tl.int64)
+    first_row, n = sequence_rows(cu_ptr, count_ptr, sequence)
+    if first >= n:
+        return
     qkv_ptr += first_row * stride_qm
     o_ptr += first_row * stride_om
     do_ptr += first_row * stride_dm
     lse_ptr += first_row * HEADS
     dqkv_ptr += first_row * width
-    if first >= n:
-        return
     q_at = first + tl.arange(0, BLOCK_M)
     mask = q_at < n
     q, do, lse, delta = _load_queries(
@@ -171,7 +170,7 @@ def _attention_long_bwd_dq_kernel(
 @triton.jit
 def _attention_long_bwd_dkdv_kernel(
     # pointers
-    qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr,
+    qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, count_ptr,
     # strides
     stride_qm, stride_om, stride_dm,
     # flags
@@ -187,16 +186,14 @@ def _attention_long_bwd_dkdv_kernel(
     v_column = (HEADS + KV_HEADS + kv_head) * HEAD_DIM
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     first = tl.program_id(1) * BLOCK_N
-    start = tl.load(cu_ptr + sequence)
-    n = tl.load(cu_ptr + sequence + 1) - start
-    first_row = start.to(tl.int64)
+    first_row, n = sequence_rows(cu_ptr, count_ptr, sequence)
+    if first >= n:
+        return
     qkv_ptr += first_row * stride_qm
     o_ptr += first_row * stride_om
     do_ptr += first_row * stride_dm
     lse_ptr += first_row * HEADS
     dqkv_ptr += first_row * width
-    if first >= n:
-        return
     k_at = first + tl.arange(0, BLOCK_N)
     k_mask = k_at < n
     k = load_head(qkv_ptr, stride_qm, k_at, k_mask, k_column, HEAD_DIM, BLOCK_H)
@@ -233,16 +230,18 @@ def attention_bwd(
     heads: int,
     kv_heads: int,
     causal: bool,
+    *,
+    row_count: Tensor | None = None,
 ) -> Tensor:
     """dqkv, of qkv's shape and dtype, in one buffer."""
-    check(qkv, layout, heads, kv_heads, do, o, lse)
+    check(qkv, layout, heads, kv_heads, row_count, do, o, lse)
     qkv, o, do, lse = readable(qkv), readable(o), readable(do), lse.contiguous()
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if qkv.shape[0] == 0:
         return dqkv
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
     sequences = layout.cu_seqlens.shape[0] - 1
-    tensors = (qkv, layout.cu_seqlens, o, do, lse, dqkv)
+    tensors = (qkv, layout.cu_seqlens, o, do, lse, dqkv, row_count)
     shape = {
         "stride_qm": qkv.stride(0), "stride_om": o.stride(0), "stride_dm": do.stride(0),
         "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "SCALE": head_dim**-0.5,

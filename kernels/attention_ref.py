@@ -33,7 +33,9 @@ class Group:
 class PaddedLayout:
     """Where the packed rows of some sequences lie, and where each goes in a padded buffer.
 
-    cu_seqlens (sequences + 1,) int32 row offsets on the device; max_length: rows of the longest.
+    cu_seqlens (sequences + 1,) int32 row offsets on the device; max_length: rows of the longest;
+    rows: where the offsets end, given by those who made them on the host, from lengths. Without it
+    the Triton kernels read the offsets back once, to check them.
     The padding is made by `make_padding` when it is first asked for (the Triton kernels need none):
     `slots` rows of the padded buffer; `slot` (rows,) int64, or None when the rows already lie in
     order without any padding; `groups`.
@@ -44,8 +46,9 @@ class PaddedLayout:
         cu_seqlens: Tensor,
         max_length: int,
         make_padding: Callable[[], tuple[int, Tensor | None, tuple[Group, ...]]],
+        rows: int | None = None,
     ):
-        self.cu_seqlens, self.max_length = cu_seqlens, max_length
+        self.cu_seqlens, self.max_length, self.rows = cu_seqlens, max_length, rows
         self._make_padding = make_padding
 
     @cached_property

@@ -15,15 +15,24 @@ rows are cuBLAS's and go through the reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, dot, facts, readable, row_block
+from ._runtime import Config, block_of, cdiv, counted_rows, dot, facts, readable, row_block
 from .cross_entropy_ref import argmax_ref, cross_entropy_fwd_ref
 from .norm import normalize, scale_shift
-from .supports import norm_is_fused, norm_reason, require, vocabulary_reason, weights_reason
+from .supports import (
+    norm_is_fused,
+    norm_reason,
+    require,
+    row_count_reason,
+    vocabulary_reason,
+    weights_reason,
+)
 
 
 @triton.jit
@@ -43,7 +52,7 @@ def load_states(
 def _cross_entropy_fwd_kernel(
     # pointers
     h_ptr, index_ptr, target_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr,
-    loss_ptr, lse_ptr, correct_ptr, best_ptr, id_ptr, chosen_ptr, total_ptr,
+    loss_ptr, lse_ptr, correct_ptr, best_ptr, id_ptr, chosen_ptr, total_ptr, count_ptr,
     # strides
     stride_hm, stride_vn,
     # sizes, scalars
@@ -54,8 +63,13 @@ def _cross_entropy_fwd_kernel(
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    base = tl.program_id(0).to(tl.int64) * BLOCK_M
+    at = base + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
+    part = split.to(tl.int64) * M + at
+    M = counted_rows(M, count_ptr)
+    if base >= M:
+        return
     row_mask = at < M
     inside = tl.arange(0, BLOCK_D)
     h = load_states(h_ptr, index_ptr, stride_hm, at, M, inside, D)
@@ -97,7 +111,6 @@ def _cross_entropy_fwd_kernel(
         correct = (ids == target) & (target >= 0)
         tl.store(correct_ptr + at, correct.to(tl.int8), mask=row_mask)
     else:
-        part = split.to(tl.int64) * M + at
         tl.store(id_ptr + part, ids.to(tl.int64), mask=row_mask)
         if best_ptr is not None:
             tl.store(best_ptr + part, best, mask=row_mask)
@@ -117,10 +130,14 @@ def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) 
     return Config(block, 64 if d <= 128 else 32, 8 if block * block_of(d) > 8192 else 4, 2)
 
 
-def check_readout(h, norm_weight, norm_bias, head, kind, *others) -> None:
+def check_readout(h, norm_weight, norm_bias, head, kind, row_count, *others) -> None:
     """Raises Unsupported where the kernels do not take the call."""
+    reason = row_count_reason(row_count, h)
+    if row_count is not None and not norm_is_fused(h.shape[1], head.dtype):
+        reason = f"a readout of width {h.shape[1]} takes no row_count, its GEMMs being cuBLAS's"
     require(
-        norm_reason(h, norm_weight, norm_bias, head, *others, kind=kind)
+        reason
+        or norm_reason(h, norm_weight, norm_bias, head, *others, kind=kind)
         or weights_reason(head)
         or vocabulary_reason(head.shape[0])
     )
@@ -136,15 +153,27 @@ def _splits(rows: int, vocabulary: int, config: Config, device: torch.device) ->
     return cdiv(vocabulary, each), each
 
 
-def _launch(h, index, targets, norm_weight, norm_bias, head, eps, kind, outputs, splits, options):
+def _launch(
+    h, index, targets, norm_weight, norm_bias, head, eps, kind, row_count, outputs, splits, options
+):  # fmt: skip
     rows, d = (h.shape[0] if index is None else index.shape[0]), h.shape[1]
     config = readout_config(rows, d, head.dtype, h.device)
     _cross_entropy_fwd_kernel[(cdiv(rows, config.block_m), splits[0])](
-        h, index, targets, norm_weight, norm_bias, head, *outputs,
+        h, index, targets, norm_weight, norm_bias, head, *outputs, row_count,
         stride_hm=h.stride(0), stride_vn=head.stride(0), M=rows, V=head.shape[0], each=splits[1],
         D=d, EPS=eps, IS_LAYER=kind == "layer", **options,
         BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
     )  # fmt: skip
+
+
+def _allocator(h: Tensor, row_count: Tensor | None) -> Callable[..., Tensor]:
+    """Makes buffers on h's device, filled with 0 where a row count leaves rows out."""
+    new = torch.empty if row_count is None else torch.zeros
+
+    def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return new(shape, dtype=dtype, device=h.device)
+
+    return allocate
 
 
 def argmax(
@@ -154,9 +183,11 @@ def argmax(
     head: Tensor,  # (V, d)
     eps: float = 1e-6,
     kind: str = "rms",
+    *,
+    row_count: Tensor | None = None,
 ) -> Tensor:
     """Token ids (rows,) int64 of the largest logit, the first of equals; no logits are stored."""
-    check_readout(h, norm_weight, norm_bias, head, kind)
+    check_readout(h, norm_weight, norm_bias, head, kind, row_count)
     if not norm_is_fused(h.shape[1], head.dtype) and h.shape[0]:
         return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)
     h, rows = readable(h), h.shape[0]
@@ -164,13 +195,13 @@ def argmax(
         return torch.empty(0, dtype=torch.int64, device=h.device)
     config = readout_config(rows, h.shape[1], head.dtype, h.device)
     splits = _splits(rows, head.shape[0], config, h.device)
-    ids = torch.empty(splits[0], rows, dtype=torch.int64, device=h.device)
-    best = None
-    if splits[0] > 1:
-        best = torch.empty(ids.shape, dtype=torch.float32, device=h.device)
+    empty = _allocator(h, row_count)
+    ids = empty(splits[0], rows, dtype=torch.int64)
+    best = empty(splits[0], rows) if splits[0] > 1 else None
     outputs = (None, None, None, best, ids, None, None)
     options = {"SMOOTHING": 0.0, "Z_LOSS": 0.0}
-    _launch(h, None, None, norm_weight, norm_bias, head, eps, kind, outputs, splits, options)
+    shared = (h, None, None, norm_weight, norm_bias, head, eps, kind, row_count)
+    _launch(*shared, outputs, splits, options)
     return ids[0] if best is None else ids.gather(0, best.argmax(0, keepdim=True))[0]
 
 
@@ -185,9 +216,11 @@ def cross_entropy_fwd(
     kind: str = "rms",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    *,
+    row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (rows,), lse (rows,) in fp32, and correct (rows,) bool (argmax equals target)."""
-    check_readout(h, norm_weight, norm_bias, head, kind)
+    check_readout(h, norm_weight, norm_bias, head, kind, row_count)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_fwd_ref(
             h, targets, norm_weight, norm_bias, head, index, eps, kind, label_smoothing, z_loss
@@ -195,17 +228,14 @@ def cross_entropy_fwd(
     h, rows, vocabulary = readable(h), targets.shape[0], head.shape[0]
     index = None if index is None else index.contiguous()
     targets = targets.contiguous()
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=h.device)
-
+    empty = _allocator(h, row_count)
     if rows == 0:
         return empty(0), empty(0), empty(0, dtype=torch.bool)
     splits = _splits(
         rows, vocabulary, readout_config(rows, h.shape[1], head.dtype, h.device), h.device
     )
     options = {"SMOOTHING": label_smoothing, "Z_LOSS": z_loss}
-    shared = (h, index, targets, norm_weight, norm_bias, head, eps, kind)
+    shared = (h, index, targets, norm_weight, norm_bias, head, eps, kind, row_count)
     if splits[0] == 1:
         loss, lse, correct = empty(rows), empty(rows), empty(rows, dtype=torch.bool)
         outputs = (loss, lse, correct.view(torch.int8), None, None, None, None)
@@ -216,6 +246,8 @@ def cross_entropy_fwd(
     _launch(*shared, (None, lse, None, best, ids, chosen, total), splits, options)
     ids = ids.gather(0, best.argmax(0, keepdim=True))[0]
     lse, valid = lse.logsumexp(0), targets >= 0
+    if row_count is not None:
+        valid &= torch.arange(rows, device=h.device) < row_count
     loss = lse - (1 - label_smoothing) * chosen.sum(0) + z_loss * lse.square()
     if label_smoothing:
         loss = loss - label_smoothing / vocabulary * total.sum(0)

@@ -18,35 +18,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, dot, readable
+from ._runtime import block_of, cdiv, counted_rows, dot, readable
 from .cross_entropy import check_readout, load_states, readout_config
 from .cross_entropy_ref import cross_entropy_bwd_ref
-from .norm import norm_input_grad, normalize, scale_shift, store_norm_partials
+from .norm import (
+    clear_norm_partials,
+    norm_input_grad,
+    normalize,
+    scale_shift,
+    store_norm_partials,
+)
 from .supports import norm_is_fused
 from .weight_grad import weight_grad
 
 CHUNK_LOGITS = 1 << 26  # elements of dl in memory at a time
+CHUNK_ROWS = 256  # but no fewer rows
 
 
 @triton.jit
 def _cross_entropy_bwd_kernel(
     # pointers
     grad_ptr, h_ptr, index_ptr, target_ptr, lse_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr,
-    dh_ptr, dlogits_ptr, y_ptr, dnorm_weight_ptr, dnorm_bias_ptr,
+    dh_ptr, dlogits_ptr, y_ptr, dnorm_weight_ptr, dnorm_bias_ptr, count_ptr,
     # strides
     stride_g, stride_hm, stride_vn,
     # sizes, scalars
-    M, V,
+    M, V, offset,
     # flags
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr, offset)
     program = tl.program_id(0).to(tl.int64)
-    at = program * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = at < M
+    base = program * BLOCK_M
     inside = tl.arange(0, BLOCK_D)
+    if base >= M:
+        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+        return
+    at = base + tl.arange(0, BLOCK_M)
+    row_mask = at < M
     mask = row_mask[:, None] & (inside < D)[None, :]
     h = load_states(h_ptr, index_ptr, stride_hm, at, M, inside, D)
     x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
@@ -104,9 +116,11 @@ def cross_entropy_bwd(
     kind: str = "rms",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    *,
+    row_count: Tensor | None = None,
 ) -> Tensor:
     """dh (rows, d) of the rows named by `index` (all rows of h without it), in fp32."""
-    check_readout(h, norm_weight, norm_bias, head, kind, grad, lse)
+    check_readout(h, norm_weight, norm_bias, head, kind, row_count, grad, lse)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_bwd_ref(
             grad, h, targets, lse, norm_weight, norm_bias, head, head_grad, norm_grad,
@@ -115,10 +129,11 @@ def cross_entropy_bwd(
     h, targets, lse = readable(h), targets.contiguous(), lse.contiguous()
     index = None if index is None else index.contiguous()
     rows, (vocabulary, d) = targets.shape[0], head.shape
-    dh = torch.empty(rows, d, dtype=torch.float32, device=h.device)
+    new = torch.empty if row_count is None else torch.zeros
+    dh = new(rows, d, dtype=torch.float32, device=h.device)
     step = rows
     if head_grad is not None:
-        step = max(256, CHUNK_LOGITS // vocabulary)
+        step = max(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
     for start in range(0, rows, max(1, step)):
         part = slice(start, min(rows, start + step))
         count = part.stop - start
@@ -133,14 +148,14 @@ def cross_entropy_bwd(
             grad[part], h if index is not None else h[part],
             None if index is None else index[part], targets[part], lse[part],
             norm_weight, norm_bias, head, dh[part], dlogits, y, dnorm[0],
-            None if norm_bias_grad is None else dnorm[1],
+            None if norm_bias_grad is None else dnorm[1], row_count,
             stride_g=grad.stride(0), stride_hm=h.stride(0), stride_vn=head.stride(0),
-            M=count, V=vocabulary, D=d, EPS=eps, IS_LAYER=kind == "layer",
+            M=count, V=vocabulary, offset=start, D=d, EPS=eps, IS_LAYER=kind == "layer",
             SMOOTHING=label_smoothing, Z_LOSS=z_loss,
             BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
         if head_grad is not None:
-            weight_grad(head_grad, dlogits, y)
+            weight_grad(head_grad, dlogits, y, row_count=row_count, offset=start)
         if norm_grad is not None:
             norm_grad.add_(dnorm[0].sum(0))
         if norm_bias_grad is not None:

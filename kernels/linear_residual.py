@@ -16,17 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, cdiv, dot, facts, readable, row_block
+from ._runtime import Config, cdiv, counted_rows, dot, facts, readable, row_block
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
-from .supports import FUSED_WIDTH, norm_reason, require, weights_reason
+from .supports import FUSED_WIDTH, norm_reason, require, row_count_reason, weights_reason
 
 
 @triton.jit
 def _linear_residual_fwd_kernel(
     # pointers
-    a_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, seed_ptr, tokens_ptr,
+    a_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, count_ptr, seed_ptr, tokens_ptr,
     # strides
     stride_am, stride_wn, stride_rm, stride_om,
     # sizes, scalars
@@ -35,8 +35,12 @@ def _linear_residual_fwd_kernel(
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr)
     program = tl.program_id(0).to(tl.int64)
-    rows = program // column_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    base = program // column_blocks * BLOCK_M
+    if base >= M:
+        return
+    rows = base + tl.arange(0, BLOCK_M)
     columns = (program % column_blocks).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < M
     branch = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -87,9 +91,15 @@ def linear_residual_fwd(
     residual: Tensor,  # (rows, d), in the state dtype
     dropout: Dropout | None = None,
     out: Tensor | None = None,  # (rows, d), where the result goes
+    *,
+    row_count: Tensor | None = None,
 ) -> Tensor:
     """residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype."""
-    require(norm_reason(a, weight, bias, residual, out) or weights_reason(weight, a[:0]))
+    require(
+        norm_reason(a, weight, bias, residual, out)
+        or weights_reason(weight, a[:0])
+        or row_count_reason(row_count, a)
+    )
     (rows, columns), d = a.shape, weight.shape[0]
     if d > FUSED_WIDTH:
         return linear_residual_fwd_ref(a, weight, bias, residual, dropout, out)
@@ -101,7 +111,7 @@ def linear_residual_fwd(
         config = _config(rows, weight.dtype, a.device)
         column_blocks = cdiv(d, config.block_n)
         _linear_residual_fwd_kernel[(column_blocks * cdiv(rows, config.block_m),)](
-            a, weight, bias, residual, out, **dropout_arguments(dropout),
+            a, weight, bias, residual, out, row_count, **dropout_arguments(dropout),
             stride_am=a.stride(0), stride_wn=weight.stride(0), stride_rm=residual.stride(0),
             stride_om=out.stride(0), M=rows, N=d, K=columns,
             column_blocks=column_blocks,
@@ -114,7 +124,7 @@ def linear_residual_fwd(
 @triton.jit
 def _linear_residual_bwd_kernel(
     # pointers
-    dout_ptr, weight_ptr, da_ptr, dbranch_ptr, seed_ptr, tokens_ptr,
+    dout_ptr, weight_ptr, da_ptr, dbranch_ptr, count_ptr, seed_ptr, tokens_ptr,
     # strides
     stride_dm, stride_wn,
     # sizes, scalars
@@ -123,8 +133,12 @@ def _linear_residual_bwd_kernel(
     THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr)
     program = tl.program_id(0).to(tl.int64)
-    rows = program // column_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    base = program // column_blocks * BLOCK_M
+    if base >= M:
+        return
+    rows = base + tl.arange(0, BLOCK_M)
     columns = (program % column_blocks).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < M
     da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -160,12 +174,16 @@ def linear_residual_bwd(
     dout: Tensor,  # (rows, d)
     weight: Tensor,  # (d, columns)
     dropout: Dropout | None = None,
+    *,
+    row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """da (rows, columns) and dbranch (rows, d), the weight gradient's operand (dW = dbranchᵀ · a).
 
     Both are in the compute dtype; dbranch is dout itself where nothing changes it.
     """
-    require(norm_reason(dout, weight) or weights_reason(weight))
+    require(
+        norm_reason(dout, weight) or weights_reason(weight) or row_count_reason(row_count, dout)
+    )
     (rows, d), columns = dout.shape, weight.shape[1]
     if d > FUSED_WIDTH:
         return linear_residual_bwd_ref(dout, weight, dropout)
@@ -177,7 +195,7 @@ def linear_residual_bwd(
         config = _config(rows, weight.dtype, dout.device)
         column_blocks = cdiv(columns, config.block_n)
         _linear_residual_bwd_kernel[(column_blocks * cdiv(rows, config.block_m),)](
-            dout, weight, da, None if same else dbranch, **dropout_arguments(dropout),
+            dout, weight, da, None if same else dbranch, row_count, **dropout_arguments(dropout),
             stride_dm=dout.stride(0), stride_wn=weight.stride(0), M=rows, N=columns, K=d,
             column_blocks=column_blocks,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=_block_k(weight.dtype),

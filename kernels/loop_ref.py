@@ -107,6 +107,7 @@ def loop_fwd_ref(
             layout.tensor(layout.offsets[: sequences + 1], torch.int32),
             int(lengths.max(initial=0)),
             lambda lengths=lengths: _padding(layout, lengths),
+            rows,
         )
         u = final[:rows]
         rope = (None, None, 0) if cos is None else (cos[:rows], sin[:rows], rotary)

@@ -24,14 +24,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, dot, facts, readable, row_block, rows_left
+from ._runtime import (
+    Config,
+    block_of,
+    cdiv,
+    counted_rows,
+    dot,
+    facts,
+    readable,
+    row_block,
+    rows_left,
+)
 from .activation import activate, activation_fwd
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual import linear_residual_fwd
 from .norm import normalize, scale_shift
 from .norm_linear import norm_linear_fwd
-from .supports import activation_reason, mlp_is_fused, norm_reason, require, weights_reason
+from .supports import (
+    activation_reason,
+    mlp_is_fused,
+    norm_reason,
+    require,
+    row_count_reason,
+    weights_reason,
+)
 
 
 @triton.jit
@@ -56,7 +73,7 @@ def _mlp_fwd_kernel(
     # pointers
     x_ptr, norm_weight_ptr, norm_bias_ptr, up_weight_ptr, up_bias_ptr, gate_weight_ptr,
     gate_bias_ptr, down_weight_ptr, down_bias_ptr, out_ptr, up_ptr, gate_ptr, hidden_ptr,
-    seed_ptr, tokens_ptr,
+    count_ptr, seed_ptr, tokens_ptr,
     # strides
     stride_xm, stride_un, stride_gn, stride_dn, stride_om,
     # sizes, scalars
@@ -67,7 +84,10 @@ def _mlp_fwd_kernel(
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr)
     base = tl.program_id(0).to(tl.int64) * BLOCK_M
+    if base >= M:
+        return
     x_ptr += base * stride_xm
     out_ptr += base * stride_om
     if up_ptr is not None:
@@ -140,8 +160,9 @@ def mlp_config(rows: int, d: int, dtype: torch.dtype, device: torch.device, gate
 
 
 def check_mlp(
-    x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind, *others
-) -> None:
+    x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind, row_count,
+    *others,
+) -> None:  # fmt: skip
     """Raises Unsupported where the kernels do not take the call."""
     require(
         norm_reason(
@@ -149,6 +170,7 @@ def check_mlp(
         )
         or weights_reason(up_weight, gate_weight, down_weight)
         or activation_reason(activation, gate_weight is not None)
+        or row_count_reason(row_count, x)
     )
 
 
@@ -168,22 +190,27 @@ def mlp_fwd(
     dropout: Dropout | None = None,
     out: Tensor | None = None,
     keep: bool = True,
+    *,
+    row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """out (rows, d), and if `keep`, for the backward u, gate, a (rows, hidden)."""
     check_mlp(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
-        up_bias, gate_bias, down_bias, out,
+        row_count, up_bias, gate_bias, down_bias, out,
     )  # fmt: skip
     x = readable(x)
     (rows, d), hidden_size = x.shape, up_weight.shape[0]
     if not mlp_is_fused(d, up_weight.dtype):
         norm = (norm_weight, norm_bias)
-        up = norm_linear_fwd(x, *norm, up_weight, up_bias, eps=eps, kind=kind)
+        options = {"eps": eps, "kind": kind, "row_count": row_count}
+        up = norm_linear_fwd(x, *norm, up_weight, up_bias, **options)
         gate = None
         if gate_weight is not None:
-            gate = norm_linear_fwd(x, *norm, gate_weight, gate_bias, eps=eps, kind=kind)
+            gate = norm_linear_fwd(x, *norm, gate_weight, gate_bias, **options)
         hidden = activation_fwd(activation, up, gate)
-        out = linear_residual_fwd(hidden, down_weight, down_bias, x, dropout, out)
+        out = linear_residual_fwd(
+            hidden, down_weight, down_bias, x, dropout, out, row_count=row_count
+        )
         return out, up, gate, hidden
     if out is None:
         out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
@@ -199,7 +226,8 @@ def mlp_fwd(
         config = mlp_config(rows, d, up_weight.dtype, x.device, gated)
         _mlp_fwd_kernel[(cdiv(rows, config.block_m),)](
             x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias,
-            down_weight, down_bias, out, up, gate, hidden, **dropout_arguments(dropout),
+            down_weight, down_bias, out, up, gate, hidden, row_count,
+            **dropout_arguments(dropout),
             stride_xm=x.stride(0), stride_un=up_weight.stride(0),
             stride_gn=gate_weight.stride(0) if gated else 0, stride_dn=down_weight.stride(0),
             stride_om=out.stride(0), M=rows, H=hidden_size,

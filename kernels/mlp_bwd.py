@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, dot, readable, rows_left
+from ._runtime import block_of, cdiv, counted_rows, dot, readable, rows_left
 from .activation import activate_grad, activation_bwd
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual import linear_residual_bwd
 from .mlp import check_mlp, load_weight, mlp_config
 from .norm import (
+    clear_norm_partials,
     norm_bwd,
     norm_fwd,
     norm_grad_buffers,
@@ -43,7 +44,7 @@ def _mlp_bwd_kernel(
     # pointers
     dout_ptr, x_ptr, up_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, up_weight_ptr,
     gate_weight_ptr, down_weight_ptr, dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr, y_ptr, dup_ptr,
-    dgate_ptr, dbranch_ptr, seed_ptr, tokens_ptr,
+    dgate_ptr, dbranch_ptr, count_ptr, seed_ptr, tokens_ptr,
     # strides
     stride_om, stride_xm, stride_pm, stride_qm, stride_un, stride_gn, stride_dn,
     # sizes, scalars
@@ -54,8 +55,13 @@ def _mlp_bwd_kernel(
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr)
     program = tl.program_id(0).to(tl.int64)
     base = program * BLOCK_M
+    inside = tl.arange(0, BLOCK_D)
+    if base >= M:
+        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+        return
     dout_ptr += base * stride_om
     x_ptr += base * stride_xm
     up_ptr += base * stride_pm
@@ -70,7 +76,6 @@ def _mlp_bwd_kernel(
     if tokens_ptr is not None:
         tokens_ptr += base
     rows = tl.arange(0, BLOCK_M)
-    inside = tl.arange(0, BLOCK_D)
     row_mask = rows < rows_left(M, base, BLOCK_M)
     mask = row_mask[:, None] & (inside < D)[None, :]
     dense = rows[:, None] * D + inside[None, :]
@@ -134,18 +139,20 @@ def mlp_bwd(
     eps: float = 1e-6,
     kind: str = "rms",
     dropout: Dropout | None = None,
+    *,
+    row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor]:
     """dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias (None without a bias),
     and the weight gradients' operands y, dup, dgate, dbranch."""
     check_mlp(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
-        dout, up, gate,
+        row_count, dout, up, gate,
     )  # fmt: skip
     x, dout = readable(x), readable(dout)
     if not mlp_is_fused(x.shape[1], up_weight.dtype):
         return _mlp_wide_bwd(
             dout, x, up, gate, norm_weight, norm_bias, up_weight, gate_weight, down_weight,
-            activation, eps, kind, dropout,
+            activation, eps, kind, dropout, row_count,
         )  # fmt: skip
     (rows, d), hidden = x.shape, up_weight.shape[0]
     up, gated = readable(up), gate is not None
@@ -161,7 +168,8 @@ def mlp_bwd(
     if rows:
         _mlp_bwd_kernel[(programs,)](
             dout, x, up, gate, norm_weight, norm_bias, up_weight, gate_weight, down_weight,
-            dx, dnw, dnb, y, dup, dgate, None if same else dbranch, **dropout_arguments(dropout),
+            dx, dnw, dnb, y, dup, dgate, None if same else dbranch, row_count,
+            **dropout_arguments(dropout),
             stride_om=dout.stride(0), stride_xm=x.stride(0), stride_pm=up.stride(0),
             stride_qm=gate.stride(0) if gated else 0, stride_un=up_weight.stride(0),
             stride_gn=gate_weight.stride(0) if gated else 0, stride_dn=down_weight.stride(0),
@@ -173,17 +181,18 @@ def mlp_bwd(
 
 def _mlp_wide_bwd(
     dout, x, up, gate, norm_weight, norm_bias, up_weight, gate_weight, down_weight,
-    activation, eps, kind, dropout,
+    activation, eps, kind, dropout, row_count,
 ):  # fmt: skip
     """The same with the hidden layer's gradients in memory."""
-    da, dbranch = linear_residual_bwd(dout, down_weight, dropout)
+    da, dbranch = linear_residual_bwd(dout, down_weight, dropout, row_count=row_count)
     dup, dgate = activation_bwd(activation, da, up.contiguous(), gate)
     norm = (norm_weight, norm_bias)
     if gate is None:
-        dx, dnw, dnb, _, y = norm_linear_bwd(dup, x, *norm, up_weight, eps=eps, kind=kind)
+        options = {"eps": eps, "kind": kind, "row_count": row_count}
+        dx, dnw, dnb, _, y = norm_linear_bwd(dup, x, *norm, up_weight, **options)
         return dx, dnw, dnb, y, dup, None, dbranch
     # Two projections share one norm: their input gradients meet before it.
-    y = norm_fwd(x, *norm, eps, kind, up_weight.dtype)
+    y = norm_fwd(x, *norm, eps, kind, up_weight.dtype, row_count)
     dy = torch.addmm(dup @ up_weight, dgate, gate_weight)
-    dx, dnw, dnb = norm_bwd(dy, x, norm_weight, eps, kind, norm_bias is not None)
+    dx, dnw, dnb = norm_bwd(dy, x, norm_weight, eps, kind, norm_bias is not None, row_count)
     return dx, dnw, dnb, y, dup, dgate, dbranch

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, readable
-from .supports import norm_reason, require
+from ._runtime import block_of, cdiv, counted_rows, readable
+from .supports import norm_reason, require, row_count_reason
 
 
 @triton.jit
@@ -62,16 +62,29 @@ def store_norm_partials(dy, x_hat, dweight_ptr, dbias_ptr, program, columns, D: 
 
 
 @triton.jit
+def clear_norm_partials(dweight_ptr, dbias_ptr, program, columns, D: tl.constexpr):
+    """The share of a program that has no rows."""
+    mask = columns < D
+    tl.store(dweight_ptr + program * D + columns, 0.0, mask=mask)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + program * D + columns, 0.0, mask=mask)
+
+
+@triton.jit
 def _norm_fwd_kernel(
     # pointers
-    x_ptr, weight_ptr, bias_ptr, y_ptr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, count_ptr,
     # strides, sizes
     stride_xm, M,
     # flags and blocks
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    M = counted_rows(M, count_ptr)
+    base = tl.program_id(0).to(tl.int64) * BLOCK_M
+    if base >= M:
+        return
+    rows = base + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < M)[:, None] & (columns < D)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=mask, other=0.0)
@@ -83,18 +96,19 @@ def _norm_fwd_kernel(
 @triton.jit
 def _norm_bwd_kernel(
     # pointers
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, count_ptr,
     # strides, sizes
-    stride_dm, stride_xm, M, row_blocks,
+    stride_dm, stride_xm, M,
     # flags and blocks
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr)
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
-    for block in range(program, row_blocks, tl.num_programs(0)):
+    for block in range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (rows < M)[:, None] & (columns < D)[None, :]
         x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=mask, other=0.0)
@@ -121,16 +135,17 @@ def norm_fwd(
     eps: float,
     kind: str = "rms",
     dtype: torch.dtype | None = None,
+    row_count: Tensor | None = None,
 ) -> Tensor:
     """y (rows, d) in `dtype` (default: x's)."""
-    require(norm_reason(x, weight, kind=kind))
+    require(norm_reason(x, weight, bias, kind=kind) or row_count_reason(row_count, x))
     x = readable(x)
     rows, d = x.shape
     y = torch.empty(rows, d, dtype=dtype or x.dtype, device=x.device)
     if rows:
         block = _block_rows(d)
         _norm_fwd_kernel[(cdiv(rows, block),)](
-            x, weight, bias, y, stride_xm=x.stride(0), M=rows, D=d, EPS=eps,
+            x, weight, bias, y, row_count, stride_xm=x.stride(0), M=rows, D=d, EPS=eps,
             IS_LAYER=kind == "layer", BLOCK_M=block, BLOCK_D=block_of(d), num_warps=4,
         )  # fmt: skip
     return y
@@ -143,19 +158,20 @@ def norm_bwd(
     eps: float,
     kind: str = "rms",
     has_bias: bool = True,
+    row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dx (rows, d), dweight (d,) and dbias (d,), all in fp32."""
-    require(norm_reason(x, weight, kind=kind))
+    require(norm_reason(x, weight, dy, kind=kind) or row_count_reason(row_count, x))
     x, dy = readable(x), readable(dy)
     rows, d = x.shape
     block = _block_rows(d)
-    row_blocks = cdiv(rows, block)
-    programs = min(row_blocks, 256)
+    programs = min(cdiv(rows, block), 256)
     dx, dweight, dbias = norm_grad_buffers(x, programs, has_bias)
     if rows:
         _norm_bwd_kernel[(programs,)](
-            dy, x, weight, dx, dweight, dbias, stride_dm=dy.stride(0), stride_xm=x.stride(0),
-            M=rows, row_blocks=row_blocks, D=d, EPS=eps, IS_LAYER=kind == "layer",
+            dy, x, weight, dx, dweight, dbias, row_count,
+            stride_dm=dy.stride(0), stride_xm=x.stride(0), M=rows,
+            D=d, EPS=eps, IS_LAYER=kind == "layer",
             BLOCK_M=block, BLOCK_D=block_of(d), num_warps=4,
         )  # fmt: skip
     return dx, dweight.sum(0), None if dbias is None else dbias.sum(0)

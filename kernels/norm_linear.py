@@ -28,6 +28,7 @@ from ._runtime import (
     Config,
     block_of,
     cdiv,
+    counted_rows,
     dot,
     facts,
     readable,
@@ -35,6 +36,7 @@ from ._runtime import (
     rows_left,
 )
 from .norm import (
+    clear_norm_partials,
     norm_bwd,
     norm_fwd,
     norm_grad_buffers,
@@ -43,7 +45,14 @@ from .norm import (
     scale_shift,
     store_norm_partials,
 )
-from .supports import norm_is_fused, norm_reason, require, rope_reason, weights_reason
+from .supports import (
+    norm_is_fused,
+    norm_reason,
+    require,
+    rope_reason,
+    row_count_reason,
+    weights_reason,
+)
 
 
 @triton.jit
@@ -68,6 +77,7 @@ def _rope_tables(
 def _norm_linear_fwd_kernel(
     # pointers
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr,
+    count_ptr,
     # strides
     stride_xm, stride_wn, stride_cm, stride_om,
     # sizes, scalars
@@ -77,8 +87,11 @@ def _norm_linear_fwd_kernel(
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr)
     program = tl.program_id(0)
     base = (program // column_blocks).to(tl.int64) * BLOCK_M
+    if base >= M:
+        return
     x_ptr += base * stride_xm
     out_ptr += base * stride_om
     if cos_ptr is not None:
@@ -130,12 +143,13 @@ def _norm_linear_fwd_kernel(
 @triton.jit
 def _rope_kernel(
     # pointers
-    z_ptr, cos_ptr, sin_ptr,
+    z_ptr, cos_ptr, sin_ptr, count_ptr,
     # strides, sizes
     stride_zm, stride_cm, M, rotary,
     # flags and blocks
     SIGN: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < M
     first = _pair_columns(tl.program_id(1), HALF, BLOCK_P)
@@ -148,12 +162,14 @@ def _rope_kernel(
     tl.store(at + HALF, (b * cos + SIGN * a * sin).to(z_ptr.dtype.element_ty), mask=mask)
 
 
-def _rope(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float) -> Tensor:
+def _rope(
+    z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float, row_count: Tensor | None
+) -> Tensor:
     """Turns the first `rotary` columns of z in place."""
     half = cos.shape[1]
     if z.shape[0]:
         _rope_kernel[(cdiv(z.shape[0], 16), cdiv(rotary // 2, 64))](
-            z, cos, sin, stride_zm=z.stride(0), stride_cm=cos.stride(0), M=z.shape[0],
+            z, cos, sin, row_count, stride_zm=z.stride(0), stride_cm=cos.stride(0), M=z.shape[0],
             rotary=rotary, SIGN=sign, HALF=half, BLOCK_M=16, BLOCK_P=64, num_warps=4,
         )  # fmt: skip
     return z
@@ -172,11 +188,12 @@ def _config(rows: int, d: int, dtype: torch.dtype, device: torch.device, back: b
     return Config(block, pairs, 8 if block == 128 or (back and d > 64) else 4, 2)
 
 
-def _check(x, norm_weight, norm_bias, weight, bias, cos, sin, rotary, kind) -> None:
+def _check(x, norm_weight, norm_bias, weight, bias, cos, sin, rotary, kind, row_count) -> None:
     require(
         norm_reason(x, norm_weight, norm_bias, weight, bias, cos, sin, kind=kind)
         or weights_reason(weight)
         or rope_reason(weight.shape[0], rotary, cos, sin)
+        or row_count_reason(row_count, x)
     )
 
 
@@ -191,15 +208,17 @@ def norm_linear_fwd(
     rotary: int = 0,
     eps: float = 1e-6,
     kind: str = "rms",
+    *,
+    row_count: Tensor | None = None,
 ) -> Tensor:
     """out (rows, columns) in the weight's dtype."""
-    _check(x, norm_weight, norm_bias, weight, bias, cos, sin, rotary, kind)
+    _check(x, norm_weight, norm_bias, weight, bias, cos, sin, rotary, kind, row_count)
     x = readable(x)
     (rows, d), columns = x.shape, weight.shape[0]
     if not norm_is_fused(d, weight.dtype):
-        y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype)
+        y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype, row_count)
         z = torch.nn.functional.linear(y, weight, bias)
-        return _rope(z, cos, sin, rotary, 1.0) if rotary else z
+        return _rope(z, cos, sin, rotary, 1.0, row_count) if rotary else z
     out = torch.empty(rows, columns, dtype=weight.dtype, device=x.device)
     if rows == 0:
         return out
@@ -210,7 +229,7 @@ def norm_linear_fwd(
     column_blocks = cdiv(tiles, tiles_each)
     _norm_linear_fwd_kernel[(column_blocks * row_blocks,)](
         x, norm_weight, norm_bias, weight, bias, cos if rotary else None, sin if rotary else None,
-        out, stride_xm=x.stride(0), stride_wn=weight.stride(0),
+        out, row_count, stride_xm=x.stride(0), stride_wn=weight.stride(0),
         stride_cm=cos.stride(0) if rotary else 0, stride_om=columns,
         M=rows, N=columns, rotary=rotary, tiles=tiles, tiles_each=tiles_each,
         column_blocks=column_blocks,
@@ -224,7 +243,7 @@ def norm_linear_fwd(
 def _norm_linear_bwd_kernel(
     # pointers
     dout_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, cos_ptr, sin_ptr,
-    dz_ptr, y_ptr, dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr,
+    dz_ptr, y_ptr, dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr, count_ptr,
     # strides
     stride_dm, stride_xm, stride_wn, stride_cm, stride_zm,
     # sizes, scalars
@@ -234,8 +253,13 @@ def _norm_linear_bwd_kernel(
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr)
     program = tl.program_id(0).to(tl.int64)
     base = program * BLOCK_M
+    inside = tl.arange(0, BLOCK_D)
+    if base >= M:
+        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+        return
     dout_ptr += base * stride_dm
     x_ptr += base * stride_xm
     y_ptr += base * D
@@ -246,7 +270,6 @@ def _norm_linear_bwd_kernel(
         cos_ptr += base * stride_cm
         sin_ptr += base * stride_cm
     rows = tl.arange(0, BLOCK_M)
-    inside = tl.arange(0, BLOCK_D)
     row_mask = rows < rows_left(M, base, BLOCK_M)
     d_mask = inside < D
     dy = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -303,17 +326,19 @@ def norm_linear_bwd(
     rotary: int = 0,
     eps: float = 1e-6,
     kind: str = "rms",
+    *,
+    row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """dx, dnorm_weight, dnorm_bias (None without a bias), and the weight gradient's operands
     dz (rows, columns), y (rows, d)."""
-    _check(x, norm_weight, norm_bias, weight, dout, cos, sin, rotary, kind)
+    _check(x, norm_weight, norm_bias, weight, dout, cos, sin, rotary, kind, row_count)
     (rows, d), columns = x.shape, weight.shape[0]
     x, dout = readable(x), readable(dout)
     if not norm_is_fused(d, weight.dtype):
-        dz = _rope(dout.clone(), cos, sin, rotary, -1.0) if rotary else dout
-        y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype)
+        dz = _rope(dout.clone(), cos, sin, rotary, -1.0, row_count) if rotary else dout
+        y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype, row_count)
         has_bias = norm_bias is not None
-        dx, dnw, dnb = norm_bwd(dz @ weight, x, norm_weight, eps, kind, has_bias)
+        dx, dnw, dnb = norm_bwd(dz @ weight, x, norm_weight, eps, kind, has_bias, row_count)
         return dx, dnw, dnb, dz, y
     # Not in place: another thread may still have to read what one writes.
     dz = torch.empty(dout.shape, dtype=dout.dtype, device=x.device) if rotary else dout
@@ -324,7 +349,7 @@ def norm_linear_bwd(
     if rows:
         _norm_linear_bwd_kernel[(programs,)](
             dout, x, norm_weight, norm_bias, weight, cos if rotary else None,
-            sin if rotary else None, dz if rotary else None, y, dx, dnw, dnb,
+            sin if rotary else None, dz if rotary else None, y, dx, dnw, dnb, row_count,
             stride_dm=dout.stride(0), stride_xm=x.stride(0), stride_wn=weight.stride(0),
             stride_cm=cos.stride(0) if rotary else 0, stride_zm=dz.stride(0),
             M=rows, N=columns, rotary=rotary, tiles=cdiv(columns, 2 * config.block_n),

@@ -6,12 +6,14 @@ Importing this module does not import triton, so `relay_fast.explain` answers an
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from .attention_ref import PaddedLayout
 from .mlp_ref import ACTIVATIONS
 from .norm_ref import NORMS
 
@@ -90,6 +92,18 @@ def tensor_reason(*tensors: Tensor | None) -> str | None:
     return device_reason(present[0].device) or dtype_reason(*(t.dtype for t in present))
 
 
+def row_count_reason(row_count: Tensor | None, x: Tensor) -> str | None:
+    """Why this row count on the device is not taken (see `_runtime`)."""
+    if row_count is None:
+        return None
+    if row_count.numel() != 1 or row_count.dtype != torch.int32:
+        kind = f"{tuple(row_count.shape)} {str(row_count.dtype).removeprefix('torch.')}"
+        return f"row_count is {kind} instead of one int32"
+    if row_count.device != x.device:
+        return f"row_count lies on {row_count.device} and the rows on {x.device}"
+    return None
+
+
 def width_reason(d: int, kind: str = "rms") -> str | None:
     """Why a norm of this width or kind is not taken."""
     if kind not in NORMS:
@@ -99,11 +113,16 @@ def width_reason(d: int, kind: str = "rms") -> str | None:
     return None
 
 
+def rows_reason(x: Tensor, *tensors: Tensor | None) -> str | None:
+    """Why x (rows, columns) and what belongs to it are not taken."""
+    if x.ndim != 2:
+        return f"a tensor of rows has {x.ndim} dimensions instead of 2"
+    return tensor_reason(x, *tensors)
+
+
 def norm_reason(x: Tensor, *tensors: Tensor | None, kind: str = "rms") -> str | None:
     """Why a norm of x (rows, d) is not taken."""
-    if x.ndim != 2:
-        return f"x has {x.ndim} dimensions instead of 2"
-    return width_reason(x.shape[1], kind) or tensor_reason(x, *tensors)
+    return rows_reason(x, *tensors) or width_reason(x.shape[1], kind)
 
 
 def weights_reason(*weights: Tensor | None) -> str | None:
@@ -130,6 +149,36 @@ def rope_reason(columns: int, rotary: int, cos: Tensor | None, sin: Tensor | Non
         return f"columns {columns} and rotary {rotary} are not whole heads of {head_dim}"
     if cos.dtype != torch.float32 or cos.stride() != sin.stride() or cos.stride(1) != 1:
         return "cos and sin must be fp32 tables of one layout with contiguous columns"
+    return None
+
+
+def layout_reason(layout: PaddedLayout, x: Tensor, row_count: Tensor | None) -> str | None:
+    """Why these sequences of the rows of x are not taken.
+
+    Offsets whose end the layout does not know are read back from the device, once. With a row count
+    x may have more rows than the offsets end at.
+    """
+    cu, rows = layout.cu_seqlens, x.shape[0]
+    if cu.ndim != 1 or len(cu) == 0 or cu.dtype != torch.int32 or not cu.is_contiguous():
+        kind = f"{tuple(cu.shape)} {str(cu.dtype).removeprefix('torch.')}"
+        return f"cu_seqlens is {kind} instead of (sequences + 1,) int32, contiguous"
+    if cu.device != x.device:
+        return f"cu_seqlens lies on {cu.device} and the rows on {x.device}"
+    if layout.rows is None:
+        offsets = cu.tolist()
+        lengths = [b - a for a, b in itertools.pairwise(offsets)]
+        if offsets[0] != 0:
+            return f"cu_seqlens starts at {offsets[0]} instead of 0"
+        if min(lengths, default=0) < 0:
+            at = next(i for i, n in enumerate(lengths) if n < 0)
+            return f"cu_seqlens falls from {offsets[at]} to {offsets[at + 1]} at sequence {at}"
+        if max(lengths, default=0) > layout.max_length:
+            return (
+                f"a sequence of {max(lengths)} rows is longer than max_length {layout.max_length}"
+            )
+        layout.rows = offsets[-1]
+    if layout.rows > rows or (layout.rows < rows and row_count is None):
+        return f"cu_seqlens ends at {layout.rows} but there are {rows} rows"
     return None
 
 

@@ -16,22 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, cdiv, dot, facts, readable
-from .supports import norm_reason, require
+from ._runtime import Config, cdiv, counted_rows, dot, facts, readable
+from .supports import norm_reason, require, row_count_reason
 
 
 @triton.jit
 def _weight_grad_kernel(
     # pointers
-    acc_ptr, dy_ptr, x_ptr,
+    acc_ptr, dy_ptr, x_ptr, count_ptr,
     # strides
     stride_as, stride_an, stride_dm, stride_xm,
     # sizes, scalars
-    M, N, D, rows_each,
+    M, N, D, rows_each, offset,
     # flags and blocks
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    M = counted_rows(M, count_ptr, offset)
     split = tl.program_id(2).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -85,9 +86,14 @@ def _config(columns: int, d: int, dtype: torch.dtype) -> Config:
     return Config(128, 128, 8, 3)
 
 
-def weight_grad(acc: Tensor, dy: Tensor, x: Tensor) -> None:
-    """acc (columns, d) in fp32 += dy (rows, columns)ᵀ · x (rows, d), summed in fp32."""
-    reason = norm_reason(x, acc, dy)
+def weight_grad(
+    acc: Tensor, dy: Tensor, x: Tensor, *, row_count: Tensor | None = None, offset: int = 0
+) -> None:
+    """acc (columns, d) in fp32 += dy (rows, columns)ᵀ · x (rows, d), summed in fp32.
+
+    offset: which of the rows that `row_count` counts dy's first one is.
+    """
+    reason = norm_reason(x, acc, dy) or row_count_reason(row_count, x)
     if reason is None and (acc.dtype != torch.float32 or acc.stride(-1) != 1):
         reason = "the accumulator must be fp32 with contiguous columns"
     require(reason)
@@ -104,11 +110,13 @@ def weight_grad(acc: Tensor, dy: Tensor, x: Tensor) -> None:
     splits = max(1, min(cdiv(rows, 4 * block_k), facts(x.device).processors // (grid[0] * grid[1])))
     rows_each = cdiv(cdiv(rows, splits), block_k) * block_k
     splits = cdiv(rows, rows_each)
-    target = acc if splits == 1 else acc.new_empty(splits, columns, d)
+    target = acc
+    if splits > 1:
+        target = torch.empty(splits, columns, d, dtype=acc.dtype, device=acc.device)
     _weight_grad_kernel[(*grid, splits)](
-        target, dy, x, stride_as=0 if splits == 1 else target.stride(0),
+        target, dy, x, row_count, stride_as=0 if splits == 1 else target.stride(0),
         stride_an=target.stride(-2), stride_dm=dy.stride(0), stride_xm=x.stride(0),
-        M=rows, N=columns, D=d, rows_each=rows_each, ADD=splits == 1,
+        M=rows, N=columns, D=d, rows_each=rows_each, offset=offset, ADD=splits == 1,
         BLOCK_N=config.block_n, BLOCK_D=config.block_m, BLOCK_K=block_k, **config.launch,
     )  # fmt: skip
     if splits > 1:

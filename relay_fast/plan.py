@@ -242,6 +242,7 @@ class Plan:
                 cu_seqlens - cu_seqlens[:1] if first else cu_seqlens,
                 int(lengths.max(initial=0)),
                 lambda: self._make_padding(lengths),
+                int(lengths.sum()),
             )
         return self._layouts[key]
 

@@ -1,10 +1,5 @@
 """Every Triton kernel against the reference beside it: in the interpreter, or on a GPU if there is
-one.
-
-Truth is the reference in fp64 on the same (rounded) inputs. fp32 must agree to an RMS ratio of
-1e-5; 16-bit errors are judged against the reference's own in that dtype. Inputs lie between rows of
-NaN, outputs between rows that must not change and are NaN until they are written.
-"""
+one. `kernel_checks` has the rules."""
 
 from __future__ import annotations
 
@@ -12,119 +7,21 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 
 import interpreter
 import pytest
 import torch
-from numerics import assert_as_good_as_eager, assert_bitwise, describe, rms_ratio
-from torch import Tensor
+from kernel_checks import DEVICE, Make, Outputs, check, dropout_of, named
+from numerics import assert_bitwise
 
 from relay_fast.functional import TORCH, Ops, explain, select, supports
-from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
+from relay_fast.kernels.dropout_ref import dropout_mask_ref
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.plan import Plan
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GUARD = 3  # rows around every buffer
 interpreter.mend()
 # The interpreter computes lanes that masks throw away (0 / 0 in absent rows).
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-Outputs = dict[str, Tensor]
-
-
-class Make:
-    """Draws the same numbers for kernel, eager and truth, each in its own dtype."""
-
-    def __init__(self, mode: str, dtype: torch.dtype):
-        self.mode, self.dtype = mode, dtype
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int, scale: float = 1.0, state: bool = False) -> Tensor:
-        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
-        stored = drawn.to(torch.float32 if state else self.dtype).to(DEVICE)
-        if self.mode == "truth":
-            return stored.double()
-        return guarded(stored) if self.mode == "kernel" else stored
-
-    def positive(self, *shape: int) -> Tensor:
-        return self(*shape, scale=0.1, state=True).add_(1)
-
-    def ints(self, low: int, high: int, count: int) -> Tensor:
-        return torch.randint(low, high, (count,), generator=self.generator).to(DEVICE)
-
-    def zeros(self, *shape: int) -> Tensor:
-        wide = torch.float64 if self.mode == "truth" else torch.float32
-        return torch.zeros(shape, dtype=wide, device=DEVICE)
-
-
-def guarded(t: Tensor) -> Tensor:
-    """A copy of t whose neighbours in memory are NaN."""
-    buffer = torch.full((t.shape[0] + 2 * GUARD, *t.shape[1:]), float("nan")).to(t)
-    buffer[GUARD:-GUARD] = t
-    return buffer[GUARD:-GUARD]
-
-
-@pytest.fixture
-def guard_outputs(monkeypatch) -> Iterator[None]:
-    """Every buffer that a launcher allocates starts as NaN, and its neighbours must stay so."""
-    buffers: list[tuple[Tensor, int]] = []
-    empty = torch.empty
-
-    def allocate(*size, dtype=None, device=None, **_) -> Tensor:
-        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-        dtype = dtype or torch.float32
-        count, pad = torch.Size(shape).numel(), 64
-        if not dtype.is_floating_point:
-            return empty(shape, dtype=dtype, device=device)
-        flat = empty(count + 2 * pad, dtype=dtype, device=device).fill_(float("nan"))
-        buffers.append((flat, pad))
-        return flat[pad : pad + count].view(shape)
-
-    monkeypatch.setattr(torch, "empty", allocate)
-    monkeypatch.setattr(
-        torch, "empty_like", lambda t: allocate(t.shape, dtype=t.dtype, device=t.device)
-    )
-    yield
-    assert buffers
-    for flat, pad in buffers:
-        assert flat[:pad].isnan().all() and flat[-pad:].isnan().all(), "written out of bounds"
-
-
-def check(case: Callable[[Ops, Make], Outputs], dtype: torch.dtype) -> None:
-    """Holds the kernels' outputs to the rules, and two runs to the same bits."""
-    kernels = select("triton", DEVICE)
-    value = case(kernels, Make("kernel", dtype))
-    again = case(kernels, Make("kernel", dtype))
-    truth = case(TORCH, Make("truth", dtype))
-    eager = case(TORCH, Make("eager", dtype))
-    assert set(value) == set(truth)
-    for name, t in truth.items():
-        assert value[name].shape == t.shape, name
-        if not t.numel():
-            continue
-        assert_bitwise(name, value[name], again[name])
-        if t.dtype in (torch.bool, torch.int64):
-            assert_bitwise(name, value[name], t)
-        elif dtype == torch.float32:
-            assert rms_ratio(value[name], t) <= 1e-5, describe(name, value[name], t)
-        else:
-            assert_as_good_as_eager(name, value[name], eager[name], t, dtype)
-
-
-def named(names: str, values) -> Outputs:
-    """Outputs by name, without those that are absent."""
-    pairs = zip(names.split(), values, strict=True)
-    return {name: value for name, value in pairs if value is not None and name != "_"}
-
-
-def dropout_of(rows: int, p: float) -> Dropout | None:
-    """Tokens of any order, as the plan's sorting leaves them."""
-    if not p:
-        return None
-    tokens = torch.arange(rows, device=DEVICE).flip(0) * 7
-    return Dropout(p, torch.tensor(2**31 + 5, device=DEVICE), 3, 11, tokens)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +36,7 @@ def dropout_of(rows: int, p: float) -> Dropout | None:
         (9, 520, "layer", True, True, torch.float32),  # over 512: row kernels and torch.mm
     ],
 )
-def test_norm_linear(guard_outputs, rows, d, kind, bias, rope, dtype) -> None:
+def test_norm_linear(rows, d, kind, bias, rope, dtype) -> None:
     head_dim, heads, kv_heads = 16, 3, 1
 
     def case(ops: Ops, make: Make) -> Outputs:
@@ -174,7 +71,7 @@ def test_norm_linear(guard_outputs, rows, d, kind, bias, rope, dtype) -> None:
         ((), 2, 2, 16, torch.float32),
     ],
 )
-def test_attention(guard_outputs, lengths, heads, kv_heads, head_dim, causal, dtype) -> None:
+def test_attention(lengths, heads, kv_heads, head_dim, causal, dtype) -> None:
     rows = sum(lengths)
     plan = Plan(lengths, [1] * len(lengths), DEVICE)
     layout = plan.layout(0, len(lengths))
@@ -200,7 +97,7 @@ def test_attention(guard_outputs, lengths, heads, kv_heads, head_dim, causal, dt
         (0, 16, 16, False, 0.0, torch.float32),
     ],
 )
-def test_linear_residual(guard_outputs, rows, columns, d, bias, p, dtype) -> None:
+def test_linear_residual(rows, columns, d, bias, p, dtype) -> None:
     def case(ops: Ops, make: Make) -> Outputs:
         a, weight = make(rows, columns), make(d, columns, scale=columns**-0.5)
         b, residual = make(d) if bias else None, make(rows, d, state=True)
@@ -226,7 +123,7 @@ def test_linear_residual(guard_outputs, rows, columns, d, bias, p, dtype) -> Non
         (17, 136, 64, "swiglu", "layer", True, 0.3, torch.float32),
     ],
 )
-def test_mlp(guard_outputs, rows, d, hidden, activation, kind, bias, p, dtype) -> None:
+def test_mlp(rows, d, hidden, activation, kind, bias, p, dtype) -> None:
     def case(ops: Ops, make: Make) -> Outputs:
         x, norm_weight = make(rows, d, state=True), make.positive(d)
         norm_bias, up_bias = (make(d, scale=0.1, state=True), make(hidden)) if bias else (None,) * 2
@@ -276,9 +173,7 @@ def test_mlp_that_keeps_nothing_computes_the_same(activation: str) -> None:
         (5, 9, 16, 1040, "rms", 0.1, 0.01, torch.float16),  # split over programs
     ],
 )
-def test_cross_entropy(
-    guard_outputs, rows, states, d, vocabulary, kind, smoothing, z_loss, dtype
-) -> None:
+def test_cross_entropy(rows, states, d, vocabulary, kind, smoothing, z_loss, dtype) -> None:
     def case(ops: Ops, make: Make) -> Outputs:
         h, norm_weight, norm_bias = make(states, d, state=True), make.positive(d), make(d)
         norm_bias = norm_bias.to(norm_weight.dtype) * 0.1 if kind == "layer" else None
