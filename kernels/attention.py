@@ -191,7 +191,7 @@ def check(
         rows_reason(qkv, *others)
         or heads_reason(qkv.shape[1], heads, kv_heads)
         or row_count_reason(row_count, qkv)
-        or layout_reason(layout, qkv, row_count)
+        or layout_reason(layout, qkv, row_count, *others)
     )
 
 

@@ -34,6 +34,7 @@ from .attention import (
     store_head,
 )
 from .attention_ref import PaddedLayout
+from .supports import require, shapes_reason
 
 
 @triton.jit
@@ -235,6 +236,9 @@ def attention_bwd(
 ) -> Tensor:
     """dqkv, of qkv's shape and dtype, in one buffer."""
     check(qkv, layout, heads, kv_heads, row_count, do, o, lse)
+    width = (qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads)
+    rows = (qkv.shape[0], heads)
+    require(shapes_reason(("do", do, width), ("o", o, width), ("lse", lse, rows)))
     qkv, o, do, lse = readable(qkv), readable(o), readable(do), lse.contiguous()
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if qkv.shape[0] == 0:

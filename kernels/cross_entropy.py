@@ -26,10 +26,12 @@ from ._runtime import Config, block_of, cdiv, counted_rows, dot, facts, readable
 from .cross_entropy_ref import argmax_ref, cross_entropy_fwd_ref
 from .norm import normalize, scale_shift
 from .supports import (
+    list_reason,
     norm_is_fused,
     norm_reason,
     require,
     row_count_reason,
+    shapes_reason,
     vocabulary_reason,
     weights_reason,
 )
@@ -130,17 +132,30 @@ def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) 
     return Config(block, 64 if d <= 128 else 32, 8 if block * block_of(d) > 8192 else 4, 2)
 
 
-def check_readout(h, norm_weight, norm_bias, head, kind, row_count, *others) -> None:
-    """Raises Unsupported where the kernels do not take the call."""
+def check_readout(
+    h, norm_weight, norm_bias, head, kind, row_count, targets=None, index=None, *per_row
+) -> None:
+    """Raises Unsupported where the kernels do not take the call; per_row: (rows,) like targets."""
+    require(norm_reason(h, norm_weight, norm_bias, head, *per_row, kind=kind))
+    d = h.shape[1]
     reason = row_count_reason(row_count, h)
-    if row_count is not None and not norm_is_fused(h.shape[1], head.dtype):
-        reason = f"a readout of width {h.shape[1]} takes no row_count, its GEMMs being cuBLAS's"
+    if row_count is not None and not norm_is_fused(d, head.dtype):
+        reason = f"a readout of width {d} takes no row_count, its GEMMs being cuBLAS's"
     require(
         reason
-        or norm_reason(h, norm_weight, norm_bias, head, *others, kind=kind)
+        or shapes_reason(
+            ("the norm's weight", norm_weight, (d,)),
+            ("its bias", norm_bias, (d,)),
+            ("head", head, (head.shape[0], d)),
+        )  # fmt: skip
         or weights_reason(head)
         or vocabulary_reason(head.shape[0])
     )
+    if targets is not None:
+        rows = (h if index is None else index).shape[:1]
+        require(list_reason("targets", targets, rows, h) or list_reason("index", index, rows, h))
+        wrong = [tuple(t.shape) for t in per_row if t.shape != rows]
+        require(f"grad or lse is {wrong[0]} instead of {tuple(rows)}" if wrong else None)
 
 
 def _splits(rows: int, vocabulary: int, config: Config, device: torch.device) -> tuple[int, int]:
@@ -220,7 +235,7 @@ def cross_entropy_fwd(
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (rows,), lse (rows,) in fp32, and correct (rows,) bool (argmax equals target)."""
-    check_readout(h, norm_weight, norm_bias, head, kind, row_count)
+    check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_fwd_ref(
             h, targets, norm_weight, norm_bias, head, index, eps, kind, label_smoothing, z_loss

@@ -120,7 +120,7 @@ def cross_entropy_bwd(
     row_count: Tensor | None = None,
 ) -> Tensor:
     """dh (rows, d) of the rows named by `index` (all rows of h without it), in fp32."""
-    check_readout(h, norm_weight, norm_bias, head, kind, row_count, grad, lse)
+    check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index, grad, lse)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_bwd_ref(
             grad, h, targets, lse, norm_weight, norm_bias, head, head_grad, norm_grad,

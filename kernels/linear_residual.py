@@ -20,7 +20,14 @@ from ._runtime import Config, cdiv, counted_rows, dot, facts, readable, row_bloc
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
-from .supports import FUSED_WIDTH, norm_reason, require, row_count_reason, weights_reason
+from .supports import (
+    FUSED_WIDTH,
+    norm_reason,
+    require,
+    row_count_reason,
+    shapes_reason,
+    weights_reason,
+)
 
 
 @triton.jit
@@ -95,12 +102,18 @@ def linear_residual_fwd(
     row_count: Tensor | None = None,
 ) -> Tensor:
     """residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype."""
+    require(norm_reason(a, weight, bias, residual, out))
+    (rows, columns), d = a.shape, weight.shape[0]
     require(
-        norm_reason(a, weight, bias, residual, out)
+        shapes_reason(
+            ("weight", weight, (d, columns)),
+            ("bias", bias, (d,)),
+            ("residual", residual, (rows, d)),
+            ("out", out, (rows, d)),
+        )  # fmt: skip
         or weights_reason(weight, a[:0])
         or row_count_reason(row_count, a)
     )
-    (rows, columns), d = a.shape, weight.shape[0]
     if d > FUSED_WIDTH:
         return linear_residual_fwd_ref(a, weight, bias, residual, dropout, out)
     a, residual = readable(a), readable(residual)
@@ -182,7 +195,10 @@ def linear_residual_bwd(
     Both are in the compute dtype; dbranch is dout itself where nothing changes it.
     """
     require(
-        norm_reason(dout, weight) or weights_reason(weight) or row_count_reason(row_count, dout)
+        norm_reason(dout, weight)
+        or shapes_reason(("weight", weight, (dout.shape[1], weight.shape[-1])))
+        or weights_reason(weight)
+        or row_count_reason(row_count, dout)
     )
     (rows, d), columns = dout.shape, weight.shape[1]
     if d > FUSED_WIDTH:

@@ -47,6 +47,7 @@ from .supports import (
     norm_reason,
     require,
     row_count_reason,
+    shapes_reason,
     weights_reason,
 )
 
@@ -161,13 +162,31 @@ def mlp_config(rows: int, d: int, dtype: torch.dtype, device: torch.device, gate
 
 def check_mlp(
     x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind, row_count,
-    *others,
+    up_bias=None, gate_bias=None, down_bias=None, out=None, dout=None, up=None, gate=None,
 ) -> None:  # fmt: skip
     """Raises Unsupported where the kernels do not take the call."""
     require(
         norm_reason(
-            x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, *others, kind=kind
+            x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, up_bias, gate_bias,
+            down_bias, out, dout, up, gate, kind=kind,
         )
+    )  # fmt: skip
+    (rows, d), hidden = x.shape, up_weight.shape[0]
+    require(
+        shapes_reason(
+            ("the norm's weight", norm_weight, (d,)),
+            ("its bias", norm_bias, (d,)),
+            ("up_weight", up_weight, (hidden, d)),
+            ("up_bias", up_bias, (hidden,)),
+            ("gate_weight", gate_weight, (hidden, d)),
+            ("gate_bias", gate_bias, (hidden,)),
+            ("down_weight", down_weight, (d, hidden)),
+            ("down_bias", down_bias, (d,)),
+            ("out", out, (rows, d)),
+            ("dout", dout, (rows, d)),
+            ("up", up, (rows, hidden)),
+            ("gate", gate, (rows, hidden)),
+        )  # fmt: skip
         or weights_reason(up_weight, gate_weight, down_weight)
         or activation_reason(activation, gate_weight is not None)
         or row_count_reason(row_count, x)

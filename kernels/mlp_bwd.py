@@ -146,7 +146,7 @@ def mlp_bwd(
     and the weight gradients' operands y, dup, dgate, dbranch."""
     check_mlp(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
-        row_count, dout, up, gate,
+        row_count, dout=dout, up=up, gate=gate,
     )  # fmt: skip
     x, dout = readable(x), readable(dout)
     if not mlp_is_fused(x.shape[1], up_weight.dtype):

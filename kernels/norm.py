@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._runtime import block_of, cdiv, counted_rows, readable
-from .supports import norm_reason, require, row_count_reason
+from .supports import norm_reason, require, row_count_reason, shapes_reason
 
 
 @triton.jit
@@ -138,7 +138,13 @@ def norm_fwd(
     row_count: Tensor | None = None,
 ) -> Tensor:
     """y (rows, d) in `dtype` (default: x's)."""
-    require(norm_reason(x, weight, bias, kind=kind) or row_count_reason(row_count, x))
+    require(
+        norm_reason(x, weight, bias, kind=kind)
+        or shapes_reason(
+            ("the norm's weight", weight, x.shape[1:]), ("its bias", bias, x.shape[1:])
+        )
+        or row_count_reason(row_count, x)
+    )
     x = readable(x)
     rows, d = x.shape
     y = torch.empty(rows, d, dtype=dtype or x.dtype, device=x.device)
@@ -161,7 +167,11 @@ def norm_bwd(
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dx (rows, d), dweight (d,) and dbias (d,), all in fp32."""
-    require(norm_reason(x, weight, dy, kind=kind) or row_count_reason(row_count, x))
+    require(
+        norm_reason(x, weight, dy, kind=kind)
+        or shapes_reason(("the norm's weight", weight, x.shape[1:]), ("dy", dy, x.shape))
+        or row_count_reason(row_count, x)
+    )
     x, dy = readable(x), readable(dy)
     rows, d = x.shape
     block = _block_rows(d)

@@ -51,6 +51,7 @@ from .supports import (
     require,
     rope_reason,
     row_count_reason,
+    shapes_reason,
     weights_reason,
 )
 
@@ -188,11 +189,21 @@ def _config(rows: int, d: int, dtype: torch.dtype, device: torch.device, back: b
     return Config(block, pairs, 8 if block == 128 or (back and d > 64) else 4, 2)
 
 
-def _check(x, norm_weight, norm_bias, weight, bias, cos, sin, rotary, kind, row_count) -> None:
+def _check(
+    x, norm_weight, norm_bias, weight, bias, dout, cos, sin, rotary, kind, row_count
+) -> None:
+    reason = norm_reason(x, norm_weight, norm_bias, weight, bias, dout, cos, sin, kind=kind)
+    if reason is None:
+        (rows, d), columns = x.shape, weight.shape[0]
+        reason = shapes_reason(
+            ("the norm's weight", norm_weight, (d,)), ("its bias", norm_bias, (d,)),
+            ("weight", weight, (columns, d)), ("bias", bias, (columns,)),
+            ("dout", dout, (rows, columns)),
+        )  # fmt: skip
     require(
-        norm_reason(x, norm_weight, norm_bias, weight, bias, cos, sin, kind=kind)
+        reason
         or weights_reason(weight)
-        or rope_reason(weight.shape[0], rotary, cos, sin)
+        or rope_reason(x.shape[0], weight.shape[0], rotary, cos, sin)
         or row_count_reason(row_count, x)
     )
 
@@ -212,7 +223,7 @@ def norm_linear_fwd(
     row_count: Tensor | None = None,
 ) -> Tensor:
     """out (rows, columns) in the weight's dtype."""
-    _check(x, norm_weight, norm_bias, weight, bias, cos, sin, rotary, kind, row_count)
+    _check(x, norm_weight, norm_bias, weight, bias, None, cos, sin, rotary, kind, row_count)
     x = readable(x)
     (rows, d), columns = x.shape, weight.shape[0]
     if not norm_is_fused(d, weight.dtype):
@@ -331,7 +342,7 @@ def norm_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """dx, dnorm_weight, dnorm_bias (None without a bias), and the weight gradient's operands
     dz (rows, columns), y (rows, d)."""
-    _check(x, norm_weight, norm_bias, weight, dout, cos, sin, rotary, kind, row_count)
+    _check(x, norm_weight, norm_bias, weight, None, dout, cos, sin, rotary, kind, row_count)
     (rows, d), columns = x.shape, weight.shape[0]
     x, dout = readable(x), readable(dout)
     if not norm_is_fused(d, weight.dtype):

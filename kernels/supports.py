@@ -22,6 +22,7 @@ HEAD_DIMS = (8, 128)
 FUSED_WIDTH = 512  # above, GEMMs belong to cuBLAS
 MAX_WIDTH = 8192
 MAX_VOCABULARY = 1 << 18
+MAX_LENGTH = 65_535 * 16  # the grid's second axis, blocks of at least 16 rows
 TILE_ROWS = 128  # of the largest tile
 _INT32 = 2**31 - 1
 
@@ -56,15 +57,25 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def _card_reason(index: int | None) -> str | None:
+    """Why kernels cannot run on this CUDA card."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not cards:
+        return "torch finds no CUDA card on this machine"
+    if index is not None and index >= cards:
+        return f"CUDA device {index} is asked for and this machine has {cards}"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"the card is sm_{major}{minor}, older than sm_80"
+
+
 def device_reason(device: torch.device | str) -> str | None:
     """Why kernels cannot run on `device`; None if they can (meta: they can be compiled for it)."""
     device = torch.device(device)
     if not _has_triton():
         return "the package triton is not installed"
     if device.type == "cuda":
-        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
-            return "the GPU is older than sm_80"
-        return None
+        return _card_reason(device.index)
     if device.type == "meta" or (device.type == "cpu" and interpreted()):
         return None
     return f"Triton kernels run on CUDA devices, not on {device.type!r}"
@@ -113,6 +124,28 @@ def width_reason(d: int, kind: str = "rms") -> str | None:
     return None
 
 
+def shapes_reason(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> str | None:
+    """Why these named tensors are not taken: another shape than expected, or a strided vector."""
+    for name, t, shape in expected:
+        if t is None:
+            continue
+        if t.shape != shape:
+            return f"{name} is {tuple(t.shape)} instead of {shape}"
+        if t.ndim == 1 and shape[0] > 1 and t.stride(0) != 1:
+            return f"{name} has stride {t.stride(0)} instead of 1"
+    return None
+
+
+def list_reason(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor) -> str | None:
+    """Why this list of integers, one a row, is not taken."""
+    if t is None:
+        return None
+    if t.shape != shape or t.dtype not in (torch.int32, torch.int64):
+        kind = f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+        return f"{name} is {kind} instead of {tuple(shape)} int32 or int64"
+    return None if t.device == x.device else f"{name} lies on {t.device} and the rows on {x.device}"
+
+
 def rows_reason(x: Tensor, *tensors: Tensor | None) -> str | None:
     """Why x (rows, columns) and what belongs to it are not taken."""
     if x.ndim != 2:
@@ -138,7 +171,9 @@ def weights_reason(*weights: Tensor | None) -> str | None:
     return None
 
 
-def rope_reason(columns: int, rotary: int, cos: Tensor | None, sin: Tensor | None) -> str | None:
+def rope_reason(
+    rows: int, columns: int, rotary: int, cos: Tensor | None, sin: Tensor | None
+) -> str | None:
     """Why this rotary embedding is not taken."""
     if not rotary:
         return None
@@ -147,13 +182,17 @@ def rope_reason(columns: int, rotary: int, cos: Tensor | None, sin: Tensor | Non
     head_dim = 2 * cos.shape[1]
     if columns % head_dim or rotary % head_dim or rotary > columns:
         return f"columns {columns} and rotary {rotary} are not whole heads of {head_dim}"
+    if cos.shape != (rows, head_dim // 2) or sin.shape != cos.shape:
+        return f"cos and sin have {tuple(cos.shape)}, {tuple(sin.shape)} entries for {rows} rows"
     if cos.dtype != torch.float32 or cos.stride() != sin.stride() or cos.stride(1) != 1:
         return "cos and sin must be fp32 tables of one layout with contiguous columns"
     return None
 
 
-def layout_reason(layout: PaddedLayout, x: Tensor, row_count: Tensor | None) -> str | None:
-    """Why these sequences of the rows of x are not taken.
+def layout_reason(
+    layout: PaddedLayout, x: Tensor, row_count: Tensor | None, *others: Tensor
+) -> str | None:
+    """Why these sequences of the rows of x (and of `others`) are not taken.
 
     Offsets whose end the layout does not know are read back from the device, once. With a row count
     x may have more rows than the offsets end at.
@@ -164,6 +203,11 @@ def layout_reason(layout: PaddedLayout, x: Tensor, row_count: Tensor | None) -> 
         return f"cu_seqlens is {kind} instead of (sequences + 1,) int32, contiguous"
     if cu.device != x.device:
         return f"cu_seqlens lies on {cu.device} and the rows on {x.device}"
+    if not 0 <= layout.max_length <= MAX_LENGTH:
+        return f"max_length {layout.max_length} is not in 0..{MAX_LENGTH}"
+    stride = max(t.stride(0) for t in (x, *others))
+    if layout.max_length * stride > _INT32:
+        return f"{layout.max_length} rows of stride {stride} overflow 32-bit offsets"
     if layout.rows is None:
         offsets = cu.tolist()
         lengths = [b - a for a, b in itertools.pairwise(offsets)]
@@ -184,7 +228,7 @@ def layout_reason(layout: PaddedLayout, x: Tensor, row_count: Tensor | None) -> 
 
 def heads_reason(columns: int, heads: int, kv_heads: int) -> str | None:
     """Why these attention heads are not taken."""
-    if heads % kv_heads:
+    if not 1 <= kv_heads <= heads or heads % kv_heads:
         return f"{heads} heads are not divisible by {kv_heads} key/value heads"
     if columns % (heads + 2 * kv_heads):
         return f"{columns} columns are not {heads} + 2 · {kv_heads} heads"

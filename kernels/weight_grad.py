@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._runtime import Config, cdiv, counted_rows, dot, facts, readable
-from .supports import norm_reason, require, row_count_reason
+from .supports import norm_reason, require, row_count_reason, shapes_reason, weights_reason
 
 
 @triton.jit
@@ -93,7 +93,12 @@ def weight_grad(
 
     offset: which of the rows that `row_count` counts dy's first one is.
     """
-    reason = norm_reason(x, acc, dy) or row_count_reason(row_count, x)
+    reason = (
+        norm_reason(x, acc, dy)
+        or shapes_reason(("acc", acc, (dy.shape[-1], x.shape[1])), ("dy", dy, (len(x), len(acc))))
+        or weights_reason(acc)
+        or row_count_reason(row_count, x)
+    )
     if reason is None and (acc.dtype != torch.float32 or acc.stride(-1) != 1):
         reason = "the accumulator must be fp32 with contiguous columns"
     require(reason)

@@ -101,6 +101,9 @@ def explain(device: torch.device | str = "cuda", **sizes) -> str:
 
     sizes: as in `supports`.
     """
+    forced = os.environ.get("RELAY_FAST_IMPL", "auto")
+    if forced != "auto":
+        return f"{forced}: the environment says RELAY_FAST_IMPL={forced}"
     reason = supports(device, **sizes)
     if reason is None and torch.device(device).type != "cuda":
         reason = 'Triton\'s interpreter is for tests, and taken where impl="triton" asks for it'

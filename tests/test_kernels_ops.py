@@ -3,9 +3,6 @@ one. `kernel_checks` has the rules."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 
 import interpreter
@@ -14,9 +11,8 @@ import torch
 from kernel_checks import DEVICE, Make, Outputs, check, dropout_of, named
 from numerics import assert_bitwise
 
-from relay_fast.functional import TORCH, Ops, explain, select, supports
+from relay_fast.functional import TORCH, Ops, select
 from relay_fast.kernels.dropout_ref import dropout_mask_ref
-from relay_fast.kernels.supports import Unsupported
 from relay_fast.plan import Plan
 
 interpreter.mend()
@@ -292,51 +288,3 @@ def test_dropout_draws_the_same_integers(p: float) -> None:
     residual = torch.zeros(rows, columns, device=DEVICE)
     out = select("triton", DEVICE).linear_residual_fwd(a, weight, bias, residual, dropout)
     torch.testing.assert_close(out, dropout_mask_ref(dropout, columns, torch.float32))
-
-
-def test_unsupported_calls_raise_before_any_launch() -> None:
-    ops = select("triton", DEVICE)
-    x, w = torch.randn(4, 16, device=DEVICE), torch.randn(48, 16, device=DEVICE)
-    layout = Plan([4], [1], DEVICE).layout(0, 1)
-    with pytest.raises(Unsupported, match="float64 is not one of bfloat16, float16, float32"):
-        ops.norm_linear_fwd(x.double(), w[0].double(), None, w.double(), None)
-    with pytest.raises(Unsupported, match="head_dim 136 is not in 8..128"):
-        ops.attention_fwd(torch.randn(4, 3 * 136, device=DEVICE), layout, 1, 1, False)
-    with pytest.raises(Unsupported, match="activation 'tanh' is not one of"):
-        ops.mlp_fwd(x, x[0], None, w, None, None, None, w.t().contiguous(), None, "tanh")
-    with pytest.raises(Unsupported, match="needs a gate weight"):
-        ops.mlp_fwd(x, x[0], None, w, None, None, None, w.t().contiguous(), None, "swiglu")
-    with pytest.raises(Unsupported, match="vocabulary 262145 is not in 1..262144"):
-        ops.argmax(x, x[0], None, torch.empty(2**18 + 1, 16, device=DEVICE))
-    with pytest.raises(Unsupported, match="accumulator must be fp32"):
-        ops.weight_grad(torch.zeros(4, 16, device=DEVICE).half(), x[:, :4], x)
-    huge = torch.empty(1, device="meta").as_strided((1, 16), (2**25, 1))
-    with pytest.raises(Unsupported, match="overflow 32-bit offsets"):
-        ops.norm_linear_fwd(huge, huge[0], None, huge, None)
-    with pytest.raises(Unsupported, match="column stride"):
-        ops.norm_linear_fwd(x, x[0], None, torch.randn(16, 48, device=DEVICE).t(), None)
-
-
-def test_supports_names_what_is_missing() -> None:
-    assert supports("meta", d_model=256, head_dim=64, vocabulary=320, activation="swiglu") is None
-    assert "float64" in supports("meta", dtype=torch.float64)
-    assert "8..128" in supports("meta", head_dim=256)
-    assert "mps" in supports("mps")
-    assert explain("cpu").startswith("torch: ")
-
-
-def test_without_interpreter_a_cpu_is_refused_and_triton_not_imported() -> None:
-    """`select` says why before it imports triton."""
-    code = (
-        "import sys, relay_fast.functional as f\n"
-        "assert f.select('auto', 'cpu') is f.TORCH\n"
-        "try: f.select('triton', 'cpu')\n"
-        "except RuntimeError as e: assert 'CUDA' in str(e), e\n"
-        "else: raise SystemExit('not refused')\n"
-        "assert 'triton' not in sys.modules"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

@@ -1,0 +1,84 @@
+"""The search behind RELAY_FAST_AUTOTUNE=1: times candidates of `tuning.TABLE` and learns the best.
+
+Only on a GPU and only where it is asked for. An op's arguments are copied first, because a search
+calls it many times and some ops add into what they are given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import wraps
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from . import tuning
+from ._runtime import Config, facts
+from .tuning import Rule
+
+GAIN = 0.97  # a new configuration must take at most this share of the old one's time
+
+
+def search(
+    call: Callable[[], object], seconds: Callable[[Callable[[], object]], float]
+) -> dict[Rule, dict[Config, float]]:
+    """Seconds of a call under every candidate of each rule that it picks; inf where a candidate
+    does not fit the device."""
+    with tuning.watching() as picked:
+        call()
+    found: dict[Rule, dict[Config, float]] = {}
+    for rule in picked:
+        times = found[rule] = {}
+        for config in tuning.candidates(rule):
+            with tuning.trying(rule.op, config):
+                try:
+                    call()
+                    times[config] = seconds(call)
+                except Exception as error:  # too much shared memory, a shape the compiler refuses
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    times[config] = math.inf
+    return found
+
+
+def better(rule: Rule, times: dict[Config, float], arch: int, script: str) -> Rule | None:
+    """The rule with the quickest configuration, if that is worth a new line."""
+    best = min(times, key=times.__getitem__)
+    if best == rule.config or times[best] > GAIN * times[rule.config]:
+        return None
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    return rule._replace(config=best, arch=arch, measured=f"{today} {script}")
+
+
+def _median(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=5, rep=20, return_mode="median") / 1e3
+
+
+def searching(op: Callable) -> Callable:
+    """The op, which searches when it first picks a rule, prints the lines that the table should
+    have, and takes them from then on."""
+    known: set[Rule] = set()
+
+    @wraps(op)
+    def tuned(*args, **kwargs):
+        with tuning.watching() as picked:
+            result = op(*args, **kwargs)
+        if not known.issuperset(picked) and not torch.cuda.is_current_stream_capturing():
+            known.update(picked)
+            copy = lambda t: t.clone() if isinstance(t, Tensor) else t
+            args, kwargs = tree_map(copy, (args, kwargs))
+            device = next(a for a in args if isinstance(a, Tensor)).device
+            for rule, times in search(lambda: op(*args, **kwargs), _median).items():
+                new = better(rule, times, facts(device).arch, "RELAY_FAST_AUTOTUNE")
+                if new is not None:
+                    print(tuning.line(new), flush=True)
+                    tuning.learn(new)
+                    known.add(new)
+        return result
+
+    return tuned
