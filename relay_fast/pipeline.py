@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import torch
 
 from relay_fast.display import Display
 from relay_fast.runs import RunFolder
-from relay_fast.stages import NEEDS, Context, run_stage
+from relay_fast.stages import NEEDS, Context, run_stage, scratch_files
+
+GRACE = 30.0  # seconds that a worker has to save when its parent is gone
 
 
 def with_needs(names: Iterable[str]) -> list[str]:
@@ -48,16 +52,21 @@ def run_pipeline(
     impl: str = "auto",
     done: Callable[[str, Mapping[str, Any]], None],
 ) -> None:
-    """Runs the stages that are not done yet; `done(name, result)` is called as each finishes.
+    """Runs the stages, and what they need, that are not done yet; `done(name, result)` is called as
+    each finishes.
 
     A stage that fails stops the run with its error, after the others have saved their state;
     Ctrl-C does the same.
     """
+    names = with_needs(names)
+    _clear(folder, filter(folder.stage_done, names))
     waiting = [name for name in names if not folder.stage_done(name)]
     workers = max(1, min(int(folder.config["workers"]), len(waiting) or 1))
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(_leave_with_parent)
+    with manager:
         events = manager.Queue()
         pool = ProcessPoolExecutor(workers, context, _initialize, (threads,))
         running: dict[Future, str] = {}
@@ -75,11 +84,19 @@ def run_pipeline(
                     result = future.result()
                     display.finish(name, result["seconds"])
                     done(name, result)
+                    _clear(folder, [name])
         except BaseException:
             _interrupt(pool)
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _clear(folder: RunFolder, done: Iterable[str]) -> None:
+    """Deletes what finished stages kept only to be continued."""
+    for name in done:
+        for file in scratch_files(folder.path, name):
+            file.unlink()
 
 
 def _ready(folder: RunFolder, waiting: list[str], room: int) -> list[str]:
@@ -106,6 +123,19 @@ def _interrupt(pool: ProcessPoolExecutor) -> None:
 def _initialize(threads: int) -> None:
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _leave_with_parent()
+
+
+def _leave_with_parent() -> None:
+    """Interrupts this process, as Ctrl-C would, when its parent is gone (killed, out of memory)."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(path: str, config: dict, device: str, impl: str, name: str, events: Any) -> dict:

@@ -105,6 +105,11 @@ class Context:
         }
 
 
+def scratch_files(folder: Path, name: str) -> list[Path]:
+    """What a stage keeps only to be continued after an interruption."""
+    return list((folder / "checkpoints").glob(f"{name}.*.safetensors"))
+
+
 def run_stage(context: Context, name: str, report: Report) -> dict[str, Any]:
     """Runs one stage; returns its part of results.json."""
     if name.startswith("evaluate."):
@@ -233,14 +238,25 @@ def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np
     history, kept, longest_true, seconds = [], [], {}, 0.0
     for phase in range(phases):
         problems = _self_problems(context, phase)
-        written = write_chains(model, problems, context.tasks)
-        passed = written.take(judge(problems, written))
-        kept.append({"phase": phase + 1, "written": len(written), "kept": len(passed)})
+        passed = _passed(context, f"{name}.{phase + 1}", model, problems, judge)
+        kept.append({"phase": phase + 1, "written": len(problems), "kept": len(passed)})
         trained = _fine_tune(context, "ar_self", f"{name}.{phase + 1}", model, passed, report)
         history += trained.history
         longest_true, seconds = trained.longest_true, seconds + trained.seconds
     result = context.finish(name, model, Trained(history, longest_true, seconds))
     return {**result, "kept": {name: kept}}
+
+
+def _passed(context: Context, name: str, model, problems: Samples, judge) -> Samples:
+    """The chains that the model writes and `judge` keeps; from disk where an interrupted run left
+    them."""
+    path = context.folder / "checkpoints" / f"{name}.chains.safetensors"
+    if path.exists():
+        return load_samples(path)
+    written = write_chains(model, problems, context.tasks)
+    passed = written.take(judge(problems, written))
+    save_samples(path, passed, {"stage": name})
+    return passed
 
 
 def _self_problems(context: Context, phase: int) -> Samples:

@@ -62,7 +62,8 @@ def train_model(
     """Takes every step of `stream`, in place; continues from `state_path` if it is there.
 
     recipe: lr, muon_lr, weight_decay, betas, clip, ema. Interrupted (Ctrl-C), it saves its state
-    between two steps and raises KeyboardInterrupt; the same call then continues exactly.
+    between two steps and raises KeyboardInterrupt; the same call then continues exactly, and
+    returns at once where the last step was taken.
     """
     training = _Training(model, stream, recipe, Path(state_path), seed)
     with _interrupts_deferred() as asked:
@@ -124,7 +125,7 @@ class _Training:
                 if now - logged >= LOG_EVERY or self.step == first + 1 or last:
                     report(self._log(losses, samples / (now - started)))
                     logged = now
-                if now - saved >= SAVE_EVERY and not last:
+                if last or now - saved >= SAVE_EVERY:
                     self._save()
                     saved = now
                 if asked():

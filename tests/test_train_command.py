@@ -143,6 +143,39 @@ def test_ctrl_c(tmp_path) -> None:
     assert not list(out.rglob("*.partial*"))
 
 
+def test_a_killed_run_leaves_no_process_and_continues_to_the_same_model(finished, tmp_path) -> None:
+    out, stage = tmp_path / "run", "ar_self_truth"
+    command = [sys.executable, "-m", "relay_fast.train", *SMALL, "--stages", stage]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    scratch = out / "checkpoints"
+    while not (scratch / f"{stage}.3.chains.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()  # no chance to say anything to its workers
+    process.wait()
+    deadline = time.monotonic() + 40
+    while _group_is_alive(process.pid):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.1)
+    assert not (out / f"{stage}.safetensors").exists()
+    results = train(small(), out, stages=[stage])
+    assert len(results["kept"][stage]) == 5
+    assert results["kept"][stage] == results_of(finished)["kept"][stage]
+    assert not list(scratch.iterdir())
+    one, other = (load_run_model(folder, stage).state_dict() for folder in (out, finished))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 # Bad input
 
 
@@ -251,7 +284,7 @@ def test_overrides() -> None:
         assert (settings["steps"], settings["batch_size"]) == (3, 4)
         assert not {"epochs", "token_iterations"} & set(settings)
     for entry in config["tasks"].values():
-        assert entry["merge_inside"] == 12 and set(entry["merge_beyond"]) == {4}
+        assert entry["merge_inside"] == 12 and set(entry["merge_beyond"]) == {1}
     assert override(load_preset("paper")) == load_preset("paper")
     with pytest.raises(ValueError, match="task '' is not in preset"):
         override(load_preset("paper"), tasks=[])

@@ -32,8 +32,8 @@ def override(
 ) -> dict[str, Any]:
     """The config with a run's own choices put in; raises ValueError for what it does not know.
 
-    steps: so many in every training stage (and as many problems in every generated set as one
-    batch needs), for a smoke run.
+    steps: so many in every training stage (and about one batch of problems in every generated set,
+    at least one of each length), for a smoke run.
     """
     if tasks is not None:
         unknown = [name for name in tasks if name not in config["tasks"]]
@@ -61,8 +61,9 @@ def override(
             recipe["steps"] = steps
         for task in config["tasks"].values():
             task["merge_inside"] = min(task["merge_inside"], steps * size)
-            task["merge_beyond"] = [min(n, size) for n in task["merge_beyond"]]
-            task["self_counts"] = [min(n, size) for n in task["self_counts"]]
+            for key in ("merge_beyond", "self_counts"):
+                share = max(1, size // len(task[key]))
+                task[key] = [min(n, share) for n in task[key]]
     if eval_problems is not None:
         config["evaluation"]["problems"] = eval_problems
     if seed is not None:
