@@ -28,16 +28,7 @@ from .activation import activate
 from .attention import LOG2_E
 from .loop_ref import LoopLayout, LoopWeights
 from .norm import normalize, scale_shift
-from .supports import (
-    activation_reason,
-    heads_reason,
-    norm_reason,
-    require,
-    vocabulary_reason,
-    weights_reason,
-)
-
-MAX_WIDTH = (128, 64)  # in 16 bits, in fp32
+from .supports import loop_reason, loop_tile, require
 
 
 @triton.jit
@@ -190,34 +181,6 @@ def _loop_fwd_kernel(
     tl.store(final_ptr + first * D + (rows[:, None] * D + inside[None, :]), x, mask=tile)
 
 
-def block_rows(longest: int, dtype: torch.dtype) -> int:
-    """Rows a program, 0 if the longest sequence does not fit."""
-    sizes = (32,) if dtype == torch.float32 else (64, 128)
-    return next((size for size in sizes if longest <= size), 0)
-
-
-def _reason(x, layout, weights, cos, sin, heads, kv_heads, activation, kind) -> str | None:
-    w = weights
-    reason = (
-        norm_reason(x, *w, cos, sin, kind=kind)
-        or weights_reason(w.qkv, w.out, w.up, w.gate, w.down, w.head)
-        or heads_reason(w.qkv.shape[1], heads, kv_heads)
-        or activation_reason(activation, w.gate is not None)
-        or vocabulary_reason(w.head.shape[0])
-    )
-    if reason:
-        return reason
-    widest = MAX_WIDTH[w.qkv.dtype == torch.float32]
-    if x.shape[1] > widest:
-        return f"the whole-loop kernel takes widths up to {widest}, not {x.shape[1]}"
-    longest = int(layout.lengths.max(initial=0))
-    if not block_rows(longest, w.qkv.dtype):
-        return f"a sequence of {longest} rows does not fit one program of the whole-loop kernel"
-    if not all(t is None or t.is_contiguous() for t in (*w, cos, sin)):
-        return "the whole-loop kernel takes contiguous weights and tables"
-    return None
-
-
 def loop_fwd(
     x: Tensor,  # (rows, d), the state before the first iteration
     layout: LoopLayout,
@@ -233,12 +196,12 @@ def loop_fwd(
 ) -> tuple[Tensor, Tensor]:
     """final (rows, d), each sequence's state after its last iteration, in fp32, and the token ids
     int64 of all iterations end to end, each of the rows still looping then."""
-    require(_reason(x, layout, weights, cos, sin, heads, kv_heads, activation, kind))
+    require(loop_reason(x, layout, weights, cos, sin, heads, kv_heads, activation, kind))
     w, x = weights, readable(x)
     d, head_dim = x.shape[1], w.qkv.shape[1] // (heads + 2 * kv_heads)
     final = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     ids = torch.empty(int(layout.state_offsets[-1]), dtype=torch.int64, device=x.device)
-    block = block_rows(int(layout.lengths.max(initial=0)), w.qkv.dtype)
+    block = loop_tile(int(layout.lengths.max(initial=0)), w.qkv.dtype)
     bins = layout.bins(block)
     if x.shape[0] == 0:
         return final, ids

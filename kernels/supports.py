@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention_ref import PaddedLayout
+from .loop_ref import LoopLayout, LoopWeights
 from .mlp_ref import ACTIVATIONS
 from .norm_ref import NORMS
 
@@ -252,4 +253,45 @@ def vocabulary_reason(vocabulary: int) -> str | None:
     """Why a head of so many tokens is not taken."""
     if not 1 <= vocabulary <= MAX_VOCABULARY:
         return f"vocabulary {vocabulary} is not in 1..{MAX_VOCABULARY}"
+    return None
+
+
+def loop_tile(longest: int, dtype: torch.dtype) -> int:
+    """Rows a program of the whole-loop kernel, 0 if the longest sequence does not fit."""
+    sizes = (32,) if dtype == torch.float32 else (64, 128)
+    return next((size for size in sizes if longest <= size), 0)
+
+
+def loop_reason(
+    x: Tensor,
+    layout: LoopLayout,
+    weights: LoopWeights,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    activation: str,
+    kind: str,
+) -> str | None:
+    """Why the whole-loop kernel does not take this call."""
+    w, rows = weights, int(layout.lengths.sum())
+    reason = (
+        norm_reason(x, *w, cos, sin, kind=kind)
+        or weights_reason(w.qkv, w.out, w.up, w.gate, w.down, w.head)
+        or heads_reason(w.qkv.shape[1], heads, kv_heads)
+        or activation_reason(activation, w.gate is not None)
+        or vocabulary_reason(w.head.shape[0])
+        or shapes_reason(("x", x, (rows, x.shape[1])))
+    )
+    if reason:
+        return reason
+    widest = 64 if w.qkv.dtype == torch.float32 else 128
+    if x.shape[1] > widest:
+        return f"the whole-loop kernel takes widths up to {widest}, not {x.shape[1]}"
+    longest = int(layout.lengths.max(initial=0))
+    if not loop_tile(longest, w.qkv.dtype):
+        most = 32 if w.qkv.dtype == torch.float32 else 128
+        return f"the whole-loop kernel takes sequences of up to {most} rows, not {longest}"
+    if not all(t is None or t.is_contiguous() for t in (*w, cos, sin)):
+        return "the whole-loop kernel takes contiguous weights and tables"
     return None

@@ -41,7 +41,10 @@ IMPLS = ("auto", "triton", "torch")
 
 
 class Ops(NamedTuple):
-    """One implementation of every op of the block, forward and backward."""
+    """One implementation of every op of the block, forward and backward.
+
+    loop_fwd: the whole loop in one launch, for inference; None where there is no such kernel.
+    """
 
     norm_linear_fwd: Callable
     norm_linear_bwd: Callable
@@ -55,6 +58,7 @@ class Ops(NamedTuple):
     cross_entropy_bwd: Callable
     argmax: Callable
     weight_grad: Callable
+    loop_fwd: Callable | None
 
 
 TORCH = Ops(
@@ -70,6 +74,7 @@ TORCH = Ops(
     cross_entropy_bwd_ref,
     argmax_ref,
     weight_grad_ref,
+    None,
 )
 
 
@@ -118,6 +123,7 @@ def _triton_ops() -> Ops:
     from relay_fast.kernels.cross_entropy import argmax, cross_entropy_fwd
     from relay_fast.kernels.cross_entropy_bwd import cross_entropy_bwd
     from relay_fast.kernels.linear_residual import linear_residual_bwd, linear_residual_fwd
+    from relay_fast.kernels.loop import loop_fwd
     from relay_fast.kernels.mlp import mlp_fwd
     from relay_fast.kernels.mlp_bwd import mlp_bwd
     from relay_fast.kernels.norm_linear import norm_linear_bwd, norm_linear_fwd
@@ -136,6 +142,7 @@ def _triton_ops() -> Ops:
         cross_entropy_bwd,
         argmax,
         weight_grad,
+        loop_fwd,
     )
 
 
@@ -143,7 +150,10 @@ def _triton_ops() -> Ops:
 def _auto_ops() -> Ops:
     """Triton where it takes the call, the reference where it does not."""
 
-    def either(kernel: Callable, reference: Callable) -> Callable:
+    def either(kernel: Callable, reference: Callable | None) -> Callable:
+        if reference is None:
+            return kernel
+
         @wraps(kernel)
         def op(*args, **kwargs):
             try:

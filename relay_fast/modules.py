@@ -24,6 +24,7 @@ from relay_fast.gradients import GATHER_ROWS
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.plan import Plan, check_loops
 from relay_fast.policy import Policy
+from relay_fast.whole_loop import read_whole_loop
 
 
 class Norm(nn.Module):
@@ -322,23 +323,34 @@ class LoopedTransformer(_Transformer):
     def read(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
         """Reads the chains off: token ids (N_t,) of each iteration's active prefix, answers (B,).
 
-        No state outlives its iteration; only token ids are kept.
+        No state outlives its iteration; only token ids are kept. One launch where the whole-loop
+        kernel serves (`relay_fast.whole_loop`).
         """
         c = self.config.block
         run = self.block.run(batch.plan)
         x = self.embed(batch)
+        read = read_whole_loop(
+            c, run, x, dict(self.block.named_parameters()), self.norm.weight,
+            self.chain_head.weight, self.training,
+        )  # fmt: skip
+        final, rounds = self._read_iterations(run, x) if isinstance(read, str) else read
+        answers = run.ops.argmax(
+            final[batch.plan.last_rows], self.norm.weight, self.norm.bias,
+            self.answer_head.weight.to(run.compute_dtype), c.eps, c.norm,
+        )  # fmt: skip
+        return rounds, answers
+
+    def _read_iterations(self, run: Run, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """final (N, d), and the token ids (N_t,) of each iteration."""
+        c, plan = self.config.block, run.plan
         head = self.chain_head.weight.to(run.compute_dtype)
         final = x.clone()
         rounds = []
         for t, state in iterate(run, x, list(self.block.parameters())):
             ids = run.ops.argmax(state, self.norm.weight, self.norm.bias, head, c.eps, c.norm)
             rounds.append(ids)
-            final[batch.plan.rows_at(t + 1) : len(state)] = state[batch.plan.rows_at(t + 1) :]
-        answers = run.ops.argmax(
-            final[batch.plan.last_rows], self.norm.weight, self.norm.bias,
-            self.answer_head.weight.to(run.compute_dtype), c.eps, c.norm,
-        )  # fmt: skip
-        return rounds, answers
+            final[plan.rows_at(t + 1) : len(state)] = state[plan.rows_at(t + 1) :]
+        return final, rounds
 
 
 class AutoregressiveTransformer(_Transformer):
