@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from relay_fast.config import BlockConfig
-from relay_fast.functional import Ops
+from relay_fast.functional import TORCH, Ops
 from relay_fast.gradients import GradientBuffers
 from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
 from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref
+from relay_fast.kernels.supports import require
 from relay_fast.plan import Plan, Segment
 
 NOISE_SITE = 0xFFFF
@@ -61,6 +62,8 @@ class BlockBody:
             name: p.to(compute_dtype) if _is_linear(name) else p for name, p in parameters.items()
         }
         self.seed = dropout_seed
+        self.counting = plan.static and ops is not TORCH
+        require(uncounted_reason(config) if self.counting else None)
         self.saved_width = config.n_layers * len(LayerSaved._fields) + (config.loop_norm == "post")
         self.dx: Tensor | None = None
         self.rotary = 0
@@ -80,6 +83,10 @@ class BlockBody:
     def _counters(self, p: float, site: int, segment: Segment) -> Dropout:
         tokens = self.plan.tokens[segment.rows]
         return Dropout(p, self.seed, site, segment.iteration, tokens)
+
+    def _counted(self, segment: Segment) -> dict[str, Tensor]:
+        """How many rows are live, for kernels under a static plan; the reference takes all."""
+        return {"row_count": self.plan.row_count(segment.iteration)} if self.counting else {}
 
     def _rope(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, int]:
         if self.cos is None:
@@ -131,21 +138,23 @@ class BlockBody:
         self, u: Tensor, i: int, segment: Segment, out: Tensor | None, keep: bool
     ) -> tuple[Tensor, LayerSaved]:
         c, ops, w = self.config, self.ops, self._weight
-        p = f"layers.{i}."
+        p, count = f"layers.{i}.", self._counted(segment)
         qkv = ops.norm_linear_fwd(
             u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"), w(p + "qkv.bias"),
-            *self._rope(segment), c.eps, c.norm,
+            *self._rope(segment), c.eps, c.norm, **count,
         )  # fmt: skip
-        layout = self.plan.layout(segment.first_sequence, segment.last_sequence)
-        o, lse = ops.attention_fwd(qkv, layout, c.n_heads, c.kv_heads, c.causal)
+        layout = self.plan.layout_of(segment)
+        o, lse = ops.attention_fwd(qkv, layout, c.n_heads, c.kv_heads, c.causal, **count)
         mid = ops.linear_residual_fwd(
-            o, w(p + "out.weight"), w(p + "out.bias"), u, self._dropout(1 + 2 * i, segment)
-        )
+            o, w(p + "out.weight"), w(p + "out.bias"), u, self._dropout(1 + 2 * i, segment),
+            **count,
+        )  # fmt: skip
         new, up, gate, hidden = ops.mlp_fwd(
             mid, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "up.bias"), w(p + "gate.weight"), w(p + "gate.bias"),
             w(p + "down.weight"), w(p + "down.bias"),
             c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment), out, keep,
+            **count,
         )  # fmt: skip
         return new, LayerSaved(u, qkv, o, lse, mid, up, gate, hidden)
 
@@ -181,11 +190,11 @@ class BlockBody:
         self, g: Tensor, s: LayerSaved, i: int, segment: Segment, grads: GradientBuffers
     ) -> Tensor:
         c, ops, w = self.config, self.ops, self._weight
-        p = f"layers.{i}."
+        p, count = f"layers.{i}.", self._counted(segment)
 
         def linear(name: str, dy: Tensor | None, x: Tensor) -> None:
             if dy is not None:
-                grads.weight(self.index.get(f"{p}{name}.weight"), dy, x)
+                grads.weight(self.index.get(f"{p}{name}.weight"), dy, x, **count)
                 grads.bias(self.index.get(f"{p}{name}.bias"), dy)
 
         def norm(name: str, dweight: Tensor, dbias: Tensor) -> None:
@@ -195,7 +204,7 @@ class BlockBody:
         dx, dweight, dbias, y, dup, dgate, dbranch = ops.mlp_bwd(
             g, s.mid, s.up, s.gate, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "gate.weight"), w(p + "down.weight"),
-            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment),
+            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment), **count,
         )  # fmt: skip
         linear("down", dbranch, s.hidden)
         linear("up", dup, y)
@@ -204,14 +213,16 @@ class BlockBody:
         g = g + dx
 
         do, dbranch = ops.linear_residual_bwd(
-            g, w(p + "out.weight"), self._dropout(1 + 2 * i, segment)
+            g, w(p + "out.weight"), self._dropout(1 + 2 * i, segment), **count
         )
         linear("out", dbranch, s.o)
-        layout = self.plan.layout(segment.first_sequence, segment.last_sequence)
-        dqkv = ops.attention_bwd(do, s.qkv, s.o, s.lse, layout, c.n_heads, c.kv_heads, c.causal)
+        layout = self.plan.layout_of(segment)
+        dqkv = ops.attention_bwd(
+            do, s.qkv, s.o, s.lse, layout, c.n_heads, c.kv_heads, c.causal, **count
+        )
         dx, dweight, dbias, dz, y = ops.norm_linear_bwd(
             dqkv, s.u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"),
-            *self._rope(segment), c.eps, c.norm,
+            *self._rope(segment), c.eps, c.norm, **count,
         )  # fmt: skip
         linear("qkv", dz, y)
         norm("norm1", dweight, dbias)
@@ -258,6 +269,17 @@ def rope_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, T
     half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     angle = positions.float().unsqueeze(1) * base ** (-half / (head_dim // 2))
     return angle.cos(), angle.sin()
+
+
+def uncounted_reason(config: BlockConfig) -> str | None:
+    """Why the kernels cannot leave dead rows out in this block: a part of it that is plain torch
+    sums over rows."""
+    parts = {
+        "biases": config.bias, "loop_norm": config.loop_norm != "none",
+        "injection": config.injection != "none", "a loop-index embedding": config.max_loops > 0,
+    }  # fmt: skip
+    found = " and ".join(name for name, there in parts.items() if there)
+    return f"a static batch takes no block with {found}" if found else None
 
 
 def _is_linear(name: str) -> bool:

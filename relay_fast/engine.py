@@ -12,6 +12,7 @@ losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -167,7 +168,10 @@ def iterate(
 
 
 def _no_autocast(x: Tensor):
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):  # meta
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 class _States:
@@ -191,7 +195,7 @@ class _States:
             return self.output[self._spans[t]]
         if t in self.kept:
             return self.kept[t]
-        if t == self._plan.max_loops:
+        if t == self._plan.max_loops and not self._plan.static:
             return self.final[: self._plan.rows_at(t)]
         if t % 2 not in self._passing:
             self._passing[t % 2] = self._new(self._plan.rows_at(t))
@@ -199,7 +203,11 @@ class _States:
 
     def ended(self, t: int, state: Tensor) -> None:
         """Copies the rows whose sequences end at iteration t into the final state."""
-        if state.data_ptr() != self.final.data_ptr():
+        live = self._plan.live(t)
+        if live is not None:  # which of them end is not known: a later iteration overwrites
+            rows = slice(0, self._plan.rows_at(t))
+            self.final[rows] = torch.where(live, state, self.final[rows])
+        elif state.data_ptr() != self.final.data_ptr():
             rows = slice(self._plan.rows_at(t + 1), self._plan.rows_at(t))
             self.final[rows] = state[rows]
 
@@ -229,7 +237,8 @@ def forward_pass(run: Run, x: Tensor, parameters: Sequence[Tensor | None], keep:
     states = _States(run, x, kept_states(run, x[:1].nbytes) if keep else ())
     losses = _RowLosses(run, x, parameters) if run.readout is not None else None
     saved: list[Tensor | None] = []
-    states.final[plan.rows_at(1) :] = x[plan.rows_at(1) :]
+    idle = slice(0 if plan.static else plan.rows_at(1), None)
+    states.final[idle] = x[idle]
     h = x
     for t in range(1, plan.max_loops + 1):
         out = states.slot(t)
@@ -371,7 +380,12 @@ class _Backward:
             inside = self._pop_saved()
         else:
             inside = self.body.forward(h, segment, torch.empty_like(h))
-        return self.body.backward(g, h, inside, segment, self.grads)
+        live = self.plan.live(t)
+        if live is None:
+            return self.body.backward(g, h, inside, segment, self.grads)
+        # The gradient of a sequence that is over waits for its own last iteration.
+        entering = g.masked_fill(~live, 0)
+        return torch.where(live, self.body.backward(entering, h, inside, segment, self.grads), g)
 
     def _pop_saved(self) -> list[Tensor | None]:
         width = self.body.saved_width

@@ -45,10 +45,16 @@ class GradientBuffers:
             self._buffers[index] = torch.zeros_like(wide(self._parameters[index]))
         return self._buffers[index]
 
-    def weight(self, index: int | None, dy: Tensor, x: Tensor) -> None:
-        """Adds dyᵀ · x: dy (rows, columns), x (rows, d)."""
+    def weight(
+        self, index: int | None, dy: Tensor, x: Tensor, row_count: Tensor | None = None
+    ) -> None:
+        """Adds dyᵀ · x: dy (rows, columns), x (rows, d); of the first `row_count` rows, where
+        given."""
         buffer = self.buffer(index)
         if buffer is None:
+            return
+        if row_count is not None:
+            self._weight_grad(buffer, dy, x, row_count=row_count)
             return
         held = self._held.get(index, [])
         if len(dy) + sum(len(part) for part, _ in held) < self._gather_rows:

@@ -94,6 +94,11 @@ def make_optimizer(
 
 
 def set_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets every group's learning rate to `factor` times its base."""
+    """Sets every group's learning rate to `factor` times its base; a tensor is filled, so that a
+    CUDA graph sees it."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        lr = group["base_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -102,6 +102,23 @@ class Plan:
         """Σ n_i · T_i, what the batch costs."""
         return self.state_offsets[-1]
 
+    # A static plan's sizes are a capacity's: what is live then is known on the device alone
+    # (`relay_fast.static`). Here every row is.
+
+    static = False
+
+    def live(self, iteration: int) -> Tensor | None:
+        """(N_t, 1) bool: which rows of an iteration are live; None: all."""
+        return None
+
+    def row_count(self, iteration: int) -> Tensor | None:
+        """(1,) int32 on the device: live rows of an iteration; None: all."""
+        return None
+
+    def layout_of(self, segment: Segment) -> PaddedLayout:
+        """The attention layout of a segment."""
+        return self.layout(segment.first_sequence, segment.last_sequence)
+
     def rows_at(self, iteration: int) -> int:
         """Rows of the active prefix at iteration t (0 beyond the last)."""
         return self.active_rows[iteration - 1] if 1 <= iteration <= self.max_loops else 0
