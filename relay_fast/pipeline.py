@@ -61,8 +61,8 @@ def run_pipeline(
     names = with_needs(names)
     _clear(folder, filter(folder.stage_done, names))
     waiting = [name for name in names if not folder.stage_done(name)]
-    workers = max(1, min(int(folder.config["workers"]), len(waiting) or 1))
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    workers = max(1, int(folder.config["workers"]))
+    threads = max(1, (os.cpu_count() or 1) // workers)  # however few stages wait: sums depend on it
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(_leave_with_parent)
