@@ -28,6 +28,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = dict.fromkeys((str(r["provider"]), str(r["policy"]).split(":")[0]) for r in rows)
+    loops = sorted({r["loops"] for r in rows})
     for axis, column in ((left, "saved_bytes"), (right, "peak_bytes")):
         for name, policy in names:
             own = [
@@ -42,7 +43,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
                 label=f"{name} {policy}".strip(),
             )
         axis.set_xlabel("loops T")
-        axis.set_xticks([r["loops"] for r in own], [str(r["loops"]) for r in own])
+        axis.set_xticks(loops, [str(t) for t in loops])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     left.set_ylabel("MiB")
