@@ -1,0 +1,303 @@
+"""p-hop induction by looped models (Saunshi et al. 2025, arXiv 2502.17416).
+
+For characters v_1 … v_n: find_1(v, i) = max({0} ∪ {j ≤ i : v_{j−1} = v_i}), find_p = find_1 ∘
+find_{p−1}, hop_p(v) = v_{find_p(v, n)}: look the last character up in what came before, take its
+successor there, and so on, p times. A looped layer needs about log2 p loops for it.
+
+target "last": Saunshi's form, one p a model, one answer a sequence; p hops always exist.
+target "every": the denser form of Sanford et al. 2024 (arXiv 2402.09268): p is written in front, no
+equal neighbours, and every position carries its own hop_p, or ⊥ where the hops run out.
+
+The paper trains with Adafactor; here it is AdamW, in the cpu preset with Muon for the block's
+matrices. A model's name is k x L, or prelude + k x L + coda, as in "1x4" and "1+1x2+1".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relay_fast._inference import inference
+from relay_fast.config import BlockConfig
+from relay_fast.display import Display
+from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._models import LoopedClassifier
+from relay_fast.runs import RunFolder
+
+TARGETS = ("every", "last")
+_TEST = 2**32  # stream of the test problems; training counts its steps from 0
+
+# Table 2 of the paper, % right: d 128, 8 heads, n = 256, 4 characters.
+PUBLISHED: dict[str, dict[int, float]] = {
+    "6x1": {16: 99.9, 32: 99.6},
+    "1x1": {16: 48.9, 32: 49.0},
+    "1x6": {16: 99.9, 32: 99.5},
+    "2x1": {16: 68.8, 32: 59.4},
+    "2x3": {16: 99.9, 32: 99.8},
+    "3x1": {16: 97.2, 32: 73.0},
+    "3x2": {16: 99.9, 32: 99.5},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """length: n. hops: the p that occur. problems: of the test, for each p."""
+
+    training: Training
+    models: tuple[str, ...] = ("1x1", "1x4", "4x1", "1+1x2+1")
+    length: int = 48
+    characters: int = 4
+    hops: tuple[int, ...] = (1, 2, 3, 4)
+    target: str = "every"
+    d_model: int = 64
+    n_heads: int = 4
+    activation: str = "relu2"
+    problems: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target = {self.target!r} is unknown: use one of {TARGETS}")
+        if self.characters < 3:
+            raise ValueError(f"characters = {self.characters}: give at least 3")
+        if not self.hops or min(self.hops) < 1 or self.problems < 1:
+            raise ValueError("hops and problems must be at least 1, and there must be some hops")
+        check_hops(max(self.hops), self.length, self.target)
+        for name in self.models:
+            parse_shape(name)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Characters, ⊥, and one token for each p."""
+        return self.characters + 1 + max(self.hops)
+
+
+def check_hops(p: int, n: int, target: str = "last") -> None:
+    """Raises ValueError where p hops do not fit into n characters."""
+    most = (n - 1) // 2 if target == "last" else n - 2
+    if p > most:
+        raise ValueError(
+            f"p = {p} hops do not fit into a sequence of {n} characters, which holds at most "
+            f"{max(0, most)}: choose a smaller p or a longer sequence"
+        )
+
+
+# Data
+
+
+def hop(v: np.ndarray, p: int | np.ndarray, absent: int) -> np.ndarray:
+    """hop_p at every position: (B, n) characters, `absent` where a hop finds nothing.
+
+    v (B, n) int, characters counted from 0; p: an int, or one (B,) per sequence.
+    """
+    batch, n = v.shape
+    p = np.broadcast_to(p, batch)[:, None]
+    landing = np.full((batch, n + 1), n)  # place n stands for "nowhere", and leads to itself
+    places = np.arange(n)
+    for character in range(v.max(initial=0) + 1):
+        here = v == character
+        last = np.maximum.accumulate(np.where(here, places, -1), axis=1)
+        before = np.concatenate([np.full((batch, 1), -1), last[:, :-1]], axis=1)
+        found = here & (before >= 0)
+        landing[:, :n][found] = before[found] + 1
+    at = np.tile(places, (batch, 1))
+    for step in range(int(p.max(initial=0))):
+        at = np.where(step < p, np.take_along_axis(landing, at, 1), at)
+    return np.take_along_axis(np.pad(v, ((0, 0), (0, 1)), constant_values=absent), at, 1)
+
+
+def draw_plain(rng: np.random.Generator, count: int, n: int, characters: int) -> np.ndarray:
+    """(count, n) characters, each uniform among those that differ from the one before."""
+    steps = rng.integers(1, characters, (count, n))
+    steps[:, 0] = rng.integers(0, characters, count)
+    return steps.cumsum(1) % characters
+
+
+def draw_chained(
+    rng: np.random.Generator, count: int, n: int, p: int, characters: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences (count, n) in which p hops from the end always exist, and their hop_p (count,).
+
+    A random chain c_0 … c_p without equal neighbours is drawn; c_0 is the last character, and hop k
+    lands on c_k at a place that is drawn uniformly, c_{k−1} just before it. What lies between two
+    landings is uniform among the characters that leave the hops as they are.
+    """
+    check_hops(p, n)
+    chain = draw_plain(rng, count, p + 1, characters)
+    # p pairs and n − 1 − 2p single characters in random order: where do the pairs lie?
+    items = n - 1 - p
+    pairs = np.sort(rng.random((count, items)).argsort(1)[:, :p], axis=1)
+    landing = (pairs + np.arange(p) + 1)[:, ::-1]  # hop 1 lands last
+    v = rng.integers(0, characters, (count, n))
+    # Before hop k + 1's landing c_k may occur again; from there to hop k's landing it may not.
+    hops_below = np.zeros((count, n), np.int64)
+    np.put_along_axis(hops_below, landing, 1, 1)
+    hops_below = hops_below.cumsum(1)
+    guard = np.where(hops_below > 0, p - hops_below, 0)
+    other = (v - np.take_along_axis(chain, guard, 1)) % characters
+    shift = rng.integers(1, characters, (count, n))
+    v = np.where((hops_below > 0) & (other == 0), (v + shift) % characters, v)
+    np.put_along_axis(v, landing, chain[:, 1:], 1)
+    np.put_along_axis(v, landing - 1, chain[:, :-1], 1)
+    v[:, -1] = chain[:, 0]
+    return v, chain[:, -1]
+
+
+def draw_problems(
+    rng: np.random.Generator, settings: Settings, p: int | np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens (count, 1 + n), rows (R,) of the flat tokens, targets (R,): what a model is asked.
+
+    p: an int, or with target "every" one (count,) per problem.
+    """
+    s = settings
+    width = s.length + 1
+    if s.target == "last":
+        v, answers = draw_chained(rng, count, s.length, int(p), s.characters)
+        rows, targets = np.arange(1, count + 1) * width - 1, answers
+    else:
+        v = draw_plain(rng, count, s.length, s.characters)
+        rows = (np.arange(count)[:, None] * width + np.arange(1, width)).ravel()
+        targets = hop(v, p, absent=s.characters).ravel()
+    first = np.broadcast_to(np.asarray(p) + s.characters, count)
+    return np.concatenate([first[:, None], v], axis=1), rows, targets
+
+
+# Models
+
+
+def parse_shape(name: str) -> tuple[int, int, int, int]:
+    """(prelude, layers, loops, coda) of "kxL" or "prelude+kxL+coda"; ValueError for others."""
+    parts = name.split("+")
+    prelude, middle, coda = parts if len(parts) == 3 else ("0", name, "0")
+    numbers = [prelude, *middle.split("x"), coda]
+    if len(numbers) != 4 or not all(x.isdecimal() for x in numbers) or "0" in numbers[1:3]:
+        raise ValueError(f"model {name!r} is unknown: write layers x loops like 1x4, or 1+1x2+1")
+    prelude, layers, loops, coda = map(int, numbers)
+    return prelude, layers, loops, coda
+
+
+def make_model(settings: Settings, name: str, seed: int) -> LoopedClassifier:
+    """The model of a name, fresh from the seed."""
+    prelude, layers, loops, coda = parse_shape(name)
+    torch.manual_seed(seed)
+    config = BlockConfig(
+        settings.d_model, settings.n_heads, layers, causal=True, activation=settings.activation
+    )
+    return LoopedClassifier(
+        config, settings.vocabulary_size, loops=loops, prelude=prelude, coda=coda
+    )
+
+
+def make_draw(settings: Settings, p: int | None = None) -> Callable:
+    """The batches of a training on `p` hops, or on all of the settings' in equal shares."""
+
+    def draw(rng: np.random.Generator, _: int):
+        size = settings.training.batch_size
+        hops = rng.choice(settings.hops, size) if p is None else p
+        return draw_problems(rng, settings, hops, size)
+
+    return draw
+
+
+def classifier_loss(model: LoopedClassifier, tokens: Tensor, rows: Tensor, targets: Tensor):
+    """Cross-entropy and share right, as `relay_fast.recipes._common.train` wants them."""
+    return model.loss(tokens, rows, targets)
+
+
+def accuracy(model: LoopedClassifier, settings: Settings, p: int, seed: int, **options) -> float:
+    """Share right on `settings.problems` fresh problems with p hops; with target "every", on the
+    second half of the positions. options: of `LoopedClassifier.forward`."""
+    rng = np.random.default_rng([seed, _TEST, p])
+    device = model.embedding.weight.device
+    right = total = 0
+    with inference(model):
+        for first in range(0, settings.problems, 250):
+            count = min(250, settings.problems - first)
+            tokens, rows, targets = draw_problems(rng, settings, p, count)
+            if settings.target == "every":
+                late = rows % (settings.length + 1) > settings.length // 2
+                rows, targets = rows[late], targets[late]
+            at = torch.from_numpy(rows).to(device)
+            chosen = model.predict(torch.from_numpy(tokens).to(device), at, **options)
+            right += int((chosen.cpu().numpy() == targets).sum())
+            total += len(targets)
+    return right / total
+
+
+PRESETS = {
+    "cpu": Settings(
+        Training(steps=500, batch_size=64, lr=2e-3, muon_lr=0.01, warmup=0.05, weight_decay=0.01)
+    ),
+    "paper": Settings(
+        Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),
+        models=tuple(PUBLISHED),
+        length=256,
+        hops=(16, 32),
+        target="last",
+        d_model=128,
+        n_heads=8,
+        activation="gelu_tanh",
+        problems=262_144,
+    ),
+}
+
+
+def run(
+    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+) -> dict[str, Any]:
+    # One model for all p where it reads p, else one each.
+    groups = [None] if settings.target == "every" else settings.hops
+    results: dict[str, Any] = {}
+    for name in settings.models:
+        entry: dict[str, Any] = {"accuracy": {}, "seconds": 0.0}
+        for p in groups:
+            model = make_model(settings, name, seed)
+            trained = train(
+                model, classifier_loss, make_draw(settings, p), settings.training, folder,
+                name if p is None else f"{name}_p{p}", display, seed=seed, device=device,
+            )  # fmt: skip
+            for q in settings.hops if p is None else [p]:
+                entry["accuracy"][str(q)] = accuracy(model, settings, q, seed)
+            entry["seconds"] += round(trained.seconds, 2)
+            entry["parameters"] = model.parameter_count()
+            entry.setdefault("history", {})["all" if p is None else str(p)] = trained.history
+        results[name] = entry
+    return {"models": results, "published": settings.target == "last" and settings.length == 256}
+
+
+def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """A line a model: % right for each p, beside the paper's where the task is the paper's."""
+    hops = list(next(iter(results["models"].values()))["accuracy"])
+    shown = hops if results["published"] else []
+    header = ["model", "parameters", *(f"p = {p}" for p in hops), *(f"paper {p}" for p in shown)]
+    lines = []
+    for name, m in results["models"].items():
+        measured = [100 * m["accuracy"][p] for p in hops]
+        paper = [PUBLISHED.get(name, {}).get(int(p)) for p in shown]
+        label = name.replace("x", "⊗")
+        lines.append([label, m["parameters"], *measured, *paper, m["seconds"]])
+    return [*header, "seconds"], lines
+
+
+def plot(results: Mapping[str, Any], path: Path) -> Path:
+    """% right against p, and the training losses."""
+    right, dashed, losses = {}, {}, {}
+    for name, m in results["models"].items():
+        label = f"{name.replace('x', '⊗')} ({m['parameters'] / 1000:.0f}k)"
+        right[label] = [int(p) for p in m["accuracy"]], [100 * a for a in m["accuracy"].values()]
+        if results["published"] and name in PUBLISHED:
+            dashed[label] = list(PUBLISHED[name]), list(PUBLISHED[name].values())
+        for p, entries in m["history"].items():
+            key = label if p == "all" else f"{label}, p = {p}"
+            losses[key] = [e["step"] for e in entries], [e["loss"] for e in entries]
+    panels = [
+        Panel("p-hop", "p", "right (%)", right, dashed, y_range=(0, 103)),
+        Panel("training", "step", "loss", losses, log_y=True),
+    ]
+    return draw_panels(path, panels, "p-hop induction: looped layer against stacks")
