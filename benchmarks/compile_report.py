@@ -100,6 +100,7 @@ ALL = (
     LOOP,
     Sizes(64, 16, 256, 320, 122),
     Sizes(512, 64, 2048, 320, 122),
+    Sizes(512, 64, 1408, 320, 122, "swiglu", "layer", True),
     Sizes(1024, 64, 4096, 320, 122),
     Sizes(256, 64, 1024, 50_304, 2048, causal=True),
     Sizes(256, 128, 1024, 320, 60, "swiglu", "layer", True, 0.1, 2),

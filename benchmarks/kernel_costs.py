@@ -93,6 +93,10 @@ def _mlp(a: Any) -> int:
     return 2 * (2 + (a.gate_weight_ptr is not None)) * a.M * a.H * a.D
 
 
+def _mlp_up(a: Any) -> int:
+    return 2 * (1 + (a.gate_weight_ptr is not None)) * a.M * a.H * a.D
+
+
 def _loop(a: Any) -> int:
     """Of all row-iterations; RoPE's second product and scores of other sequences left out."""
     layer = 2 * a.D * (2 * a.HEADS + 2 * a.KV_HEADS) * a.HEAD_DIM
@@ -117,6 +121,7 @@ FLOPS: Mapping[str, Callable[[Any], int]] = {
     "_linear_residual_bwd_kernel": _gemm(1, "M", "N", "K"),
     "_mlp_fwd_kernel": _mlp,
     "_mlp_bwd_kernel": _mlp,
+    "_mlp_up_fwd_kernel": _mlp_up,
     "_activation_fwd_kernel": _elementwise(10),
     "_activation_bwd_kernel": _elementwise(20),
     "_cross_entropy_fwd_kernel": _gemm(1, "M", "V", "D"),

@@ -14,7 +14,8 @@ never leave the SM unless the backward wants them.
 FLOPs a row: 4 · d · hidden (SwiGLU 6). Bytes a row (fp32 state): 8 · d without `keep`, plus
 4 · hidden with it. At d = 256, hidden = 1,024: 512 FLOP a byte, so the tensor cores are the floor;
 kept, 170: both.
-Above d = 256: norm_linear, an elementwise activation, linear_residual, the hidden layer in memory.
+Above d = 256 the hidden layer lies in memory: `mlp_up` writes it, linear_residual reads it. Above
+d = 512 (fp32: 256, SwiGLU 128) it is a norm, GEMMs and an elementwise activation.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from ._runtime import (
     row_block,
     rows_left,
 )
-from .activation import activate, activation_fwd
+from .activation import activation_fwd
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual import linear_residual_fwd
+from .mlp_up import hidden_tile, mlp_up_fwd
 from .norm import normalize, scale_shift
 from .norm_linear import norm_linear_fwd
 from .supports import (
@@ -48,25 +50,9 @@ from .supports import (
     require,
     row_count_reason,
     shapes_reason,
+    up_is_fused,
     weights_reason,
 )
-
-
-@triton.jit
-def load_weight(
-    ptr, stride, first, last, at, D: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
-    """Rows `first` < last and columns `at` < D of a weight: [rows, columns], or turned."""
-    if TRANSPOSED:
-        return tl.load(
-            ptr + first[None, :] * stride + at[:, None],
-            mask=(first < last)[None, :] & (at < D)[:, None], other=0.0,
-        )  # fmt: skip
-    else:
-        return tl.load(
-            ptr + first[:, None] * stride + at[None, :],
-            mask=(first < last)[:, None] & (at < D)[None, :], other=0.0,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -111,26 +97,11 @@ def _mlp_fwd_kernel(
     branch = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, H, BLOCK_H):
         at = start + tl.arange(0, BLOCK_H)
-        w_up = load_weight(up_weight_ptr, stride_un, at, H, inside, D, True)
-        up = dot(y, w_up, tl.zeros((BLOCK_M, BLOCK_H), tl.float32))
-        if up_bias_ptr is not None:
-            up += tl.load(up_bias_ptr + at, mask=at < H, other=0.0).to(tl.float32)[None, :]
-        hidden_at = rows[:, None] * H + at[None, :]
-        hidden_mask = row_mask[:, None] & (at < H)[None, :]
-        if up_ptr is not None:
-            tl.store(up_ptr + hidden_at, up.to(up_ptr.dtype.element_ty), mask=hidden_mask)
-        gate = up
-        if gate_weight_ptr is not None:
-            w_gate = load_weight(gate_weight_ptr, stride_gn, at, H, inside, D, True)
-            gate = dot(y, w_gate, tl.zeros((BLOCK_M, BLOCK_H), tl.float32))
-            if gate_bias_ptr is not None:
-                bias = tl.load(gate_bias_ptr + at, mask=at < H, other=0.0)
-                gate += bias.to(tl.float32)[None, :]
-            if gate_ptr is not None:
-                tl.store(gate_ptr + hidden_at, gate.to(gate_ptr.dtype.element_ty), mask=hidden_mask)
-        hidden = activate(up, gate, ACTIVATION).to(y.dtype)  # [BLOCK_M, BLOCK_H]
-        if hidden_ptr is not None:
-            tl.store(hidden_ptr + hidden_at, hidden, mask=hidden_mask)
+        hidden = hidden_tile(
+            y, rows, row_mask, at, H, inside, up_weight_ptr, up_bias_ptr, gate_weight_ptr,
+            gate_bias_ptr, up_ptr, gate_ptr, hidden_ptr, stride_un, stride_gn,
+            D, ACTIVATION, BLOCK_M, BLOCK_H,
+        )  # fmt: skip
         # Columns beyond H are act(0) = 0.
         w_down = tl.load(
             down_weight_ptr + inside[None, :] * stride_dn + at[:, None],
@@ -222,15 +193,21 @@ def mlp_fwd(
     if not mlp_is_fused(d, up_weight.dtype):
         norm = (norm_weight, norm_bias)
         options = {"eps": eps, "kind": kind, "row_count": row_count}
-        up = norm_linear_fwd(x, *norm, up_weight, up_bias, **options)
-        gate = None
-        if gate_weight is not None:
-            gate = norm_linear_fwd(x, *norm, gate_weight, gate_bias, **options)
-        hidden = activation_fwd(activation, up, gate)
+        if up_is_fused(d, up_weight.dtype, gate_weight is not None):
+            up, gate, hidden = mlp_up_fwd(
+                x, *norm, up_weight, up_bias, gate_weight, gate_bias, activation, keep=keep,
+                **options,
+            )  # fmt: skip
+        else:
+            up = norm_linear_fwd(x, *norm, up_weight, up_bias, **options)
+            gate = None
+            if gate_weight is not None:
+                gate = norm_linear_fwd(x, *norm, gate_weight, gate_bias, **options)
+            hidden = activation_fwd(activation, up, gate)
         out = linear_residual_fwd(
             hidden, down_weight, down_bias, x, dropout, out, row_count=row_count
         )
-        return out, up, gate, hidden
+        return (out, up, gate, hidden) if keep else (out, None, None, None)
     if out is None:
         out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
     require("out needs contiguous columns" if out.stride(-1) != 1 else None)

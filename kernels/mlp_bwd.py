@@ -24,7 +24,8 @@ from .activation import activate_grad, activation_bwd
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual import linear_residual_bwd
-from .mlp import check_mlp, load_weight, mlp_config
+from .mlp import check_mlp, mlp_config
+from .mlp_up import load_weight
 from .norm import (
     clear_norm_partials,
     norm_bwd,

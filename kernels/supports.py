@@ -48,6 +48,12 @@ def mlp_is_fused(d: int, dtype: torch.dtype) -> bool:
     return d <= (128 if dtype == torch.float32 else 256)
 
 
+def up_is_fused(d: int, dtype: torch.dtype, gated: bool) -> bool:
+    """Whether the activation shares a kernel with the projection before it. In fp32, where products
+    are multiply-adds, two weights' tiles at d > 128 spill kilobytes."""
+    return norm_is_fused(d, dtype) and not (gated and dtype == torch.float32)
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in the interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -117,6 +117,8 @@ def test_linear_residual(rows, columns, d, bias, p, dtype) -> None:
         (0, 16, 16, "gelu_tanh", "rms", False, 0.0, torch.float32),
         (17, 136, 64, "gelu_tanh", "rms", True, 0.0, torch.float32),  # the hidden layer in memory
         (17, 136, 64, "swiglu", "layer", True, 0.3, torch.float32),
+        (17, 264, 33, "swiglu", "layer", True, 0.3, torch.float16),
+        (17, 264, 33, "gelu", "rms", False, 0.0, torch.bfloat16),
     ],
 )
 def test_mlp(rows, d, hidden, activation, kind, bias, p, dtype) -> None:
@@ -145,11 +147,12 @@ def test_mlp(rows, d, hidden, activation, kind, bias, p, dtype) -> None:
     check(case, dtype)
 
 
+@pytest.mark.parametrize("d", [16, 136, 264])  # one kernel; two; torch's GEMMs
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-def test_mlp_that_keeps_nothing_computes_the_same(activation: str) -> None:
+def test_mlp_that_keeps_nothing_computes_the_same(activation: str, d: int) -> None:
     make = Make("kernel", torch.float32)
-    x, norm_weight, up, down = make(9, 16), make.positive(16), make(24, 16), make(16, 24)
-    gate = make(24, 16) if activation == "swiglu" else None
+    x, norm_weight, up, down = make(9, d), make.positive(d), make(24, d), make(d, 24)
+    gate = make(24, d) if activation == "swiglu" else None
     args = (x, norm_weight, None, up, None, gate, None, down, None, activation)
     ops = select("triton", DEVICE)
     kept, dropped = ops.mlp_fwd(*args), ops.mlp_fwd(*args, keep=False)
