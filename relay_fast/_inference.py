@@ -1,12 +1,19 @@
-"""What every use of a model outside training begins with."""
+"""What every use of a model outside training begins with, and how much it may take at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+
+from relay_fast.config import BlockConfig
+
+MEMINFO = Path("/proc/meminfo")
+UNKNOWN_BYTES = 4 << 30  # taken as free where the system does not say
 
 
 @contextmanager
@@ -19,3 +26,31 @@ def inference(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on `device` now."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if not MEMINFO.exists():
+        return UNKNOWN_BYTES
+    lines = MEMINFO.read_text().splitlines()
+    return next(1024 * int(s.split()[1]) for s in lines if s.startswith("MemAvailable"))
+
+
+def bytes_a_token(c: BlockConfig, longest: int, element: int) -> int:
+    """Memory of one token in a pass without gradients: states, one layer's inside, scores.
+
+    longest: tokens of the longest sequence in the batch; element: bytes of a number.
+    """
+    qkv = (c.n_heads + 2 * c.kv_heads) * c.head_dim
+    wide = 2 if c.activation == "swiglu" else 1
+    numbers = 8 * c.d_model + 3 * qkv + 2 * wide * c.hidden + 3 * c.n_heads * longest
+    return numbers * element
+
+
+def pieces(sizes: np.ndarray, most: int) -> list[np.ndarray]:
+    """Indices of consecutive items in pieces of about `most` in all (one item may be larger)."""
+    cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // most)) + 1
+    return np.split(np.arange(len(sizes)), cuts)

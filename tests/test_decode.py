@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from relay_fast import decode as decode_module
+from relay_fast import decode_step
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decode import decode
+from relay_fast.decode_step import Stepper
 from relay_fast.modules import AutoregressiveTransformer
 from relay_fast.plan import Plan
 from relay_fast.ragged import offsets_of
@@ -139,13 +142,123 @@ def test_progress_counts_sequences():
     assert seen[-1] == (7, 7) and seen == sorted(seen)
 
 
+MIXED = [5, 1, 9, 9, 2, 17, 3, 30, 5, 5, 8, 25, 1, 40, 12, 7]
+
+
+def expect_uncached(model, decoded, prompts, offsets, limit) -> None:
+    expected = [uncached(model, p, limit) for p in np.split(prompts, offsets[1:-1])]
+    assert texts(decoded) == expected
+
+
+@pytest.mark.parametrize("waste", [0, 6, 40])
+def test_parts_bands_and_prefill_in_pieces(monkeypatch, waste):
+    model = make_model()
+    monkeypatch.setattr(decode_module, "PART_WASTE", waste)
+    monkeypatch.setitem(decode_step.PREFILL_TOKENS, "cpu", 16)
+    monkeypatch.setattr(
+        decode_module, "_rows_that_fit", lambda model, length, loops: 160 // length + 2
+    )
+    batches = []
+
+    def spy(*args, **options):
+        batches.append(args[1:3])
+        return Stepper(*args, **options)
+
+    monkeypatch.setattr(decode_module, "Stepper", spy)
+    prompts, offsets = make_prompts(MIXED)
+    decoded = decode(model, prompts, offsets, max_new=15)
+    expect_uncached(model, decoded, prompts, offsets, 15)
+    assert len(batches) > 1, "short sequences get more and shorter cache rows"
+    assert batches[0][0] < batches[-1][0] and batches[0][1] > batches[-1][1]
+
+
+def test_a_captured_step_does_the_same(monkeypatch):
+    """What a GPU captures and replays, run as it is: static shapes, idle rows running along."""
+    model = make_model()
+    shapes = []
+
+    def capture(self, group):
+        shapes.append(group)
+        return lambda: self._step([group])
+
+    def captures(*args, **options):
+        stepper = Stepper(*args, **options)
+        stepper.captures = True
+        return stepper
+
+    monkeypatch.setattr(Stepper, "_capture", capture)
+    monkeypatch.setattr(decode_module, "Stepper", captures)
+    monkeypatch.setattr(decode_step, "LENGTH_STEP", 16)
+    prompts, offsets = make_prompts(MIXED)
+    decoded = decode(model, prompts, offsets, max_new=20, batch=7)
+    expect_uncached(model, decoded, prompts, offsets, 20)
+    assert len(shapes) == len(set(shapes)) < 12, "one capture for each shape"
+    assert {group.last for group in shapes} <= {1, 2, 4, 7}
+
+
+@pytest.mark.parametrize("fails", ["allocating", "writing"])
+def test_out_of_memory_halves_the_batch(monkeypatch, fails):
+    model = make_model()
+    rows, steps = [], []
+
+    class Small(Stepper):
+        def __init__(self, model, batch, *args, **options):
+            rows.append(batch)
+            if fails == "allocating" and batch > 4:
+                raise torch.OutOfMemoryError("no room")
+            super().__init__(model, batch, *args, **options)
+
+        def step(self, groups):
+            steps.append(len(groups))
+            if fails == "writing" and self.batch > 4 and len(steps) % 6 == 0:
+                raise torch.OutOfMemoryError("no room")
+            super().step(groups)
+
+    monkeypatch.setattr(decode_module, "Stepper", Small)
+    prompts, offsets = make_prompts(MIXED)
+    decoded = decode(model, prompts, offsets, max_new=20, batch=16, scored=True)
+    expect_uncached(model, decoded, prompts, offsets, 20)
+    assert rows == [16, 8, 4]
+    assert np.isfinite(decoded.log_probability).all()
+
+    class Never(Stepper):
+        def __init__(self, *args, **options):
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(decode_module, "Stepper", Never)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode(model, prompts, offsets, max_new=2, batch=4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_log_probabilities_are_those_of_the_whole_text(temperature):
+    model = make_model()
+    prompts, offsets = make_prompts([5, 1, 9, 12])
+    plain = decode(model, prompts, offsets, max_new=9, batch=3, temperature=temperature)
+    decoded = decode(
+        model, prompts, offsets, max_new=9, batch=3, temperature=temperature, scored=True
+    )
+    assert plain.log_probability is None
+    assert np.array_equal(decoded.tokens, plain.tokens)
+    for i, text in enumerate(texts(decoded)):
+        prompt = prompts[offsets[i] : offsets[i + 1]].tolist()
+        read = torch.tensor(prompt + text[:-1])
+        with torch.no_grad():
+            h = model.block(model.embedding(read), cu_seqlens=[0, len(read)])
+            y = torch.nn.functional.rms_norm(h, h.shape[1:], model.norm.weight, 1e-6)
+            logits = model.chain_head(y)[len(prompt) - 1 :]
+        own = logits.log_softmax(-1)[torch.arange(len(text)), text]
+        given = decoded.log_probability[decoded.offsets[i] : decoded.offsets[i + 1]]
+        np.testing.assert_allclose(given, own.numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("lengths", "change", "options", "message"),
     [
         ([3, 0], {}, {}, "prompt 1 is empty"),
         ([3, 65], {}, {}, "prompt 1 of 65 tokens is longer than the model's limit of 64"),
-        ([3], {0: VOCABULARY}, {}, "token 24 is outside the model's vocabulary of 24"),
-        ([3], {1: -2}, {}, "token -2 is outside"),
+        ([3], {0: VOCABULARY}, {}, "token 24 of prompt 0 is outside the model's vocabulary of 24"),
+        ([3], {1: -2}, {}, "token -2 of prompt 0 is outside"),
         ([3], {}, {"temperature": -1.0}, "temperature = -1.0"),
         ([3], {}, {"max_new": -4}, "max_new = -4"),
     ],

@@ -1,0 +1,181 @@
+"""The autoregressive model over its cache: reads prompts, and writes one token a sequence and step.
+
+What a step reads and writes lies in tensors that stay where they are, and its shapes are those of
+its groups: on a GPU each shape is captured once as a CUDA graph and replayed, a CPU runs the same
+function as it is. No CUDA graph of it has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relay_fast._inference import pieces
+from relay_fast.block import BlockBody
+from relay_fast.functional import Ops
+from relay_fast.kernels.cross_entropy_ref import readout_ref
+from relay_fast.kernels.norm_ref import wide
+from relay_fast.kv_cache import Group, KVCache, join
+from relay_fast.modules import AutoregressiveTransformer
+from relay_fast.plan import Plan, Segment
+
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 1 << 16}  # prompt tokens in one pass
+LENGTH_STEP = 256  # captured steps see the cache in multiples of this
+
+
+@dataclass(frozen=True)
+class _StepPlan:
+    """What BlockBody asks of a plan, for one token a sequence."""
+
+    positions: Tensor  # (A,) int32
+    static = False
+
+    def layout_of(self, segment: Segment) -> None:
+        return None
+
+
+class Stepper:
+    """The model over a cache of `batch` rows of `length` positions.
+
+    On the device, by cache row: tokens (batch,) int64, the last token written; positions (batch,)
+    int64, where it goes when it is fed; scores (batch,) fp32, its log-probability (if `scored`).
+    """
+
+    def __init__(
+        self,
+        model: AutoregressiveTransformer,
+        batch: int,
+        length: int,
+        *,
+        loops: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        scored: bool = False,
+    ):
+        c = self.config = model.config.block
+        self.model, self.batch, self.loops = model, batch, loops
+        self.temperature, self.scored = temperature, scored
+        self.device = model.device
+        self.captures = self.device.type == "cuda"
+        run = model.block.run(Plan([], [], self.device))
+        self._ops, self._dtype = run.ops, run.compute_dtype
+        self._parameters = dict(model.block.named_parameters())
+        self._head = model.chain_head.weight.to(self._dtype)
+        shape = (loops * c.n_layers, batch, c.kv_heads, length, c.head_dim)
+        self.cache = KVCache(shape, self._dtype, self.device)
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.scores = torch.zeros(batch, device=self.device)
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._captured: dict[Group, Callable[[], None]] = {}
+
+    def prefill(self, prompts: np.ndarray, lengths: np.ndarray, first_row: int) -> None:
+        """Reads packed prompts into the rows first_row … and writes the token after each."""
+        ends = np.cumsum(lengths)
+        for chosen in pieces(lengths, PREFILL_TOKENS[self.device.type]):
+            begin, end = ends[chosen[0]] - lengths[chosen[0]], ends[chosen[-1]]
+            rows = slice(first_row + int(chosen[0]), first_row + int(chosen[-1]) + 1)
+            self._prefill(prompts[begin:end], lengths[chosen], rows)
+
+    def _prefill(self, prompts: np.ndarray, lengths: np.ndarray, rows: slice) -> None:
+        plan = Plan(lengths, np.full(len(lengths), self.loops), self.device)
+        owner = torch.from_numpy(np.repeat(np.arange(rows.start, rows.stop), lengths))
+        ops = self.cache.prefill(self._ops, owner.to(self.device), plan.positions.long())
+        tokens = torch.from_numpy(prompts.astype(np.int64)).to(self.device)
+        state = self._block(tokens, plan, ops)
+        self._choose(state[plan.last_rows], [Group(rows.start, rows.stop, 0)])
+        self.positions[rows] = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
+
+    def step(self, groups: Sequence[Group]) -> None:
+        """Feeds the groups' rows their last token, and writes the next."""
+        if not self.captures:
+            self._step(groups)
+            return
+        group = self._static(groups)
+        if group not in self._captured:
+            self._captured[group] = self._capture(group)
+        self._captured[group]()
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copies rows with the first `length` positions of their cache; none may be both."""
+        from_, to = (torch.as_tensor(rows, device=self.device) for rows in (sources, targets))
+        self.cache.move(from_, to, length)
+        for state in (self.tokens, self.positions, self.scores):
+            state[to] = state[from_]
+
+    def _step(self, groups: Sequence[Group]) -> None:
+        positions = join(self.positions, groups)
+        ops = self.cache.step(self._ops, groups, positions)
+        state = self._block(join(self.tokens, groups), _StepPlan(positions.int()), ops)
+        self._choose(state, groups)
+        for group in groups:
+            # Rows without a sequence run along in a captured step: they stay inside the cache.
+            self.positions[group.rows].add_(1).clamp_(max=self.cache.length - 1)
+
+    def _static(self, groups: Sequence[Group]) -> Group:
+        """One group that holds all, of few different shapes."""
+        last = max(group.last for group in groups)
+        length = max(group.length for group in groups)
+        rows = min(self.batch, 1 << (last - 1).bit_length())
+        return Group(0, rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
+
+    def _capture(self, group: Group) -> Callable[[], None]:
+        """The step of this shape as a CUDA graph."""
+        states = (self.tokens, self.positions, self.scores)
+        before = [state.clone() for state in states]
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # what is set up at the first call must not be captured
+            self._step([group])
+        here.wait_stream(aside)
+        for state, value in zip(states, before, strict=True):
+            state.copy_(value)
+        graph = torch.cuda.CUDAGraph()
+        if self.temperature:
+            graph.register_generator_state(self._generator)
+        with torch.cuda.graph(graph):
+            self._step([group])
+        return graph.replay
+
+    def _block(self, tokens: Tensor, plan: Any, ops: Ops) -> Tensor:
+        x = h = torch.nn.functional.embedding(tokens, self.model.embedding.weight)
+        body = BlockBody(self.config, self._parameters, plan, x, ops, self._dtype)
+        rows = len(tokens)
+        sequences = rows if isinstance(plan, _StepPlan) else plan.sequences
+        for t in range(1, self.loops + 1):
+            out = torch.empty_like(x)
+            body.forward(h, Segment(t, 0, sequences, 0, rows), out, keep=False)
+            h = out
+        return h
+
+    def _choose(self, state: Tensor, groups: Sequence[Group]) -> None:
+        """Writes the groups' next tokens, given their last states."""
+        c, norm = self.config, self.model.norm
+        readout = (state, norm.weight, norm.bias, self._head, c.eps, c.norm)
+        sizes = [group.last - group.first for group in groups]
+        scores = None
+        if self.temperature or self.scored:
+            logits = wide(readout_ref(*readout))
+            chosen = self._draw(logits)
+            if self.scored:
+                own = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+                scores = (own - logits.logsumexp(-1)).float()
+        else:
+            chosen = self._ops.argmax(*readout)
+        for group, own in zip(groups, chosen.split(sizes), strict=True):
+            self.tokens[group.rows] = own
+        if scores is not None:
+            for group, own in zip(groups, scores.split(sizes), strict=True):
+                self.scores[group.rows] = own
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        if not self.temperature:
+            return logits.argmax(-1)
+        # The largest of logits plus Gumbel noise is a draw from their softmax.
+        noise = torch.empty_like(logits).exponential_(generator=self._generator)
+        return (logits / self.temperature).sub_(noise.log_()).argmax(-1)
