@@ -40,7 +40,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
-from relay_fast.functional import select  # noqa: E402
+from relay_fast.functional import SMALL_VOCABULARY, select  # noqa: E402
 from relay_fast.kernels._runtime import FACTS, assume  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
 from relay_fast.kernels.dropout_ref import Dropout  # noqa: E402
@@ -256,6 +256,11 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     if d > 512:  # the reference's chunks read nothing that a meta tensor does not have
         return
     _, lse, _ = ops.cross_entropy_fwd(x, targets, *norm, head, targets, **common)
+    if s.vocabulary > SMALL_VOCABULARY:
+        ops.cross_entropy_grad(
+            lse, x, targets, *norm, head, new(s.vocabulary, d, of=state), new(d, of=state),
+            norm_bias, targets, eps=1e-6, kind=s.norm,
+        )  # fmt: skip
     ops.cross_entropy_bwd(
         lse, x, targets, lse, *norm, head, new(s.vocabulary, d, of=state), new(d, of=state),
         norm_bias, targets, **common,

@@ -126,6 +126,7 @@ FLOPS: Mapping[str, Callable[[Any], int]] = {
     "_activation_bwd_kernel": _elementwise(20),
     "_cross_entropy_fwd_kernel": _gemm(1, "M", "V", "D"),
     "_cross_entropy_bwd_kernel": _gemm(2, "M", "V", "D"),
+    "_logit_grad_kernel": _elementwise(12),
     "_weight_grad_kernel": _gemm(1, "M", "N", "D"),
     "_weight_grad_sum_kernel": lambda a: a.splits * a.N * a.D,
     "_loop_fwd_kernel": _loop,
@@ -140,6 +141,8 @@ def _updated(name: str, a: Any) -> tuple[Tensor, ...]:
     """Buffers that are read and written."""
     if name == "_rope_kernel":
         return (a.z_ptr,)
+    if name == "_logit_grad_kernel":  # read twice, written once
+        return (a.logits_ptr,) * 2
     if name == "_weight_grad_sum_kernel" or (name == "_weight_grad_kernel" and a.ADD):
         return (a.acc_ptr,)
     return ()

@@ -5,8 +5,9 @@ backward.
     loss = lse − (1 − s) · l[target] − s · mean(l) + z · lse²
     dl = g · ((1 + 2·z·lse) · softmax(l) − (1 − s) · onehot − s / V)
 
-Only lse is saved; the backward recomputes the logits. Rows are taken in chunks, so that no more
-than `CHUNK` × V logits exist at a time. Rows with target < 0 are ignored: loss 0, gradient 0,
+Only lse is saved; the backward recomputes the logits. Where each row's g is known beforehand, one
+pass forms loss and gradient from the same logits. Rows are taken in chunks, so that no more than
+`CHUNK_LOGITS` logits exist at a time. Rows with target < 0 are ignored: loss 0, gradient 0,
 never correct.
 """
 
@@ -44,6 +45,50 @@ def argmax_ref(h, norm_weight, norm_bias, head, eps=1e-6, kind="rms") -> Tensor:
     return torch.cat(ids)
 
 
+def _row_losses(
+    logits: Tensor, target: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, lse and correct of rows of logits in the wide dtype."""
+    valid = target >= 0
+    chosen = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    lse = logits.logsumexp(-1)
+    loss = lse - chosen
+    if label_smoothing:
+        loss = loss + label_smoothing * (chosen - logits.mean(-1))
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    return loss * valid, lse, (logits.argmax(-1) == target) & valid
+
+
+def _logit_grads_(
+    logits: Tensor, lse: Tensor, target: Tensor, g: Tensor, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """dl in the place of the logits."""
+    weight = wide(g) * (target >= 0)
+    dlogits = logits.sub_(lse.unsqueeze(1)).exp_()
+    dlogits.mul_((weight * (1 + 2 * z_loss * lse)).unsqueeze(1))
+    chosen = (-(1 - label_smoothing) * weight).unsqueeze(1)
+    dlogits.scatter_add_(1, target.clamp(min=0).unsqueeze(1), chosen)
+    if label_smoothing:
+        dlogits.sub_((label_smoothing / logits.shape[1] * weight).unsqueeze(1))
+    return dlogits
+
+
+def _input_grad(
+    dlogits, y, states, norm_weight, norm_bias, head, head_grad, norm_grad, norm_bias_grad, eps,
+    kind,
+) -> Tensor:  # fmt: skip
+    """dh of the rows of dl (in the head's dtype); the parameters' gradients are added up."""
+    if head_grad is not None:
+        weight_grad_ref(head_grad, dlogits, y)
+    dx, dweight, dbias, _ = norm_bwd_ref(dlogits @ head, states, norm_weight, norm_bias, eps, kind)
+    if norm_grad is not None:
+        norm_grad.add_(dweight)
+    if norm_bias_grad is not None:
+        norm_bias_grad.add_(dbias)
+    return dx
+
+
 def cross_entropy_fwd_ref(
     h: Tensor,  # (rows, d) states, or with `index` the buffer that holds them
     targets: Tensor,  # (rows,) int64
@@ -67,18 +112,9 @@ def cross_entropy_fwd_ref(
         part = slice(start, min(rows, start + step))
         states = h[part] if index is None else h.index_select(0, index[part])
         logits = wide(readout_ref(states, norm_weight, norm_bias, head, eps, kind))
-        target = targets[part]
-        valid = target >= 0
-        chosen = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
-        row_lse = logits.logsumexp(-1)
-        row_loss = row_lse - chosen
-        if label_smoothing:
-            row_loss = row_loss + label_smoothing * (chosen - logits.mean(-1))
-        if z_loss:
-            row_loss = row_loss + z_loss * row_lse.square()
-        loss[part] = row_loss * valid
-        lse[part] = row_lse
-        correct[part] = (logits.argmax(-1) == target) & valid
+        loss[part], lse[part], correct[part] = _row_losses(
+            logits, targets[part], label_smoothing, z_loss
+        )
     return loss, lse, correct
 
 
@@ -107,23 +143,46 @@ def cross_entropy_bwd_ref(
         part = slice(start, min(rows, start + step))
         states = h[part] if index is None else h.index_select(0, index[part])
         y = norm_fwd_ref(states, norm_weight, norm_bias, eps, kind, head.dtype)
-        row_lse, target = lse[part], targets[part]
-        weight = wide(grad[part]) * (target >= 0)
-        dlogits = wide(y @ head.t()).sub_(row_lse.unsqueeze(1)).exp_()
-        dlogits.mul_((weight * (1 + 2 * z_loss * row_lse)).unsqueeze(1))
-        chosen = (-(1 - label_smoothing) * weight).unsqueeze(1)
-        dlogits.scatter_add_(1, target.clamp(min=0).unsqueeze(1), chosen)
-        if label_smoothing:
-            dlogits.sub_((label_smoothing / vocabulary * weight).unsqueeze(1))
-        dlogits = dlogits.to(head.dtype)
-        if head_grad is not None:
-            weight_grad_ref(head_grad, dlogits, y)
-        dx, dweight, dbias, _ = norm_bwd_ref(
-            dlogits @ head, states, norm_weight, norm_bias, eps, kind
+        dlogits = _logit_grads_(
+            wide(y @ head.t()), lse[part], targets[part], grad[part], label_smoothing, z_loss
         )
-        dh[part] = dx
-        if norm_grad is not None:
-            norm_grad.add_(dweight)
-        if norm_bias_grad is not None:
-            norm_bias_grad.add_(dbias)
+        dh[part] = _input_grad(
+            dlogits.to(head.dtype), y, states, norm_weight, norm_bias, head, head_grad, norm_grad,
+            norm_bias_grad, eps, kind,
+        )  # fmt: skip
     return dh
+
+
+def cross_entropy_grad_ref(
+    grad: Tensor,  # (rows,) gradient of each row's loss, known before the forward
+    h: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    head: Tensor,
+    head_grad: Tensor | None,  # accumulators as in `cross_entropy_bwd_ref`
+    norm_grad: Tensor | None,
+    norm_bias_grad: Tensor | None,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
+    kind: str = "rms",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """loss (rows,) and dh (rows, d), forward and backward from one pass over the logits."""
+    rows = targets.shape[0]
+    loss = torch.empty(rows, dtype=wide(h[:0]).dtype, device=h.device)
+    dh = torch.empty(rows, h.shape[1], dtype=loss.dtype, device=h.device)
+    step = _chunk_rows(head.shape[0])
+    for start in range(0, rows, step):
+        part = slice(start, min(rows, start + step))
+        states = h[part] if index is None else h.index_select(0, index[part])
+        y = norm_fwd_ref(states, norm_weight, norm_bias, eps, kind, head.dtype)
+        logits = wide(y @ head.t())
+        loss[part], lse, _ = _row_losses(logits, targets[part], label_smoothing, z_loss)
+        dlogits = _logit_grads_(logits, lse, targets[part], grad[part], label_smoothing, z_loss)
+        dh[part] = _input_grad(
+            dlogits.to(head.dtype), y, states, norm_weight, norm_bias, head, head_grad, norm_grad,
+            norm_bias_grad, eps, kind,
+        )  # fmt: skip
+    return loss, dh

@@ -21,6 +21,7 @@ from relay_fast.kernels.cross_entropy_ref import (
     argmax_ref,
     cross_entropy_bwd_ref,
     cross_entropy_fwd_ref,
+    cross_entropy_grad_ref,
 )
 from relay_fast.kernels.linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
 from relay_fast.kernels.mlp_ref import mlp_bwd_ref, mlp_fwd_ref
@@ -38,6 +39,7 @@ from relay_fast.kernels.supports import (
 from relay_fast.kernels.weight_grad_ref import weight_grad_ref
 
 IMPLS = ("auto", "triton", "torch")
+SMALL_VOCABULARY = 1024  # up to it the logits are cheaper to recompute than to keep in memory
 
 
 class Ops(NamedTuple):
@@ -56,6 +58,7 @@ class Ops(NamedTuple):
     mlp_bwd: Callable
     cross_entropy_fwd: Callable
     cross_entropy_bwd: Callable
+    cross_entropy_grad: Callable
     argmax: Callable
     weight_grad: Callable
     loop_fwd: Callable | None
@@ -72,6 +75,7 @@ TORCH = Ops(
     mlp_bwd_ref,
     cross_entropy_fwd_ref,
     cross_entropy_bwd_ref,
+    cross_entropy_grad_ref,
     argmax_ref,
     weight_grad_ref,
     None,
@@ -122,6 +126,7 @@ def _triton_ops() -> Ops:
     from relay_fast.kernels.attention_bwd import attention_bwd
     from relay_fast.kernels.cross_entropy import argmax, cross_entropy_fwd
     from relay_fast.kernels.cross_entropy_bwd import cross_entropy_bwd
+    from relay_fast.kernels.cross_entropy_grad import cross_entropy_grad
     from relay_fast.kernels.linear_residual import linear_residual_bwd, linear_residual_fwd
     from relay_fast.kernels.loop import loop_fwd
     from relay_fast.kernels.mlp import mlp_fwd
@@ -140,6 +145,7 @@ def _triton_ops() -> Ops:
         mlp_bwd,
         cross_entropy_fwd,
         cross_entropy_bwd,
+        cross_entropy_grad,
         argmax,
         weight_grad,
         loop_fwd,
@@ -237,6 +243,49 @@ class _RowCrossEntropy(torch.autograd.Function):
         return None, None, None, None, dstates, *grads.results()
 
 
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """Σ weights · row losses; the gradient is formed in forward, from the same logits."""
+
+    @staticmethod
+    def forward(ctx, ops, options, rows, targets, weights, states, norm_weight, norm_bias, head):
+        parameters = (norm_weight, norm_bias, head)
+        grads = GradientBuffers(parameters, ctx.needs_input_grad[6:], ops.weight_grad)
+        loss, dh = ops.cross_entropy_grad(
+            weights, states, targets, *parameters,
+            grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **options,
+        )  # fmt: skip
+        if not ctx.needs_input_grad[5]:
+            dh = None
+        ctx.shape, ctx.dtype = states.shape, states.dtype
+        ctx.save_for_backward(rows, loss, dh, *grads.results())
+        return (loss * weights).sum()
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, g):
+        rows, loss, dh, *parameters = ctx.saved_tensors
+        dstates = dweights = None
+        if dh is not None:
+            dstates = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dh.device)
+            dstates.index_add_(0, rows, (dh * g).to(ctx.dtype))
+        if ctx.needs_input_grad[4]:
+            dweights = loss * g
+        scaled = (None if p is None else p * g.to(p.dtype) for p in parameters)
+        return None, None, None, None, dweights, dstates, *scaled
+
+
+def _check_rows(states: Tensor, rows: Tensor, targets: Tensor, head: Tensor) -> None:
+    if rows.shape != targets.shape or rows.ndim != 1:
+        raise ValueError(
+            f"rows {tuple(rows.shape)} and targets {tuple(targets.shape)} must both be (R,)"
+        )
+    if states.ndim != 2 or head.ndim != 2 or states.shape[1] != head.shape[1]:
+        raise ValueError(
+            f"states {tuple(states.shape)} must be (N, d) and head {tuple(head.shape)} (V, d) "
+            f"with one d"
+        )
+
+
 def row_cross_entropy(
     states: Tensor,
     rows: Tensor,
@@ -258,15 +307,7 @@ def row_cross_entropy(
     logits of more than a chunk of rows ever exist. Returns loss (R,) and correct (R,) bool (the
     argmax is the target). Raises ValueError where shapes do not fit together.
     """
-    if rows.shape != targets.shape or rows.ndim != 1:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} and targets {tuple(targets.shape)} must both be (R,)"
-        )
-    if states.ndim != 2 or head.ndim != 2 or states.shape[1] != head.shape[1]:
-        raise ValueError(
-            f"states {tuple(states.shape)} must be (N, d) and head {tuple(head.shape)} (V, d) "
-            f"with one d"
-        )
+    _check_rows(states, rows, targets, head)
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
     head = head.to(compute_dtype(head))
     if torch.compiler.is_compiling():
@@ -288,15 +329,39 @@ def iteration_cross_entropy(
     norm_weight: Tensor,
     head: Tensor,
     norm_bias: Tensor | None = None,
-    **options,
+    *,
+    eps: float = 1e-6,
+    norm: str = "rms",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    impl: str = "auto",
 ) -> Tensor:
     """Weighted sum of `row_cross_entropy` over all iterations' rows: one call for the whole loop.
 
     weights (R,): w_task · λ / (B · T_i · |M_t|) of each row gives RELAY's loss
-    (`PackedBatch.weights`). Returns a scalar.
+    (`PackedBatch.weights`). Returns a scalar. The weights being known beforehand, the gradient of a
+    vocabulary over SMALL_VOCABULARY is formed in forward, where one is wanted: the logits, a chunk
+    of rows at a time, are computed once.
     """
-    loss, _ = row_cross_entropy(states, rows, targets, norm_weight, head, norm_bias, **options)
-    return (loss * weights).sum()
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (states, norm_weight, norm_bias, head)
+    )
+    if not wanted or head.shape[0] <= SMALL_VOCABULARY or torch.compiler.is_compiling():
+        loss, _ = row_cross_entropy(
+            states, rows, targets, norm_weight, head, norm_bias, eps=eps, norm=norm,
+            label_smoothing=label_smoothing, z_loss=z_loss, impl=impl,
+        )  # fmt: skip
+        return (loss * weights).sum()
+    _check_rows(states, rows, targets, head)
+    if weights.shape != rows.shape:
+        raise ValueError(
+            f"weights {tuple(weights.shape)} must be (R,) like rows {tuple(rows.shape)}"
+        )
+    options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    return _WeightedCrossEntropy.apply(
+        select(impl, states.device), options, rows, targets, weights, states, norm_weight,
+        norm_bias, head.to(compute_dtype(head)),
+    )  # fmt: skip
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

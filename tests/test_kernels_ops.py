@@ -209,6 +209,43 @@ def test_cross_entropy(rows, states, d, vocabulary, kind, smoothing, z_loss, dty
     check(case, dtype)
 
 
+@pytest.mark.parametrize(
+    ("rows", "d", "vocabulary", "kind", "smoothing", "z_loss", "dtype"),
+    [
+        (7, 24, 130, "rms", 0.0, 0.0, torch.float32),
+        (7, 24, 130, "layer", 0.1, 0.01, torch.float16),
+        (5, 16, 5000, "rms", 0.1, 0.01, torch.bfloat16),  # over one block of the vocabulary
+        (0, 16, 17, "rms", 0.0, 0.0, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("frozen", ["", "head", "norm"])
+def test_cross_entropy_grad(
+    monkeypatch, rows, d, vocabulary, kind, smoothing, z_loss, frozen, dtype
+) -> None:
+    """Chunks of 3 rows; a row in three is ignored."""
+    monkeypatch.setattr("relay_fast.kernels.cross_entropy_grad.CHUNK_LOGITS", 3 * vocabulary)
+
+    def case(ops: Ops, make: Make) -> Outputs:
+        h, norm_weight = make(rows + 4, d, state=True), make.positive(d)
+        norm_bias = make(d, scale=0.1, state=True) if kind == "layer" else None
+        head, grad = make(vocabulary, d, scale=d**-0.5), make(rows, state=True)
+        targets = make.ints(0, vocabulary, rows)
+        targets[::3] = -1
+        index = torch.randperm(rows + 4, generator=make.generator)[:rows].to(DEVICE)
+        sums = [
+            None if frozen == "head" else make.zeros(vocabulary, d),
+            None if frozen == "norm" else make.zeros(d),
+            None if frozen == "norm" or kind == "rms" else make.zeros(d),
+        ]
+        options = (index, 1e-6, kind, smoothing, z_loss)
+        loss, dh = ops.cross_entropy_grad(
+            grad, h, targets, norm_weight, norm_bias, head, *sums, *options
+        )
+        return named("loss dh dhead dnorm_weight dnorm_bias", (loss, dh, *sums))
+
+    check(case, dtype)
+
+
 def test_cross_entropy_of_extreme_logits() -> None:
     """Logits of ±1e4: the loss stays finite, its gradient in [−1, 1]."""
     ops, rows, d, vocabulary = select("triton", DEVICE), 7, 16, 33
