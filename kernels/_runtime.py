@@ -118,6 +118,14 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def share_tiles(tiles: int, row_blocks: int, device: torch.device) -> tuple[int, int]:
+    """How many column tiles a program takes, and how many programs share a block of rows: one, or
+    more where row blocks alone would not give every processor two programs."""
+    programs = min(tiles, max(1, 2 * facts(device).processors // row_blocks))
+    each = cdiv(tiles, programs)
+    return each, cdiv(tiles, each)
+
+
 def row_block(rows: int, processors: int, smallest: int = 64, largest: int = 128) -> int:
     """Rows a program: `largest`, or fewer where that would leave processors without work."""
     block = largest

@@ -38,6 +38,18 @@ from .supports import require, shapes_reason
 
 
 @triton.jit
+def _from_row(
+    row, qkv_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, stride_qm, stride_om, stride_dm,
+    HEADS: tl.constexpr, width,
+):  # fmt: skip
+    """The pointers moved to a sequence's first row (int64), so that offsets stay 32-bit."""
+    qkv_ptr += row * stride_qm
+    o_ptr += row * stride_om
+    do_ptr += row * stride_dm
+    return qkv_ptr, o_ptr, do_ptr, lse_ptr + row * HEADS, dqkv_ptr + row * width
+
+
+@triton.jit
 def _load_queries(
     qkv_ptr, o_ptr, do_ptr, lse_ptr, stride_qm, stride_om, stride_dm, rows, mask, head,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -85,11 +97,10 @@ def _attention_short_bwd_kernel(
     first_row, n = sequence_rows(cu_ptr, count_ptr, sequence)
     if n == 0:
         return
-    qkv_ptr += first_row * stride_qm
-    o_ptr += first_row * stride_om
-    do_ptr += first_row * stride_dm
-    lse_ptr += first_row * HEADS
-    dqkv_ptr += first_row * width
+    qkv_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr = _from_row(
+        first_row, qkv_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, stride_qm, stride_om, stride_dm,
+        HEADS, width,
+    )  # fmt: skip
     k_at = tl.arange(0, BLOCK_N)
     k_mask = k_at < n
     k = load_head(qkv_ptr, stride_qm, k_at, k_mask, k_column, HEAD_DIM, BLOCK_H)
@@ -136,11 +147,10 @@ def _attention_long_bwd_dq_kernel(
     first_row, n = sequence_rows(cu_ptr, count_ptr, sequence)
     if first >= n:
         return
-    qkv_ptr += first_row * stride_qm
-    o_ptr += first_row * stride_om
-    do_ptr += first_row * stride_dm
-    lse_ptr += first_row * HEADS
-    dqkv_ptr += first_row * width
+    qkv_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr = _from_row(
+        first_row, qkv_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, stride_qm, stride_om, stride_dm,
+        HEADS, width,
+    )  # fmt: skip
     q_at = first + tl.arange(0, BLOCK_M)
     mask = q_at < n
     q, do, lse, delta = _load_queries(
@@ -190,11 +200,10 @@ def _attention_long_bwd_dkdv_kernel(
     first_row, n = sequence_rows(cu_ptr, count_ptr, sequence)
     if first >= n:
         return
-    qkv_ptr += first_row * stride_qm
-    o_ptr += first_row * stride_om
-    do_ptr += first_row * stride_dm
-    lse_ptr += first_row * HEADS
-    dqkv_ptr += first_row * width
+    qkv_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr = _from_row(
+        first_row, qkv_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, stride_qm, stride_om, stride_dm,
+        HEADS, width,
+    )  # fmt: skip
     k_at = first + tl.arange(0, BLOCK_N)
     k_mask = k_at < n
     k = load_head(qkv_ptr, stride_qm, k_at, k_mask, k_column, HEAD_DIM, BLOCK_H)

@@ -34,6 +34,7 @@ from ._runtime import (
     readable,
     row_block,
     rows_left,
+    share_tiles,
 )
 from .norm import (
     clear_norm_partials,
@@ -235,9 +236,7 @@ def norm_linear_fwd(
         return out
     config = _config(rows, d, weight.dtype, x.device, back=False)
     row_blocks, tiles = cdiv(rows, config.block_m), cdiv(columns, 2 * config.block_n)
-    splits = min(tiles, max(1, 2 * facts(x.device).processors // row_blocks))
-    tiles_each = cdiv(tiles, splits)
-    column_blocks = cdiv(tiles, tiles_each)
+    tiles_each, column_blocks = share_tiles(tiles, row_blocks, x.device)
     _norm_linear_fwd_kernel[(column_blocks * row_blocks,)](
         x, norm_weight, norm_bias, weight, bias, cos if rotary else None, sin if rotary else None,
         out, row_count, stride_xm=x.stride(0), stride_wn=weight.stride(0),
