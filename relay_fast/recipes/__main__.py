@@ -17,7 +17,6 @@ from typing import Any
 
 from relay_fast.recipes import RECIPES, load_recipe
 
-
 _KINDS = {
     int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list"
 }  # fmt: skip

@@ -18,7 +18,7 @@ from relay_fast.modules import Losses
 from relay_fast.plots import _figure, _save
 from relay_fast.runs import RunFolder
 from relay_fast.schedule import Schedule
-from relay_fast.trainer import Trained, train_model
+from relay_fast.trainer import BeforeStep, Trained, train_model
 
 # A batch: arrays become tensors on the device, lists (such as cu_seqlens) stay on the host.
 Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray | list]]
@@ -57,11 +57,13 @@ def train(
     *,
     seed: int,
     device: str = "cpu",
+    before_step: BeforeStep | None = None,
 ) -> Trained:
     """Trains `model` in place; a finished one is read from `folder`, an interrupted one continues.
 
     loss(model, *batch) -> (loss (), share right () or None). draw(rng, step) -> the step's batch,
     which depends on its arguments only; `rng` is the step's own. name: of the model, in the folder.
+    before_step: see `relay_fast.trainer.train_model`.
     """
     display.start(name)
     trained = train_model(
@@ -71,6 +73,7 @@ def train(
         folder.checkpoint(name),
         seed=seed,
         report=lambda progress: display.progress(name, progress),
+        before_step=before_step,
     )
     display.finish(name, trained.seconds)
     return trained

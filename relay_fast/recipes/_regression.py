@@ -1,0 +1,71 @@
+"""In-context linear regression: prompts drawn without drawing their points, and gradient descent.
+
+x ~ N(0, Σ), w ~ N(0, Σ⁻¹), y = w·x. Everything that linear attention or gradient descent sees of a
+prompt of n points is the moment of its rows (x, y), divided by n.
+
+Shapes: B prompts, d dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def draw_covariances(rng: np.random.Generator, prompts: int, n: int, d: int) -> np.ndarray:
+    """(B, d, d): XᵀX / n of n points from N(0, I).
+
+    For n ≥ d by Bartlett's decomposition of the Wishart distribution, in O(d²) draws a prompt.
+    """
+    if n < d:
+        x = rng.standard_normal((prompts, n, d))
+        return x.mT @ x / n
+    lower = np.zeros((prompts, d, d))
+    rows, columns = np.tril_indices(d, -1)
+    lower[:, rows, columns] = rng.standard_normal((prompts, len(rows)))
+    diagonal = np.arange(d)
+    lower[:, diagonal, diagonal] = np.sqrt(rng.chisquare(n - diagonal, (prompts, d)))
+    return lower @ lower.mT / n
+
+
+def draw_prompts(
+    rng: np.random.Generator, prompts: int, n: int, d: int, deviations: Sequence[float] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Moments (B, d + 1, d + 1) of (x, y), divided by n, and weights w (B, d).
+
+    deviations: standard deviations of x's coordinates, Σ^½ as a diagonal; default all 1.
+    """
+    scale = np.asarray(deviations or np.ones(d))
+    if scale.shape != (d,) or np.any(scale <= 0):
+        raise ValueError(f"deviations = {tuple(deviations)}: give {d} positive numbers")
+    covariance = draw_covariances(rng, prompts, n, d) * np.outer(scale, scale)
+    w = rng.standard_normal((prompts, d)) / scale
+    xy = covariance @ w[:, :, None]
+    yy = w[:, None, :] @ xy
+    return np.block([[covariance, xy], [xy.mT, yy]]), w
+
+
+def descend(s: Tensor, rate: float, steps: int) -> Tensor:
+    """Gradient descent from 0 on |Xw − y|² / 2n: (B, steps + 1, d), the iterates 0..steps.
+
+    s: moments (B, d + 1, d + 1) of (x, y), divided by n.
+    """
+    covariance, xy = s[:, :-1, :-1], s[:, :-1, -1:]
+    w, iterates = xy.new_zeros(xy.shape), []
+    for _ in range(steps + 1):
+        iterates.append(w)
+        w = w - rate * (covariance @ w - xy)
+    return torch.cat(iterates, 2).mT
+
+
+def one_step_rate(n: int, d: int) -> float:
+    """n / (n + d + 1): the step that makes one step of gradient descent best on average."""
+    return n / (n + d + 1)
+
+
+def one_step_error(n: int, d: int) -> float:
+    """d (d + 1) / (n + d + 1): the mean squared error that it leaves (Σ = I)."""
+    return d * (d + 1) / (n + d + 1)
