@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.batch import PackedBatch
+from relay_fast.kernels.supports import Unsupported
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.static import Capacity, StaticBatch
 
@@ -76,7 +77,11 @@ class GraphedStep:
         if self._warm < WARM_UP:
             self._warm += 1
             self.reason = f"warming up, step {self._warm} of {WARM_UP}"
-            return self._own(self._warm_up(), batch)
+            try:
+                return self._own(self._warm_up(), batch)
+            except Unsupported as error:  # before the optimiser: the step is still to be taken
+                self.reason = self._never = str(error)
+                return self._take(batch)
         if self._graph is None:
             self.reason = self._capture()
             if self.reason is not None:

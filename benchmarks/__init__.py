@@ -1,0 +1,1 @@
+"""Benchmarks: scripts to run, and what they share."""

@@ -1,0 +1,155 @@
+"""What a session on the card consists of, in its order, and the files that it leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import interpreter  # tests/interpreter.py
+import torch
+
+from benchmarks.card import checks, steps, table
+from benchmarks.card.cases import Case, check_cases, timed_cases
+from benchmarks.card.device import ROOT, Timer, ceilings, identity
+from benchmarks.card.kernels import time_case
+from benchmarks.card.session import Deadline, Session, Unit
+from benchmarks.card.sweep import sweep
+from benchmarks.common import machine
+from relay_fast._files import replacing
+
+STEP_OPS = (
+    "norm_linear", "attention", "linear_residual", "mlp", "cross_entropy", "weight_grad",
+)  # fmt: skip
+
+
+def run(out: Path, seconds: float, *, dry: bool, quick: bool, seed: int, script: Path) -> int:
+    """Measures what is not yet measured; the exit status."""
+    device = "cpu" if dry else "cuda"
+    deadline = Deadline(seconds - (0 if dry else 10))  # the files, and the way out
+    if dry:
+        interpreter.mend()
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # of lanes that masks throw away
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+    where = machine(device)
+    commit = identity()
+    mode = "interpreted" if dry else "measured"
+    label = {"mode": mode, "machine": where["machine"], "versions": where["versions"],
+             "commit": commit, "date": where["date"]}  # fmt: skip
+    memory = 0 if dry else torch.cuda.get_device_properties(0).total_memory
+    folder = out / (f"{commit}-interpreted" if dry else commit)
+    others = sorted(p.name for p in out.glob("*") if p.is_dir() and p != folder)
+    if others:
+        print(f"results of other commits stay apart: {', '.join(others)}", flush=True)
+    session = Session(folder, deadline, label, memory)
+    timer = Timer(device, least=1 if dry else 3)
+    work = units(session, timer, memory, dry, quick, seed, script)
+    if not dry and not session.rows("checks"):
+        compile_ahead(script, deadline)
+    session.run(work)
+    with replacing(folder / "RESULTS.md") as partial:
+        partial.write_text(table.page(session, dry))
+    if session.left:
+        need = sum(unit.seconds for unit in session.left)
+        print(f"not reached: {len(session.left)} units, about {need:.0f} s: run the same again")
+    line, right = session.summary()
+    print(f"{folder}\n{line}")
+    return 0 if right else 1
+
+
+def units(
+    session: Session, timer: Timer, memory: int, dry: bool, quick: bool, seed: int, script: Path
+) -> list[Unit]:  # fmt: skip
+    """Every unit of work, in the order in which it is wanted."""
+    device, timed = timer.device, timed_cases(dry)
+    found = []
+    for number, (case, dtype) in enumerate(checked(dry, quick)):
+        name = f"checks/{case.name}/{str(dtype).removeprefix('torch.')}"
+        work = partial(checks.check, case, dtype, seed + number, device)
+        found.append(Unit(name, "checks", 1.0 if dry else 4.0, work, checks=(case.op,)))
+
+    def rates() -> dict[str, float]:
+        rows = {r["what"]: float(r["rate"]) for r in session.rows("ceilings") if "rate" in r}
+        if set(rows) != {"copy", "matmul"}:
+            raise RuntimeError("the ceilings were not measured, so no share can be told")
+        return rows
+
+    found.append(Unit("ceilings", "ceilings", 15, lambda: ceilings(timer, dry)))
+    step_units = steps.units(dry, timer, rates, memory, STEP_OPS)
+    kernel_units = [
+        Unit(f"kernels/{c.name}", "kernels", 2 if dry else 30,
+             lambda c=c: time_case(c, timer, rates(), 0 if dry else 6), needs=(c.op,))
+        for c in timed
+    ]  # fmt: skip
+    sweep_units = [
+        Unit(f"sweep/{c.name}", "sweep", 4 if dry else 40,
+             lambda c=c: sweep(c, timer, 0 if dry else 15), needs=(c.op,))
+        for c in timed
+    ]  # fmt: skip
+    last = [
+        Unit("checks/compute-sanitizer", "checks", checks.SANITIZER_SECONDS,
+             lambda: checks.sanitize(device, script))
+    ]  # fmt: skip
+    if quick:
+        wanted = ("mix/policies", "mix/compile reduce-overhead")
+        step_units = [u for u in step_units if u.name.endswith(wanted)]
+        kernel_units, sweep_units = kernel_units[:2], sweep_units[2:3]
+    some = 5  # the figures that most depends on; then kernels, before baselines that compile long
+    return [
+        *found, *step_units[:some], *kernel_units, *step_units[some:], *sweep_units, *last,
+    ]  # fmt: skip
+
+
+def checked(dry: bool, quick: bool) -> list[tuple[Case, torch.dtype]]:
+    """What is checked: odd shapes in every dtype, and what is timed, in its own."""
+    odd = check_cases(dry)
+    if dry:
+        dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
+        return [(case, dtype) for dtype in dtypes for case in odd]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return [(case, dtype) for dtype in dtypes for case in odd] + [
+        (case, torch.bfloat16) for case in timed_cases(False)
+    ]
+
+
+def compile_ahead(script: Path, deadline: Deadline) -> None:
+    """Fills Triton's cache: as many processes as there are cores share the checks' kernels."""
+    processes = max(1, min(12, (os.cpu_count() or 1) - 2))
+    command = [sys.executable, str(script), "--share"]
+    began = time.monotonic()
+    running = [
+        subprocess.Popen([*command, f"{i}/{processes}"], cwd=ROOT, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL)
+        for i in range(processes)
+    ]  # fmt: skip
+    for process in running:
+        try:
+            process.wait(max(1.0, min(120.0, deadline.left - 60) - (time.monotonic() - began)))
+        except subprocess.TimeoutExpired:
+            process.kill()  # the checks compile what is missing
+            process.wait()
+    print(f"compiled ahead in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def share(part: str) -> int:
+    """One process's part of `compile_ahead`: its failures are the checks' to tell."""
+    index, processes = (int(number) for number in part.split("/"))
+    for case, dtype in checked(False, False)[index::processes]:
+        with suppress(Exception):
+            checks.check(case, dtype, 0, "cuda")
+    return 0
+
+
+def sanitized_cases() -> int:
+    """Every small case once on the card: what compute-sanitizer watches."""
+    for case in check_cases(True):
+        for row in checks.check(case, torch.bfloat16, 0, "cuda"):
+            if row["status"] == "failed":
+                print(row["note"])
+    torch.cuda.synchronize()
+    return 0

@@ -1,0 +1,257 @@
+"""The session on the card, rehearsed: what is done when, what is saved, what is withheld."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import run_all
+from benchmarks.card import checks, device, kernels, steps, table
+from benchmarks.card.cases import Draw, check_cases, linear_residual, timed_cases
+from benchmarks.card.session import Deadline, Session, Skip, Unit
+from relay_fast.functional import TORCH
+
+SCRIPT = Path(run_all.__file__)
+LABEL = {"mode": "interpreted", "machine": "m", "versions": "v", "commit": "c", "date": "d"}
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+class Clock:
+    """Time that passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def session(folder: Path, seconds: float = 100, clock: Clock | None = None, **options) -> Session:
+    deadline = Deadline(seconds, clock or Clock())
+    return Session(folder, deadline, LABEL, say=lambda line: None, **options)
+
+
+def unit(name: str, clock: Clock, takes: float = 10, rows=None, **options) -> Unit:
+    def run():
+        clock.now += takes
+        return rows or [{"op": name, "value": 1}]
+
+    return Unit(name, options.pop("table", "t"), options.pop("seconds", takes), run, **options)
+
+
+def test_it_stops_in_time_and_goes_on_with_what_it_did_not_reach(tmp_path: Path) -> None:
+    clock = Clock()
+    units = [unit("a", clock, 40), unit("b", clock, 70), unit("c", clock, 50)]
+    first = session(tmp_path, 100, clock)
+    first.run(units)
+    assert clock.now == 90 and [u.name for u in first.left] == ["b"]  # a shorter one still fits
+    again = session(tmp_path, 100, clock)
+    again.run(units)
+    assert clock.now == 160 and not again.left
+    assert [row["unit"] for row in again.rows("t")] == ["a", "c", "b"]
+    assert again.summary() == ("ok 0 checks, 3 rows", True)
+
+
+def test_what_is_measured_survives_a_crash(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session(tmp_path).run([unit("a", clock), Unit("b", "t", 1, killed)])
+    with (tmp_path / "t.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row == {"unit": "a", "status": "ok", "note": "", "op": "a", "value": "1"} | LABEL
+
+
+def test_timings_of_a_kernel_that_failed_its_check_are_withheld(tmp_path: Path) -> None:
+    clock = Clock()
+    bad = [{"op": "mlp", "status": "failed", "note": "dx is NaN"}]
+    units = [
+        unit("checks/mlp", clock, rows=bad, table="checks", checks=("mlp",)),
+        unit("checks/norm", clock, table="checks", checks=("norm",)),
+        unit("time/mlp", clock, needs=("mlp", "norm")),
+        unit("time/norm", clock, needs=("norm",)),
+    ]
+    first = session(tmp_path)
+    first.run(units)
+    status = {row["unit"]: row["status"] for row in first.rows()}
+    assert status == {
+        "checks/mlp": "failed", "checks/norm": "ok", "time/mlp": "withheld", "time/norm": "ok",
+    }  # fmt: skip
+    line, right = first.summary()
+    assert not right
+    assert line == "failed: checks/mlp failed, time/mlp withheld; 1 checks, 4 rows"
+    # Mended, the same command takes both up again, and only them.
+    units[0] = unit("checks/mlp", clock, table="checks", checks=("mlp",))
+    before = clock.now
+    again = session(tmp_path)
+    again.run(units)
+    assert clock.now == before + 20
+    assert again.summary() == ("ok 2 checks, 4 rows", True)
+
+
+def test_a_card_too_small_and_an_absent_tool_are_skipped_with_a_line(tmp_path: Path) -> None:
+    clock, said = Clock(), []
+
+    def absent():
+        raise Skip("compute-sanitizer is not installed")
+
+    def full():
+        raise torch.OutOfMemoryError
+
+    small = session(tmp_path, memory=40 << 30)
+    small.say = said.append
+    small.run([unit("big", clock, memory=100 << 30), Unit("tool", "t", 1, absent),
+               Unit("full", "t", 1, full)])  # fmt: skip
+    assert said == [
+        "big: skipped: needs 100 GiB, the card has 40 GiB",
+        "tool: skipped: compute-sanitizer is not installed",
+        "full: skipped: the card ran out of memory",
+    ]
+    assert clock.now == 0 and small.summary() == ("ok 0 checks, 3 rows", True)
+
+
+def test_a_unit_that_raises_fails_and_the_others_run(tmp_path: Path, capsys) -> None:
+    clock = Clock()
+    broken = Unit("x", "t", 1, lambda: 1 / 0)
+    found = session(tmp_path)
+    found.run([broken, unit("a", clock)])
+    assert found.summary() == ("failed: x failed; 0 checks, 2 rows", False)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_checks_catch_wrong_numbers_nan_and_other_shapes() -> None:
+    truth = torch.randn(9, 5, dtype=torch.float64)
+    eager = truth.to(torch.bfloat16)
+    for dtype, near in ((torch.bfloat16, eager), (torch.float32, truth.float())):
+        wrong = lambda value, e=near, d=dtype: checks.wrong("dx", value, e, truth, d)
+        assert wrong(near) == ""
+        off = near.clone()
+        off[4, 2] += 0.5
+        assert "dx (9, 5)" in wrong(off) and "(4, 2)" in wrong(off)
+        off[4, 2] = float("nan")
+        assert "nan" in wrong(off)
+        assert "shape" in wrong(near[1:])
+    ids = torch.arange(300)
+    assert checks.wrong("ids", ids, ids, ids, torch.float32) == ""
+    assert "differ" in checks.wrong("ids", ids + 1, ids, ids, torch.bfloat16)
+
+
+def test_a_kernel_that_leaves_an_element_unwritten_fails_its_check(monkeypatch) -> None:
+    """Outputs are NaN before they are written."""
+    lazy = lambda a, *_: torch.empty(a.shape[0], 32)
+    monkeypatch.setattr(checks, "select", lambda *_: TORCH._replace(linear_residual_fwd=lazy))
+    (row,) = checks.check(linear_residual(5, 32), torch.float32, 0, "cpu")
+    assert row["status"] == "failed" and "nan" in row["note"]
+
+
+@pytest.mark.parametrize("case", check_cases(True) + timed_cases(True), ids=lambda c: c.name)
+def test_every_case_is_the_same_op_for_kernels_and_eager(case) -> None:
+    """The reference, which kernels are held to, against autograd through the eager form."""
+    i = case.make(Draw(0, torch.float32, "cpu"))
+    if case.op == "attention":  # eager takes its own padded q, k, v
+        return
+    out = case.forward(TORCH, i)
+    value = next(iter(out.values()))
+    eager = case.eager(i)
+    torch.testing.assert_close(value.mean() if eager.ndim == 0 else value, eager)
+    if case.backward is None:
+        return
+    leaves = [vars(i)[name].requires_grad_() for name in case.leaves]
+    g = getattr(i, "g", None)
+    g = None if g is None else g.clone()
+    truth = torch.autograd.grad(case.eager(i), leaves, g)
+    with torch.no_grad():
+        grads = case.backward(TORCH, i, out)
+    for name, t in zip(case.leaves, truth, strict=True):
+        own = {"weight": "dweight", "x": "dx"}.get(name, f"d{name}")
+        if own in grads:
+            own_value = grads[own]
+            if case.op == "mlp" and name == "x":
+                own_value = own_value + i.g  # the residual's own
+            torch.testing.assert_close(own_value, t, msg=lambda m, o=own: f"{o}: {m}")
+
+
+def test_floors_and_fewest_bytes_by_hand() -> None:
+    case = linear_residual(10, 4)
+    i = case.make(Draw(0, torch.float32, "cpu"))
+    out = case.forward(TORCH, i)
+    grads = case.backward(TORCH, i, out)
+    forward, backward = case.bytes(i, out, grads)
+    assert forward == 4 * (40 + 16 + 40 + 40)  # a, weight, residual; out
+    assert backward == forward + 4 * (40 + 40 + 16)  # g; da, dweight
+    floor = kernels.floors(case, (forward, backward), {"matmul": 1.0, "copy": 1e9})
+    assert floor["forward"] == 2 * 10 * 4 * 4 and floor["both"] == 3 * floor["forward"]
+
+
+def test_the_best_baseline_is_named() -> None:
+    def row(provider: str, ratio: str) -> dict[str, str]:
+        return {"workload": "mix", "provider": provider, "times_relay_fast": ratio, "status": "ok"}
+
+    rows = [row("relay_fast", "1.2"), row("eager padded", "0.5"), row("eager bucketed", "6"),
+            row("compile reduce-overhead", "4.5"), row("compile x checkpoint", "5")]  # fmt: skip
+    assert table.best_baselines(rows)[0][1]["provider"] == "compile reduce-overhead"
+
+
+def test_what_matters_most_comes_first_and_nothing_is_lost() -> None:
+    names, kinds = ["mix 512", "other"], ["policies", "eager padded"]
+    order = steps.in_order(names, kinds)
+    assert order[:2] == [("mix 512", "policies"), ("mix 512", "eager padded")]
+    assert sorted(order) == sorted((n, k) for n in names for k in kinds)
+
+
+def test_identity_names_changed_sources(monkeypatch) -> None:
+    monkeypatch.setattr(device, "ROOT", Path("/nonexistent"))
+    assert device.identity() == f"tree-{device.source_hash()}"
+
+
+def test_bad_arguments_are_named(capsys) -> None:
+    for argv, message in (
+        (["--minutes", "0"], "leaves no time"), (["--quick"], "short form of --dry-run"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            run_all.main(argv)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_it_says_what_dry_run_does(capsys) -> None:
+    assert run_all.main(["--minutes", "1"]) == 2
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "--dry-run walks the same path on the CPU" in said
+
+
+def test_the_rehearsal_leaves_every_file_and_goes_on(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), "--dry-run", "--quick", "--out", str(tmp_path)]
+
+    def run(minutes: str) -> list[str]:
+        done = subprocess.run(
+            [*command, "--minutes", minutes], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    assert any("not reached" in line for line in run("0.08"))
+    lines = run("5")
+    assert lines[-1].startswith("ok 8 checks, ") and lines[-1].endswith(" rows")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("-interpreted")
+    names = {path.name for path in folder.iterdir()}
+    tables = {"checks", "ceilings", "steps", "kernels", "sweep"}
+    assert names == {f"{name}.csv" for name in tables} | {"RESULTS.md", "PROFILE.md"}
+    for name in tables:
+        with (folder / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert rows and {row["mode"] for row in rows} == {"interpreted"}, name
+    for name in ("RESULTS.md", "PROFILE.md"):
+        assert "No figure here says anything about a GPU" in (folder / name).read_text()
+    assert len(run("5")) == 2  # nothing is left to do: the folder and the summary
