@@ -8,6 +8,7 @@ R rows that carry a target.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,12 @@ class LoopedBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
+
+    def set_layers(self, layers: Sequence[nn.Module]) -> None:
+        """Exchanges the layers for others of the same sizes; `config.n_layers` follows."""
+        self.layers = nn.ModuleList(layers)
+        self.config = replace(self.config, n_layers=len(self.layers))
+        self._spec = describe(self.config, [name for name, _ in self.named_parameters()])
 
     def forward(
         self,

@@ -26,6 +26,7 @@ from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.optim import make_optimizer, set_factor
 
 Model = LoopedTransformer | AutoregressiveTransformer
+BeforeStep = Callable[[int, torch.optim.Optimizer], None]
 
 LOG_EVERY = 2.0  # seconds between two progress reports (each reads a loss back)
 SAVE_EVERY = 20.0  # seconds between two resume points
@@ -58,14 +59,17 @@ def train_model(
     seed: int,
     data_workers: int = 0,
     report: Callable[[Progress], None] = lambda progress: None,
+    before_step: BeforeStep | None = None,
 ) -> Trained:
     """Takes every step of `stream`, in place; continues from `state_path` if it is there.
 
     recipe: lr, muon_lr, weight_decay, betas, clip, ema. Interrupted (Ctrl-C), it saves its state
     between two steps and raises KeyboardInterrupt; the same call then continues exactly, and
-    returns at once where the last step was taken.
+    returns at once where the last step was taken. before_step(step, optimizer) may change model and
+    optimizer, as `relay_fast.growth.grow` does (without ema); a call that continues first calls it
+    for the steps that were taken.
     """
-    training = _Training(model, stream, recipe, Path(state_path), seed)
+    training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
     with _interrupts_deferred() as asked:
         return training.run(data_workers, report, asked)
 
@@ -88,8 +92,17 @@ def _interrupts_deferred() -> Iterator[Callable[[], bool]]:
 
 
 class _Training:
-    def __init__(self, model: Model, stream: Dataset, recipe: Mapping, path: Path, seed: int):
+    def __init__(
+        self,
+        model: Model,
+        stream: Dataset,
+        recipe: Mapping,
+        path: Path,
+        seed: int,
+        before_step: BeforeStep | None,
+    ):
         self.model, self.stream, self.path = model.train(), stream, path
+        self.before_step = before_step or (lambda step, optimizer: None)
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
         self.identity = {"seed": seed, "steps": len(stream), "recipe": dict(recipe)}
         options = {k: recipe[k] for k in ("weight_decay", "betas", "muon_lr") if k in recipe}
@@ -115,6 +128,7 @@ class _Training:
         samples = 0
         try:
             for batch, longest_true in run_ahead(self.stream, self.step, data_workers):
+                self.before_step(self.step, self.optimizer)
                 losses = self._train_step(batch.to(self.model.device))
                 samples += len(batch)
                 for name, length in longest_true.items():
@@ -184,6 +198,8 @@ class _Training:
 
     def _resume(self) -> None:
         tensors, metadata = load_checkpoint(self.path, expect=self.identity)
+        for step in range(metadata["step"]):
+            self.before_step(step, self.optimizer)
         unpack_training_state(
             tensors, self.model, self.optimizer, self.ema, self._generators, self.path
         )
