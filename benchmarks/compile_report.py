@@ -40,6 +40,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
+from relay_fast._files import replacing  # noqa: E402
 from relay_fast.functional import SMALL_VOCABULARY, select  # noqa: E402
 from relay_fast.kernels._runtime import FACTS, assume  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
@@ -402,7 +403,7 @@ def main() -> int:
     bad = sum(not r.ok for r in rows)
     print(f"{len(rows)} kernels, {bad} over their bound, {time.perf_counter() - start:.0f} s")
     if options.csv:
-        with options.csv.open("w", newline="") as file:
+        with replacing(options.csv) as path, path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Row)])
             writer.writeheader()
             writer.writerows(asdict(r) for r in sorted(rows, key=repr))
