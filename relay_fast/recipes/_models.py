@@ -103,6 +103,41 @@ class LoopedClassifier(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+def parse_shape(name: str) -> tuple[int, int, int, int]:
+    """(prelude, layers, loops, coda) of "kxL" or "prelude+kxL+coda"; ValueError for others."""
+    parts = name.split("+")
+    prelude, middle, coda = parts if len(parts) == 3 else ("0", name, "0")
+    numbers = [prelude, *middle.split("x"), coda]
+    if len(numbers) != 4 or not all(x.isdecimal() for x in numbers) or "0" in numbers[1:3]:
+        raise ValueError(f"model {name!r} is unknown: write layers x loops like 1x4, or 1+1x2+1")
+    prelude, layers, loops, coda = map(int, numbers)
+    return prelude, layers, loops, coda
+
+
+def make_classifier(
+    shape: str, vocabulary_size: int, *, d_model: int, n_heads: int, seed: int, **options
+) -> LoopedClassifier:
+    """The causal model of a shape (see `parse_shape`), fresh from the seed.
+
+    options: of `BlockConfig`.
+    """
+    prelude, layers, loops, coda = parse_shape(shape)
+    torch.manual_seed(seed)
+    config = BlockConfig(d_model, n_heads, layers, causal=True, **options)
+    return LoopedClassifier(config, vocabulary_size, loops=loops, prelude=prelude, coda=coda)
+
+
+def classifier_loss(
+    model: LoopedClassifier,
+    tokens: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    cu_seqlens: list[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and share right, as `relay_fast.recipes._common.train` wants them."""
+    return model.loss(tokens, rows, targets, cu_seqlens=cu_seqlens)
+
+
 def last_rows(tokens: Tensor) -> Tensor:
     """(B,) rows of the last token of each sequence of a padded batch (B, n)."""
     batch, n = tokens.shape

@@ -204,6 +204,14 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
                 points = sorted((int(t), v) for t, v in m["loss_by_loops"].items() if v is not None)
                 curves[f"{m['form']}, trained L = {m['loops']}"] = tuple(zip(*points, strict=True))
         panels.append(
-            Panel(f"n = {n}", "loops in the test", "squared error", curves, log_x=True, log_y=True)
+            Panel(
+                f"n = {n}",
+                "loops in the test",
+                "squared error",
+                curves,
+                log_x=True,
+                log_y=True,
+                y_range=(1e-8, 1e6),
+            )
         )
     return draw_panels(path, panels, "Linear looped transformer: more loops than trained")

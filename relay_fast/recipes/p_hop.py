@@ -21,13 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from relay_fast._inference import inference
-from relay_fast.config import BlockConfig
 from relay_fast.display import Display
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._models import LoopedClassifier
+from relay_fast.recipes._models import (
+    LoopedClassifier,
+    classifier_loss,
+    make_classifier,
+    parse_shape,
+)
 from relay_fast.runs import RunFolder
 
 TARGETS = ("every", "last")
@@ -171,27 +174,12 @@ def draw_problems(
 # Models
 
 
-def parse_shape(name: str) -> tuple[int, int, int, int]:
-    """(prelude, layers, loops, coda) of "kxL" or "prelude+kxL+coda"; ValueError for others."""
-    parts = name.split("+")
-    prelude, middle, coda = parts if len(parts) == 3 else ("0", name, "0")
-    numbers = [prelude, *middle.split("x"), coda]
-    if len(numbers) != 4 or not all(x.isdecimal() for x in numbers) or "0" in numbers[1:3]:
-        raise ValueError(f"model {name!r} is unknown: write layers x loops like 1x4, or 1+1x2+1")
-    prelude, layers, loops, coda = map(int, numbers)
-    return prelude, layers, loops, coda
-
-
 def make_model(settings: Settings, name: str, seed: int) -> LoopedClassifier:
     """The model of a name, fresh from the seed."""
-    prelude, layers, loops, coda = parse_shape(name)
-    torch.manual_seed(seed)
-    config = BlockConfig(
-        settings.d_model, settings.n_heads, layers, causal=True, activation=settings.activation
-    )
-    return LoopedClassifier(
-        config, settings.vocabulary_size, loops=loops, prelude=prelude, coda=coda
-    )
+    return make_classifier(
+        name, settings.vocabulary_size, d_model=settings.d_model, n_heads=settings.n_heads,
+        activation=settings.activation, seed=seed,
+    )  # fmt: skip
 
 
 def make_draw(settings: Settings, p: int | None = None) -> Callable:
@@ -203,11 +191,6 @@ def make_draw(settings: Settings, p: int | None = None) -> Callable:
         return draw_problems(rng, settings, hops, size)
 
     return draw
-
-
-def classifier_loss(model: LoopedClassifier, tokens: Tensor, rows: Tensor, targets: Tensor):
-    """Cross-entropy and share right, as `relay_fast.recipes._common.train` wants them."""
-    return model.loss(tokens, rows, targets)
 
 
 def accuracy(model: LoopedClassifier, settings: Settings, p: int, seed: int, **options) -> float:
