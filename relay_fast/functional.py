@@ -367,6 +367,7 @@ def iteration_cross_entropy(
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype that GEMMs run in: autocast's where it is on, else the parameter's."""
     kind = parameter.device.type
-    if parameter.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    known = torch.amp.is_autocast_available(kind)  # not for meta
+    if known and parameter.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return parameter.dtype

@@ -14,11 +14,11 @@ from pathlib import Path
 import interpreter  # tests/interpreter.py
 import torch
 
-from benchmarks.card import checks, steps, table
+from benchmarks.card import checks, profile, steps, table
 from benchmarks.card.cases import Case, check_cases, timed_cases
 from benchmarks.card.device import ROOT, Timer, ceilings, identity
 from benchmarks.card.kernels import time_case
-from benchmarks.card.session import Deadline, Session, Unit
+from benchmarks.card.session import Deadline, Row, Session, Unit
 from benchmarks.card.sweep import sweep
 from benchmarks.common import machine
 from relay_fast._files import replacing
@@ -31,7 +31,7 @@ STEP_OPS = (
 def run(out: Path, seconds: float, *, dry: bool, quick: bool, seed: int, script: Path) -> int:
     """Measures what is not yet measured; the exit status."""
     device = "cpu" if dry else "cuda"
-    deadline = Deadline(seconds - (0 if dry else 10))  # the files, and the way out
+    deadline = Deadline(seconds - (0 if dry else 30))  # for the pages, and the way out
     if dry:
         interpreter.mend()
         warnings.filterwarnings("ignore", category=RuntimeWarning)  # of lanes that masks throw away
@@ -54,12 +54,39 @@ def run(out: Path, seconds: float, *, dry: bool, quick: bool, seed: int, script:
     session.run(work)
     with replacing(folder / "RESULTS.md") as partial:
         partial.write_text(table.page(session, dry))
+    profiled = write_profile(folder, [16] if quick else [512, 4096])
     if session.left:
         need = sum(unit.seconds for unit in session.left)
         print(f"not reached: {len(session.left)} units, about {need:.0f} s: run the same again")
     line, right = session.summary()
+    if not profiled:
+        line = f"failed: PROFILE.md was not written; {line}"
     print(f"{folder}\n{line}")
-    return 0 if right else 1
+    return 0 if right and profiled else 1
+
+
+def write_profile(folder: Path, sizes: list[int]) -> bool:
+    """PROFILE.md by a process without the interpreter, which has no launches to record."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.card.profile", "--out", folder / "PROFILE.md",
+               "--measured", folder / "profile.csv", "--samples", *map(str, sizes)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr)
+    return done.returncode == 0
+
+
+def profile_step(tiny: bool, samples: int, device: str) -> list[Row]:
+    """Calls and seconds by kernel of one eager step of relay_fast: loss and backward."""
+    if tiny:
+        workload, dtype = steps.workloads(True)[0], torch.float32
+    else:
+        names = {w.name: w for w in steps.workloads(False)}
+        workload, dtype = names[f"mix {samples}"], torch.bfloat16
+    batch, _ = workload.make(0, device)
+    provider = steps.relay(workload, batch, "state", False, dtype, device)
+    step = lambda: provider.forward(batch).backward()
+    return profile.measured_rows(step, len(batch), device)
 
 
 def units(
@@ -92,6 +119,11 @@ def units(
         for c in timed
     ]  # fmt: skip
     last = [
+        Unit(f"profile/{n}", "profile", 5 if dry else 30, partial(profile_step, dry, n, device),
+             needs=STEP_OPS)
+        for n in ((512,) if dry else (512, 4096))
+    ]  # fmt: skip
+    last += [
         Unit("checks/compute-sanitizer", "checks", checks.SANITIZER_SECONDS,
              lambda: checks.sanitize(device, script))
     ]  # fmt: skip
@@ -101,7 +133,8 @@ def units(
         kernel_units, sweep_units = kernel_units[:2], sweep_units[2:3]
     some = 5  # the figures that most depends on; then kernels, before baselines that compile long
     return [
-        *found, *step_units[:some], *kernel_units, *step_units[some:], *sweep_units, *last,
+        *found, *step_units[:some], *last[:1], *kernel_units, *step_units[some:], *sweep_units,
+        *last[1:],
     ]  # fmt: skip
 
 

@@ -1,0 +1,280 @@
+"""Where the time of a training step goes, by kernel: the prediction, and what a card measured.
+
+    python -m benchmarks.card.profile --out benchmarks/results/PROFILE.md
+    python -m benchmarks.card.profile --out PROFILE.md --measured profile.csv
+
+The paper's mix (d = 256, 3 layers, bf16) takes one step on meta tensors: every launch is recorded
+with its own configuration instead of made, and costed by `kernel_costs.py`; PyTorch's own kernels
+cost the bytes that they read and write. Nothing runs, so no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no launches to record
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
+
+from benchmarks import common
+from benchmarks.card.table import INTERPRETED, markdown
+from benchmarks.kernel_costs import CARDS, FLOPS, launch_cost
+from relay_fast._files import replacing
+from relay_fast.kernels._runtime import FACTS, assume
+from relay_fast.modules import LoopedTransformer
+
+ARCH = 90
+LAUNCH = 11e-6  # seconds from Python (docs: triton_without_a_gpu); a graph's node costs far less
+OTHER = "PyTorch's own"
+
+
+@dataclass
+class Part:
+    """All launches of one kernel in a step."""
+
+    launches: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    floor: float = 0.0  # seconds, each launch at the card's ceiling
+    waves: float = 0.0  # seconds, with the processors that a launch leaves idle
+
+
+@dataclass
+class Trace:
+    """The launches of one step."""
+
+    parts: dict[str, Part] = field(default_factory=lambda: defaultdict(Part))
+    torch_ops: Counter = field(default_factory=Counter)
+
+    def add(self, name: str, flops: float, moved: float, programs: int | None) -> None:
+        part, card = self.parts[name], CARDS[ARCH]
+        floor = max(flops / card.flops_16_bit, moved / card.bandwidth)
+        part.launches += 1
+        part.flops += flops
+        part.bytes += moved
+        part.floor += floor
+        part.waves += floor / (1.0 if programs is None else utilisation(programs))
+
+
+def short(kernel: str) -> str:
+    """A kernel's name without what all of them have."""
+    return kernel.strip("_").removesuffix("_kernel")
+
+
+def utilisation(programs: int) -> float:
+    """Share of the processors' time that programs of equal length use, one a processor at once."""
+    processors = FACTS[ARCH].processors
+    return programs / (-(-programs // processors) * processors)
+
+
+class _TorchOps(TorchDispatchMode):
+    """Records PyTorch's own kernels: every op that is neither a view nor an allocation."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        store = lambda t: t.untyped_storage()._cdata
+        known = {store(t) for t in given}
+        views = not func._schema.is_mutable and all(store(t) in known for t in made)
+        if not views and "empty" not in name and made:
+            self.trace.torch_ops[name] += 1
+            flops = 0.0
+            if name in ("mm", "addmm", "addmm_"):
+                a, b = given[-2:]
+                flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+            moved = sum(t.numel() * t.element_size() for t in (*given, *made))
+            self.trace.add(OTHER, flops, moved, None)
+        return out
+
+
+@contextmanager
+def traced():
+    """Yields a trace of what is launched inside, on meta tensors."""
+    trace = Trace()
+
+    def run(self: JITFunction, *args, grid, warmup, **kwargs):
+        for option in ("num_warps", "num_stages"):
+            kwargs.pop(option, None)
+        values = self.signature.bind(*args, **kwargs).arguments
+        cost = launch_cost(self.__name__, values)
+        programs = 1
+        for size in grid:
+            programs *= size
+        trace.add(self.__name__, cost.flops, cost.bytes, programs)
+
+    original, JITFunction.run = JITFunction.run, run
+    assume(ARCH)
+    try:
+        with _TorchOps(trace):
+            yield trace
+    finally:
+        JITFunction.run = original
+
+
+def trace_step(samples: int, policy: str = "state") -> tuple[Trace, float, int]:
+    """A step (loss and backward) over the paper's mix; its useful FLOPs and token-iterations."""
+    batch, _ = common.task_batch("multitask", samples, 0, "cpu")
+    config = common.CONFIGS["relay"]
+    model = LoopedTransformer(config, recompute=policy, impl="triton")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # as autocast casts them, once a step
+            module.to(torch.bfloat16)
+    model = model.to("meta")
+    on_meta = batch.to("meta")
+    with traced() as trace:
+        model.loss(on_meta).loss.backward()
+    return trace, common.useful_flops(config, batch), batch.plan.token_iterations
+
+
+def section(samples: int, measured: dict[str, tuple[int, float]]) -> str:
+    """The table of one batch size, with what is next."""
+    trace, useful, token_iterations = trace_step(samples)
+    parts = sorted(trace.parts.items(), key=lambda item: -item[1].waves)
+    total = Part()
+    for _, part in parts:
+        for name in vars(total):
+            setattr(total, name, getattr(total, name) + getattr(part, name))
+    ms = lambda seconds: f"{1e3 * seconds:.3g}"
+
+    def line(name: str, part: Part) -> tuple:
+        calls, seconds = measured.get(name, (0, 0.0))
+        return (
+            name, part.launches, f"{part.flops / 1e9:.4g}", f"{part.bytes / 1e9:.3g}",
+            ms(part.floor), ms(part.waves), f"{part.waves / total.waves:.0%}",
+            ms(seconds) if seconds else "–", calls or "–",
+            f"{part.floor / seconds:.0%}" if seconds else "–",
+        )  # fmt: skip
+
+    if measured:
+        everything = sum(seconds for _, seconds in measured.values())
+        measured = measured | {"all": (sum(calls for calls, _ in measured.values()), everything)}
+    columns = ("kernel", "launches", "GFLOP", "GB", "floor, ms", "with idle processors, ms",
+               "share", "measured, ms", "calls", "floor / measured")  # fmt: skip
+    lines = [line(short(name), part) for name, part in parts]
+    lines.append(line("all", total))
+    peak = CARDS[ARCH].flops_16_bit
+    common_ops = ", ".join(f"{name} {n}" for name, n in trace.torch_ops.most_common(6))
+    return (
+        f"## {samples:,} samples a step ({token_iterations:,} token-iterations)\n\n"
+        f"{markdown(columns, lines)}\n"
+        f"Predicted: {total.launches:,} launches a step, of which "
+        f"{trace.parts[OTHER].launches:,} are PyTorch's own ({common_ops}); launched one by one "
+        f"from Python they alone take {1e3 * LAUNCH * total.launches:.3g} ms at "
+        f"{1e6 * LAUNCH:.0f} µs each, as one graph far less. Floor {ms(total.floor)} ms, with idle "
+        f"processors {ms(total.waves)} ms: {4 / 3 * useful / peak / total.waves:.0%} of the "
+        f"matmul peak, recomputation counted "
+        f"({useful / 1e12:.3g} TFLOP useful, {total.flops / 1e12:.3g} TFLOP launched).\n\n"
+        + next_steps(parts, total)
+    )
+
+
+def next_steps(parts: list[tuple[str, Part]], total: Part) -> str:
+    """What the prediction says to look at first."""
+    ms = lambda seconds: f"{1e3 * seconds:.3g} ms"
+    name, largest = parts[0]
+    idle = max(parts, key=lambda item: item[1].waves - item[1].floor)
+    memory = sum(
+        p.floor for _, p in parts
+        if p.bytes / CARDS[ARCH].bandwidth >= p.flops / CARDS[ARCH].flops_16_bit
+    )  # fmt: skip
+    return (
+        "Next, by this prediction: "
+        f"{short(name)} is the largest ({ms(largest.waves)}); "
+        f"{short(idle[0])} loses most to idle processors "
+        f"({ms(idle[1].waves - idle[1].floor)} of {ms(total.waves - total.floor)}); "
+        f"{memory / total.floor:.0%} of the floor is memory's, so fewer bytes help there and "
+        f"faster arithmetic does not.\n"
+    )
+
+
+def read_measured(path: Path | None) -> tuple[dict[int, dict[str, tuple[int, float]]], bool]:
+    """Calls and seconds by batch size and kernel; and whether they are interpreted."""
+    found: dict[int, dict[str, tuple[int, float]]] = defaultdict(dict)
+    interpreted = False
+    if path is not None and path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                interpreted |= row["mode"] == "interpreted"
+                if row["status"] == "ok":
+                    value = (int(row["calls"]), float(row["seconds"]))
+                    found[int(row["samples"])][row["kernel"]] = value
+    return found, interpreted
+
+
+def page(sizes: list[int], measured_csv: Path | None) -> str:
+    measured, interpreted = read_measured(measured_csv)
+    card = CARDS[ARCH]
+    head = (
+        "# A training step by kernel: the paper's mix, d = 256, 3 layers, bf16, policy `state`\n\n"
+        + (INTERPRETED if interpreted else "")
+        + "Made by `python -m benchmarks.card.profile`. **Everything but the measured columns is a "
+        f"prediction**: {card.name}, {card.flops_16_bit / 1e12:.0f} TFLOP/s and "
+        f"{card.bandwidth / 1e12:.1f} TB/s (design.md), every launch recorded with its own "
+        "configuration, FLOPs and bytes by `benchmarks/kernel_costs.py`. *Floor*: each launch at "
+        "the ceiling that binds it, nothing read twice. *With idle processors*: the same over the "
+        f"share of the {FACTS[ARCH].processors} processors that the launch's programs keep busy, "
+        "one program a processor. Without the optimiser.\n"
+    )
+    return head + "".join("\n" + section(n, measured.get(n, {})) for n in sizes)
+
+
+def write(path: Path, sizes: list[int], measured_csv: Path | None = None) -> None:
+    with replacing(path) as partial:
+        partial.write_text(page(sizes, measured_csv))
+
+
+def measured_rows(step: Callable[[], object], samples: int, device: str) -> list[dict]:
+    """Calls and seconds of every kernel in one step, from PyTorch's profiler."""
+    activity = torch.profiler.ProfilerActivity
+    activities = [activity.CPU, activity.CUDA] if device == "cuda" else [activity.CPU]
+    step()
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    calls, seconds = Counter(), Counter()
+    for event in profile.key_averages():
+        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        if own <= 0:
+            continue
+        name = short(event.key) if event.key in FLOPS else OTHER
+        calls[name] += event.count
+        seconds[name] += own / 1e6
+    return [
+        {"samples": samples, "kernel": name, "calls": calls[name], "seconds": f"{s:.5g}"}
+        for name, s in seconds.most_common()
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "PROFILE.md")
+    parser.add_argument("--measured", type=Path, help="profile.csv of a session on a card")
+    parser.add_argument("--samples", type=int, nargs="+", default=[512, 4096])
+    options = parser.parse_args()
+    write(options.out, options.samples, options.measured)
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
