@@ -41,16 +41,28 @@ class Make:
         return self(*shape, scale=0.1, state=True).add_(1)
 
     def ints(self, low: int, high: int, count: int) -> Tensor:
-        return torch.randint(low, high, (count,), generator=self.generator).to(DEVICE)
+        return self._list(torch.randint(low, high, (count,), generator=self.generator))
+
+    def order(self, size: int, count: int) -> Tensor:
+        """`count` of 0..size − 1, each at most once."""
+        return self._list(torch.randperm(size, generator=self.generator)[:count])
+
+    def _list(self, drawn: Tensor) -> Tensor:
+        drawn = drawn.to(DEVICE)
+        return guarded(drawn) if self.mode == "kernel" else drawn
 
     def zeros(self, *shape: int) -> Tensor:
         wide = torch.float64 if self.mode == "truth" else torch.float32
         return torch.zeros(shape, dtype=wide, device=DEVICE)
 
 
-def guarded(t: Tensor) -> Tensor:
-    """A copy of t whose neighbours in memory are NaN."""
-    buffer = torch.full((t.shape[0] + 2 * GUARD, *t.shape[1:]), float("nan")).to(t)
+def guarded(t: Tensor | None) -> Tensor | None:
+    """A copy of t whose neighbours in memory are NaN (of indices: far outside of every buffer)."""
+    if t is None:
+        return None
+    around = float("nan") if t.is_floating_point() else 1 << 40
+    shape = (t.shape[0] + 2 * GUARD, *t.shape[1:])
+    buffer = torch.full(shape, around, dtype=t.dtype, device=t.device)
     buffer[GUARD:-GUARD] = t
     return buffer[GUARD:-GUARD]
 

@@ -9,9 +9,9 @@ import interpreter
 import pytest
 import torch
 from kernel_checks import DEVICE, Make, Outputs, check, dropout_of, named
-from numerics import assert_bitwise
+from numerics import assert_bitwise, describe, rms_ratio
 
-from relay_fast.functional import TORCH, Ops, select
+from relay_fast.functional import TORCH, Ops, row_cross_entropy, select
 from relay_fast.kernels.dropout_ref import dropout_mask_ref
 from relay_fast.plan import Plan
 
@@ -178,8 +178,7 @@ def test_cross_entropy(rows, states, d, vocabulary, kind, smoothing, z_loss, dty
         norm_bias = norm_bias.to(norm_weight.dtype) * 0.1 if kind == "layer" else None
         head = make(vocabulary, d, scale=d**-0.5)
         targets = make.ints(-1, vocabulary, rows)
-        index = torch.randperm(states, generator=make.generator)[:rows].to(DEVICE)
-        options = (index, 1e-6, kind, smoothing, z_loss)
+        options = (make.order(states, rows), 1e-6, kind, smoothing, z_loss)
         loss, lse, correct = ops.cross_entropy_fwd(
             h, targets, norm_weight, norm_bias, head, *options
         )
@@ -231,13 +230,12 @@ def test_cross_entropy_grad(
         head, grad = make(vocabulary, d, scale=d**-0.5), make(rows, state=True)
         targets = make.ints(0, vocabulary, rows)
         targets[::3] = -1
-        index = torch.randperm(rows + 4, generator=make.generator)[:rows].to(DEVICE)
         sums = [
             None if frozen == "head" else make.zeros(vocabulary, d),
             None if frozen == "norm" else make.zeros(d),
             None if frozen == "norm" or kind == "rms" else make.zeros(d),
         ]
-        options = (index, 1e-6, kind, smoothing, z_loss)
+        options = (make.order(rows + 4, rows), 1e-6, kind, smoothing, z_loss)
         loss, dh = ops.cross_entropy_grad(
             grad, h, targets, norm_weight, norm_bias, head, *sums, *options
         )
@@ -259,6 +257,59 @@ def test_cross_entropy_of_extreme_logits() -> None:
     assert torch.equal(correct, truth[2])
     dh = ops.cross_entropy_bwd(torch.ones_like(loss), h, targets, lse, *args, None, None, None)
     assert dh.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rows", [20, 40])  # fp32: one tile, several
+def test_attention_of_extreme_scores(rows: int, causal: bool) -> None:
+    """Scores of ±1e5: p is 0 or 1, nothing overflows."""
+    ops, layout = select("triton", DEVICE), Plan([rows], [1], DEVICE).layout(0, 1)
+    qkv = torch.randn(rows, 48, device=DEVICE) * 150
+    do = torch.randn(rows, 16, device=DEVICE)
+    o, lse = ops.attention_fwd(qkv, layout, 1, 1, causal)
+    dqkv = ops.attention_bwd(do, qkv, o, lse, layout, 1, 1, causal)
+    wide = qkv.double()
+    truth, _ = TORCH.attention_fwd(wide, layout, 1, 1, causal)
+    torch.testing.assert_close(o, truth.float(), rtol=1e-3, atol=1e-3)
+    assert lse.isfinite().all() and dqkv.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu2", "swiglu"])
+def test_mlp_of_extreme_values(activation: str) -> None:
+    """Pre-activations of ±1e6 in fp32: a saturated activation, its slope 0 or 1."""
+    ops, rows, d = select("triton", DEVICE), 5, 16
+    x, norm = torch.randn(rows, d, device=DEVICE), torch.ones(d, device=DEVICE)
+    up, down = (torch.randn(d, d, device=DEVICE) * s for s in (1e6, 1e-6))
+    gate = up.flip(0) * 1e-3 if activation == "swiglu" else None
+    out, pre, opened, _ = ops.mlp_fwd(x, norm, None, up, None, gate, None, down, None, activation)
+    truth = TORCH.mlp_fwd(x, norm, None, up, None, gate, None, down, None, activation)[0]
+    torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-4)
+    grads = ops.mlp_bwd(x, x, pre, opened, norm, None, up, gate, down, activation)
+    assert all(g is None or g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("frozen", range(2**4 - 1))
+def test_cross_entropy_with_every_combination_of_frozen_inputs(frozen: int) -> None:
+    """The gradients of what is left, through the public op; grad of a sum has stride zero."""
+
+    def gradients(impl: str, dtype: torch.dtype) -> Outputs:
+        make = Make("eager", torch.float32)
+        named = {"states": make(9, 16), "norm": make(16), "bias": make(16), "head": make(20, 16)}
+        targets, rows = make.ints(-1, 20, 5), make.order(9, 5)
+        named = {n: t.to(dtype) for n, t in named.items()}
+        for bit, t in enumerate(named.values()):
+            t.requires_grad_(not frozen >> bit & 1)
+        loss, _ = row_cross_entropy(
+            named["states"], rows, targets, named["norm"], named["head"], named["bias"],
+            norm="layer", impl=impl,
+        )  # fmt: skip
+        loss.sum().backward()
+        return {n: t.grad for n, t in named.items() if t.grad is not None}
+
+    value, truth = gradients("triton", torch.float32), gradients("torch", torch.float64)
+    assert set(value) == set(truth) and len(value) == 4 - frozen.bit_count()
+    for name, t in truth.items():
+        assert rms_ratio(value[name], t) <= 1e-5, describe(name, value[name], t)
 
 
 def test_ignored_rows_alone() -> None:
@@ -317,6 +368,24 @@ def test_strided_gradients() -> None:
     do = make(1, d).expand(rows, d)
     a = ops.attention_bwd(do, qkv, o, lse, layout, 1, 1, False)
     assert torch.equal(a, ops.attention_bwd(do.contiguous(), qkv, o, lse, layout, 1, 1, False))
+    up, down, targets = make(24, d), make(d, 24), make.ints(0, columns, rows)
+    _, pre, gate, _ = ops.mlp_fwd(x, norm_weight, None, up, None, None, None, down, None)
+    _, lse, _ = ops.cross_entropy_fwd(x, targets, norm_weight, None, weight)
+    readout = (norm_weight, None, weight)
+    for grad in (make(1, d).expand(rows, d), make(d, rows).t(), make(rows, 2 * d)[:, ::2]):
+        calls = [
+            lambda g: ops.linear_residual_bwd(g, down),
+            lambda g: ops.mlp_bwd(g, x, pre, gate, norm_weight, None, up, None, down),
+            lambda g: ops.linear_residual_fwd(x, up[:d, :], None, g),
+            lambda g: ops.cross_entropy_bwd(
+                g[:, 0], x, targets, lse, *readout, None, None, None
+            ),
+            lambda g: ops.cross_entropy_grad(g[:, 0], x, targets, *readout, None, None, None),
+        ]  # fmt: skip
+        for call in calls:
+            given, dense = call(grad), call(grad.contiguous())
+            pairs = zip(given, dense, strict=True) if isinstance(given, tuple) else [(given, dense)]
+            assert all(a is None or torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9])

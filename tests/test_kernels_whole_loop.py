@@ -70,7 +70,7 @@ def test_equals_reference(lengths, loops, options, causal, act, kind, rope) -> N
     def run(function, dtype: torch.dtype, protect=lambda t: t) -> tuple[Tensor, Tensor]:
         x, weights, cos, sin = inputs(dtype, lengths, **options)
         x, cos, sin = protect(x), protect(cos), protect(sin)
-        weights = LoopWeights(*(w if w is None else protect(w) for w in weights))
+        weights = LoopWeights(*map(protect, weights))
         tables = (cos, sin) if rope else (None, None)
         heads = (2 * kv_heads, kv_heads)
         return function(x, layout, weights, *tables, *heads, causal, act, 1e-6, kind)
