@@ -229,7 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _lengths(text: str | None) -> range | None:
+def parse_lengths(text: str | None) -> range | None:
+    """The range that `10-13` or `10` means. Raises ValueError for anything else."""
     if text is None:
         return None
     first, _, last = text.partition("-")
@@ -247,7 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if a.problems < 1:
             raise ValueError(f"--problems is {a.problems}; give at least 1.")
         models = a.models.split(",") if a.models else None
-        results = evaluate_run(a.out, models, _lengths(a.lengths), a.problems, a.seed, a.device)
+        results = evaluate_run(
+            a.out, models, parse_lengths(a.lengths), a.problems, a.seed, a.device
+        )
     except (ValueError, RunFolderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

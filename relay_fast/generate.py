@@ -1,28 +1,30 @@
 """Chains that a model writes: looped (all positions of a round at once) or token by token.
 
-`python -m relay_fast.generate --out RUN --task arithmetic --length 12 --number 5` prints some.
+The command is in `relay_fast.generate_command`:
+
+    python -m relay_fast.generate --out RUN --task arithmetic --length 12 --number 5
+    python -m relay_fast.generate --out RUN --task arithmetic --lengths 1-25 --number 100000
+        --dataset DIR
+    python -m relay_fast.generate --show DIR
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from relay_fast._inference import inference
+from relay_fast._inference import bytes_a_token, free_bytes, inference
 from relay_fast.batch import PackedBatch
-from relay_fast.checkpoint import CheckpointError
-from relay_fast.decode import Decoded, decode
+from relay_fast.decode import Decoded, check_prompts, decode
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.plan import Plan
 from relay_fast.ragged import offsets_of, ragged_index
-from relay_fast.runs import RunFolder, RunFolderError
-from relay_fast.store import MODEL_NAMES, Model, load_run_model, run_tasks
+from relay_fast.scores import read_scored
 from relay_fast.tasks import TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 
@@ -32,6 +34,13 @@ UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they ne
 NO_ANSWER = -1  # where what was written cannot be read as an answer
 
 Progress = Callable[[int, int], Any]
+
+
+class Scores(NamedTuple):
+    """Log-probabilities in fp32 of the tokens of samples: rounds (tokens,) and answer (S,)."""
+
+    rounds: np.ndarray
+    answer: np.ndarray
 
 
 def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
@@ -55,36 +64,113 @@ def generate_chains(
 
     A problem gets `problems.loops` rounds; its true rounds and answer are not read. A round begins
     after the last `<pad>` read from the right, and may be empty. batch_tokens: problem tokens in a
-    batch, by default those of BATCH_TOKENS. progress is called with (problems done, S). Raises
-    ValueError for problems that the model cannot take.
+    batch, by default what free memory holds, at most BATCH_TOKENS; a batch for which memory runs
+    out is halved. progress is called with (problems done, S). Raises ValueError for problems that
+    the model cannot take, torch.OutOfMemoryError where not even one problem fits.
     """
-    batch_tokens = batch_tokens or BATCH_TOKENS[model.device.type]
-    order = np.lexsort((-np.diff(problems.problem_offsets), -problems.loops))
-    sizes = np.diff(problems.problem_offsets)[order]
-    cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // batch_tokens)) + 1
+    options = {"batch_tokens": batch_tokens, "progress": progress}
+    return _in_order(list(stream_chains(model, problems, tasks, **options)), problems)
+
+
+def generate_scored(
+    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
+) -> tuple[Samples, Scores]:
+    """What `generate_chains` gives, and the log-probability of every token of it."""
+    parts = list(_stream(model, problems, tasks, True, **options))
+    written = _in_order([(chosen, samples) for chosen, samples, _ in parts], problems)
+    # As samples whose tokens are log-probabilities, so that they are reordered alike.
+    scores = [
+        (chosen, replace(samples, rounds=own.rounds, answer=own.answer))
+        for chosen, samples, own in parts
+    ]
+    ordered = _in_order(scores, problems)
+    return written, Scores(ordered.rounds.astype(np.float32), ordered.answer.astype(np.float32))
+
+
+def stream_chains(
+    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
+) -> Iterator[tuple[np.ndarray, Samples]]:
+    """Batches as they are done, as (which of the problems, their chains).
+
+    Only one batch is in memory: batches of the most loops come first. options, errors: those of
+    `generate_chains`; errors that the problems cause are raised at the first batch.
+    """
+    for chosen, samples, _ in _stream(model, problems, tasks, **options):
+        yield chosen, samples
+
+
+def _stream(
+    model: LoopedTransformer,
+    problems: Samples,
+    tasks: Mapping[str, Task],
+    scored: bool = False,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[np.ndarray, Samples, Scores | None]]:
+    sizes = np.diff(problems.problem_offsets)
+    shortest = [tasks[TASK_NAMES[k]].min_input_tokens for k in problems.task]
+    widths = np.maximum(sizes, np.array(shortest, np.int64))
+    check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
+    batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
+    order = np.lexsort((-sizes, -problems.loops))
+    ends = np.cumsum(sizes[order])
     questions = _without_truth(problems)
-    parts, done = [], 0
-    with inference(model):
-        for chosen in np.split(order, cuts):
-            part = questions.take(chosen)
-            batch = PackedBatch.looped(part, tasks, device=model.device)
-            rounds, answers = model.read(batch)
-            ids = torch.cat([*rounds, answers]).cpu().numpy().astype(np.int32)
-            written, round_offsets = _strip(ids[: len(ids) - len(part)], batch.plan)
-            parts.append(
-                replace(
-                    part.take(batch.order),
-                    rounds=written,
-                    round_offsets=round_offsets,
-                    answer=ids[len(ids) - len(part) :],
-                )
-            )
-            done += len(part)
-            if progress is not None:
-                progress(done, len(problems))
+    start = 0
+    while start < len(order):
+        before = ends[start] - sizes[order[start]]
+        stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
+        try:
+            with inference(model):
+                result = _read_batch(model, questions.take(order[start:stop]), tasks, scored)
+        except torch.OutOfMemoryError:
+            if stop == start + 1:
+                raise
+            # The rest of the problems, too, come in half as large batches.
+            batch_tokens = int(ends[stop - 1] - before) // 2
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        if progress is not None:
+            progress(stop, len(order))
+        yield order[start:stop], *result
+        start = stop
+
+
+def _read_batch(
+    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], scored: bool
+) -> tuple[Samples, Scores | None]:
+    """problems: the most loops first, so that the batch keeps their order."""
+    batch = PackedBatch.looped(problems, tasks, device=model.device)
+    if scored:
+        rounds, answers, scores, answer_scores = read_scored(model, batch)
+    else:
+        rounds, answers = model.read(batch)
+    ids = torch.cat([*rounds, answers]).cpu().numpy().astype(np.int32)
+    ids, answer = ids[: len(ids) - len(problems)], ids[len(ids) - len(problems) :]
+    inside, round_offsets = _find_rounds(ids, batch.plan)
+    written = replace(problems, rounds=ids[inside], round_offsets=round_offsets, answer=answer)
+    if not scored:
+        return written, None
+    own = torch.cat([*scores, answer_scores]).cpu().numpy()
+    return written, Scores(own[: len(ids)][inside], own[len(ids) :])
+
+
+def _in_order(parts: list[tuple[np.ndarray, Samples]], problems: Samples) -> Samples:
+    """The parts' samples in the problems' order."""
+    if not parts:
+        return _without_truth(problems)
+    order = np.concatenate([chosen for chosen, _ in parts])
     back = np.empty(len(order), np.int64)
     back[order] = np.arange(len(order))
-    return Samples.concat(parts).take(back)
+    return Samples.concat([samples for _, samples in parts]).take(back)
+
+
+def _tokens_that_fit(model: LoopedTransformer, longest: int) -> int:
+    """Problem tokens in a batch that half of the free memory holds, at most BATCH_TOKENS."""
+    element = model.embedding.weight.element_size()
+    a_token = bytes_a_token(model.config.block, longest, element)
+    fit = free_bytes(model.device) // (2 * a_token)
+    return max(1, min(BATCH_TOKENS[model.device.type], fit))
 
 
 def _without_truth(problems: Samples) -> Samples:
@@ -97,9 +183,9 @@ def _without_truth(problems: Samples) -> Samples:
     )
 
 
-def _strip(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds (flat) and their offsets, sequence by sequence, from the ids of every iteration's
-    active prefix, iteration-major."""
+def _find_rounds(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Where the rounds lie in the ids of every iteration's active prefix, iteration-major: index
+    of each of their tokens, sequence by sequence, and the rounds' offsets."""
     active = np.array(plan.active_sequences, np.int64)
     owner = ragged_index(np.zeros_like(active), active)
     iteration = np.repeat(np.arange(len(active)), active)
@@ -110,7 +196,7 @@ def _strip(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     begins = np.maximum(last_pad + 1, starts)
     by_sequence = np.lexsort((iteration, owner))
     begins, sizes = begins[by_sequence], (ends - begins)[by_sequence]
-    return ids[ragged_index(begins, sizes)], offsets_of(sizes)
+    return ragged_index(begins, sizes), offsets_of(sizes)
 
 
 def decode_chains(
@@ -135,7 +221,11 @@ def write_chains(
     The number of rounds is what the model wrote; an answer that cannot be read is NO_ANSWER.
     options: those of `relay_fast.decode.decode`.
     """
-    decoded = decode_chains(model, problems, tasks, **options)
+    return read_chains(decode_chains(model, problems, tasks, **options), problems, tasks)
+
+
+def read_chains(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> Samples:
+    """The problems with the rounds and answers of what was decoded."""
     rounds, answers = _read_texts(decoded, problems, tasks)
     return replace(
         problems,
@@ -190,104 +280,11 @@ def _present(problems: Samples, tasks: Mapping[str, Task]) -> dict[str, Task]:
     return {name: tasks[name] for name in names}
 
 
-# The command
-
-
-def chain_text(
-    task: Task, problem: np.ndarray, rounds: Sequence[Sequence[int]] | None, answer: int
-) -> str:
-    """A problem, its rounds with ✓ or ✗ at each, and its answer, to be read by people.
-
-    rounds: None for a model that writes answers only. answer: NO_ANSWER where none can be read.
-    """
-    truth, right_answer = task.solve(problem)
-    lines = [task.decode(problem)]
-    if rounds is not None:
-        texts = [task.decode(r) or "(nothing)" for r in rounds]
-        texts += ["(no round)"] * (len(truth) - len(rounds))
-        for k, right in enumerate(task.check(problem, rounds)):
-            wanted = task.decode(truth[k]) if k < len(truth) else "no further round"
-            lines.append(
-                f"  {_mark(right)} {texts[k]}" + ("" if right else f"   expected {wanted}")
-            )
-    expected = task.decode([right_answer])
-    given = "(none)" if answer == NO_ANSWER else task.decode([answer])
-    right = answer == right_answer
-    lines.append(f"  answer {given} {_mark(right)}" + ("" if right else f" expected {expected}"))
-    return "\n".join(lines)
-
-
-def _mark(right: bool) -> str:
-    return "✓" if right else "✗"
-
-
-def _check_fits(model: Model, task: Task, problems: Samples, length: int) -> None:
-    """Raises ValueError where the model cannot take the problems or hold their true chains."""
-    sizes = np.diff(problems.problem_offsets)
-    if isinstance(model, AutoregressiveTransformer):
-        sizes = np.diff(problems.sequences({task.name: task})[1]) - 1
-    limit = model.config.max_tokens
-    if sizes.max(initial=0) > limit:
-        raise ValueError(
-            f"{task.name} length {length} needs {sizes.max()} tokens, more than the model's limit "
-            f"of {limit}: use a smaller length, or train a model with a larger test length."
-        )
-
-
-def _show(model: Model, task: Task, problems: Samples, tasks: Mapping[str, Task]) -> None:
-    """Prints what the model writes for each problem, and how much of it is right."""
-    looped = isinstance(model, LoopedTransformer)
-    written = (generate_chains if looped else write_chains)(model, problems, tasks)
-    writes_chains = not looped or model.supervise == "chain"
-    for i in range(len(problems)):
-        rounds = written.rounds_of(i) if writes_chains else None
-        print(chain_text(task, problems.problem_of(i), rounds, int(written.answer[i])) + "\n")
-    right = int((written.answer == problems.answer).sum())
-    parts = [f"{right} of {len(problems)} answers right"]
-    if writes_chains:
-        chains = [
-            all(task.check(problems.problem_of(i), written.rounds_of(i)))
-            for i in range(len(problems))
-        ]
-        parts.insert(0, f"{sum(chains)} of {len(problems)} chains right")
-    print(", ".join(parts))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m relay_fast.generate", description="Print chains that a trained model writes."
-    )
-    parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--length", required=True, type=int, help="complexity of the problems")
-    parser.add_argument("--number", type=int, default=5, help="how many problems (5)")
-    parser.add_argument("--model", default=MODEL_NAMES[0], help=f"one of {', '.join(MODEL_NAMES)}")
-    parser.add_argument("--seed", type=int, default=0, help="which problems (0)")
-    parser.add_argument("--device", default="cpu")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 for bad input."""
-    a = _parser().parse_args(arguments)
-    try:
-        config = RunFolder.open(a.out).config
-        _, tasks = run_tasks(config)
-        if a.task not in tasks:
-            raise ValueError(f"unknown task {a.task!r}; this run has {', '.join(tasks)}.")
-        if a.number < 1:
-            raise ValueError(f"--number is {a.number}; give at least 1.")
-        task = tasks[a.task]
-        model = load_run_model(a.out, a.model, a.device)
-        problems = unseen_problems(task, a.length, a.number, a.seed)
-        _check_fits(model, task, problems, a.length)
-        shortest, longest = config["tasks"][a.task]["train"]
-        print(f"{a.model} on {a.task} of length {a.length}; trained on {shortest} to {longest}\n")
-        _show(model, task, problems, tasks)
-    except (ValueError, RunFolderError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command; exit status 0, or 2 for bad input."""
+    from relay_fast.generate_command import main as command
+
+    return command(arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +73,15 @@ def load_model(
         model = AutoregressiveTransformer(config, impl=impl)
     unpack_training_state(tensors, model, source=path)
     return model.to(device).eval(), metadata["info"]
+
+
+def model_hash(model: Model) -> str:
+    """16 hexadecimal digits that stand for the model's kind, config and every weight."""
+    digest = hashlib.sha256(json.dumps([type(model).__name__, model.config.to_dict()]).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def model_path(run: str | os.PathLike, name: str) -> Path:

@@ -16,13 +16,13 @@ from relay_fast.decode import Decoded
 from relay_fast.generate import (
     NO_ANSWER,
     UNSEEN,
-    chain_text,
     generate_chains,
     main,
     unseen_problems,
     verify_chains,
     write_chains,
 )
+from relay_fast.generate_command import chain_text
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.ragged import offsets_of
 from relay_fast.store import model_path, save_model

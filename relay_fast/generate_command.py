@@ -1,0 +1,230 @@
+"""`python -m relay_fast.generate`: prints chains, writes folders of them, shows such folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from relay_fast import trust
+from relay_fast.chain_dataset import (
+    SHARD_CHAINS,
+    ChainDataset,
+    DatasetError,
+    dataset_tasks,
+    read_manifest,
+    write_dataset,
+)
+from relay_fast.checkpoint import CheckpointError
+from relay_fast.evaluate import parse_lengths
+from relay_fast.generate import (
+    NO_ANSWER,
+    decode_chains,
+    generate_chains,
+    read_chains,
+    unseen_problems,
+)
+from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.runs import RunFolder, RunFolderError
+from relay_fast.store import MODEL_NAMES, Model, load_run_model, run_tasks
+from relay_fast.tasks import TASK_NAMES, Samples, Task
+
+CHECKS = {"self": "self", "task": "task", "none": None}
+
+
+def chain_text(
+    task: Task, problem: np.ndarray, rounds: Sequence[Sequence[int]] | None, answer: int
+) -> str:
+    """A problem, its rounds with ✓ or ✗ at each, and its answer, to be read by people.
+
+    rounds: None for a model that writes answers only. answer: NO_ANSWER where none can be read.
+    """
+    truth, right_answer = task.solve(problem)
+    lines = [task.decode(problem)]
+    if rounds is not None:
+        texts = [task.decode(r) or "(nothing)" for r in rounds]
+        texts += ["(no round)"] * (len(truth) - len(rounds))
+        for k, right in enumerate(task.check(problem, rounds)):
+            wanted = task.decode(truth[k]) if k < len(truth) else "no further round"
+            lines.append(
+                f"  {_mark(right)} {texts[k]}" + ("" if right else f"   expected {wanted}")
+            )
+    expected = task.decode([right_answer])
+    given = "(none)" if answer == NO_ANSWER else task.decode([answer])
+    right = answer == right_answer
+    lines.append(f"  answer {given} {_mark(right)}" + ("" if right else f" expected {expected}"))
+    return "\n".join(lines)
+
+
+def _mark(right: bool) -> str:
+    return "✓" if right else "✗"
+
+
+def _check_fits(model: Model, task: Task, problems: Samples, length: int) -> None:
+    """Raises ValueError where the model cannot take the problems or hold their true chains."""
+    sizes = np.diff(problems.problem_offsets)
+    if isinstance(model, AutoregressiveTransformer):
+        sizes = np.diff(problems.sequences({task.name: task})[1]) - 1
+    limit = model.config.max_tokens
+    if sizes.max(initial=0) > limit:
+        raise ValueError(
+            f"{task.name} length {length} needs {sizes.max()} tokens, more than the model's limit "
+            f"of {limit}: use a smaller length, or train a model with a larger test length."
+        )
+
+
+def _print_chains(model: Model, task: Task, problems: Samples) -> None:
+    """Prints what the model writes for each problem, and how much of it is right."""
+    tasks, unended = {task.name: task}, 0
+    if looped := isinstance(model, LoopedTransformer):
+        written = generate_chains(model, problems, tasks)
+    else:
+        decoded = decode_chains(model, problems, tasks)
+        written, unended = read_chains(decoded, problems, tasks), int((~decoded.ended).sum())
+    writes_chains = not looped or model.supervise == "chain"
+    for i in range(len(problems)):
+        rounds = written.rounds_of(i) if writes_chains else None
+        print(chain_text(task, problems.problem_of(i), rounds, int(written.answer[i])) + "\n")
+    right = int((written.answer == problems.answer).sum())
+    parts = [f"{right} of {len(problems)} answers right"]
+    if writes_chains:
+        chains = [
+            all(task.check(problems.problem_of(i), written.rounds_of(i)))
+            for i in range(len(problems))
+        ]
+        parts.insert(0, f"{sum(chains)} of {len(problems)} chains right")
+    if unended:
+        parts.append(f"{unended} did not end within the limit")
+    print(", ".join(parts))
+
+
+def _print_some(a: argparse.Namespace) -> None:
+    """`--length`: chains of one length, for people to read."""
+    model, tasks, config = _load(a)
+    task = tasks[a.task]
+    problems = unseen_problems(task, a.length, a.number, a.seed)
+    _check_fits(model, task, problems, a.length)
+    shortest, longest = config["tasks"][a.task]["train"]
+    print(f"{a.model} on {a.task} of length {a.length}; trained on {shortest} to {longest}\n")
+    _print_chains(model, task, problems)
+
+
+def _write(a: argparse.Namespace) -> None:
+    """`--dataset`: a folder of chains."""
+    model, tasks, _ = _load(a)
+    lengths = np.array(parse_lengths(a.lengths))
+    numbers = np.full(len(lengths), a.number // len(lengths))
+    numbers[: a.number % len(lengths)] += 1
+    counts = dict(zip(lengths.tolist(), numbers.tolist(), strict=True))
+    print(f"{a.model} writes {a.number} chains of {a.task} into {a.dataset}", flush=True)
+    manifest = write_dataset(
+        a.dataset, model, tasks, {a.task: counts}, seed=a.seed, verify=CHECKS[a.verify],
+        shard_chains=a.shard, progress=_progress_lines(),
+    )  # fmt: skip
+    print(_summary(a.dataset, manifest))
+
+
+def _progress_lines() -> Callable[[int, int], None]:
+    started = time.monotonic()
+
+    def show(done: int, shards: int) -> None:
+        print(f"shard {done} of {shards}  {time.monotonic() - started:.0f} s", flush=True)
+
+    return show
+
+
+def _show(a: argparse.Namespace) -> None:
+    """`--show`: what is in a folder of chains."""
+    manifest = read_manifest(a.show)
+    tasks = dataset_tasks(manifest)
+    chains = ChainDataset(a.show, only_passed=False, unfinished=True)
+    rng = np.random.default_rng(a.seed)
+    chosen = np.sort(rng.permutation(len(chains))[: a.number])
+    for i in chosen.tolist():
+        chain = chains[i]
+        task = tasks[TASK_NAMES[chain.task[0]]]
+        rounds, answer = chain.rounds_of(0), int(chain.answer[0])
+        print(f"{task.name} of length {chain.length[0]}, chain {i}")
+        print(chain_text(task, chain.problem_of(0), rounds, answer) + "\n")
+    print(_summary(a.show, manifest))
+    if not manifest["complete"]:
+        print(f"{len(chains)} chains so far; the command that writes them has not finished")
+
+
+def _summary(folder: str, manifest: dict) -> str:
+    identity = manifest["identity"]
+    check = {"self": "the label-free filter", "task": "the task's rules", None: "no check"}
+    lines = [
+        f"{folder}: {manifest['shards']} shards of up to {identity['shard_chains']} chains, seed "
+        f"{identity['seed']}, written by {identity['model']['kind']} {identity['model']['hash']}; "
+        f"passed: by {check[identity['verify']]}"
+    ]
+    if manifest["complete"]:
+        lines.append(trust.report(trust.from_json(manifest["counts"])))
+    return "\n".join(lines)
+
+
+def _load(a: argparse.Namespace) -> tuple[Model, dict[str, Task], dict]:
+    config = RunFolder.open(a.out).config
+    _, tasks = run_tasks(config)
+    if a.task not in tasks:
+        raise ValueError(f"unknown task {a.task!r}; this run has {', '.join(tasks)}.")
+    return load_run_model(a.out, a.model, a.device), tasks, config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m relay_fast.generate",
+        description="Print chains that a trained model writes (--length), write a folder of them "
+        "(--lengths, --dataset; the same command continues it), or show such a folder (--show).",
+    )
+    parser.add_argument("--out", metavar="RUN", help="the run's folder")
+    parser.add_argument("--task")
+    parser.add_argument("--length", type=int, help="complexity of the problems to print")
+    parser.add_argument("--lengths", metavar="A-B", help="complexities of the chains to write")
+    parser.add_argument("--dataset", metavar="DIR", help="the folder to write chains into")
+    parser.add_argument("--show", metavar="DIR", help="print what a folder of chains holds")
+    parser.add_argument("--number", type=int, default=5, help="how many chains, in all (5)")
+    parser.add_argument("--model", default=MODEL_NAMES[0], help=f"one of {', '.join(MODEL_NAMES)}")
+    parser.add_argument(
+        "--verify", choices=CHECKS, default="self",
+        help="which chains of --dataset are marked as passed: those whose answer agrees with their "
+        "rounds (self), that follow the task's rules (task), all (none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard", type=int, default=SHARD_CHAINS, help=f"chains a file ({SHARD_CHAINS})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which problems (0)")
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
+    """What the arguments ask for. Raises ValueError where they do not fit together."""
+    if a.number < 1:
+        raise ValueError(f"--number is {a.number}; give at least 1.")
+    if a.show is not None:
+        return _show
+    if a.out is None or a.task is None:
+        raise ValueError("give --out RUN and --task, or --show DIR.")
+    if a.dataset is not None:
+        if a.lengths is None:
+            raise ValueError("--dataset needs --lengths, for example --lengths 1-25.")
+        return _write
+    if a.length is None:
+        raise ValueError("give --length to print chains, or --lengths and --dataset to write them.")
+    return _print_some
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 for bad input."""
+    a = _parser().parse_args(arguments)
+    try:
+        _mode(a)(a)
+    except (ValueError, RunFolderError, CheckpointError, DatasetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
