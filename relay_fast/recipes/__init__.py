@@ -20,6 +20,7 @@ from types import ModuleType
 # Name -> one line with the paper. The lines are here so that listing them imports no torch.
 RECIPES: dict[str, str] = {
     "p_hop": "p-hop induction, one looped layer against stacks (Saunshi et al. 2025)",
+    "addition": "adding many numbers, looped layers against stacks (Saunshi et al. 2025)",
     "linear_loop": "linear attention loops learn gradient descent (Gatmiry et al. 2024)",
     "cot_gd": "a chain of thought that is gradient descent (Huang, Wang, Lee 2025)",
     "gd_conditioning": "loops of linear attention against e^(-T/condition) (Chen et al. 2024)",

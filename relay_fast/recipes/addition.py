@@ -1,0 +1,166 @@
+"""Addition of many numbers by looped models (Saunshi et al. 2025, arXiv 2502.17416).
+
+`315+120+045+824=` → `1304`: operands uniform and zero-padded, the sum without leading zeros and
+most significant digit first, then an end token. No chain of thought; n is drawn for each problem.
+The answer is right if all its tokens are, each read out after the true ones before it, which is
+when greedy decoding writes it.
+
+The paper does not say how it tokenises or encodes positions: here a token a character, no spaces,
+and RoPE. It trains with Adafactor and takes the best of 3 seeds; here it is AdamW, in the cpu
+preset with Muon, and one seed. The cpu preset has 2-digit operands: with 1 digit a single layer is
+enough, and 3 digits take a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relay_fast._inference import inference
+from relay_fast.display import Display
+from relay_fast.recipes._common import Training
+from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
+from relay_fast.recipes._models import LoopedClassifier, parse_shape
+from relay_fast.runs import RunFolder
+
+PLUS, EQUALS, END, VOCABULARY_SIZE = 10, 11, 12, 13
+_TEST = 2**32  # stream of the test problems; training counts its steps from 0
+
+# Table 1 of the paper, % right for n operands; best of 3 seeds.
+PUBLISHED: dict[str, dict[int, float]] = {
+    "12x1": {8: 100, 16: 100, 24: 100, 32: 100},
+    "1x1": {8: 0.1, 16: 0.1, 24: 0.1, 32: 0.0},
+    "1x12": {8: 99.9, 16: 100, 24: 99.9, 32: 99.6},
+    "2x1": {8: 85.8, 16: 71.5, 24: 49.3, 32: 38.8},
+    "2x6": {8: 100, 16: 99.8, 24: 99.7, 32: 99.5},
+    "3x1": {8: 97.2, 16: 78.5, 24: 69.2, 32: 60.7},
+    "3x4": {8: 100, 16: 99.1, 24: 97.0, 32: 96.6},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """counts, test_counts: the numbers of operands n in training and in the test. problems: of the
+    test, for each n."""
+
+    training: Training
+    models: tuple[str, ...] = ("1x1", "1x4", "4x1", "1+1x2+1")
+    digits: int = 2
+    counts: tuple[int, ...] = (2, 3, 4)
+    test_counts: tuple[int, ...] = (2, 3, 4)
+    d_model: int = 64
+    n_heads: int = 4
+    activation: str = "relu2"
+    problems: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.digits <= 9:
+            raise ValueError(f"digits = {self.digits}: give 1 to 9")
+        for name in ("counts", "test_counts"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give some numbers of at least 1")
+        if self.problems < 1:
+            raise ValueError(f"problems = {self.problems}: give at least 1")
+        for name in self.models:
+            parse_shape(name)
+
+
+PRESETS = {
+    "cpu": Settings(
+        Training(steps=1500, batch_size=64, lr=2e-3, muon_lr=0.01, warmup=0.05, weight_decay=0.01)
+    ),
+    "paper": Settings(
+        Training(steps=200_000, batch_size=1024, lr=1e-3),
+        models=tuple(PUBLISHED),
+        digits=3,
+        counts=(2, 4, 8, 16, 32),
+        test_counts=(8, 16, 24, 32),
+        d_model=256,
+        n_heads=8,
+        activation="gelu_tanh",
+    ),
+}
+
+
+def draw_sums(
+    rng: np.random.Generator, counts: np.ndarray, digits: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Problems with their answers, packed: tokens (N,), rows (R,), targets (R,), cu_seqlens.
+
+    counts (B,): operands of each problem. The rows are those of "=" and of the answer's digits; the
+    targets the answer's digits and END.
+    """
+    batch, most = len(counts), int(counts.max())
+    present = np.arange(most) < counts[:, None]
+    operands = np.where(present, rng.integers(0, 10**digits, (batch, most)), 0)
+    answer = _digits(operands.sum(1), digits + len(str(most)))
+    # Operand and sign after operand; the sign after the last one is "=".
+    sign = np.where(np.arange(most) == counts[:, None] - 1, EQUALS, PLUS)
+    problem = np.concatenate([_digits(operands, digits), sign[..., None]], axis=2)
+    written = answer.cumsum(1) > 0
+    written[:, -1] = True
+    tokens = np.concatenate([problem.reshape(batch, -1), answer], axis=1)
+    used = np.concatenate([np.repeat(present, digits + 1, axis=1), written], axis=1)
+    read = used & (np.arange(tokens.shape[1]) >= problem[0].size)
+    read[:, : problem[0].size] |= tokens[:, : problem[0].size] == EQUALS
+    cu_seqlens = np.concatenate([[0], used.sum(1).cumsum()])
+    tokens, rows = tokens[used], np.flatnonzero((read & used)[used])
+    follows = np.append(tokens[1:], END)
+    follows[cu_seqlens[1:] - 1] = END
+    return tokens, rows, follows[rows], cu_seqlens.tolist()
+
+
+def _digits(numbers: np.ndarray, count: int) -> np.ndarray:
+    """(…, count) decimal digits, most significant first."""
+    return numbers[..., None] // 10 ** np.arange(count)[::-1] % 10
+
+
+def accuracy(model: LoopedClassifier, settings: Settings, n: int, seed: int) -> float:
+    """Share of sums of n operands that are right."""
+    rng = np.random.default_rng([seed, _TEST, n])
+    device = model.embedding.weight.device
+    right = 0
+    with inference(model):
+        for first in range(0, settings.problems, 250):
+            counts = np.full(min(250, settings.problems - first), n)
+            tokens, rows, targets, cu_seqlens = draw_sums(rng, counts, settings.digits)
+            chosen = model.predict(
+                torch.from_numpy(tokens).to(device), torch.from_numpy(rows).to(device),
+                cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+            begins = np.flatnonzero(np.append(True, targets[:-1] == END))
+            right += int(np.logical_and.reduceat(chosen.cpu().numpy() == targets, begins).sum())
+    return right / settings.problems
+
+
+def run(
+    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+) -> dict[str, Any]:
+    def draw(rng: np.random.Generator, _: int):
+        counts = rng.choice(settings.counts, settings.training.batch_size)
+        return draw_sums(rng, counts, settings.digits)
+
+    models = compare(
+        settings, VOCABULARY_SIZE, draw, lambda model, n: accuracy(model, settings, n, seed),
+        settings.test_counts, folder, display, seed=seed, device=device,
+    )  # fmt: skip
+    return {"models": models, "published": settings.digits == 3}
+
+
+def _published(results: Mapping[str, Any]) -> Mapping[str, Mapping[int, float]]:
+    """The paper's numbers where the task is the paper's."""
+    return PUBLISHED if results["published"] else {}
+
+
+def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    return comparison_rows(results["models"], _published(results), "n")
+
+
+def plot(results: Mapping[str, Any], path: Path) -> Path:
+    title = "Addition: looped layers against stacks"
+    return comparison_plot(results["models"], _published(results), "operands n", title, path)
