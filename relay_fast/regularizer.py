@@ -30,16 +30,17 @@ def block_cosines(layers: Sequence[nn.Module], period: int = 1) -> dict[str, Ten
     package's `qkv` counts as three. Raises ValueError where the blocks do not come out even.
     """
     check_period(period, len(layers))
-    by_group: dict[str, list[Tensor]] = {}
-    for layer in layers:
-        for name, matrix in _groups(layer):
-            by_group.setdefault(name, []).append(matrix.flatten())
-    found = {}
-    for name, rows in by_group.items():
-        stacked = torch.stack(rows)  # (L, numbers)
-        cosines = torch.cosine_similarity(stacked[:-period], stacked[period:], dim=1)
-        found[name] = cosines.mean()
-    return found
+    return {
+        name: torch.cosine_similarity(rows[:-period], rows[period:], dim=1).mean()
+        for name, rows in _stacked(layers).items()
+    }
+
+
+@torch.no_grad()
+def layer_similarity(layers: Sequence[nn.Module]) -> Tensor:
+    """(L, L) cosine between every two layers, the mean over the groups."""
+    unit = [torch.nn.functional.normalize(rows, dim=1) for rows in _stacked(layers).values()]
+    return torch.stack([rows @ rows.mT for rows in unit]).mean(0)
 
 
 def loop_regularizer(layers: Sequence[nn.Module], period: int = 1) -> Tensor:
@@ -69,6 +70,15 @@ def tie(model: nn.Module, period: int = 1, how: str = "mean") -> nn.Module:
     if isinstance(getattr(looped, "loops", None), int):
         looped.loops *= len(layers) // period
     return looped
+
+
+def _stacked(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """group → (L, numbers), each layer's matrix flattened."""
+    by_group: dict[str, list[Tensor]] = {}
+    for layer in layers:
+        for name, matrix in _groups(layer):
+            by_group.setdefault(name, []).append(matrix.flatten())
+    return {name: torch.stack(rows) for name, rows in by_group.items()}
 
 
 def _groups(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ import relay_fast
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.modules import AutoregressiveTransformer, LoopedBlock
 from relay_fast.recipes._models import LoopedClassifier
-from relay_fast.regularizer import block_cosines, loop_regularizer, tie
+from relay_fast.regularizer import block_cosines, layer_similarity, loop_regularizer, tie
 from relay_fast.stack import stack_of
 
 GROUPS = ["q", "k", "v", "out", "up", "down"]
@@ -37,6 +37,9 @@ def test_the_formula(period) -> None:
     assert torch.isclose(found["k"], expected, atol=1e-6)
     mean = sum(found.values()) / len(found)
     assert torch.isclose(loop_regularizer(layers, period), 1 - mean)
+    similarity = layer_similarity(layers)
+    assert torch.allclose(similarity.diagonal(), torch.ones(4))
+    assert torch.isclose(similarity.diagonal(period).mean(), mean, atol=1e-6)
 
 
 def test_grouped_query_heads_and_gates_are_groups_of_their_own() -> None:

@@ -20,6 +20,8 @@ from types import ModuleType
 # Name -> one line with the paper. The lines are here so that listing them imports no torch.
 RECIPES: dict[str, str] = {
     "p_hop": "p-hop induction, one looped layer against stacks (Saunshi et al. 2025)",
+    "loop_regularizer": "a stack drawn towards a loop, then made one (Saunshi et al. 2025)",
+    "stacking": "stacks that grow while they train (MIDAS, Saunshi et al. 2024)",
     "addition": "adding many numbers, looped layers against stacks (Saunshi et al. 2025)",
     "linear_loop": "linear attention loops learn gradient descent (Gatmiry et al. 2024)",
     "cot_gd": "a chain of thought that is gradient descent (Huang, Wang, Lee 2025)",

@@ -1,0 +1,157 @@
+"""Stacks that are drawn towards loops while they train, and then made loops (Saunshi et al. 2025).
+
+loss = cross-entropy + λ · mean over groups of (1 − cosine between consecutive blocks), see
+`relay_fast.regularizer`; the paper prints a sign that would push the blocks apart. The task is
+p-hop (`relay_fast.recipes.p_hop`): the paper regularises language models of 24 layers and 1.5 B
+parameters on 250 B tokens of the Pile, so `paper` takes the sizes of its p-hop experiment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from relay_fast.display import Display
+from relay_fast.recipes import p_hop
+from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._models import LoopedClassifier
+from relay_fast.regularizer import HOW, block_cosines, loop_regularizer, tie
+from relay_fast.runs import RunFolder
+from relay_fast.stack import check_period
+
+# Table 4 of the paper (24 layers, the Pile): perplexity, mean of its tasks, reasoning primitives.
+# With k = 4 and λ = 10 the cosines are at least 0.98, without the regulariser near 0.
+PUBLISHED = {
+    "baseline": {"perplexity": 7.40, "average": 26.0, "primitives": 47.5},
+    "k=4 λ=1": {"perplexity": 7.41, "average": 27.2, "primitives": 42.5},
+    "k=4 λ=10": {"perplexity": 7.38, "average": 30.0, "primitives": 57.2, "cosine": 0.98},
+    "k=6 λ=10": {"perplexity": 7.40, "average": 27.5, "primitives": 55.8},
+    "k=8 λ=10": {"perplexity": 7.43, "average": 27.6, "primitives": 56.3},
+    "k=12 λ=10": {"perplexity": 7.51, "average": 27.0, "primitives": 50.7},
+}
+
+
+@dataclass(frozen=True)
+class Settings(p_hop.Settings):
+    """models: one stack without loops; weights: λ; period: layers of a block."""
+
+    models: tuple[str, ...] = ("4x1",)
+    weights: tuple[float, ...] = (0.0, 1.0, 10.0)
+    period: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.models) != 1 or p_hop.parse_shape(self.models[0])[2] != 1:
+            raise ValueError(
+                f"models = {list(self.models)}: give one stack without loops, like 4x1"
+            )
+        if not self.weights or min(self.weights) < 0:
+            raise ValueError(f"weights = {list(self.weights)}: give numbers of at least 0")
+        check_period(self.period, p_hop.parse_shape(self.models[0])[1])
+
+
+PRESETS = {
+    "cpu": Settings(
+        Training(
+            steps=600,
+            batch_size=32,
+            lr=2e-3,
+            muon_lr=0.02,
+            warmup=0.05,
+            weight_decay=0.01,
+            clip=1.0,
+        )
+    ),
+    "paper": Settings(
+        Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),
+        models=("6x1",),
+        length=256,
+        hops=(16,),
+        target="last",
+        d_model=128,
+        n_heads=8,
+        activation="gelu_tanh",
+        problems=262_144,
+    ),
+}
+
+
+def run(
+    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+) -> dict[str, Any]:
+    results = []
+    for weight in settings.weights:
+
+        def loss(model: LoopedClassifier, *batch: Tensor, weight: float = weight):
+            value, right = model.loss(*batch)
+            if weight:
+                layers = model.block.layers
+                value = value + weight * loop_regularizer(layers, settings.period).to(value)
+            return value, right
+
+        model = p_hop.make_model(settings, settings.models[0], seed)
+        trained = train(
+            model, loss, p_hop.make_draw(settings), settings.training, folder,
+            f"weight_{weight:g}", display, seed=seed, device=device,
+        )  # fmt: skip
+        looped = {how: tie(model, settings.period, how) for how in HOW}
+        cosines = block_cosines(model.block.layers, settings.period)
+        results.append(
+            {
+                "weight": weight,
+                "cosines": {name: round(c.item(), 5) for name, c in cosines.items()},
+                "accuracy": _accuracies(model, settings, seed),
+                "tied": {how: _accuracies(m, settings, seed) for how, m in looped.items()},
+                "parameters": model.parameter_count(),
+                "tied_parameters": looped["mean"].parameter_count(),
+                "seconds": round(trained.seconds, 2),
+                "history": trained.history,
+            }
+        )
+    return {"models": results, "shape": settings.models[0], "period": settings.period}
+
+
+def _accuracies(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str, float]:
+    return {str(p): p_hop.accuracy(model, settings, p, seed) for p in settings.hops}
+
+
+def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """A line for each λ; accuracies are those of the largest p."""
+    p = max(results["models"][0]["accuracy"], key=int)
+    header = ["λ", "parameters", "least cosine", "mean cosine", "paper", f"right, p = {p} (%)"]
+    lines = []
+    for m in results["models"]:
+        cosines = list(m["cosines"].values())
+        paper = {0: "≈ 0", 10: "≥ 0.98"}.get(m["weight"], "–")
+        tied = [100 * m["tied"][how][p] for how in HOW]
+        lines.append([
+            f"{m['weight']:g}", m["parameters"], min(cosines), sum(cosines) / len(cosines), paper,
+            100 * m["accuracy"][p], *tied, m["tied_parameters"], m["seconds"],
+        ])  # fmt: skip
+    tied = [f"tied, {how} (%)" for how in HOW]
+    return [*header, *tied, "tied parameters", "seconds"], lines
+
+
+def plot(results: Mapping[str, Any], path: Path) -> Path:
+    """Cosines of the groups, and accuracy as a stack and tied, against λ."""
+    models = results["models"]
+    groups = list(models[0]["cosines"])
+    cosines = {
+        f"λ = {m['weight']:g}": (range(len(groups)), list(m["cosines"].values())) for m in models
+    }
+    places = range(len(models))
+    p = max(models[0]["accuracy"], key=int)
+    right = {"stack": (places, [100 * m["accuracy"][p] for m in models])}
+    for how in HOW:
+        right[f"tied, {how}"] = places, [100 * m["tied"][how][p] for m in models]
+    labels = ", ".join(f"{i}: {name}" for i, name in enumerate(groups))
+    weights = ", ".join(f"{i}: λ = {m['weight']:g}" for i, m in enumerate(models))
+    panels = [
+        Panel("consecutive blocks", labels, "cosine", cosines, y_range=(-0.1, 1.05)),
+        Panel(f"p-hop, p = {p}", weights, "right (%)", right, y_range=(0, 103)),
+    ]
+    return draw_panels(path, panels, "Looping regulariser")

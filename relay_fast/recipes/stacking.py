@@ -1,0 +1,325 @@
+"""Stacks that grow while they train, against the whole stack (MIDAS: Saunshi et al. 2024, arXiv
+2409.19044).
+
+`relay_fast.growth` has the operators (middle and gradual stacking) and the Prop-α schedule. Tasks:
+p-hop (`relay_fast.recipes.p_hop`), and RELAY's autoregressive model on the arithmetic chains of the
+preset `cpu`. Reported: accuracy, similarity of the layers, and the speed-up, ideal (layer work) and
+measured (seconds of a step at each depth, taken in turns, over the schedule).
+
+The paper trains language models of up to 8 B parameters with UL2; its tables could not be read, and
+`paper` takes the sizes of the p-hop experiment of Saunshi et al. 2025 instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.data import Form, TruthStream
+from relay_fast.display import Display
+from relay_fast.evaluate import evaluate_autoregressive
+from relay_fast.growth import WHERE, GrowthSchedule, grow
+from relay_fast.modules import AutoregressiveTransformer
+from relay_fast.optim import make_optimizer
+from relay_fast.presets import load_preset
+from relay_fast.recipes import p_hop
+from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._models import LoopedClassifier
+from relay_fast.regularizer import layer_similarity
+from relay_fast.runs import RunFolder
+from relay_fast.schedule import Schedule
+from relay_fast.stack import stack_of
+from relay_fast.store import run_tasks
+from relay_fast.trainer import BeforeStep, Trained, train_model
+
+TASKS = ("p_hop", "arithmetic")
+TIMED_STEPS = 9  # at each depth, for the measured speed-up
+
+# The abstract's "up to 40 % faster"; the paper's tables could not be read.
+PUBLISHED = {"speed_up": 1.4}
+
+
+@dataclass(frozen=True)
+class Settings(p_hop.Settings):
+    """Training of p-hop, and what stacking adds.
+
+    methods: "full" is the whole stack throughout, "middle" and "last" grow it. depth: layers at the
+    end; layers: of a block; stages: None for as many as it takes; state: of the optimiser for a new
+    layer, copied from its source's or reset. arithmetic: training of that task.
+    """
+
+    models: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = TASKS
+    methods: tuple[str, ...] = ("full", *WHERE)
+    depth: int = 4
+    layers: int = 1
+    alpha: float = 1.0
+    stages: int | None = None
+    state: str = "copy"
+    arithmetic: Training = Training(
+        steps=700, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="linear",
+        weight_decay=0.01, clip=1.0,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("tasks", TASKS), ("methods", ("full", *WHERE))):
+            unknown = [value for value in getattr(self, name) if value not in known]
+            if unknown or not getattr(self, name):
+                raise ValueError(f"{name} = {list(getattr(self, name))}: use some of {known}")
+        for training in (self.training, self.arithmetic):
+            self.schedule(training)
+
+    def schedule(self, training: Training) -> GrowthSchedule:
+        """When a training of this task grows; raises ValueError where it cannot."""
+        return GrowthSchedule(training.steps, self.depth, self.layers, self.alpha, self.stages)
+
+
+PRESETS = {
+    "cpu": Settings(
+        Training(
+            steps=600,
+            batch_size=32,
+            lr=2e-3,
+            muon_lr=0.02,
+            warmup=0.05,
+            weight_decay=0.01,
+            clip=1.0,
+        )
+    ),
+    "paper": Settings(
+        Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),
+        tasks=("p_hop",),
+        depth=6,
+        length=256,
+        hops=(16,),
+        target="last",
+        d_model=128,
+        n_heads=8,
+        activation="gelu_tanh",
+        problems=262_144,
+    ),
+}
+
+
+class _Task(Protocol):
+    """A task as stacking needs it."""
+
+    training: Training
+
+    def new_model(self, layers: int) -> nn.Module: ...
+
+    def train(self, model: nn.Module, name: str, before_step: BeforeStep | None) -> Trained: ...
+
+    def loss(self, model: nn.Module) -> torch.Tensor:
+        """The loss of some batch, for timing."""
+
+    def accuracy(self, model: nn.Module) -> dict[str, float]: ...
+
+
+@dataclass
+class _Hops:
+    settings: Settings
+    folder: RunFolder
+    display: Display
+    seed: int
+    device: str
+
+    def __post_init__(self) -> None:
+        self.training = self.settings.training
+        self._draw = p_hop.make_draw(self.settings)
+
+    def new_model(self, layers: int) -> LoopedClassifier:
+        return p_hop.make_model(self.settings, f"{layers}x1", self.seed).to(self.device)
+
+    def train(self, model: nn.Module, name: str, before_step: BeforeStep | None) -> Trained:
+        return train(
+            model, p_hop.classifier_loss, self._draw, self.training, self.folder, name,
+            self.display, seed=self.seed, device=self.device, before_step=before_step,
+        )  # fmt: skip
+
+    def loss(self, model: LoopedClassifier) -> torch.Tensor:
+        batch = self._draw(np.random.default_rng(self.seed), 0)
+        return model.loss(*(torch.from_numpy(part).to(self.device) for part in batch))[0]
+
+    def accuracy(self, model: nn.Module) -> dict[str, float]:
+        s = self.settings
+        return {str(p): p_hop.accuracy(model, s, p, self.seed) for p in s.hops}
+
+
+@dataclass
+class _Arithmetic:
+    """RELAY's autoregressive model on whole chains; accuracy is that of the answers it writes."""
+
+    settings: Settings
+    folder: RunFolder
+    display: Display
+    seed: int
+    device: str
+
+    def __post_init__(self) -> None:
+        config = load_preset("cpu")
+        config["tasks"] = {"arithmetic": config["tasks"]["arithmetic"]}
+        t = self.training = self.settings.arithmetic
+        self._vocabulary, self._tasks = run_tasks(config)
+        self._range = tuple(config["tasks"]["arithmetic"]["train"])
+        self._sizes = {k: v for k, v in config["model"].items() if not isinstance(v, dict)}
+        schedule = Schedule.by_steps(t.steps, warmup=t.warmup, decay=t.decay)
+        self._stream = TruthStream(
+            self._tasks, {"arithmetic": self._range}, Form("autoregressive"), schedule,
+            batch_size=t.batch_size, seed=self.seed, lengths="uniform", lengths_per_batch=4,
+        )  # fmt: skip
+
+    def new_model(self, layers: int) -> AutoregressiveTransformer:
+        torch.manual_seed(self.seed)
+        block = BlockConfig(**{**self._sizes, "n_layers": layers}, causal=True)
+        longest = self._tasks["arithmetic"].max_sequence_tokens(self._range[1])
+        config = ModelConfig(block, self._vocabulary.size, longest)
+        return AutoregressiveTransformer(config).to(self.device)
+
+    def train(self, model: nn.Module, name: str, before_step: BeforeStep | None) -> Trained:
+        self.display.start(name)
+        trained = train_model(
+            model, self._stream, asdict(self.training), self.folder.checkpoint(name),
+            seed=self.seed, before_step=before_step,
+            report=lambda progress: self.display.progress(name, progress),
+        )  # fmt: skip
+        self.display.finish(name, trained.seconds)
+        return trained
+
+    def loss(self, model: AutoregressiveTransformer) -> torch.Tensor:
+        return model.loss(self._stream[0].batch.to(self.device)).loss
+
+    def accuracy(self, model: AutoregressiveTransformer) -> dict[str, float]:
+        lengths = range(self._range[0], self._range[1] + 1)
+        number = max(1, self.settings.problems // len(lengths))
+        by_length = evaluate_autoregressive(
+            model, self._tasks, "arithmetic", lengths, number, self.seed
+        )
+        return {str(length): marks["answer"] for length, marks in by_length.items()}
+
+
+def run(
+    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+) -> dict[str, Any]:
+    results = {}
+    for name in settings.tasks:
+        kind = _Hops if name == "p_hop" else _Arithmetic
+        task = kind(settings, folder, display, seed, device)
+        schedule = settings.schedule(task.training)
+        seconds = _step_seconds(task, settings)
+        models = {
+            method: _train_one(task, settings, schedule, method, f"{name}_{method}")
+            for method in settings.methods
+        }
+        spent = sum(n * t for n, t in zip(schedule.stage_steps, seconds, strict=True))
+        results[name] = {
+            "models": models,
+            "stage_steps": list(schedule.stage_steps),
+            "step_seconds": [round(t, 6) for t in seconds],
+            "ideal_work": schedule.work,
+            "measured_work": spent / (task.training.steps * seconds[-1]),
+        }
+    return {"tasks": results}
+
+
+def _train_one(
+    task: _Task, settings: Settings, schedule: GrowthSchedule, method: str, name: str
+) -> dict[str, Any]:
+    whole = method == "full"
+    model = task.new_model(settings.depth if whole else settings.layers)
+
+    def before_step(step: int, optimizer: torch.optim.Optimizer) -> None:
+        if not whole and schedule.grows(step):
+            grow(model, optimizer, layers=settings.layers, where=method, state=settings.state)
+
+    trained = task.train(model, name, before_step)
+    similarity = layer_similarity(stack_of(model).layers)
+    return {
+        "accuracy": task.accuracy(model),
+        "similarity": [[round(c, 4) for c in row] for row in similarity.tolist()],
+        "seconds": round(trained.seconds, 2),
+        "history": trained.history,
+    }
+
+
+def _step_seconds(task: _Task, settings: Settings) -> list[float]:
+    """Seconds of a training step with 1, 2, … blocks: medians of steps that are taken in turns."""
+    depths = range(settings.layers, settings.depth + 1, settings.layers)
+    steps = [_timed_step(task, depth) for depth in depths]
+    for step in steps:
+        step()
+    taken = [[step() for step in steps] for _ in range(TIMED_STEPS)]
+    return [median(column) for column in zip(*taken, strict=True)]
+
+
+def _timed_step(task: _Task, depth: int) -> Callable[[], float]:
+    """A training step of a fresh model; its call returns the seconds that it took."""
+    model = task.new_model(depth)
+    t = task.training
+    optimizer = make_optimizer(model, lr=t.lr, muon_lr=t.muon_lr)
+    cuda = next(model.parameters()).is_cuda
+    # The processor's time, where it does the work: what else runs on it does not count.
+    clock = time.perf_counter if cuda else time.process_time
+
+    def step() -> float:
+        started = clock()
+        loss = task.loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if cuda:
+            torch.cuda.synchronize()
+        return clock() - started
+
+    return step
+
+
+def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """A line for each task and method; speed-ups are against the whole stack."""
+    header = ["task", "method", "right (%)", "next-layer cosine", "speed-up, ideal", "measured",
+              "paper, at most", "seconds"]  # fmt: skip
+    lines = []
+    for task, found in results["tasks"].items():
+        for method, m in found["models"].items():
+            right = 100 * sum(m["accuracy"].values()) / len(m["accuracy"])
+            next_to = [c for _, c in _next_layer(m)]
+            grown = method != "full"
+            lines.append([
+                task, method, right, sum(next_to) / max(1, len(next_to)),
+                1 / found["ideal_work"] if grown else 1.0,
+                1 / found["measured_work"] if grown else 1.0,
+                PUBLISHED["speed_up"] if grown else None, m["seconds"],
+            ])  # fmt: skip
+    return header, lines
+
+
+def _next_layer(model: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """(layer, its cosine with the next one), counted from 1."""
+    similarity = model["similarity"]
+    return [(i + 1, similarity[i][i + 1]) for i in range(len(similarity) - 1)]
+
+
+def plot(results: Mapping[str, Any], path: Path) -> Path:
+    """For each task: cosines of neighbouring layers, and the training losses."""
+    panels = []
+    for task, found in results["tasks"].items():
+        cosines, losses = {}, {}
+        for method, m in found["models"].items():
+            cosines[method] = tuple(zip(*_next_layer(m), strict=True)) or ((), ())
+            losses[method] = tuple([e[k] for e in m["history"]] for k in ("step", "loss"))
+        panels += [
+            Panel(f"{task}: similarity", "layer and the next", "cosine", cosines,
+                  y_range=(-0.1, 1.05)),
+            Panel(f"{task}: training", "step", "loss", losses, log_y=True),
+        ]  # fmt: skip
+    return draw_panels(path, panels, "Stacking: layers that were grown look alike")
