@@ -23,6 +23,7 @@ RECIPES: dict[str, str] = {
     "loop_regularizer": "a stack drawn towards a loop, then made one (Saunshi et al. 2025)",
     "stacking": "stacks that grow while they train (MIDAS, Saunshi et al. 2024)",
     "addition": "adding many numbers, looped layers against stacks (Saunshi et al. 2025)",
+    "i_gsm": "arithmetic on a graph, looped layers against stacks (Saunshi et al. 2025)",
     "linear_loop": "linear attention loops learn gradient descent (Gatmiry et al. 2024)",
     "cot_gd": "a chain of thought that is gradient descent (Huang, Wang, Lee 2025)",
     "gd_conditioning": "loops of linear attention against e^(-T/condition) (Chen et al. 2024)",
