@@ -227,4 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RunFolderError, CheckpointError, DatasetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues a folder of chains", file=sys.stderr)
+        return 130
     return 0

@@ -17,7 +17,9 @@ from relay_fast.generate import (
     NO_ANSWER,
     UNSEEN,
     generate_chains,
+    generate_scored,
     main,
+    stream_chains,
     unseen_problems,
     verify_chains,
     write_chains,
@@ -41,6 +43,12 @@ TASKS = build_tasks(
 def looped_model(supervise: str = "chain", max_tokens: int = 64) -> LoopedTransformer:
     config = ModelConfig(BlockConfig(16, 2, 1), VOCABULARY.size, max_tokens)
     return LoopedTransformer(config, supervise=supervise)
+
+
+def looped_copy(model: LoopedTransformer) -> LoopedTransformer:
+    copy = looped_model()
+    copy.load_state_dict(model.state_dict())
+    return copy
 
 
 def ar_model(max_tokens: int = 200) -> AutoregressiveTransformer:
@@ -155,8 +163,132 @@ def test_training_mode_is_kept():
 
 
 def test_a_problem_longer_than_the_model_takes():
-    with pytest.raises(ValueError, match="longer than the model's limit of 8"):
+    with pytest.raises(ValueError, match="prompt 19 of 19 tokens is longer .* limit of 8: shorten"):
         generate_chains(looped_model(max_tokens=8), mixed_problems(), TASKS)
+    # The input is padded to 6 tokens: `min_input_tokens` counts as the model sees it.
+    with pytest.raises(ValueError, match="prompt 0 of 6 tokens is longer .* limit of 5"):
+        generate_chains(looped_model(max_tokens=5), TASKS["lis"].sample([2], 0), TASKS)
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY.size])
+def test_a_problem_with_an_unknown_token(token):
+    problems = TASKS["arithmetic"].sample([2, 3, 2], 0)
+    problems.problem[problems.problem_offsets[1] + 2] = token
+    with pytest.raises(ValueError, match=f"token {token} of prompt 1 is outside the model's voc"):
+        generate_chains(looped_model(), problems, TASKS)
+
+
+def test_batches_come_as_they_are_done():
+    problems = mixed_problems()
+    model = looped_model()
+    whole = generate_chains(model, problems, TASKS)
+    seen, loops = [], []
+    for chosen, written in stream_chains(model, problems, TASKS, batch_tokens=60):
+        part = whole.take(chosen)
+        for name in Samples.__dataclass_fields__:
+            assert np.array_equal(getattr(written, name), getattr(part, name)), name
+        assert np.diff(written.problem_offsets).sum() <= 60
+        seen += chosen.tolist()
+        loops += written.loops.tolist()
+    assert sorted(seen) == list(range(len(problems))) and loops == sorted(loops, reverse=True)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch):
+    problems = mixed_problems()
+    model = looped_model()
+    sizes = []
+
+    def read(batch):
+        sizes.append(batch.plan.rows)
+        if batch.plan.rows > 100:
+            raise torch.OutOfMemoryError("no room")
+        return LoopedTransformer.read(model, batch)
+
+    model.read = read
+    expected = generate_chains(looped_copy(model), problems, TASKS)
+    written = generate_chains(model, problems, TASKS)
+    for name in Samples.__dataclass_fields__:
+        assert np.array_equal(getattr(written, name), getattr(expected, name)), name
+    failed = [size for size in sizes if size > 100]
+    assert sizes[: len(failed)] == failed, "what comes later is cut as small from the start"
+    assert 2 <= len(failed) <= 5
+    model.read = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate_chains(model, problems, TASKS)
+
+
+def test_batches_fit_into_free_memory(monkeypatch):
+    problems = mixed_problems()
+    model = looped_model()
+    seen = []
+    monkeypatch.setattr(generate, "free_bytes", lambda device: 1 << 20)
+    generate_chains(model, problems, TASKS, progress=lambda *a: seen.append(a))
+    few = len(seen)
+    monkeypatch.setattr(generate, "free_bytes", lambda device: 1 << 40)
+    generate_chains(model, problems, TASKS, progress=lambda *a: seen.append(a))
+    assert few > 1 and len(seen) == few + 1
+
+
+def test_log_probabilities_of_looped_chains():
+    problems = mixed_problems(4)
+    model = looped_model()
+    written, scores = generate_scored(model, problems, TASKS, batch_tokens=50)
+    plain = generate_chains(model, problems, TASKS)
+    for name in Samples.__dataclass_fields__:
+        assert np.array_equal(getattr(written, name), getattr(plain, name)), name
+    assert scores.rounds.dtype == scores.answer.dtype == np.float32
+
+    def log_softmax(state, head):
+        y = torch.nn.functional.rms_norm(state, state.shape[-1:], model.norm.weight, 1e-6)
+        return head(y).log_softmax(-1)
+
+    for i in range(len(problems)):
+        batch = PackedBatch.looped(problems.take([i]), TASKS)
+        with torch.no_grad():
+            x = model.embedding(batch.tokens)
+            states = model.block(x[None], int(problems.loops[i]), return_states=True)
+            own = []
+            for state, text in zip(states, written.rounds_of(i), strict=True):
+                rows = log_softmax(state[0], model.chain_head)[len(x) - len(text) :]
+                own += rows[torch.arange(len(text)), torch.from_numpy(text).long()].tolist()
+            answer = log_softmax(states[-1][0, -1], model.answer_head)[int(written.answer[i])]
+        a, b = written.round_offsets[written.first_round[i : i + 2]]
+        np.testing.assert_allclose(scores.rounds[a:b], own, atol=1e-5)
+        np.testing.assert_allclose(scores.answer[i], float(answer), atol=1e-5)
+
+
+def peak_bytes(call) -> int:
+    """Most memory that tensors take at any moment of the call."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return int(np.cumsum([size for _, size in sizes]).max(initial=0))
+
+
+def test_memory_is_flat_in_loops_and_in_problems():
+    model = looped_model()
+    one = TASKS["arithmetic"].sample(np.full(40, 3), 0)
+
+    def peak(problems: Samples, **options) -> int:
+        def call() -> None:
+            for _ in stream_chains(model, problems, TASKS, **options):
+                pass
+
+        return peak_bytes(call)
+
+    base = peak(one, batch_tokens=200)
+    many = Samples.concat([one] * 6)
+    assert peak(many, batch_tokens=200) < 1.2 * base
+    more_loops = replace(
+        one,
+        loops=np.full(40, 24, np.int32),
+        rounds=np.zeros(0, np.int32),
+        round_offsets=np.zeros(40 * 24 + 1, np.int64),
+    )
+    ids = 8 * 200 * 24  # the token ids of the further iterations, which leave the device
+    assert peak(more_loops, batch_tokens=200) < 1.2 * base + 3 * ids
 
 
 def corrupt_last_round(samples: Samples, i: int) -> Samples:
@@ -279,6 +411,12 @@ def test_command(run, capsys, model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"--length": None}, "give --length to print chains, or --lengths and --dataset"),
+        ({"--dataset": "d"}, "--dataset needs --lengths, for example --lengths 1-25"),
+        ({"--dataset": "d", "--lengths": "3-x"}, "--lengths '3-x' is not understood"),
+        ({"--dataset": "/dev/null/d", "--lengths": "3"}, "d cannot be used (Not a directory)"),
+        ({"--out": None}, "give --out RUN and --task, or --show DIR"),
+        ({"--show": "/nowhere"}, "/nowhere is no folder of chains"),
         ({"--task": "sorting"}, "unknown task 'sorting'; this run has arithmetic, edit_distance."),
         ({"--task": "lis"}, "unknown task 'lis'"),
         ({"--length": "0"}, "length 0 is too short"),
@@ -293,10 +431,38 @@ def test_command(run, capsys, model):
 )
 def test_bad_input_gets_one_sentence(run, capsys, change, message):
     options = {"--out": str(run), "--task": "arithmetic", "--length": "3", **change}
+    options = {name: value for name, value in options.items() if value is not None}
     assert main([part for pair in options.items() for part in pair]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1 and printed.out == ""
+    assert printed.err.count("\n") == 1 and (printed.out == "" or "--dataset" in options)
+
+
+def test_command_writes_continues_and_shows_a_folder(run, capsys):
+    folder = run / "chains"
+    arguments = f"--out {run} --task edit_distance --lengths 1-3 --number 8 --shard 3".split()
+    assert main([*arguments, "--dataset", str(folder), "--verify", "task"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:4]] == [f"shard {i} of 3" for i in (1, 2, 3)]
+    cells = [line.split() for line in lines if line.startswith("edit_distance")]
+    assert [row[1:3] for row in cells] == [["1", "3"], ["2", "3"], ["3", "2"], ["all", "8"]]
+
+    assert main([*arguments, "--dataset", str(folder)]) == 2  # another check
+    assert "holds other chains: verify" in capsys.readouterr().err
+    assert main(["--show", str(folder), "--number", "2"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("edit_distance of length") == 2 and text.count("  answer ") == 2
+    assert "passed: by the task's rules" in text and text.splitlines()[-1].split()[1] == "all"
+
+
+def test_chains_that_never_end_are_reported(run, capsys):
+    model = ar_model()
+    with torch.no_grad():
+        model.chain_head.weight[EOS] = 0  # hardly ever the largest
+    save_model(model_path(run, "ar_baseline"), model, {})
+    arguments = f"--out {run} --task arithmetic --length 3 --number 2 --model ar_baseline"
+    assert main(arguments.split()) == 0
+    assert capsys.readouterr().out.endswith(", 2 did not end within the limit\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
