@@ -58,6 +58,15 @@ class KVCache:
         for part in (self.keys, self.values):
             part[:, targets, :, :length] = part[:, sources, :, :length]
 
+    def repeat(self, rows: Tensor, positions: Tensor, first: int, last: int) -> None:
+        """Copies what slots first..last − 1 hold at these places (A,) to all later slots, in turn:
+        an iteration's keys and values stand for those of iterations that do not run."""
+        for part in (self.keys, self.values):
+            iterations = part.view(-1, last - first, *part.shape[1:])
+            t = last // (last - first)
+            own = iterations[t - 1][:, rows, :, positions]
+            iterations[t:, :, rows, :, positions] = own.unsqueeze(1)
+
     def prefill(self, ops: Ops, rows: Tensor, positions: Tensor) -> Ops:
         """`ops`, whose attention also stores keys and values of the packed tokens.
 
@@ -74,12 +83,15 @@ class KVCache:
 
         return ops._replace(attention_fwd=attention)
 
-    def step(self, ops: Ops, groups: Sequence[Group], positions: Tensor) -> Ops:
+    def step(
+        self, ops: Ops, groups: Sequence[Group], positions: Tensor, first_slot: int = 0
+    ) -> Ops:
         """`ops`, whose attention is that of one new token a sequence over the cache.
 
-        positions (A,): where the new tokens of the groups' rows go.
+        positions (A,): where the new tokens of the groups' rows go. first_slot: that of the first
+        call.
         """
-        self._slot = 0
+        self._slot = first_slot
         sizes = [group.last - group.first for group in groups]
         targets = self._targets(join(self._rows, groups), positions)
         masks = [

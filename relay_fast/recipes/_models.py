@@ -40,7 +40,9 @@ class LoopedClassifier(nn.Module):
         if loops < 1:
             raise ValueError(f"loops = {loops}: give at least 1")
         options = {"recompute": recompute, "impl": impl}
-        stack = lambda layers: LoopedBlock(config=replace(block, n_layers=layers), **options)
+        # The ends run once: what concerns iterations is the block's alone.
+        end = replace(block, loop_norm="none", injection="none", max_loops=0, state_noise=0.0)
+        stack = lambda layers: LoopedBlock(config=replace(end, n_layers=layers), **options)
         self.loops = loops
         self.embedding = nn.Embedding(vocabulary_size, block.d_model)
         self.prelude = stack(prelude) if prelude else None
@@ -55,15 +57,18 @@ class LoopedClassifier(nn.Module):
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         loops: int | None = None,
+        truncate: int | None = None,
     ) -> Tensor:
         """Last states before the final norm, (B, n, d) or packed (N, d).
 
         tokens: (B, n) or, with cu_seqlens (B + 1,), packed (N,). loops: default those of the model.
+        truncate: gradient through the block's last so many iterations only.
         """
         h = self.embedding(tokens)
         if self.prelude is not None:
             h = self.prelude(h, 1, cu_seqlens=cu_seqlens)
-        h = self.block(h, self.loops if loops is None else loops, cu_seqlens=cu_seqlens)
+        loops = self.loops if loops is None else loops
+        h = self.block(h, loops, cu_seqlens=cu_seqlens, truncate=truncate)
         return h if self.coda is None else self.coda(h, 1, cu_seqlens=cu_seqlens)
 
     def loss(

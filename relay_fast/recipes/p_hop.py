@@ -215,7 +215,16 @@ def accuracy(model: LoopedClassifier, settings: Settings, p: int, seed: int, **o
 
 PRESETS = {
     "cpu": Settings(
-        Training(steps=500, batch_size=64, lr=2e-3, muon_lr=0.01, warmup=0.05, weight_decay=0.01)
+        Training(
+            steps=700,
+            batch_size=32,
+            lr=3e-3,
+            muon_lr=0.03,
+            warmup=0.05,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            clip=1.0,
+        )  # fmt: skip
     ),
     "paper": Settings(
         Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),

@@ -85,17 +85,7 @@ class Settings(p_hop.Settings):
 
 
 PRESETS = {
-    "cpu": Settings(
-        Training(
-            steps=600,
-            batch_size=32,
-            lr=2e-3,
-            muon_lr=0.02,
-            warmup=0.05,
-            weight_decay=0.01,
-            clip=1.0,
-        )
-    ),
+    "cpu": Settings(p_hop.PRESETS["cpu"].training),
     "paper": Settings(
         Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),
         tasks=("p_hop",),
