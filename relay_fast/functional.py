@@ -1,214 +1,42 @@
-"""Public ops and the choice between their implementations.
-
-`impl = "auto" | "triton" | "torch"`: `auto` takes the Triton kernels where they support the call
-and plain torch otherwise, `"triton"` raises with the reason where they do not, `"torch"` is the
-reference.
-"""
+"""Public ops: those of a layer one by one, the readout's cross-entropy, and what takes which
+implementation (`relay_fast.dispatch`)."""
 
 from __future__ import annotations
-
-import os
-from collections.abc import Callable
-from functools import cache, wraps
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from relay_fast.dispatch import (
+    IMPLS,
+    TORCH,
+    Ops,
+    compute_dtype,
+    differentiable_once,
+    explain,
+    select,
+    supports,
+)
 from relay_fast.gradients import GradientBuffers
-from relay_fast.kernels.attention_ref import attention_bwd_ref, attention_fwd_ref
-from relay_fast.kernels.cross_entropy_ref import (
-    argmax_ref,
-    cross_entropy_bwd_ref,
-    cross_entropy_fwd_ref,
-    cross_entropy_grad_ref,
-)
-from relay_fast.kernels.linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
-from relay_fast.kernels.mlp_ref import mlp_bwd_ref, mlp_fwd_ref
-from relay_fast.kernels.norm_linear_ref import norm_linear_bwd_ref, norm_linear_fwd_ref
-from relay_fast.kernels.supports import (
-    Unsupported,
-    activation_reason,
-    device_reason,
-    dtype_reason,
-    heads_reason,
-    require,
-    vocabulary_reason,
-    width_reason,
-)
-from relay_fast.kernels.weight_grad_ref import weight_grad_ref
+from relay_fast.layer_ops import attention, linear_residual, mlp, norm_linear
 
-IMPLS = ("auto", "triton", "torch")
+__all__ = [
+    "IMPLS",
+    "SMALL_VOCABULARY",
+    "TORCH",
+    "Ops",
+    "attention",
+    "compute_dtype",
+    "differentiable_once",
+    "explain",
+    "iteration_cross_entropy",
+    "linear_residual",
+    "mlp",
+    "norm_linear",
+    "row_cross_entropy",
+    "select",
+    "supports",
+]
 SMALL_VOCABULARY = 1024  # up to it the logits are cheaper to recompute than to keep in memory
-
-
-class Ops(NamedTuple):
-    """One implementation of every op of the block, forward and backward.
-
-    loop_fwd: the whole loop in one launch, for inference; None where there is no such kernel.
-    """
-
-    norm_linear_fwd: Callable
-    norm_linear_bwd: Callable
-    attention_fwd: Callable
-    attention_bwd: Callable
-    linear_residual_fwd: Callable
-    linear_residual_bwd: Callable
-    mlp_fwd: Callable
-    mlp_bwd: Callable
-    cross_entropy_fwd: Callable
-    cross_entropy_bwd: Callable
-    cross_entropy_grad: Callable
-    argmax: Callable
-    weight_grad: Callable
-    loop_fwd: Callable | None
-
-
-TORCH = Ops(
-    norm_linear_fwd_ref,
-    norm_linear_bwd_ref,
-    attention_fwd_ref,
-    attention_bwd_ref,
-    linear_residual_fwd_ref,
-    linear_residual_bwd_ref,
-    mlp_fwd_ref,
-    mlp_bwd_ref,
-    cross_entropy_fwd_ref,
-    cross_entropy_bwd_ref,
-    cross_entropy_grad_ref,
-    argmax_ref,
-    weight_grad_ref,
-    None,
-)
-
-
-def supports(
-    device: torch.device | str = "cuda",
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    d_model: int | None = None,
-    head_dim: int | None = None,
-    vocabulary: int | None = None,
-    activation: str | None = None,
-    norm: str = "rms",
-) -> str | None:
-    """Why the Triton implementation cannot be used on `device` for these sizes; None if it can."""
-    reason = device_reason(device) or dtype_reason(dtype)
-    if reason is None and d_model is not None:
-        reason = width_reason(d_model, norm)
-    if reason is None and head_dim is not None:
-        reason = heads_reason(3 * head_dim, 1, 1)
-    if reason is None and vocabulary is not None:
-        reason = vocabulary_reason(vocabulary)
-    if reason is None and activation is not None:
-        reason = activation_reason(activation, activation == "swiglu")
-    return reason
-
-
-def explain(device: torch.device | str = "cuda", **sizes) -> str:
-    """One sentence on which implementation `impl="auto"` takes on `device`, and why.
-
-    sizes: as in `supports`.
-    """
-    forced = os.environ.get("RELAY_FAST_IMPL", "auto")
-    if forced != "auto":
-        return f"{forced}: the environment says RELAY_FAST_IMPL={forced}"
-    reason = supports(device, **sizes)
-    if reason is None and torch.device(device).type != "cuda":
-        reason = 'Triton\'s interpreter is for tests, and taken where impl="triton" asks for it'
-    return f"torch: {reason}" if reason else "triton"
-
-
-@cache
-def _triton_ops() -> Ops:
-    """The Triton launchers; each raises `Unsupported` before any launch where it must."""
-    from relay_fast.kernels.attention import attention_fwd
-    from relay_fast.kernels.attention_bwd import attention_bwd
-    from relay_fast.kernels.cross_entropy import argmax, cross_entropy_fwd
-    from relay_fast.kernels.cross_entropy_bwd import cross_entropy_bwd
-    from relay_fast.kernels.cross_entropy_grad import cross_entropy_grad
-    from relay_fast.kernels.linear_residual import linear_residual_bwd, linear_residual_fwd
-    from relay_fast.kernels.loop import loop_fwd
-    from relay_fast.kernels.mlp import mlp_fwd
-    from relay_fast.kernels.mlp_bwd import mlp_bwd
-    from relay_fast.kernels.norm_linear import norm_linear_bwd, norm_linear_fwd
-    from relay_fast.kernels.weight_grad import weight_grad
-
-    return Ops(
-        norm_linear_fwd,
-        norm_linear_bwd,
-        attention_fwd,
-        attention_bwd,
-        linear_residual_fwd,
-        linear_residual_bwd,
-        mlp_fwd,
-        mlp_bwd,
-        cross_entropy_fwd,
-        cross_entropy_bwd,
-        cross_entropy_grad,
-        argmax,
-        weight_grad,
-        loop_fwd,
-    )
-
-
-@cache
-def _auto_ops() -> Ops:
-    """Triton where it takes the call, the reference where it does not."""
-
-    def either(kernel: Callable, reference: Callable | None) -> Callable:
-        if reference is None:
-            return kernel
-
-        @wraps(kernel)
-        def op(*args, **kwargs):
-            try:
-                return kernel(*args, **kwargs)
-            except Unsupported:
-                if kwargs.get("row_count") is not None:  # the reference slices on the host
-                    raise
-                kwargs.pop("row_count", None)
-                return reference(*args, **kwargs)
-
-        return op
-
-    return Ops(*(either(k, r) for k, r in zip(_triton_ops(), TORCH, strict=True)))
-
-
-def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
-    """The ops of an implementation; the environment variable RELAY_FAST_IMPL overrides `"auto"`.
-
-    `"auto"` is plain torch on a CPU. Raises ValueError for an unknown name, RuntimeError where
-    "triton" was asked for and cannot be had; its ops raise the same for a call that they do not
-    take, before anything is launched.
-    """
-    if impl == "auto":
-        impl = os.environ.get("RELAY_FAST_IMPL", "auto")
-    if impl not in IMPLS:
-        raise ValueError(f"impl = {impl!r} is unknown: use one of {IMPLS}")
-    if impl == "torch" or (impl == "auto" and torch.device(device).type != "cuda"):
-        return TORCH
-    reason = device_reason(device)
-    if impl == "auto":
-        return TORCH if reason else _auto_ops()
-    require(reason)
-    return _triton_ops()
-
-
-def differentiable_once(backward: Callable) -> Callable:
-    """Marks the backward of an autograd.Function that cannot itself be differentiated: where that
-    is asked for it raises RuntimeError, instead of handing out gradients that look constant."""
-
-    @wraps(backward)
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "relay_fast computes its gradients by hand, so they cannot be differentiated "
-                "again: call backward without create_graph=True"
-            )
-        return backward(ctx, *grads)
-
-    return checked
 
 
 class _RowCrossEntropy(torch.autograd.Function):
@@ -362,12 +190,3 @@ def iteration_cross_entropy(
         select(impl, states.device), options, rows, targets, weights, states, norm_weight,
         norm_bias, head.to(compute_dtype(head)),
     )  # fmt: skip
-
-
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype that GEMMs run in: autocast's where it is on, else the parameter's."""
-    kind = parameter.device.type
-    known = torch.amp.is_autocast_available(kind)  # not for meta
-    if known and parameter.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return parameter.dtype

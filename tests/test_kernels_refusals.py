@@ -15,7 +15,7 @@ from kernel_checks import DEVICE
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
-from relay_fast.functional import TORCH, _auto_ops, explain, select, supports
+from relay_fast.dispatch import TORCH, _auto_ops, explain, select, supports
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.kernels.supports import Unsupported, layout_reason
 from relay_fast.plan import Plan

@@ -12,7 +12,7 @@ from kernel_checks import DEVICE, dropout_of, guarded_outputs
 from numerics import describe, rms_ratio
 from torch import Tensor
 
-from relay_fast.functional import TORCH, Ops, _auto_ops, select
+from relay_fast.dispatch import TORCH, Ops, _auto_ops, select
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.kernels.supports import Unsupported
 
@@ -88,7 +88,7 @@ def test_norm_linear(count: int) -> None:
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 @pytest.mark.parametrize(("count", "d"), [(0, 16), (65, 16), (33, 136), (9, 264), (CAPACITY, 16)])
 def test_mlp_and_linear_residual(count: int, d: int, activation: str) -> None:
-    """In fp32 the hidden layer lies in memory from d = 129 on, the GEMMs are torch's from 257 on."""
+    """In fp32 the hidden layer lies in memory from d = 129 on, torch multiplies from 257 on."""
 
     def case(ops: Ops, rows: Rows, options: dict) -> dict[str, Tensor]:
         x, norm, g = rows(d), rows.shared(d), rows(d)
