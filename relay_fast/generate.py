@@ -121,7 +121,7 @@ def _stream(
         stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
         try:
             with inference(model):
-                result = _read_batch(model, questions.take(order[start:stop]), tasks, scored)
+                result = read_batch(model, questions.take(order[start:stop]), tasks, scored)
         except torch.OutOfMemoryError:
             if stop == start + 1:
                 raise
@@ -136,10 +136,11 @@ def _stream(
         start = stop
 
 
-def _read_batch(
+def read_batch(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], scored: bool
 ) -> tuple[Samples, Scores | None]:
-    """problems: the most loops first, so that the batch keeps their order."""
+    """The problems, most loops first, with what the model writes in one pass over all of them;
+    and its log-probabilities if `scored`."""
     batch = PackedBatch.looped(problems, tasks, device=model.device)
     if scored:
         rounds, answers, scores, answer_scores = read_scored(model, batch)
