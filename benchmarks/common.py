@@ -409,11 +409,14 @@ def machine(device: str) -> dict[str, str]:
         )
         name = f"{cpu}, {torch.get_num_threads()} threads"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(git, capture_output=True, text=True)
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git here
+        commit = ""
     return {
         "machine": name,
         "versions": f"torch {torch.__version__}, python {platform.python_version()}",
-        "commit": done.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }
 

@@ -59,20 +59,21 @@ def _median(call: Callable[[], object]) -> float:
     return do_bench(call, warmup=5, rep=20, return_mode="median") / 1e3
 
 
-def searching(op: Callable) -> Callable:
-    """The op, which searches when it first picks a rule, prints the lines that the table should
-    have, and takes them from then on."""
+def searching(op: Callable, kind: str = "cuda") -> Callable:
+    """The op, which searches when it first picks a rule on a device of this kind, prints the lines
+    that the table should have, and takes them from then on."""
     known: set[Rule] = set()
 
     @wraps(op)
     def tuned(*args, **kwargs):
         with tuning.watching() as picked:
             result = op(*args, **kwargs)
-        if not known.issuperset(picked) and not torch.cuda.is_current_stream_capturing():
+        device = next(a for a in args if isinstance(a, Tensor)).device
+        capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
+        if device.type == kind and not known.issuperset(picked) and not capturing:
             known.update(picked)
             copy = lambda t: t.clone() if isinstance(t, Tensor) else t
             args, kwargs = tree_map(copy, (args, kwargs))
-            device = next(a for a in args if isinstance(a, Tensor)).device
             for rule, times in search(lambda: op(*args, **kwargs), _median).items():
                 new = better(rule, times, facts(device).arch, "RELAY_FAST_AUTOTUNE")
                 if new is not None:

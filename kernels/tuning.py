@@ -8,10 +8,10 @@ others. RELAY_FAST_AUTOTUNE=1 searches around a rule (`autotune.py`) and prints 
 | op | width | block_m | block_n |
 |---|---|---|---|
 | norm_linear_fwd, _bwd | d | rows | column pairs |
-| attention_short_fwd, _bwd | slots of the longest sequence | queries at a time (bwd) | – |
+| attention_short_fwd, _bwd | slots of the longest sequence | most queries at a time (bwd) | – |
 | attention_long | head_dim | queries | keys |
 | linear_residual | d | rows | columns |
-| mlp, mlp_gated | d | rows | hidden columns |
+| mlp, mlp_gated (d ≤ 256), mlp_up, mlp_up_gated | d | rows | hidden columns |
 | readout | d | rows | tokens |
 | weight_grad | smaller side of the gradient | columns of x | columns of dy |
 """
@@ -81,6 +81,11 @@ TABLE = (
     Rule("mlp_gated",           16,   64, "few",  Config( 64,  32, 4, 2)),
     Rule("mlp_gated",           16,  ANY, "any",  Config( 64,  32, 8, 2)),
     Rule("mlp_gated",           32,  ANY, "any",  Config( 16,  16, 8, 1)),
+    Rule("mlp_up",              16,  ANY, "any",  Config( 64,  32, 8, 2)),
+    Rule("mlp_up",              32,  ANY, "any",  Config( 32,  32, 8, 1)),
+    Rule("mlp_up_gated",        16,  ANY, "any",  Config( 64,  32, 8, 2), 90),
+    Rule("mlp_up_gated",        16,  ANY, "any",  Config( 32,  32, 8, 2)),
+    Rule("mlp_up_gated",        32,  ANY, "any",  Config( 32,  32, 8, 1)),
     Rule("readout",             16,   64, "many", Config(128,  64, 4, 2)),
     Rule("readout",             16,  128, "many", Config(128,  64, 8, 2)),
     Rule("readout",             16,  128, "few",  Config( 64,  64, 4, 2)),
@@ -92,6 +97,7 @@ TABLE = (
     Rule("weight_grad",         32,  ANY, "any",  Config( 32,  32, 4, 2)),
 )
 # fmt: on
+# mlp_up_gated: two weights of 512 columns, twice, beside 64 rows are 200 KB, too much for sm_80.
 # Two programs of linear_residual's columns share a block of rows: half the blocks are many.
 _BUSY = {"linear_residual": 2}
 _learned: list[Rule] = []  # by this process's search

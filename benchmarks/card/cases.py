@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.baselines import rotate
 from benchmarks.card.device import nbytes
-from relay_fast.functional import Ops
+from relay_fast.functional import SMALL_VOCABULARY, Ops
+from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights, loop_fwd_ref
 from relay_fast.plan import Plan
 
 EPS = 1e-6
@@ -51,7 +54,8 @@ class Case:
 
     make: inputs as a namespace. forward and backward: outputs by name, computed by `ops` (backward
     is also given forward's). eager: the same as a user writes it, differentiable, from the inputs;
-    leaves: which inputs it takes gradients of. flops: forward, backward.
+    leaves: which inputs it takes gradients of. flops: forward, backward. both: forward and backward
+    in one op, where there is such a one. compiles: whether torch.compile is worth its time on it.
     """
 
     op: str
@@ -62,6 +66,8 @@ class Case:
     flops: tuple[float, float]
     backward: Callable[[Ops, SimpleNamespace, Named], Named] | None = None
     leaves: tuple[str, ...] = ()
+    both: Callable[[Ops, SimpleNamespace], Named] | None = None
+    compiles: bool = True
 
     @property
     def name(self) -> str:
@@ -70,7 +76,8 @@ class Case:
     def bytes(self, inputs: SimpleNamespace, out: Named, grads: Named) -> tuple[int, int]:
         """The fewest bytes of forward and of backward."""
         aside = ("g", "padded", "mask")
-        given = [t for k, t in vars(inputs).items() if isinstance(t, Tensor) and k not in aside]
+        kept = {k: v for k, v in vars(inputs).items() if k not in aside}
+        given = [t for t in tree_leaves(kept) if isinstance(t, Tensor)]
         forward = nbytes(*given, *out.values())
         g = getattr(inputs, "g", None)
         return forward, nbytes(*given, g, *out.values(), *grads.values()) if grads else 0
@@ -79,7 +86,7 @@ class Case:
 def upcast(inputs: SimpleNamespace) -> SimpleNamespace:
     """The same inputs in fp64, for the truth."""
     wide = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
-    return SimpleNamespace(**{k: wide(v) for k, v in vars(inputs).items()})
+    return SimpleNamespace(**tree_map(wide, vars(inputs)))
 
 
 def weight_grad_of(ops: Ops, weight: Tensor, dy: Tensor, x: Tensor) -> Tensor:
@@ -235,12 +242,22 @@ def cross_entropy(rows: int, d: int, vocabulary: int) -> Case:
         args = (g, i.h, i.targets, out["lse"], i.norm, None, i.head, dhead, dnorm, None)
         return {"dh": ops.cross_entropy_bwd(*args), "dhead": dhead, "dnorm": dnorm}
 
+    def both(ops: Ops, i) -> Named:
+        wide = torch.float64 if i.head.dtype == torch.float64 else torch.float32
+        new = lambda like: torch.zeros(like.shape, dtype=wide, device=like.device)
+        dhead, dnorm = new(i.head), new(i.norm)
+        g = torch.full((rows,), 1 / rows, dtype=wide, device=i.h.device)
+        args = (g, i.h, i.targets, i.norm, None, i.head, dhead, dnorm, None)
+        loss, dh = ops.cross_entropy_grad(*args)
+        return {"loss": loss, "dh": dh, "dhead": dhead, "dnorm": dnorm}
+
     def eager(i) -> Tensor:
         return F.cross_entropy(F.linear(rms(i.h, i.norm, i.head.dtype), i.head).float(), i.targets)
 
     work = 2.0 * rows * d * vocabulary
     return Case("cross_entropy", f"{rows}x{d} V{vocabulary}", make, forward, eager,
-                (work, 3 * work), backward, ("h", "norm", "head"))  # fmt: skip
+                (work, 2 * work), backward, ("h", "norm", "head"),
+                both if vocabulary > SMALL_VOCABULARY else None)  # fmt: skip
 
 
 def weight_grad(rows: int, columns: int, d: int) -> Case:
@@ -280,6 +297,42 @@ def argmax(rows: int, d: int, vocabulary: int) -> Case:
                 (2.0 * rows * d * vocabulary, 0.0))  # fmt: skip
 
 
+def whole_loop(lengths: Sequence[int], loops: int, d: int, vocabulary: int) -> Case:
+    """Every iteration of every layer and its argmax in one launch; eager is the same packed."""
+    heads, layers = 2 if d < 64 else 4, 1 if d < 64 else 3
+    lengths = np.asarray(lengths)
+    counts = np.sort(np.linspace(1, loops, len(lengths)).astype(int))[::-1].copy()
+    layout = partial(LoopLayout, lengths, counts)
+    rows, row_iterations = int(lengths.sum()), float(lengths @ counts)
+
+    def make(draw: Draw) -> SimpleNamespace:
+        stack = lambda r, c: torch.stack([draw.weight(r, c) for _ in range(layers)])
+        norms = lambda: torch.stack([draw.norm(d) for _ in range(layers)])
+        weights = LoopWeights(
+            norms(), stack(3 * d, d), stack(d, d), norms(), stack(4 * d, d), None, stack(d, 4 * d),
+            None, draw.norm(d), draw.weight(vocabulary, d),
+        )  # fmt: skip
+        angle = draw(rows, d // heads // 2, wide=True)
+        return SimpleNamespace(
+            x=draw(rows, d, wide=True), weights=weights, cos=angle.cos(), sin=angle.sin(),
+            layout=layout(draw.device),
+        )  # fmt: skip
+
+    def forward(ops: Ops, i) -> Named:
+        run = ops.loop_fwd or loop_fwd_ref
+        final, ids = run(i.x, i.layout, i.weights, i.cos, i.sin, heads, heads)
+        return {"final": final, "ids": ids}
+
+    def eager(i) -> Tensor:
+        return loop_fwd_ref(i.x, i.layout, i.weights, i.cos, i.sin, heads, heads)[0]
+
+    pairs = float((lengths**2) @ counts)
+    work = layers * (24.0 * d * d * row_iterations + 4 * d * pairs)
+    work += 2.0 * d * vocabulary * row_iterations
+    return Case("whole_loop", f"{len(lengths)}x{lengths.max()}x{d} T{loops}", make, forward, eager,
+                (work, 0.0), compiles=False)  # fmt: skip
+
+
 def mixed_lengths(sequences: int, longest: int) -> np.ndarray:
     """Lengths from 1 to `longest`, the same for every seed."""
     return np.random.default_rng(0).permutation(np.linspace(1, longest, sequences).astype(int))
@@ -291,12 +344,14 @@ def check_cases(tiny: bool) -> list[Case]:
         return [
             norm_linear(65, 32, 2), attention((5, 31, 1, 17), 2, 16, False),
             attention((40, 33), 1, 16, True), linear_residual(33, 32), mlp(33, 32),
-            cross_entropy(33, 32, 65), weight_grad(65, 48, 32), argmax(17, 32, 65),
+            cross_entropy(33, 32, 65), cross_entropy(5, 16, 1040), weight_grad(65, 48, 32),
+            argmax(17, 32, 65), whole_loop((5, 3), 2, 16, 33),
         ]  # fmt: skip
     return [
         norm_linear(199, 256, 4), linear_residual(199, 256), mlp(199, 256),
         attention((63, 1, 127, 65), 4, 64, False), attention((760, 199, 1), 4, 64, True),
         cross_entropy(199, 256, 320), weight_grad(199, 130, 65), argmax(63, 256, 50_304),
+        whole_loop((60, 9, 1, 31), 5, 64, 320),
     ]  # fmt: skip
 
 
@@ -318,6 +373,7 @@ def timed_cases(tiny: bool) -> list[Case]:
     return [
         *cases,
         cross_entropy(8192, 256, 50_304),
+        whole_loop(mixed_lengths(512, 93), 30, 128, 320),
         norm_linear(16_384, 1024, 16),
         attention([1024] * 16, 16, 64, True),
         linear_residual(16_384, 1024),

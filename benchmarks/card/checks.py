@@ -51,6 +51,9 @@ def check(case: Case, dtype: torch.dtype, seed: int, device: str) -> list[Row]:
 
     def outputs(ops, given) -> Named:
         found = case.forward(ops, given)
+        if case.both:
+            joined = case.both(ops, given)
+            found |= {f"{name} (both)": value for name, value in joined.items()}
         return found | (case.backward(ops, given, found) if case.backward else {})
 
     with poisoned():

@@ -40,6 +40,8 @@ def own_calls(case: Case, inputs: SimpleNamespace, device: str) -> tuple[Calls, 
         grads = case.backward(ops, inputs, out)
         calls["backward"] = lambda: case.backward(ops, inputs, out)
         calls["both"] = lambda: case.backward(ops, inputs, case.forward(ops, inputs))
+    if case.both is not None:
+        calls["both"] = lambda: case.both(ops, inputs)
     return calls, case.bytes(inputs, out, grads)
 
 
@@ -89,7 +91,9 @@ def time_case(case: Case, timer: Timer, rates: dict[str, float], budget: float) 
     floor = floors(case, fewest, rates)
     providers = {"relay_fast": own, "eager": autograd_calls(case.eager, inputs, case.leaves)}
     notes: dict[str, str] = {}
-    others = {"torch.compile": (compiled(case.eager, device), case.leaves)}
+    others = {}
+    if case.compiles:
+        others["torch.compile"] = (compiled(case.eager, device), case.leaves)
     peers, absent = installed(case)
     for name, (function, leaves) in (others | peers).items():
         try:

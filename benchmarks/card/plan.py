@@ -54,7 +54,7 @@ def run(out: Path, seconds: float, *, dry: bool, quick: bool, seed: int, script:
     session.run(work)
     with replacing(folder / "RESULTS.md") as partial:
         partial.write_text(table.page(session, dry))
-    profiled = write_profile(folder, [16] if quick else [512, 4096])
+    profiled = not session.ran or write_profile(folder, [16] if quick else [512, 4096])
     if session.left:
         need = sum(unit.seconds for unit in session.left)
         print(f"not reached: {len(session.left)} units, about {need:.0f} s: run the same again")

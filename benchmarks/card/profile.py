@@ -252,9 +252,10 @@ def measured_rows(step: Callable[[], object], samples: int, device: str) -> list
         if device == "cuda":
             torch.cuda.synchronize()
     calls, seconds = Counter(), Counter()
+    kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
     for event in profile.key_averages():
         own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        if own <= 0:
+        if own <= 0 or event.device_type != kind:  # an op's own kernels are listed apart
             continue
         name = short(event.key) if event.key in FLOPS else OTHER
         calls[name] += event.count

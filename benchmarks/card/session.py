@@ -68,6 +68,7 @@ class Session:
     tables: dict[str, list[Row]] = field(default_factory=dict)
     left: list[Unit] = field(default_factory=list)
     ran: int = 0
+    dead: str = ""  # why the card cannot be used any more
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ class Session:
         for unit in units:
             if unit.name in finished:
                 continue
-            if not self.deadline.allows(unit.seconds):
+            if self.dead or not self.deadline.allows(unit.seconds):
                 self.left.append(unit)
                 continue
             rows = self._attempt(unit, failed)
@@ -119,11 +120,20 @@ class Session:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             return [self._verdict(unit, "failed", text)]
         finally:
-            gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            self._release()
         self.say(f"{unit.name}: {len(rows)} rows, {time.monotonic() - began:.1f} s")
         return rows
+
+    def _release(self) -> None:
+        """Gives a unit's memory back. A CUDA error (a kernel that wrote where it must not) ends the
+        process's use of the card: what is left must wait for the next call."""
+        gc.collect()
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                self.dead = " ".join(str(error).split())[:200]
 
     def _verdict(self, unit: Unit, status: str, note: str) -> Row:
         self.say(f"{unit.name}: {status}: {note}")
@@ -144,6 +154,8 @@ class Session:
     def summary(self) -> tuple[str, bool]:
         """The last line, and whether everything that ran was right."""
         bad = [row for row in self.rows() if row["status"] in ("failed", "withheld")]
+        if self.dead:
+            return f"failed: the card is lost to this process: {self.dead}", False
         checks = sum(row["status"] == "ok" for row in self.rows("checks"))
         total = f"{checks} checks, {len(self.rows())} rows"
         if not bad:
