@@ -22,11 +22,13 @@ RECIPES: dict[str, str] = {
     "p_hop": "p-hop induction, one looped layer against stacks (Saunshi et al. 2025)",
     "loop_regularizer": "a stack drawn towards a loop, then made one (Saunshi et al. 2025)",
     "stacking": "stacks that grow while they train (MIDAS, Saunshi et al. 2024)",
+    "looped_lm": "a small looped language model over bytes, with early exit",
     "addition": "adding many numbers, looped layers against stacks (Saunshi et al. 2025)",
     "i_gsm": "arithmetic on a graph, looped layers against stacks (Saunshi et al. 2025)",
     "linear_loop": "linear attention loops learn gradient descent (Gatmiry et al. 2024)",
     "cot_gd": "a chain of thought that is gradient descent (Huang, Wang, Lee 2025)",
     "gd_conditioning": "loops of linear attention against e^(-T/condition) (Chen et al. 2024)",
+    "length_generalization": "as many loops as the problem is long (Fan et al. 2024)",
 }
 
 

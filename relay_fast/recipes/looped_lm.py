@@ -1,0 +1,296 @@
+"""A small causal looped language model over bytes: prelude, block, coda.
+
+Loops are drawn for each batch and gradients flow through the last few only, as in Geiping et al.
+2025 (arXiv 2502.05171); `paper` takes the sizes of the middle-looped model of Saunshi et al. 2025
+(4⊗1, 4⊗4, 4⊗1), for a corpus that is given. Reported on text that was not trained on: perplexity
+(per byte) against loops, perplexity and loops with early exit (`relay_fast.looped_lm`), text, and
+variable assignment (`relay_fast.primitives`), which no model of this size is expected to solve.
+
+Corpus: a file or folder given as `corpus`, else the sources of Python's own standard library, which
+come with every installation (PSF licence).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sysconfig
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relay_fast._inference import inference
+from relay_fast.config import BlockConfig
+from relay_fast.display import Display
+from relay_fast.looped_lm import generate, sample_loops, score
+from relay_fast.primitives import FORMS, variable_assignment_accuracy
+from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._models import LoopedClassifier
+from relay_fast.runs import RunFolder
+
+PUBLISHED: dict[str, Any] = {}  # nothing is published on this corpus, byte by byte
+SUFFIXES = (".py", ".txt", ".md", ".rst")
+TEST_SHARE = 10  # every so many-th file is for the test, or the last part of a single one
+
+
+@dataclass(frozen=True)
+class Settings:
+    """corpus: a file or folder, empty for Python's standard library. context: bytes of a window.
+    mean_loops, most_loops: of the draw; truncate: iterations that gradients flow through.
+    windows: of the test; scored: those that are read byte by byte for early exit. problems, shots:
+    of each reasoning primitive."""
+
+    training: Training
+    corpus: str = ""
+    context: int = 128
+    d_model: int = 64
+    n_heads: int = 4
+    d_hidden: int | None = None
+    activation: str = "relu2"
+    prelude: int = 1
+    layers: int = 1
+    coda: int = 1
+    mean_loops: float = 4.0
+    most_loops: int = 12
+    truncate: int = 4
+    test_loops: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12)
+    exits: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    exit_loops: int = 8
+    windows: int = 128
+    scored: int = 32
+    problems: int = 20
+    shots: int = 5
+
+    def __post_init__(self) -> None:
+        small = [name for name in ("context", "most_loops", "exit_loops", "windows", "scored",
+                                   "problems") if getattr(self, name) < 1]  # fmt: skip
+        if small or not self.test_loops or min(self.test_loops) < 1 or self.mean_loops < 1:
+            raise ValueError(f"{small[0] if small else 'a number of loops'} must be at least 1")
+
+
+PRESETS = {
+    "cpu": Settings(
+        Training(
+            steps=600,
+            batch_size=16,
+            lr=3e-3,
+            muon_lr=0.02,
+            warmup=0.03,
+            decay="linear",
+            weight_decay=0.01,
+            clip=1.0,
+        )
+    ),
+    "paper": Settings(
+        Training(steps=400_000, batch_size=512, lr=0.01, warmup=0.01, clip=1.0),
+        context=1280,
+        d_model=2048,
+        n_heads=32,
+        d_hidden=5120,
+        activation="gelu_tanh",
+        prelude=4,
+        layers=4,
+        coda=4,
+        windows=1024,
+        problems=200,
+    ),
+}
+
+
+# Corpus
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """train and test: uint8. about: where it is from, JSON-able."""
+
+    train: np.ndarray
+    test: np.ndarray
+    about: dict[str, Any]
+
+
+def load_corpus(path: str = "") -> Corpus:
+    """The bytes of a file, or of the texts in a folder; empty for Python's standard library.
+
+    Raises ValueError that says where it looked, and how to give a corpus.
+    """
+    remedy = "give a text file or a folder of texts with --set corpus=PATH"
+    if path:
+        place, about = Path(path), {"what": "given", "licence": "the giver's"}
+        if not place.exists():
+            raise ValueError(f"there is no corpus {place}: {remedy}")
+        files = [place] if place.is_file() else sorted(
+            f for f in place.rglob("*") if f.suffix in SUFFIXES and f.is_file()
+        )  # fmt: skip
+    else:
+        place = Path(sysconfig.get_path("stdlib"))
+        about = {
+            "what": f"sources of Python {platform.python_version()}'s standard library",
+            "licence": "PSF-2.0",
+        }
+        files = sorted(place.glob("*.py"))
+    texts = [text for text in (f.read_bytes() for f in files) if text]
+    if not texts:
+        wanted = ", ".join(SUFFIXES) if path else "*.py"
+        raise ValueError(f"no corpus found: looked for {wanted} with text in {place}; {remedy}")
+    if len(texts) >= TEST_SHARE:
+        test = texts[TEST_SHARE - 1 :: TEST_SHARE]
+        train_texts = [t for i, t in enumerate(texts, start=1) if i % TEST_SHARE]
+    else:
+        whole = b"".join(texts)
+        cut = len(whole) - len(whole) // TEST_SHARE
+        train_texts, test = [whole[:cut]], [whole[cut:]]
+    parts = [np.frombuffer(b"".join(part), np.uint8) for part in (train_texts, test)]
+    about |= {
+        "folder": str(place), "files": len(texts), "sha256": hashlib.sha256(b"".join(texts))
+        .hexdigest(), "train_bytes": len(parts[0]), "test_bytes": len(parts[1]),
+    }  # fmt: skip
+    return Corpus(*parts, about)
+
+
+def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """(len(starts), length) int64 bytes from each start on."""
+    return text[starts[:, None] + np.arange(length)].astype(np.int64)
+
+
+# The recipe
+
+
+def make_model(settings: Settings, seed: int) -> LoopedClassifier:
+    s = settings
+    torch.manual_seed(seed)
+    block = BlockConfig(
+        s.d_model, s.n_heads, s.layers, d_hidden=s.d_hidden, activation=s.activation, causal=True,
+        injection="add", loop_norm="post",
+    )  # fmt: skip
+    return LoopedClassifier(
+        block, 256, loops=round(s.mean_loops), prelude=s.prelude, coda=s.coda, recompute="state"
+    )
+
+
+def run(
+    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+) -> dict[str, Any]:
+    s = settings
+    corpus = load_corpus(s.corpus)
+    least = s.context + 1
+    if min(len(corpus.train), len(corpus.test)) < least:
+        raise ValueError(
+            f"the corpus {corpus.about['folder']} has {len(corpus.train)} bytes for training and "
+            f"{len(corpus.test)} for the test: a window takes {least}, give more text"
+        )
+
+    def draw(rng: np.random.Generator, _: int):
+        starts = rng.integers(0, len(corpus.train) - s.context, s.training.batch_size)
+        return windows(corpus.train, starts, least), [sample_loops(rng, s.mean_loops, s.most_loops)]
+
+    def loss(model: LoopedClassifier, text: Tensor, loops: list[int]):
+        return model.loss(*_next_bytes(text), loops=loops[0], truncate=s.truncate)
+
+    model = make_model(s, seed)
+    trained = train(
+        model, loss, draw, s.training, folder, "looped_lm", display, seed=seed, device=device
+    )
+    starts = np.linspace(0, len(corpus.test) - least, s.windows).astype(np.int64)
+    text = torch.from_numpy(windows(corpus.test, starts, least)).to(device)
+    return {
+        "corpus": corpus.about,
+        "parameters": model.parameter_count(),
+        "seconds": round(trained.seconds, 2),
+        "history": trained.history,
+        "loss_by_loops": {str(t): _loss(model, text, t) for t in s.test_loops},
+        "exits": _early_exits(model, text[: s.scored], s),
+        "primitives": {
+            f"depth {depth}, {form}": variable_assignment_accuracy(
+                partial(_complete, model), depth, form, problems=s.problems, shots=s.shots
+            )
+            for depth in (0, 1)
+            for form in FORMS
+        },
+        "sample": _complete(model, ["def "], 120, temperature=0.5)[0],
+    }
+
+
+def _next_bytes(text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, rows, targets of windows (B, n + 1): every byte but the first is asked for."""
+    targets = text[:, 1:].flatten()
+    return text[:, :-1], torch.arange(len(targets), device=text.device), targets
+
+
+def _loss(model: LoopedClassifier, text: Tensor, loops: int) -> float:
+    """Mean −log probability of a byte, in nats."""
+    total = 0.0
+    with inference(model):
+        for part in text.split(32):
+            total += model.row_losses(*_next_bytes(part), loops=loops)[0].sum().item()
+    return total / text[:, 1:].numel()
+
+
+def _early_exits(model: LoopedClassifier, text: Tensor, s: Settings) -> list[dict[str, float]]:
+    """For each threshold (0 first: none): loss, mean loops and processor seconds of the reading."""
+    found = []
+    for below in (0.0, *s.exits):
+        started = time.process_time()
+        scores = score(model, text, loops=s.exit_loops, exit_below=below)
+        found.append(
+            {
+                "exit_below": below,
+                "loss": float(scores.losses.mean()),
+                "loops": float(scores.loops.mean()),
+                "seconds": round(time.process_time() - started, 3),
+            }
+        )
+    return found
+
+
+def _complete(
+    model: LoopedClassifier, prompts: Sequence[str], new: int, temperature: float = 0.0
+) -> list[str]:
+    texts = []
+    for first in range(0, len(prompts), 4):  # long prompts: few at a time
+        read = [list(prompt.encode()) for prompt in prompts[first : first + 4]]
+        written = generate(model, read, new, temperature=temperature)
+        texts += [bytes(row.tolist()).decode(errors="replace") for row in written.tokens]
+    return texts
+
+
+def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Perplexity per byte by loops, then with early exit."""
+    lines = [
+        [f"{t} loops", float(np.exp(loss)), loss / np.log(2), None, None]
+        for t, loss in results["loss_by_loops"].items()
+    ]
+    for e in results["exits"]:
+        name = f"exit below {e['exit_below']:g}" if e["exit_below"] else "no exit"
+        bits = e["loss"] / np.log(2)
+        lines.append([name, float(np.exp(e["loss"])), float(bits), e["loops"], e["seconds"]])
+    lines += [[name, None, None, None, None] for name in _primitive_lines(results)]
+    return ["test", "perplexity", "bits a byte", "mean loops", "reading (s)"], lines
+
+
+def _primitive_lines(results: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {100 * share:.0f} % right" for name, share in results["primitives"].items()]
+
+
+def plot(results: Mapping[str, Any], path: Path) -> Path:
+    """Perplexity against loops, with and without early exit, and the training loss."""
+    by_loops = {int(t): float(np.exp(loss)) for t, loss in results["loss_by_loops"].items()}
+    exits = [(e["loops"], float(np.exp(e["loss"]))) for e in results["exits"]]
+    curves = {
+        "all bytes loop alike": (list(by_loops), list(by_loops.values())),
+        "early exit (fewer windows)": tuple(map(list, zip(*sorted(exits), strict=True))),
+    }
+    history = results["history"]
+    losses = {"training": ([e["step"] for e in history], [e["loss"] for e in history])}
+    panels = [
+        Panel("text not trained on", "loops a byte", "perplexity per byte", curves),
+        Panel("training", "step", "loss (nats a byte)", losses),
+    ]
+    return draw_panels(path, panels, "Looped language model over bytes")
