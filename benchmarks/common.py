@@ -263,7 +263,7 @@ def _cuda_memory(provider: Provider, piece: object) -> tuple[Tensor, Memory]:
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Silences the lines that the profiler writes to the error stream past Python."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -280,13 +280,13 @@ def _cpu_memory(provider: Provider, piece: object) -> tuple[Tensor, Memory]:
     """From the profiler's record of every allocation and release."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     profile = torch.profiler.profile(activities=activities, profile_memory=True)
-    with _quiet():
+    with quiet():
         profile.start()
     loss = provider.forward(piece)
     with torch.profiler.record_function("forward ended"):
         pass
     loss.backward()
-    with _quiet():
+    with quiet():
         profile.stop()
     events = profile.profiler.kineto_results.events()
     (ended,) = (e.start_ns() for e in events if e.name() == "forward ended")

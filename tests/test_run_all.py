@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run_all
-from benchmarks.card import checks, device, kernels, steps, table
+from benchmarks.card import checks, device, kernels, plan, steps, table
 from benchmarks.card.cases import Draw, check_cases, linear_residual, timed_cases
 from benchmarks.card.session import Deadline, Session, Skip, Unit
 from relay_fast.functional import TORCH
@@ -222,6 +223,15 @@ def test_bad_arguments_are_named(capsys) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_only_what_exists_can_be_asked_for(tmp_path: Path, capsys, monkeypatch) -> None:
+    for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"):  # set by a dry run
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    argv = ["--dry-run", "--only", "flux", "--out", str(tmp_path)]
+    assert run_all.main(argv) == 2
+    said = capsys.readouterr().out
+    assert "no unit of work has 'flux' in its name; there are steps/tiny mix/policies, " in said
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_cuda_it_says_what_dry_run_does(capsys) -> None:
     assert run_all.main(["--minutes", "1"]) == 2
@@ -240,9 +250,9 @@ def test_the_rehearsal_leaves_every_file_and_goes_on(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout.splitlines()
 
-    assert any("not reached" in line for line in run("0.08"))
+    assert any("not reached" in line for line in run("0.001"))
     lines = run("5")
-    assert lines[-1].startswith("ok 8 checks, ") and lines[-1].endswith(" rows")
+    assert re.fullmatch(rf"ok {len(check_cases(True))} checks, \d+ rows", lines[-1])
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-interpreted")
     names = {path.name for path in folder.iterdir()}
@@ -254,4 +264,67 @@ def test_the_rehearsal_leaves_every_file_and_goes_on(tmp_path: Path) -> None:
         assert rows and {row["mode"] for row in rows} == {"interpreted"}, name
     for name in ("RESULTS.md", "PROFILE.md"):
         assert "No figure here says anything about a GPU" in (folder / name).read_text()
-    assert len(run("5")) == 2  # nothing is left to do: the folder and the summary
+
+
+def test_a_lost_card_ends_the_session(tmp_path: Path, monkeypatch) -> None:
+    """An illegal memory access leaves no use of the card to this process."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    clock, found = Clock(), session(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    found.run([Unit("bad", "t", 1, lost), unit("a", clock)])
+    assert clock.now == 0 and [u.name for u in found.left] == ["a"]
+    line, right = found.summary()
+    assert not right and "the card is lost to this process: CUDA error: an illegal" in line
+
+
+PROFILED = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+from pathlib import Path
+from benchmarks.card import profile
+trace, useful, _ = profile.trace_step(6)
+parts = trace.parts
+loops = profile.common.task_batch("multitask", 6, 0, "cpu")[0].plan.max_loops
+assert parts["_mlp_fwd_kernel"].launches == 2 * parts["_mlp_bwd_kernel"].launches == 6 * loops
+gemms = sum(p.flops for name, p in parts.items() if name != profile.OTHER)
+assert 1.2 * useful < gemms < 1.45 * useful, (gemms, useful)  # the forward again: 4 / 3
+assert profile.utilisation(132) == 1 and profile.utilisation(133) == 133 / 264
+assert all(0 < p.floor <= p.waves for p in parts.values())
+path = Path(sys.argv[1])
+path.write_text("samples,kernel,calls,seconds,mode,status\\n6,mlp_fwd,180,0.0123,measured,ok\\n")
+page = profile.page([6], path)
+(line,) = (s for s in page.splitlines() if s.startswith("| mlp_fwd |"))
+assert line.split(" | ")[7:9] == ["12.3", "180"], line
+assert "prediction" in page and "interpreted" not in page.lower()
+assert "| – | – | – |" in profile.page([6], None)
+"""
+
+
+def test_the_profile_counts_launches_and_takes_measurements_in(tmp_path: Path) -> None:
+    """A looped step of 3 layers an iteration: forward twice, backward once."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROFILED, str(tmp_path / "profile.csv")], cwd=SCRIPT.parents[1],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_session_on_a_card_checks_first_and_names_its_work_once(tmp_path: Path) -> None:
+    timer = device.Timer("cuda")
+    found = plan.units(session(tmp_path), timer, 0, False, False, 0, SCRIPT)
+    names = [u.name for u in found]
+    assert len(set(names)) == len(names)
+    ceilings = names.index("ceilings")
+    assert all(name.startswith("checks/") for name in names[:ceilings])
+    checked = {op for u in found[:ceilings] for op in u.checks}
+    assert all(checked.issuperset(u.needs) for u in found)
+    assert [u.table for u in found[ceilings + 1 : ceilings + 6]] == ["steps"] * 5
+    for workload in ("mix 512", "mix 4096", "wide 1024", "alike 512"):
+        kinds = [name for name in names if name.startswith(f"steps/{workload}/")]
+        assert len(kinds) == 8, kinds  # policies, padded, 2 bucketed, 2 modes with and without
+    # Before anything is compiled for long, the session has what the targets are about.
+    assert sum(u.seconds for u in found[ceilings : ceilings + 7]) < 300

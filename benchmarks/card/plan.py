@@ -28,8 +28,11 @@ STEP_OPS = (
 )  # fmt: skip
 
 
-def run(out: Path, seconds: float, *, dry: bool, quick: bool, seed: int, script: Path) -> int:
-    """Measures what is not yet measured; the exit status."""
+def run(
+    out: Path, seconds: float, *, dry: bool, quick: bool, only: str, seed: int, script: Path
+) -> int:  # fmt: skip
+    """Measures what is not yet measured; the exit status. only: part of the names of the units that
+    are wanted beside the checks and the ceilings."""
     device = "cpu" if dry else "cuda"
     deadline = Deadline(seconds - (0 if dry else 30))  # for the pages, and the way out
     if dry:
@@ -49,12 +52,20 @@ def run(out: Path, seconds: float, *, dry: bool, quick: bool, seed: int, script:
     session = Session(folder, deadline, label, memory)
     timer = Timer(device, least=1 if dry else 3)
     work = units(session, timer, memory, dry, quick, seed, script)
+    if only:
+        always = [unit for unit in work if unit.table in ("checks", "ceilings")]
+        wanted = [unit for unit in work if only in unit.name and unit not in always]
+        if not wanted:
+            names = ", ".join(unit.name for unit in work if unit not in always)
+            print(f"no unit of work has {only!r} in its name; there are {names}")
+            return 2
+        work = always + wanted
     if not dry and not session.rows("checks"):
         compile_ahead(script, deadline)
     session.run(work)
     with replacing(folder / "RESULTS.md") as partial:
         partial.write_text(table.page(session, dry))
-    profiled = not session.ran or write_profile(folder, [16] if quick else [512, 4096])
+    profiled = not session.ran or write_profile(folder, [4] if quick else [512, 4096])
     if session.left:
         need = sum(unit.seconds for unit in session.left)
         print(f"not reached: {len(session.left)} units, about {need:.0f} s: run the same again")

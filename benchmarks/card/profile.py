@@ -247,10 +247,14 @@ def measured_rows(step: Callable[[], object], samples: int, device: str) -> list
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU, activity.CUDA] if device == "cuda" else [activity.CPU]
     step()
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    profile = torch.profiler.profile(activities=activities)
+    with common.quiet():
+        profile.start()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with common.quiet():
+        profile.stop()
     calls, seconds = Counter(), Counter()
     kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
     for event in profile.key_averages():

@@ -135,7 +135,7 @@ def cut(
 ) -> list[PaddedBatch]:
     """The groups padded, each in as many equal pieces as the memory makes necessary (eager keeps
     about 63 · d values a token-iteration)."""
-    most = 0.5 * (memory or 16 << 30) / (63 * workload.config.block.d_model * 3)
+    most = 0.7 * (memory or 16 << 30) / (63 * workload.config.block.d_model * 3)
     pieces = []
     for group in groups:
         lengths, loops = batch.plan.lengths[group], batch.plan.loops[group]
