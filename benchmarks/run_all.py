@@ -52,16 +52,16 @@ def main(argv: list[str] | None = None) -> int:
             "Triton's interpreter and at tiny sizes, and leaves the same files, marked as such"
         )
         return 2
-    from benchmarks.card import plan
+    from benchmarks.card import agenda
 
     if options.sanitize:
-        return plan.sanitized_cases()
+        return agenda.sanitized_cases()
     if options.share:
-        return plan.share(options.share)
+        return agenda.share(options.share)
     # A stream of its own: a graph can be captured on it, backward passes included.
     stream = nullcontext() if options.dry_run else torch.cuda.stream(torch.cuda.Stream())
     with stream:
-        return plan.run(
+        return agenda.run(
             options.out, 60 * options.minutes, dry=options.dry_run, quick=options.quick,
             only=options.only,
             seed=random.SystemRandom().randrange(2**31), script=Path(__file__).resolve(),

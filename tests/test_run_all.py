@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run_all
-from benchmarks.card import checks, device, kernels, plan, steps, table
+from benchmarks.card import agenda, checks, device, kernels, steps, table
 from benchmarks.card.cases import Draw, check_cases, linear_residual, timed_cases
 from benchmarks.card.session import Deadline, Session, Skip, Unit
 from relay_fast.functional import TORCH
@@ -266,6 +266,18 @@ def test_the_rehearsal_leaves_every_file_and_goes_on(tmp_path: Path) -> None:
         assert "No figure here says anything about a GPU" in (folder / name).read_text()
 
 
+def test_what_needs_the_ceilings_waits_for_them(tmp_path: Path) -> None:
+    """Too little time for the ceilings: a short unit that needs them is no failure."""
+    found = session(tmp_path, 10)
+    timer = device.Timer("cpu", least=1)
+    work = agenda.units(found, timer, 0, True, True, 0, SCRIPT)
+    found.run([u for u in work if u.name in ("ceilings", "sweep/linear_residual/20x32")])
+    assert found.summary()[1]
+    waiting = [u for u in work if u.name == "kernels/norm_linear/20x32"]
+    found.run(waiting)
+    assert waiting[0] in found.left and not found.rows("kernels")
+
+
 def test_a_lost_card_ends_the_session(tmp_path: Path, monkeypatch) -> None:
     """An illegal memory access leaves no use of the card to this process."""
 
@@ -315,7 +327,7 @@ def test_the_profile_counts_launches_and_takes_measurements_in(tmp_path: Path) -
 
 def test_a_session_on_a_card_checks_first_and_names_its_work_once(tmp_path: Path) -> None:
     timer = device.Timer("cuda")
-    found = plan.units(session(tmp_path), timer, 0, False, False, 0, SCRIPT)
+    found = agenda.units(session(tmp_path), timer, 0, False, False, 0, SCRIPT)
     names = [u.name for u in found]
     assert len(set(names)) == len(names)
     ceilings = names.index("ceilings")

@@ -52,6 +52,10 @@ class Unit:
     memory: int = 0
 
 
+class Later(Exception):
+    """Raised by a unit that needs what is not measured yet."""
+
+
 class Skip(Exception):
     """Raised by a unit that cannot be had here; its text is the reason."""
 
@@ -93,7 +97,11 @@ class Session:
             if self.dead or not self.deadline.allows(unit.seconds):
                 self.left.append(unit)
                 continue
-            rows = self._attempt(unit, failed)
+            try:
+                rows = self._attempt(unit, failed)
+            except Later:
+                self.left.append(unit)
+                continue
             failed -= set(unit.checks)
             if any(row["status"] == "failed" for row in rows):
                 failed |= set(unit.checks)
@@ -111,6 +119,8 @@ class Session:
         self.ran += 1
         try:
             rows = [{"status": "ok", "note": ""} | row for row in unit.run()]
+        except Later:
+            raise
         except Skip as reason:
             return [self._verdict(unit, "skipped", str(reason))]
         except torch.OutOfMemoryError:

@@ -18,7 +18,7 @@ from benchmarks.card import checks, profile, steps, table
 from benchmarks.card.cases import Case, check_cases, timed_cases
 from benchmarks.card.device import ROOT, Timer, ceilings, identity
 from benchmarks.card.kernels import time_case
-from benchmarks.card.session import Deadline, Row, Session, Unit
+from benchmarks.card.session import Deadline, Later, Row, Session, Unit
 from benchmarks.card.sweep import sweep
 from benchmarks.common import machine
 from relay_fast._files import replacing
@@ -63,8 +63,8 @@ def run(
     if not dry and not session.rows("checks"):
         compile_ahead(script, deadline)
     session.run(work)
-    with replacing(folder / "RESULTS.md") as partial:
-        partial.write_text(table.page(session, dry))
+    with replacing(folder / "RESULTS.md") as page:
+        page.write_text(table.page(session, dry))
     profiled = not session.ran or write_profile(folder, [4] if quick else [512, 4096])
     if session.left:
         need = sum(unit.seconds for unit in session.left)
@@ -114,7 +114,7 @@ def units(
     def rates() -> dict[str, float]:
         rows = {r["what"]: float(r["rate"]) for r in session.rows("ceilings") if "rate" in r}
         if set(rows) != {"copy", "matmul"}:
-            raise RuntimeError("the ceilings were not measured, so no share can be told")
+            raise Later("the ceilings are not measured yet, so no share can be told")
         return rows
 
     found.append(Unit("ceilings", "ceilings", 15, lambda: ceilings(timer, dry)))
