@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, with a JSON text (config, versions, step) in its header.
+"""Checkpoints: safetensors files with a JSON text (config, versions, step) in their header.
 
 | part | names in the file |
 |---|---|
@@ -13,6 +13,8 @@ file and what to do.
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -35,15 +37,45 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    path: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    part_bytes: int | None = None,
 ) -> None:
     """Write `tensors` (any device, dtype and layout) and the JSON-able `metadata` to `path`.
 
-    Atomic: at any moment `path` is the old file or the whole new one. `metadata["config"]` is what
-    `load_checkpoint(expect=...)` compares. Raises CheckpointError if the file cannot be written,
+    part_bytes: at most so much in a file (a larger tensor has one of its own), for places that take
+    small files only; the file at `path` then names those beside it. Atomic: at any moment `path` is
+    the old checkpoint or the whole new one. `metadata["config"]` is what
+    `load_checkpoint(expect=...)` compares. Raises CheckpointError if a file cannot be written,
     TypeError for metadata that JSON cannot hold.
     """
     path = Path(path)
+    first, *others = _parts(tensors, part_bytes)
+    mark = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:8]
+    names = [f"{path.stem}.{mark}-{k}{path.suffix}" for k in range(1, len(others) + 1)]
+    for name, part in zip(names, others, strict=True):
+        _write(path.with_name(name), part, {"part_of": path.name})
+    _write(path, first, {**metadata, "parts": names} if names else metadata)
+    for old in path.parent.glob(f"{glob.escape(path.stem)}.????????-*{path.suffix}"):
+        if old.name not in names:
+            old.unlink()
+
+
+def _parts(tensors: Mapping[str, Tensor], part_bytes: int | None) -> list[dict[str, Tensor]]:
+    """The tensors in groups of at most `part_bytes`, in their order; one group at least."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in tensors.items():
+        if part_bytes is not None and parts[-1] and size + value.nbytes > part_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][name] = value
+        size += value.nbytes
+    return parts
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     header = {_HEADER_KEY: json.dumps(metadata)}
     try:
         with replacing(path) as partial:
@@ -64,7 +96,20 @@ def load_checkpoint(
     Raises CheckpointError if the file is missing, unreadable, truncated, not ours, or of another
     config.
     """
-    path = Path(path)
+    tensors, metadata = _read(Path(path))
+    if expect is not None:
+        found = differences(expect, metadata.get("config", {}))
+        if found:
+            raise CheckpointError(
+                f"{path} belongs to another config: {first_differences(found)}; use the config it "
+                f"was written with, or another checkpoint."
+            )
+    for name in metadata.pop("parts", ()):
+        tensors |= _read(Path(path).with_name(name))[0]
+    return tensors, metadata
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(
             f"there is no checkpoint {path}; check the path, or train first to make it."
@@ -88,13 +133,6 @@ def load_checkpoint(
             f"{path} was not written by relay_fast (its header has no relay_fast metadata); give a "
             f"checkpoint made by relay_fast.checkpoint.save_checkpoint."
         )
-    if expect is not None:
-        found = differences(expect, metadata.get("config", {}))
-        if found:
-            raise CheckpointError(
-                f"{path} belongs to another config: {first_differences(found)}; use the config it "
-                f"was written with, or another checkpoint."
-            )
     return tensors, metadata
 
 

@@ -8,6 +8,8 @@ runs as it always did and `reason` says why.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from relay_fast.kernels.supports import Unsupported
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.static import Capacity, StaticBatch
 
-__all__ = ["Capacity", "GraphedStep", "graph_reason"]
+__all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
 
 WARM_UP = 3  # eager steps before the capture, as PyTorch asks for
 
@@ -30,6 +32,31 @@ def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str 
     if not all("capturable" in group for group in optimizer.param_groups):
         return f"{type(optimizer).__name__} has no capturable form: use AdamW"
     return None
+
+
+def take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    *,
+    clip: float | None = None,
+    autocast: torch.dtype | None = None,
+) -> Any:
+    """One eager training step; returns what `model.loss(batch)` does.
+
+    clip: largest norm of all gradients. autocast: dtype of the GEMMs, None for the parameters'.
+    """
+    optimizer.zero_grad()
+    # A cache of casts would outlive the memory of a graph that is captured here.
+    with torch.autocast(
+        model.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+    ):
+        losses = model.loss(batch)
+    losses.loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return losses
 
 
 class GraphedStep:
@@ -92,17 +119,9 @@ class GraphedStep:
 
     def _take(self, batch: PackedBatch) -> Losses:
         """One eager step; what is captured."""
-        self.optimizer.zero_grad()
-        kind = self.model.device.type
-        # A cache of casts would outlive the graph's memory.
-        with torch.autocast(
-            kind, self.autocast, enabled=self.autocast is not None, cache_enabled=False
-        ):
-            losses = self.model.loss(batch)
-        losses.loss.backward()
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+        losses = take_step(
+            self.model, self.optimizer, batch, clip=self.clip, autocast=self.autocast
+        )
         return Losses(*(value.detach() for value in losses))
 
     def _warm_up(self) -> Losses:

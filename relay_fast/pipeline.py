@@ -6,6 +6,7 @@ interruption at any moment loses at most what a stage had not yet saved.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import queue
@@ -22,9 +23,13 @@ import torch
 
 from relay_fast.display import Display
 from relay_fast.runs import RunFolder
-from relay_fast.stages import NEEDS, Context, run_stage, scratch_files
+from relay_fast.stages import NEEDS, Context, run_stage, scratch_files, stage_files
 
 GRACE = 30.0  # seconds that a worker has to save when its parent is gone
+
+
+class OutOfTime(Exception):
+    """The minutes that a run was given are over; the same command continues it."""
 
 
 def with_needs(names: Iterable[str]) -> list[str]:
@@ -50,17 +55,19 @@ def run_pipeline(
     *,
     device: str = "cpu",
     impl: str = "auto",
+    minutes: float | None = None,
     done: Callable[[str, Mapping[str, Any]], None],
 ) -> None:
     """Runs the stages, and what they need, that are not done yet; `done(name, result)` is called as
     each finishes.
 
     A stage that fails stops the run with its error, after the others have saved their state;
-    Ctrl-C does the same.
+    Ctrl-C does the same, and so does OutOfTime after `minutes`.
     """
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     names = with_needs(names)
     _clear(folder, filter(folder.stage_done, names))
-    waiting = [name for name in names if not folder.stage_done(name)]
+    waiting = _unfinished(folder, names)
     workers = max(1, int(folder.config["workers"]))
     threads = max(1, (os.cpu_count() or 1) // workers)  # however few stages wait: sums depend on it
     context = multiprocessing.get_context("spawn")
@@ -72,7 +79,8 @@ def run_pipeline(
         running: dict[Future, str] = {}
         try:
             while waiting or running:
-                for name in _ready(folder, waiting, workers - len(running)):
+                blocked = {*waiting, *running.values()}
+                for name in _ready(waiting, blocked, workers - len(running)):
                     waiting.remove(name)
                     task = (str(folder.path), folder.config, device, impl, name, events)
                     running[pool.submit(_run, *task)] = name
@@ -85,11 +93,25 @@ def run_pipeline(
                     display.finish(name, result["seconds"])
                     done(name, result)
                     _clear(folder, [name])
+                if time.monotonic() > deadline:
+                    raise OutOfTime
         except BaseException:
             _interrupt(pool)
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _unfinished(folder: RunFolder, names: list[str]) -> list[str]:
+    """The stages still to run: those that are not done, and those whose files are gone (left out
+    when the folder was copied, for their size) while a stage to run needs them."""
+    waiting: set[str] = set()
+    for name in reversed(names):
+        needed = any(name in NEEDS[later] for later in waiting)
+        lost = not all(file.exists() for file in stage_files(folder.path, name))
+        if not folder.stage_done(name) or (needed and lost):
+            waiting.add(name)
+    return [name for name in names if name in waiting]
 
 
 def _clear(folder: RunFolder, done: Iterable[str]) -> None:
@@ -99,10 +121,9 @@ def _clear(folder: RunFolder, done: Iterable[str]) -> None:
             file.unlink()
 
 
-def _ready(folder: RunFolder, waiting: list[str], room: int) -> list[str]:
+def _ready(waiting: list[str], unfinished: set[str], room: int) -> list[str]:
     """The stages whose needs are done, as many as there is room for."""
-    ready = [name for name in waiting if all(map(folder.stage_done, NEEDS[name]))]
-    return ready[:room]
+    return [name for name in waiting if unfinished.isdisjoint(NEEDS[name])][:room]
 
 
 def _drain(events: Any, display: Display) -> None:

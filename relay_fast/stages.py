@@ -105,6 +105,13 @@ class Context:
         }
 
 
+def stage_files(folder: Path, name: str) -> list[Path]:
+    """What a stage leaves for others, beside its part of results.json."""
+    if name == "chains":
+        return [folder / "chains.safetensors"]
+    return [model_path(folder, name)] if name in MODELS else []
+
+
 def scratch_files(folder: Path, name: str) -> list[Path]:
     """What a stage keeps only to be continued after an interruption."""
     return list((folder / "checkpoints").glob(f"{name}.*.safetensors"))

@@ -17,7 +17,7 @@ import torch
 
 from relay_fast.checkpoint import CheckpointError
 from relay_fast.display import Display
-from relay_fast.pipeline import run_pipeline, with_needs
+from relay_fast.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.presets import load_preset, override, preset_names
 from relay_fast.runs import RunFolder, RunFolderError, versions
 from relay_fast.stages import NEEDS
@@ -30,12 +30,16 @@ def train(
     stages: Sequence[str] | None = None,
     device: str = "cpu",
     impl: str = "auto",
+    minutes: float | None = None,
 ) -> dict[str, Any]:
     """Runs RELAY (or the given stages and what they need) in the run folder `out`.
 
     config: a preset from `relay_fast.presets`, overridden or not. Returns the content of
-    results.json. Raises RunFolderError, ValueError, CheckpointError with one clear sentence.
+    results.json. Raises RunFolderError, ValueError, CheckpointError with one clear sentence, and
+    OutOfTime after `minutes`, with everything saved.
     """
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes = {minutes:g}: give more than 0")
     names = with_needs(stages or NEEDS)
     check_device(device)
     folder = RunFolder(out, config)
@@ -61,7 +65,7 @@ def train(
         folder.mark_done(name, {"seconds": result["seconds"]})
 
     with Display() as display:
-        run_pipeline(folder, names, display, device=device, impl=impl, done=done)
+        run_pipeline(folder, names, display, device=device, impl=impl, minutes=minutes, done=done)
     results = folder.results()
     _show(results, folder.path)
     return results
@@ -101,13 +105,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--eval-problems", type=int, help="problems a length in evaluation")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--minutes", type=float, help="stop and save after so many")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"))
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for bad input, 130 when interrupted."""
+    """Exit status 0 (out of minutes too), 2 for bad input, 130 when interrupted."""
     a = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers save, as after Ctrl-C
     try:
@@ -116,10 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=a.batch_size, eval_problems=a.eval_problems, seed=a.seed,
         )  # fmt: skip
         stages = a.stages.split(",") if a.stages else None
-        train(config, a.out, stages=stages, device=a.device, impl=a.impl)
+        options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
+        train(config, a.out, stages=stages, **options)
     except (ValueError, RunFolderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OutOfTime:
+        print(f"\n{a.minutes:g} minutes are over; the same command continues this run")
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues this run", file=sys.stderr)
         return 130

@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from relay_fast.checkpoint import (
@@ -22,14 +23,21 @@ from relay_fast.checkpoint import (
     unpack_training_state,
 )
 from relay_fast.data import run_ahead
+from relay_fast.graphs import GraphedStep, graph_reason, take_step
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.optim import make_optimizer, set_factor
+from relay_fast.static import Capacity
 
 Model = LoopedTransformer | AutoregressiveTransformer
 BeforeStep = Callable[[int, torch.optim.Optimizer], None]
 
 LOG_EVERY = 2.0  # seconds between two progress reports (each reads a loss back)
 SAVE_EVERY = 20.0  # seconds between two resume points
+PART_BYTES = 12 << 20  # of a file of the resume point: machines that are lent return small files
+CAPACITY_BATCHES = (
+    12  # batches, over the whole training, that a CUDA graph's capacity is taken from
+)
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class Progress(NamedTuple):
@@ -63,7 +71,8 @@ def train_model(
 ) -> Trained:
     """Takes every step of `stream`, in place; continues from `state_path` if it is there.
 
-    recipe: lr, muon_lr, weight_decay, betas, clip, ema. Interrupted (Ctrl-C), it saves its state
+    recipe: lr, muon_lr, weight_decay, betas, clip, ema, autocast ("bf16": of the GEMMs), graph (on
+    CUDA, a step is one CUDA graph where that can be had). Interrupted (Ctrl-C), it saves its state
     between two steps and raises KeyboardInterrupt; the same call then continues exactly, and
     returns at once where the last step was taken. before_step(step, optimizer) may change model and
     optimizer, as `relay_fast.growth.grow` does (without ema); a call that continues first calls it
@@ -117,8 +126,17 @@ class _Training:
         self._generators = {"cpu": torch.default_generator}
         if model.device.type == "cuda":
             self._generators["cuda"] = torch.cuda.default_generators[model.device.index or 0]
+        self.take = self._step_taker(DTYPES[recipe.get("autocast", "fp32")], recipe.get("graph"))
         if path.exists():
             self._resume()
+
+    def _step_taker(self, autocast: torch.dtype | None, graph: bool | None) -> Callable:
+        options = {"clip": self.clip, "autocast": autocast}
+        if not graph or graph_reason(self.model.device, self.optimizer):
+            return partial(take_step, self.model, self.optimizer, **options)
+        steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
+        capacity = Capacity.of(self.stream[step].batch for step in sorted(set(steps.tolist())))
+        return GraphedStep(self.model, self.optimizer, capacity, **options)
 
     def run(
         self, data_workers: int, report: Callable[[Progress], None], asked: Callable[[], bool]
@@ -155,13 +173,8 @@ class _Training:
         return Trained(self.history, self.longest_true, self.seconds)
 
     def _train_step(self, batch):
-        losses = self.model.loss(batch)
-        self.optimizer.zero_grad()
-        losses.loss.backward()
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         set_factor(self.optimizer, self.stream.schedule.factor(self.step))
-        self.optimizer.step()
+        losses = self.take(batch)
         self.step += 1
         if self.ema is not None:
             with torch.no_grad():
@@ -194,7 +207,7 @@ class _Training:
             "history": self.history,
             "longest_true": self.longest_true,
         }
-        save_checkpoint(self.path, tensors, metadata)
+        save_checkpoint(self.path, tensors, metadata, PART_BYTES)
 
     def _resume(self) -> None:
         tensors, metadata = load_checkpoint(self.path, expect=self.identity)

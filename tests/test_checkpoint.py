@@ -83,6 +83,25 @@ def test_resume_is_exact(tmp_path, optimizer_class):
         assert torch.equal(value, theirs[name]), name
 
 
+def test_parts_are_small_and_replace_each_other_whole(tmp_path) -> None:
+    path, other = tmp_path / "run.state.safetensors", tmp_path / "run.safetensors"
+    save_checkpoint(other, {"x": torch.zeros(3)}, {})
+    tensors = {f"t{k}": torch.randn(100) for k in range(7)}
+    for step in (1, 2):
+        save_checkpoint(path, tensors, {"step": step, "config": CONFIG}, part_bytes=900)
+        files = sorted(file.name for file in tmp_path.iterdir())
+        assert len(files) == 5 and other.name in files  # 2 + 2 + 2 + 1 tensors, no older parts
+        found, metadata = load_checkpoint(path, expect=CONFIG)
+        assert metadata == {"step": step, "config": json.loads(json.dumps(CONFIG))}
+        assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    lost = next(tmp_path.glob("*-2.safetensors"))
+    lost.unlink()
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint {lost}"):
+        load_checkpoint(path)
+    save_checkpoint(path, tensors, {"step": 3})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_resume_reuses_live_optimizer_state():
     # A captured CUDA graph holds the addresses.
     run = make()

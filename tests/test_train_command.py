@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from relay_fast.display import Display
-from relay_fast.pipeline import with_needs
+from relay_fast.pipeline import _unfinished, with_needs
 from relay_fast.presets import load_preset, override, preset_names, recipe
+from relay_fast.runs import RunFolder
 from relay_fast.stages import MODELS, NEEDS, Context
 from relay_fast.store import MODEL_NAMES, load_run_model
 from relay_fast.tasks import TASK_NAMES
@@ -166,6 +168,33 @@ def test_a_killed_run_leaves_no_process_and_continues_to_the_same_model(finished
     assert not list(scratch.iterdir())
     one, other = (load_run_model(folder, stage).state_dict() for folder in (out, finished))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_out_of_minutes(finished, tmp_path, capsys) -> None:
+    out, stage = tmp_path / "run", "looped_vanilla"
+    command = ["--preset", "cpu", "--steps", "100000", "--batch-size", "8", "--stages", stage]
+    state = out / "checkpoints" / f"{stage}.state.safetensors"
+    for _ in range(10):  # a busy machine may need more than one go to take a step
+        assert main([*command, "--minutes", "0.15", "--out", str(out)]) == 0
+        text = "0.15 minutes are over; the same command continues this run"
+        assert text in capsys.readouterr().out
+        if state.exists():
+            break
+    assert state.exists() and not (out / "stages.json").exists()
+    assert main([*SMALL, "--minutes", "0", "--out", str(tmp_path / "none")]) == 2
+    assert "minutes = 0: give more than 0" in capsys.readouterr().err
+
+
+def test_what_was_lost_is_made_again_only_if_needed(finished, tmp_path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "chains.safetensors").unlink()
+    folder = RunFolder.open(copy)
+    assert _unfinished(folder, list(NEEDS)) == []
+    stages = json.loads((copy / "stages.json").read_text())
+    del stages["ar_relay"]
+    (copy / "stages.json").write_text(json.dumps(stages))
+    assert _unfinished(folder, list(NEEDS)) == ["chains", "ar_relay"]
 
 
 def _group_is_alive(group: int) -> bool:

@@ -266,10 +266,25 @@ def test_an_interrupt_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkey
 def test_it_saves_now_and_then(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("relay_fast.trainer.SAVE_EVERY", 0.0)
     path = tmp_path / "state.safetensors"
-    whole, _ = run(path)
-    assert load_checkpoint(path)[1]["step"] == 7
-    parts, _ = run(path)  # killed after its last save: the last step again
+    monkeypatch.setattr("relay_fast.trainer.PART_BYTES", 4096)
+    whole, trained = run(path)
+    assert load_checkpoint(path)[1]["step"] == 8
+    files = list(tmp_path.iterdir())
+    assert len(files) > 2 and all(file.stat().st_size < 16384 for file in files)
+    parts, again = run(path)  # finished: nothing is trained again
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert again.history == trained.history
+
+
+def test_autocast_computes_in_bf16_and_keeps_fp32_parameters(tmp_path) -> None:
+    models = {}
+    for dtype in ("fp32", "bf16"):
+        model = models[dtype] = make_model()
+        recipe = {**RECIPE, "autocast": dtype, "graph": True}  # no CUDA: steps one by one
+        train_model(model, make_stream(3), recipe, tmp_path / dtype, seed=5)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    pairs = zip(models["fp32"].parameters(), models["bf16"].parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_resume_file_of_another_recipe_is_refused(tmp_path, monkeypatch) -> None:
