@@ -72,7 +72,7 @@ class Settings:
 
 PRESETS = {
     "cpu": Settings(
-        Training(steps=1500, batch_size=64, lr=2e-3, muon_lr=0.01, warmup=0.05, weight_decay=0.01)
+        Training(steps=2500, batch_size=64, lr=2e-3, muon_lr=0.01, warmup=0.05, weight_decay=0.01)
     ),
     "paper": Settings(
         Training(steps=200_000, batch_size=1024, lr=1e-3),
