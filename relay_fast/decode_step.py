@@ -73,6 +73,7 @@ class Stepper:
         self.scores = torch.zeros(batch, device=self.device)
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._captured: dict[Group, Callable[[], None]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def prefill(self, prompts: np.ndarray, lengths: np.ndarray, first_row: int) -> None:
         """Reads packed prompts into the rows first_row … and writes the token after each."""
@@ -138,7 +139,7 @@ class Stepper:
         graph = torch.cuda.CUDAGraph()
         if self.temperature:
             graph.register_generator_state(self._generator)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):  # nothing of one graph outlives its replay
             self._step([group])
         return graph.replay
 
