@@ -124,11 +124,3 @@ def share_tiles(tiles: int, row_blocks: int, device: torch.device) -> tuple[int,
     programs = min(tiles, max(1, 2 * facts(device).processors // row_blocks))
     each = cdiv(tiles, programs)
     return each, cdiv(tiles, each)
-
-
-def row_block(rows: int, processors: int, smallest: int = 64, largest: int = 128) -> int:
-    """Rows a program: `largest`, or fewer where that would leave processors without work."""
-    block = largest
-    while block > smallest and cdiv(rows, block) < processors:
-        block //= 2
-    return block

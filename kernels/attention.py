@@ -24,6 +24,7 @@ from torch import Tensor
 from ._runtime import Config, block_of, cdiv, dot, readable
 from .attention_ref import PaddedLayout
 from .supports import heads_reason, layout_reason, require, row_count_reason, rows_reason
+from .tuning import pick
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SHORT = 128  # rows of the longest sequence that one tile holds
@@ -171,11 +172,9 @@ def is_short(layout: PaddedLayout, dtype: torch.dtype) -> bool:
     return layout.max_length <= (32 if dtype == torch.float32 else SHORT)
 
 
-def long_config(head_dim: int, dtype: torch.dtype) -> Config:
+def long_config(head_dim: int, dtype: torch.dtype, device: torch.device) -> Config:
     """Blocks of the long kernels, forward and backward."""
-    if dtype == torch.float32:
-        return Config(32, 32, 8, 1) if head_dim <= 64 else Config(16, 16, 4, 1)
-    return Config(64, 64, 4, 2) if head_dim <= 64 else Config(64, 64, 8, 2)
+    return pick("attention_long", dtype, head_dim, 0, device)
 
 
 def check(
@@ -220,12 +219,12 @@ def attention_fwd(
     }  # fmt: skip
     if is_short(layout, qkv.dtype):
         block = block_of(layout.max_length)
+        config = pick("attention_short_fwd", qkv.dtype, block, 0, qkv.device)
         _attention_short_fwd_kernel[(programs,)](
-            *tensors, stride_qm=qkv.stride(0), BLOCK_N=block, **shape,
-            num_warps=8 if block == SHORT else 4, num_stages=1,
+            *tensors, stride_qm=qkv.stride(0), BLOCK_N=block, **shape, **config.launch,
         )  # fmt: skip
     else:
-        config = long_config(head_dim, qkv.dtype)
+        config = long_config(head_dim, qkv.dtype, qkv.device)
         _attention_long_fwd_kernel[(programs, cdiv(layout.max_length, config.block_m))](
             *tensors, stride_qm=qkv.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             **shape, **config.launch,

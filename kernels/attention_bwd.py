@@ -24,7 +24,6 @@ from torch import Tensor
 from ._runtime import block_of, cdiv, dot, readable
 from .attention import (
     LOG2_E,
-    SHORT,
     check,
     is_short,
     load_head,
@@ -35,6 +34,7 @@ from .attention import (
 )
 from .attention_ref import PaddedLayout
 from .supports import require, shapes_reason
+from .tuning import pick
 
 
 @triton.jit
@@ -262,12 +262,12 @@ def attention_bwd(
     }  # fmt: skip
     if is_short(layout, qkv.dtype):
         block = block_of(layout.max_length)
+        config = pick("attention_short_bwd", qkv.dtype, block, 0, qkv.device)
         _attention_short_bwd_kernel[(sequences * kv_heads,)](
-            *tensors, **shape, BLOCK_M=min(block, 32), BLOCK_N=block,
-            num_warps=8 if block == SHORT or qkv.dtype == torch.float32 else 4, num_stages=1,
+            *tensors, **shape, BLOCK_M=min(block, config.block_m), BLOCK_N=block, **config.launch,
         )  # fmt: skip
         return dqkv
-    config = long_config(head_dim, qkv.dtype)
+    config = long_config(head_dim, qkv.dtype, qkv.device)
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.launch}
     row_blocks = cdiv(layout.max_length, config.block_m)
     key_blocks = cdiv(layout.max_length, config.block_n)

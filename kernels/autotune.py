@@ -69,8 +69,9 @@ def searching(op: Callable, kind: str = "cuda") -> Callable:
         with tuning.watching() as picked:
             result = op(*args, **kwargs)
         device = next(a for a in args if isinstance(a, Tensor)).device
-        capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
-        if device.type == kind and not known.issuperset(picked) and not capturing:
+        if device.type != kind or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return result
+        if not known.issuperset(picked):
             known.update(picked)
             copy = lambda t: t.clone() if isinstance(t, Tensor) else t
             args, kwargs = tree_map(copy, (args, kwargs))

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, counted_rows, dot, facts, readable, row_block
+from ._runtime import Config, block_of, cdiv, counted_rows, dot, facts, readable
 from .cross_entropy_ref import argmax_ref, cross_entropy_fwd_ref
 from .norm import normalize, scale_shift
 from .supports import (
@@ -35,6 +35,7 @@ from .supports import (
     vocabulary_reason,
     weights_reason,
 )
+from .tuning import pick
 
 
 @triton.jit
@@ -124,12 +125,7 @@ def _cross_entropy_fwd_kernel(
 
 def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
     """block_n is the extent of a tile of the vocabulary; forward and backward."""
-    if dtype == torch.float32:
-        return Config(16, 16, 4, 1)
-    if d > 256:
-        return Config(32, 32, 8, 2)
-    block = row_block(rows, facts(device).processors) if d <= 128 else 64
-    return Config(block, 64 if d <= 128 else 32, 8 if block * block_of(d) > 8192 else 4, 2)
+    return pick("readout", dtype, d, rows, device)
 
 
 def check_readout(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, cdiv, counted_rows, dot, facts, readable, row_block
+from ._runtime import Config, cdiv, counted_rows, dot, readable
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
@@ -28,6 +28,7 @@ from .supports import (
     shapes_reason,
     weights_reason,
 )
+from .tuning import pick
 
 
 @triton.jit
@@ -80,11 +81,8 @@ def _linear_residual_fwd_kernel(
     )  # fmt: skip
 
 
-def _config(rows: int, dtype: torch.dtype, device: torch.device) -> Config:
-    if dtype == torch.float32:
-        return Config(32, 32, 4, 2)
-    block = row_block(rows, facts(device).processors // 2)
-    return Config(block, 64, 8 if block == 128 else 4, 3)
+def _config(rows: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
+    return pick("linear_residual", dtype, d, rows, device)
 
 
 def _block_k(dtype: torch.dtype) -> int:
@@ -121,7 +119,7 @@ def linear_residual_fwd(
         out = torch.empty(rows, d, dtype=residual.dtype, device=a.device)
     require("out needs contiguous columns" if out.stride(-1) != 1 else None)
     if rows:
-        config = _config(rows, weight.dtype, a.device)
+        config = _config(rows, d, weight.dtype, a.device)
         column_blocks = cdiv(d, config.block_n)
         _linear_residual_fwd_kernel[(column_blocks * cdiv(rows, config.block_m),)](
             a, weight, bias, residual, out, row_count, **dropout_arguments(dropout),
@@ -208,7 +206,7 @@ def linear_residual_bwd(
     same = dropout is None and dout.dtype == weight.dtype
     dbranch = dout if same else torch.empty(rows, d, dtype=weight.dtype, device=dout.device)
     if rows:
-        config = _config(rows, weight.dtype, dout.device)
+        config = _config(rows, d, weight.dtype, dout.device)
         column_blocks = cdiv(columns, config.block_n)
         _linear_residual_bwd_kernel[(column_blocks * cdiv(rows, config.block_m),)](
             dout, weight, da, None if same else dbranch, row_count, **dropout_arguments(dropout),

@@ -31,9 +31,7 @@ from ._runtime import (
     cdiv,
     counted_rows,
     dot,
-    facts,
     readable,
-    row_block,
     rows_left,
 )
 from .activation import activation_fwd
@@ -53,6 +51,7 @@ from .supports import (
     up_is_fused,
     weights_reason,
 )
+from .tuning import pick
 
 
 @triton.jit
@@ -124,11 +123,7 @@ def _mlp_fwd_kernel(
 
 def mlp_config(rows: int, d: int, dtype: torch.dtype, device: torch.device, gated: bool) -> Config:
     """block_n is the extent of a tile of the hidden layer; forward and backward."""
-    if dtype == torch.float32:
-        return Config(16, 16, 8, 1)
-    block = row_block(rows, facts(device).processors) if d <= 64 else 64
-    tile = 64 if d <= 128 and not gated else 32
-    return Config(block, tile, 8 if block * block_of(d) > 4096 else 4, 2)
+    return pick("mlp_gated" if gated else "mlp", dtype, d, rows, device)
 
 
 def check_mlp(

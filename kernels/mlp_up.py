@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, counted_rows, dot, facts, rows_left, share_tiles
+from ._runtime import Config, block_of, cdiv, counted_rows, dot, rows_left, share_tiles
 from .activation import activate
 from .norm import normalize, scale_shift
+from .tuning import pick
 
 
 @triton.jit
@@ -112,11 +113,8 @@ def _mlp_up_fwd_kernel(
         )  # fmt: skip
 
 
-def _config(dtype: torch.dtype, device: torch.device, gated: bool) -> Config:
-    if dtype == torch.float32:
-        return Config(32, 32, 8, 1)
-    # Two weights of 512 columns, twice, beside 64 rows: 200 KB.
-    return Config(32 if gated and facts(device).arch < 90 else 64, 32, 8, 2)
+def _config(d: int, dtype: torch.dtype, device: torch.device, gated: bool) -> Config:
+    return pick("mlp_up_gated" if gated else "mlp_up", dtype, d, 0, device)
 
 
 def mlp_up_fwd(
@@ -143,7 +141,7 @@ def mlp_up_fwd(
 
     up, gate, hidden = buffer(keep), buffer(keep and gated), buffer(True)
     if rows:
-        config = _config(up_weight.dtype, x.device, gated)
+        config = _config(d, up_weight.dtype, x.device, gated)
         row_blocks, tiles = cdiv(rows, config.block_m), cdiv(hidden_size, config.block_n)
         tiles_each, column_blocks = share_tiles(tiles, row_blocks, x.device)
         _mlp_up_fwd_kernel[(column_blocks * row_blocks,)](

@@ -30,9 +30,7 @@ from ._runtime import (
     cdiv,
     counted_rows,
     dot,
-    facts,
     readable,
-    row_block,
     rows_left,
     share_tiles,
 )
@@ -55,6 +53,7 @@ from .supports import (
     shapes_reason,
     weights_reason,
 )
+from .tuning import pick
 
 
 @triton.jit
@@ -179,15 +178,7 @@ def _rope(
 
 def _config(rows: int, d: int, dtype: torch.dtype, device: torch.device, back: bool) -> Config:
     """block_n is the number of column pairs a tile."""
-    if dtype == torch.float32:
-        if back:
-            return Config(16, 16, 4, 1)
-        return Config(32, 16, 4, 1) if d > 128 else Config(16, 16, 8, 1)
-    if d > 256:
-        return Config(32, 16, 8, 2)
-    block = row_block(rows, facts(device).processors) if d <= 128 or not back else 64
-    pairs = 16 if back and d > 128 else 32
-    return Config(block, pairs, 8 if block == 128 or (back and d > 64) else 4, 2)
+    return pick("norm_linear_bwd" if back else "norm_linear_fwd", dtype, d, rows, device)
 
 
 def _check(

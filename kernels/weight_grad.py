@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._runtime import Config, cdiv, counted_rows, dot, facts, readable
 from .supports import norm_reason, require, row_count_reason, shapes_reason, weights_reason
+from .tuning import pick
 
 
 @triton.jit
@@ -77,13 +78,9 @@ def _weight_grad_sum_kernel(
     tl.store(acc, total, mask=mask)
 
 
-def _config(columns: int, d: int, dtype: torch.dtype) -> Config:
+def _config(columns: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
     """block_m is the tile's extent along d here."""
-    if dtype == torch.float32:
-        return Config(32, 32, 4, 2)
-    if columns <= 64 or d <= 64:
-        return Config(64, 64, 4, 3)
-    return Config(128, 128, 8, 3)
+    return pick("weight_grad", dtype, min(columns, d), 0, device)
 
 
 def weight_grad(
@@ -109,7 +106,7 @@ def weight_grad(
     rows, (columns, d) = x.shape[0], acc.shape
     if rows == 0:
         return
-    config = _config(columns, d, x.dtype)
+    config = _config(columns, d, x.dtype, x.device)
     block_k = 32 if x.dtype == torch.float32 else 64
     grid = (cdiv(d, config.block_m), cdiv(columns, config.block_n))
     splits = max(1, min(cdiv(rows, 4 * block_k), facts(x.device).processors // (grid[0] * grid[1])))

@@ -119,7 +119,8 @@ def explain(device: torch.device | str = "cuda", **sizes) -> str:
 
 @cache
 def _triton_ops() -> Ops:
-    """The Triton launchers; each raises `Unsupported` before any launch where it must."""
+    """The Triton launchers; each raises `Unsupported` before any launch where it must. With
+    RELAY_FAST_AUTOTUNE=1 they search for launch configurations on a GPU."""
     from relay_fast.kernels.attention import attention_fwd
     from relay_fast.kernels.attention_bwd import attention_bwd
     from relay_fast.kernels.cross_entropy import argmax, cross_entropy_fwd
@@ -132,7 +133,7 @@ def _triton_ops() -> Ops:
     from relay_fast.kernels.norm_linear import norm_linear_bwd, norm_linear_fwd
     from relay_fast.kernels.weight_grad import weight_grad
 
-    return Ops(
+    ops = Ops(
         norm_linear_fwd,
         norm_linear_bwd,
         attention_fwd,
@@ -148,6 +149,11 @@ def _triton_ops() -> Ops:
         weight_grad,
         loop_fwd,
     )
+    if os.environ.get("RELAY_FAST_AUTOTUNE") != "1":
+        return ops
+    from relay_fast.kernels.autotune import searching
+
+    return Ops(*map(searching, ops))
 
 
 @cache

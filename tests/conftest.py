@@ -13,6 +13,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+os.environ.pop("RELAY_FAST_AUTOTUNE", None)  # searches belong to no test
 if not torch.cuda.is_available():
     # Before anything imports triton: without a GPU, kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
