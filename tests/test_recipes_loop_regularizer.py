@@ -34,6 +34,17 @@ def test_the_recipe(tmp_path) -> None:
     assert loop_regularizer.plot(results, tmp_path / "p.png").stat().st_size > 10_000
 
 
+def test_the_paper_preset(tmp_path) -> None:
+    paper = loop_regularizer.PRESETS["paper"]
+    short = replace(paper.training, steps=1, batch_size=1)
+    task = replace(paper, training=short, problems=1, weights=(10.0,))
+    with Display() as display:
+        results = loop_regularizer.run(
+            task, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display
+        )
+    assert results["shape"] == "6x1" and list(results["models"][0]["accuracy"]) == ["16"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -92,6 +92,23 @@ def test_too_little_text(text, tmp_path) -> None:
         )  # fmt: skip
 
 
+def test_the_paper_preset(tmp_path) -> None:
+    paper = looped_lm.PRESETS["paper"]
+    assert (paper.d_model, paper.d_hidden, paper.prelude, paper.layers, paper.coda) == (
+        2048, 5120, 4, 4, 4,
+    )  # fmt: skip
+    narrow = replace(
+        paper, d_model=32, n_heads=2, d_hidden=80, context=32, windows=2, scored=1, problems=1,
+        shots=0, training=replace(paper.training, steps=1, batch_size=2), test_loops=(4,),
+    )  # fmt: skip
+    with Display() as display:
+        results = looped_lm.run(
+            narrow, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display
+        )
+    layer = 4 * 32 * 32 + 2 * 32 * 80 + 2 * 32
+    assert results["parameters"] == 12 * layer + 2 * 32 + 2 * 256 * 32
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

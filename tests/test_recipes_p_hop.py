@@ -88,12 +88,18 @@ def test_the_recipe(task, tmp_path) -> None:
     assert p_hop.plot(results, tmp_path / "p.png").stat().st_size > 10_000
 
 
-def test_the_paper_preset_shows_the_papers_numbers() -> None:
+def test_the_paper_preset_shows_the_papers_numbers(tmp_path) -> None:
     preset = p_hop.PRESETS["paper"]
     model = {"accuracy": {"16": 0.5, "32": 0.25}, "parameters": 1, "seconds": 1.0}
     header, lines = p_hop.rows({"models": {"2x3": model}, "published": True})
     assert header == ["model", "parameters", "p = 16", "p = 32", "paper 16", "paper 32", "seconds"]
     assert lines == [["2⊗3", 1, 50.0, 25.0, 99.9, 99.8, 1.0]]
+    short = replace(preset.training, steps=2, batch_size=1)
+    task = replace(preset, models=("2x3",), hops=(16,), problems=2, training=short)
+    with Display() as display:
+        results = p_hop.run(task, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display)
+    header, lines = p_hop.rows(results)
+    assert lines[0][-2] == 99.9 and 2 * 12 * 128**2 < results["models"]["2x3"]["parameters"] < 5e5
     assert preset.models == tuple(p_hop.PUBLISHED) and (preset.length, preset.d_model) == (256, 128)
 
 

@@ -39,6 +39,17 @@ def test_the_recipe(tmp_path, monkeypatch) -> None:
     assert stacking.plot(results, tmp_path / "p.png").stat().st_size > 10_000
 
 
+def test_the_paper_preset(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(stacking, "TIMED_STEPS", 1)
+    paper = stacking.PRESETS["paper"]
+    short = replace(paper.training, steps=12, batch_size=1)
+    task = replace(paper, training=short, problems=1, methods=("middle",))
+    with Display() as display:
+        results = stacking.run(task, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display)
+    found = results["tasks"]["p_hop"]
+    assert len(found["step_seconds"]) == 6 == len(found["models"]["middle"]["similarity"])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -187,7 +187,10 @@ def make_draw(settings: Settings, p: int | None = None) -> Callable:
 
     def draw(rng: np.random.Generator, _: int):
         size = settings.training.batch_size
-        hops = rng.choice(settings.hops, size) if p is None else p
+        if p is None:  # one a problem, or one a batch where a batch has only one
+            hops = rng.choice(settings.hops, size if settings.target == "every" else None)
+        else:
+            hops = p
         return draw_problems(rng, settings, hops, size)
 
     return draw
