@@ -239,19 +239,12 @@ def test_without_cuda_it_says_what_dry_run_does(capsys) -> None:
     assert said.count("\n") == 1 and "--dry-run walks the same path on the CPU" in said
 
 
-def test_the_rehearsal_leaves_every_file_and_goes_on(tmp_path: Path) -> None:
+def test_the_rehearsal_leaves_every_file(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "--dry-run", "--quick", "--out", str(tmp_path)]
-
-    def run(minutes: str) -> list[str]:
-        done = subprocess.run(
-            [*command, "--minutes", minutes], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout.splitlines()
-
-    assert any("not reached" in line for line in run("0.001"))
-    lines = run("5")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
     assert re.fullmatch(rf"ok {len(check_cases(True))} checks, \d+ rows", lines[-1])
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-interpreted")

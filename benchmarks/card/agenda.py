@@ -112,7 +112,7 @@ def units(
         found.append(Unit(name, "checks", 1.0 if dry else 4.0, work, checks=(case.op,)))
 
     def rates() -> dict[str, float]:
-        rows = {r["what"]: float(r["rate"]) for r in session.rows("ceilings") if "rate" in r}
+        rows = {r["what"]: float(r["rate"]) for r in session.rows("ceilings") if r.get("rate")}
         if set(rows) != {"copy", "matmul"}:
             raise Later("the ceilings are not measured yet, so no share can be told")
         return rows

@@ -6,6 +6,7 @@ reduction) is made ready in `prepare`, outside the timing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -38,10 +39,14 @@ def flash_attn(case: Case) -> Function:
 def torch_varlen(case: Case) -> Function:
     from torch.nn.attention.varlen import varlen_attn
 
+    causal = {}
+    if "causal" in case.shape:  # said in two ways, by version
+        known = inspect.signature(varlen_attn).parameters
+        causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+
     def run(i: SimpleNamespace) -> Tensor:
         cu, n = i.layout.cu_seqlens, i.layout.max_length
-        window = (-1, 0) if "causal" in case.shape else (-1, -1)
-        return varlen_attn(*_varlen_layout(i), cu, cu, n, n, window_size=window)
+        return varlen_attn(*_varlen_layout(i), cu, cu, n, n, **causal)
 
     return run
 
