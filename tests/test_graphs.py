@@ -3,6 +3,9 @@ them never asks the host."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +157,35 @@ def test_a_step_brings_nothing_from_the_host() -> None:
     model = make_model(dropout=0.1).to("meta")
     ops = whole_step(model, StaticBatch(Capacity.of(batches()), "meta").batch)
     assert len(ops) > 500
+
+
+KERNELS_ON_META = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, "tests")
+import torch
+from benchmarks.card.profile import traced
+from test_graphs import Recorded, batches, make_model
+from relay_fast.static import Capacity, StaticBatch
+model = make_model("triton", d_model=32, dropout=0.1).to("meta")
+static = StaticBatch(Capacity.of(batches()), "meta")
+with Recorded(), traced() as trace:
+    model.loss(static.batch).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+parts = trace.parts
+# 4 iterations of 2 layers, forward twice and backward once; four weights a layer and the two heads
+assert parts["_mlp_fwd_kernel"].launches == 16 == 2 * parts["_mlp_bwd_kernel"].launches, parts
+assert parts["_weight_grad_kernel"].launches == 4 * 2 * 4 + 2, parts
+"""
+
+
+def test_kernels_bring_nothing_from_the_host_either() -> None:
+    """The launchers on meta tensors, their launches recorded instead of made."""
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS_ON_META], cwd=Path(__file__).parents[1],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_capacity_of_batches_by_hand() -> None:
