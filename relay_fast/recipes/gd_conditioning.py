@@ -55,7 +55,7 @@ class Settings:
             )
 
 
-PRESETS = {"cpu": Settings(), "paper": replace(Settings(), draws=20_000)}
+PRESETS = {"cpu": Settings(), "paper": replace(Settings(), draws=2_000)}
 
 
 @torch.no_grad()
