@@ -86,7 +86,6 @@ TABLE = (
     Rule("mlp_up_gated",        16,  ANY, "any",  Config( 64,  32, 8, 2), 90),
     Rule("mlp_up_gated",        16,  ANY, "any",  Config( 32,  32, 8, 2)),
     Rule("mlp_up_gated",        32,  ANY, "any",  Config( 32,  32, 8, 1)),
-    Rule("readout",             16,   64, "many", Config(128,  64, 4, 2)),
     Rule("readout",             16,  128, "many", Config(128,  64, 8, 2)),
     Rule("readout",             16,  128, "few",  Config( 64,  64, 4, 2)),
     Rule("readout",             16,  256, "any",  Config( 64,  32, 8, 2)),
