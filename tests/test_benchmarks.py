@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, loop_throughput, memory_vs_loops
+from benchmarks import common, loop_throughput, memory_vs_loops, recipe_ablation
 from benchmarks.baselines import buckets
 from relay_fast.config import BlockConfig, ModelConfig
 
@@ -109,3 +109,12 @@ def test_the_mix_is_the_papers() -> None:
     # design.md: about 600 token-iterations a sample against 3,030 padded.
     batch, _ = common.task_batch("multitask", 2000, 0, "cpu")
     assert 560 < batch.plan.token_iterations / 2000 < 640
+
+
+def test_recipe_ablation(tmp_path) -> None:
+    csv = tmp_path / "rows.csv"
+    arguments = ["--work", "3e3", "--problems", "4", "--only", "base", "no_loop_norm"]
+    rows = recipe_ablation.main([*arguments, "--csv", str(csv)])
+    assert [row["change"] for row in rows] == ["base", "no_loop_norm"]
+    assert all(row["longest_true_problem"] <= 10 for row in rows)
+    assert len(csv.read_text().splitlines()) == 3

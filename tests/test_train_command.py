@@ -212,7 +212,7 @@ def _group_is_alive(group: int) -> bool:
     "arguments, message",
     [
         (["--tasks", "sorting"], "task 'sorting' is not in preset 'cpu': use some of arithmetic"),
-        (["--preset", "huge"], "preset 'huge' is unknown: use one of cpu, paper"),
+        (["--preset", "huge"], "preset 'huge' is unknown: use one of cpu, paper, paper-fast"),
         (["--steps", "0"], "steps = 0: give at least 1"),
         (["--batch-size", "0"], "batch size = 0: give at least 1"),
         (["--eval-problems", "-3"], "problems = -3: give at least 1"),
@@ -259,7 +259,7 @@ def test_argparse_refuses_with_2(arguments, capsys) -> None:
 
 
 def test_presets_are_data_and_whole() -> None:
-    assert preset_names() == ["cpu", "paper"]
+    assert preset_names() == ["cpu", "paper", "paper-fast"]
     for name in preset_names():
         config = load_preset(name)
         assert config["name"] == name
@@ -301,6 +301,17 @@ def test_the_paper_preset_says_what_the_paper_does() -> None:
     for name in ("looped_vanilla", "ar_baseline", "ar_relay"):
         assert recipes[name]["task_weights"] == weights
     assert "task_weights" not in recipes["looped_aligned"] | recipes["ar_self"]
+
+
+def test_paper_fast_changes_the_recipe_only() -> None:
+    paper, fast = load_preset("paper"), load_preset("paper-fast")
+    for part in ("tasks", "vocabulary", "evaluation"):
+        assert fast[part] == paper[part]
+    assert {**paper["model"], "dropout": 0.0} == fast["model"]  # data that never repeats
+    for stage in fast["stages"]:
+        settings = recipe(fast, stage)
+        assert settings["graph"] and settings["autocast"] == "bf16"
+        assert "dataset_size" not in settings and "muon_lr" not in settings
 
 
 def test_overrides() -> None:
