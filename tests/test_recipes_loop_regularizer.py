@@ -11,7 +11,8 @@ from relay_fast.runs import RunFolder
 CPU = loop_regularizer.PRESETS["cpu"]
 TINY = replace(
     CPU, models=("2x1",), length=8, hops=(1, 2), d_model=16, n_heads=2, problems=20,
-    weights=(0.0, 10.0), training=replace(CPU.training, steps=40, batch_size=4, warmup=0.0),
+    weights=(0.0, 10.0), tied_steps=2,
+    training=replace(CPU.training, steps=40, batch_size=4, warmup=0.0),
 )  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def test_the_recipe(tmp_path) -> None:
     block = 12 * 16 * 16 + 2 * 16
     assert free["parameters"] - free["tied_parameters"] == block
     for model in (free, tied):
+        assert list(model["tied"]) == ["mean", "first", "trained"]
         for accuracy in (model["accuracy"], *model["tied"].values()):
             assert list(accuracy) == ["1", "2"] and all(0 <= a <= 1 for a in accuracy.values())
     header, lines = loop_regularizer.rows(results)
@@ -37,7 +39,7 @@ def test_the_recipe(tmp_path) -> None:
 def test_the_paper_preset(tmp_path) -> None:
     paper = loop_regularizer.PRESETS["paper"]
     short = replace(paper.training, steps=1, batch_size=1)
-    task = replace(paper, training=short, problems=1, weights=(10.0,))
+    task = replace(paper, training=short, problems=1, weights=(10.0,), tied_steps=1)
     with Display() as display:
         results = loop_regularizer.run(
             task, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display

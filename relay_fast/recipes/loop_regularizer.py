@@ -9,7 +9,7 @@ parameters on 250 B tokens of the Pile, so `paper` takes the sizes of its p-hop 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from relay_fast.display import Display
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._models import LoopedClassifier
+from relay_fast.recipes._models import LoopedClassifier, classifier_loss
 from relay_fast.regularizer import HOW, block_cosines, loop_regularizer, tie
 from relay_fast.runs import RunFolder
 from relay_fast.stack import check_period
@@ -37,11 +37,13 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Settings(p_hop.Settings):
-    """models: one stack without loops; weights: λ; period: layers of a block."""
+    """models: one stack without loops; weights: λ; period: layers of a block. tied_steps: of
+    training the loop that is made of the mean of the blocks."""
 
     models: tuple[str, ...] = ("4x1",)
     weights: tuple[float, ...] = (0.0, 1.0, 10.0)
     period: int = 1
+    tied_steps: int = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,20 +91,28 @@ def run(
             f"weight_{weight:g}", display, seed=seed, device=device,
         )  # fmt: skip
         looped = {how: tie(model, settings.period, how) for how in HOW}
+        tied = {how: _accuracies(m, settings, seed) for how, m in looped.items()}
+        train(
+            looped["mean"], classifier_loss, p_hop.make_draw(settings),
+            replace(settings.training, steps=settings.tied_steps), folder,
+            f"weight_{weight:g}_tied", display, seed=seed + 1, device=device,
+        )  # fmt: skip
+        tied["trained"] = _accuracies(looped["mean"], settings, seed)
         cosines = block_cosines(model.block.layers, settings.period)
         results.append(
             {
                 "weight": weight,
                 "cosines": {name: round(c.item(), 5) for name, c in cosines.items()},
                 "accuracy": _accuracies(model, settings, seed),
-                "tied": {how: _accuracies(m, settings, seed) for how, m in looped.items()},
+                "tied": tied,
                 "parameters": model.parameter_count(),
                 "tied_parameters": looped["mean"].parameter_count(),
                 "seconds": round(trained.seconds, 2),
                 "history": trained.history,
             }
         )
-    return {"models": results, "shape": settings.models[0], "period": settings.period}
+    shape, steps = settings.models[0], settings.tied_steps
+    return {"models": results, "shape": shape, "period": settings.period, "tied_steps": steps}
 
 
 def _accuracies(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str, float]:
@@ -117,13 +127,18 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     for m in results["models"]:
         cosines = list(m["cosines"].values())
         paper = {0: "≈ 0", 10: "≥ 0.98"}.get(m["weight"], "–")
-        tied = [100 * m["tied"][how][p] for how in HOW]
+        tied = [100 * accuracy[p] for accuracy in m["tied"].values()]
         lines.append([
             f"{m['weight']:g}", m["parameters"], min(cosines), sum(cosines) / len(cosines), paper,
             100 * m["accuracy"][p], *tied, m["tied_parameters"], m["seconds"],
         ])  # fmt: skip
-    tied = [f"tied, {how} (%)" for how in HOW]
+    tied = [f"tied, {name} (%)" for name in _tied_names(results)]
     return [*header, *tied, "tied parameters", "seconds"], lines
+
+
+def _tied_names(results: Mapping[str, Any]) -> list[str]:
+    """The tied models, in the order of a result's "tied"."""
+    return [*HOW, f"mean and {results['tied_steps']} steps"]
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
@@ -136,8 +151,8 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
     places = range(len(models))
     p = max(models[0]["accuracy"], key=int)
     right = {"stack": (places, [100 * m["accuracy"][p] for m in models])}
-    for how in HOW:
-        right[f"tied, {how}"] = places, [100 * m["tied"][how][p] for m in models]
+    for key, name in zip(models[0]["tied"], _tied_names(results), strict=True):
+        right[f"tied, {name}"] = places, [100 * m["tied"][key][p] for m in models]
     labels = ", ".join(f"{i}: {name}" for i, name in enumerate(groups))
     weights = ", ".join(f"{i}: λ = {m['weight']:g}" for i, m in enumerate(models))
     panels = [
