@@ -107,6 +107,11 @@ def test_finished_training_is_read_back(tmp_path) -> None:
         fit(folder, replace(TRAINING, lr=0.2))
 
 
+def test_training_knows_its_decays() -> None:
+    with pytest.raises(ValueError, match="decay = 'cosin' is unknown: use one of linear, cosine"):
+        replace(TRAINING, decay="cosin")
+
+
 @pytest.mark.parametrize("name", ["steps", "batch_size"])
 def test_training_needs_steps_and_samples(name) -> None:
     with pytest.raises(ValueError, match=f"{name} = 0: give at least 1"):

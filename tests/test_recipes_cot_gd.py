@@ -110,7 +110,8 @@ def test_theorys_start_and_the_looped_layer(tmp_path) -> None:
     ("options", "message"),
     [
         ({"start": "zero"}, "start = 'zero' is unknown: use one of random, theory"),
-        ({"thoughts": 0}, "thoughts and rollout must be at least 1"),
+        ({"thoughts": 0}, "thoughts = 0: give at least 1"),
+        ({"dimension": 2, "other_deviations": (1.0,)}, "give 2 positive numbers, or none"),
     ],
 )
 def test_bad_settings(options, message) -> None:

@@ -132,6 +132,7 @@ def test_bad_settings() -> None:
     for options, message in [
         ({"forms": ("full",)}, "form 'full' is unknown: use some of restricted, general"),
         ({"examples": (0,)}, r"examples = \(0,\): give numbers of at least 1"),
+        ({"deviations": (1.0,)}, r"deviations = \(1.0,\): give 10 positive numbers, or none"),
         ({"loops": ()}, r"loops = \(\): give numbers of at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):

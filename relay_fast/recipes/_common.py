@@ -23,6 +23,7 @@ from relay_fast.trainer import BeforeStep, Trained, train_model
 # A batch: arrays become tensors on the device, lists (such as cu_seqlens) stay on the host.
 Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray | list]]
 Loss = Callable[..., tuple[Tensor, Tensor | None]]
+DECAYS = ("linear", "cosine", "late", "constant")  # those of `relay_fast.schedule`
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Training:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
+        if self.decay not in DECAYS:
+            known = ", ".join(DECAYS)
+            raise ValueError(f"decay = {self.decay!r} is unknown: use one of {known}")
 
 
 def train(

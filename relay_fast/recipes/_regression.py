@@ -38,14 +38,19 @@ def draw_prompts(
 
     deviations: standard deviations of x's coordinates, Σ^½ as a diagonal; default all 1.
     """
+    check_deviations(deviations, d)
     scale = np.asarray(deviations or np.ones(d))
-    if scale.shape != (d,) or np.any(scale <= 0):
-        raise ValueError(f"deviations = {tuple(deviations)}: give {d} positive numbers")
     covariance = draw_covariances(rng, prompts, n, d) * np.outer(scale, scale)
     w = rng.standard_normal((prompts, d)) / scale
     xy = covariance @ w[:, :, None]
     yy = w[:, None, :] @ xy
     return np.block([[covariance, xy], [xy.mT, yy]]), w
+
+
+def check_deviations(deviations: Sequence[float], d: int) -> None:
+    """Raises ValueError unless there are none, or d positive ones."""
+    if deviations and (len(deviations) != d or min(deviations) <= 0):
+        raise ValueError(f"deviations = {tuple(deviations)}: give {d} positive numbers, or none")
 
 
 def descend(s: Tensor, rate: float, steps: int) -> Tensor:

@@ -30,7 +30,12 @@ from torch import Tensor
 
 from relay_fast.display import Display
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._regression import descend, draw_prompts, one_step_error
+from relay_fast.recipes._regression import (
+    check_deviations,
+    descend,
+    draw_prompts,
+    one_step_error,
+)
 from relay_fast.recipes._thoughts import STARTS, ThoughtLayer
 from relay_fast.runs import RunFolder
 
@@ -57,8 +62,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise ValueError(f"start = {self.start!r} is unknown: use one of {', '.join(STARTS)}")
-        if self.thoughts < 1 or self.rollout < 1:
-            raise ValueError("thoughts and rollout must be at least 1")
+        for name in ("dimension", "examples", "thoughts", "rollout", "prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
+        check_deviations(self.other_deviations, self.dimension)
 
 
 _CPU = Settings(

@@ -33,7 +33,12 @@ from torch import Tensor, nn
 from relay_fast.display import Display
 from relay_fast.linear_attention import loop_linear_attention
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._regression import draw_prompts, one_step_error, one_step_rate
+from relay_fast.recipes._regression import (
+    check_deviations,
+    draw_prompts,
+    one_step_error,
+    one_step_rate,
+)
 from relay_fast.runs import RunFolder
 
 FORMS = ("restricted", "general")
@@ -58,6 +63,9 @@ class Settings:
         for form in self.forms:
             if form not in FORMS:
                 raise ValueError(f"form {form!r} is unknown: use some of {', '.join(FORMS)}")
+        if self.dimension < 1 or self.prompts < 1:
+            raise ValueError("dimension and prompts must be at least 1")
+        check_deviations(self.deviations, self.dimension)
         for name in ("examples", "loops", "test_loops"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give numbers of at least 1")
