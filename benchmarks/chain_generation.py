@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--seconds", type=float, help="for each case; one round at least")
     parser.add_argument("--png", type=Path, help="default: beside the CSV")
     args = parser.parse_args(argv)
-    dtype, usual = common.chosen_dtype(args), (32, 96, 64) if args.quick else (64, 512, 256)
+    dtype, usual = common.chosen_dtype(args), (32, 96, 64) if args.quick else (32, 256, 256)
     number, mixed, batch = (
         given or default
         for given, default in zip((args.number, args.mixed, args.batch), usual, strict=True)

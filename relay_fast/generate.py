@@ -32,6 +32,7 @@ from relay_fast.tasks.vocabulary import PAD
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
 UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they never meet
 NO_ANSWER = -1  # where what was written cannot be read as an answer
+NO_TOKENS = np.zeros(0, np.int32)
 
 Progress = Callable[[int, int], Any]
 
@@ -178,7 +179,7 @@ def _without_truth(problems: Samples) -> Samples:
     """The problems with empty rounds and no answers."""
     return replace(
         problems,
-        rounds=np.zeros(0, np.int32),
+        rounds=NO_TOKENS,
         round_offsets=np.zeros(len(problems.round_offsets), np.int64),
         answer=np.full(len(problems), PAD, np.int32),
     )
@@ -227,32 +228,35 @@ def write_chains(
 
 def read_chains(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> Samples:
     """The problems with the rounds and answers of what was decoded."""
-    rounds, answers = _read_texts(decoded, problems, tasks)
+    tokens, sizes, loops, answers = [NO_TOKENS], [], [], []
+    for rounds, answer in _read_texts(decoded, problems, tasks):
+        tokens.append(np.array([token for r in rounds for token in r], np.int32))
+        sizes += map(len, rounds)
+        loops.append(len(rounds))
+        answers.append(answer)
     return replace(
         problems,
-        rounds=np.array([token for chain in rounds for r in chain for token in r], np.int32),
-        round_offsets=offsets_of(np.array([len(r) for chain in rounds for r in chain], np.int64)),
-        loops=np.array([len(chain) for chain in rounds], np.int32),
+        rounds=np.concatenate(tokens),
+        round_offsets=offsets_of(np.array(sizes, np.int64)),
+        loops=np.array(loops, np.int32),
         answer=np.array(answers, np.int32),
     )
 
 
 def _read_texts(
     decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]
-) -> tuple[list[list[list[int]]], list[int]]:
+) -> Iterator[tuple[list[list[int]], int]]:
     """Rounds and answer of every decoded sequence."""
-    chains, answers = [], []
-    tokens, bounds = decoded.tokens.tolist(), decoded.offsets.tolist()
+    bounds = decoded.offsets.tolist()
     for k, begin, end in zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True):
-        chain, answer = tasks[TASK_NAMES[k]].split(tokens[begin:end])
-        chains.append(chain)
-        answers.append(NO_ANSWER if answer is None else answer)
-    return chains, answers
+        rounds, answer = tasks[TASK_NAMES[k]].split(decoded.tokens[begin:end].tolist())
+        yield rounds, NO_ANSWER if answer is None else answer
 
 
 def read_answers(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
     """(S,) int32 answers of what was decoded, NO_ANSWER where there is none to read."""
-    return np.array(_read_texts(decoded, problems, tasks)[1], np.int32)
+    texts = _read_texts(decoded, problems, tasks)
+    return np.fromiter((answer for _, answer in texts), np.int32, len(problems))
 
 
 def verify_chains(
