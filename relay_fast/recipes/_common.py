@@ -172,6 +172,8 @@ def draw_panels(path: str | os.PathLike, panels: Sequence[Panel], title: str = "
         axes.set_ylabel(panel.y)
         if panel.log_x:
             axes.set_xscale("log")
+        elif all(isinstance(value, int) for x, _ in panel.curves.values() for value in x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if panel.log_y:
             axes.set_yscale("log")
         if panel.y_range:

@@ -87,9 +87,9 @@ def comparison_plot(
         if name in published:
             dashed[label] = list(published[name]), list(published[name].values())
         losses[label] = [e["step"] for e in m["history"]], [e["loss"] for e in m["history"]]
+    shown = "fresh problems; dashed: published" if dashed else "fresh problems"
     panels = [
-        Panel("fresh problems; dashed: published", size, "right (%)", right, dashed,
-              y_range=(-3, 103)),
+        Panel(shown, size, "right (%)", right, dashed, y_range=(-3, 103)),
         Panel("training", "step", "loss", losses, log_y=True),
     ]  # fmt: skip
     return draw_panels(path, panels, title)
