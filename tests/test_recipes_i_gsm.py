@@ -107,7 +107,7 @@ def test_the_papers_sizes() -> None:
         ({"variables": (1,)}, "variables = (1,): give some numbers of at least 2"),
         ({"test_variables": ()}, "test_variables = (): give some numbers of at least 2"),
         ({"width": 7}, "width = 7: give 1 to 6, there are 26 letters"),
-        ({"width": 1}, "5 variables do not fit into 4 levels of 1 entities, which have 3 edges"),
+        ({"width": 1}, "4 variables do not fit into 4 levels of 1 entities, which have 3 edges"),
         ({"problems": 0}, "problems = 0: give at least 1"),
         ({"models": ("0x1",)}, "model '0x1' is unknown: write layers x loops like 1x4"),
     ],

@@ -53,8 +53,8 @@ class Settings:
 
     training: Training
     models: tuple[str, ...] = ("1x1", "1x4", "4x1", "1+1x2+1")
-    variables: tuple[int, ...] = (3, 4, 5)
-    test_variables: tuple[int, ...] = (3, 4, 5)
+    variables: tuple[int, ...] = (2, 3, 4)
+    test_variables: tuple[int, ...] = (2, 3, 4)
     width: int = 3
     d_model: int = 64
     n_heads: int = 4
