@@ -20,13 +20,14 @@ def sweep(case: Case, timer: Timer, budget: float) -> list[Row]:
     device = timer.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     calls, _ = own_calls(case, case.make(Draw(0, dtype, device)), device)
+    script = "run_all.py" if device == "cuda" else "run_all.py, interpreted"
     rows: list[Row] = []
     for direction in ("forward", "backward"):
         if direction not in calls:
             continue
         seconds = lambda call: timer.seconds({"": call}, budget / 40)[""]
         for rule, times in search(calls[direction], seconds).items():
-            new = better(rule, times, facts(torch.device(device)).arch, "run_all.py")
+            new = better(rule, times, facts(torch.device(device)).arch, script)
             best = min(times, key=times.__getitem__)
             for config, taken in times.items():
                 fits = taken < math.inf

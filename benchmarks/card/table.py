@@ -77,7 +77,10 @@ def page(session: Session, interpreted: bool) -> str:
         parts.append("\n## Kernels\n\n" + markdown(columns, lines))
     sweep = [r for r in session.rows("sweep") if r.get("line")]
     if sweep:
-        lines = dict.fromkeys(str(r["line"]) for r in sweep)
+        lines = sorted(
+            f"{r['line']}  # {r['shape']}, {r['direction']}: {r['of_picked']} of the time"
+            for r in sweep
+        )
         parts.append("\n## Lines for kernels/tuning.py\n\n```\n" + "\n".join(lines) + "\n```\n")
     odd = [r for r in session.rows() if r["status"] != "ok"]
     if odd:
