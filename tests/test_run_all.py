@@ -202,6 +202,16 @@ def test_the_best_baseline_is_named() -> None:
     assert table.best_baselines(rows)[0][1]["provider"] == "compile reduce-overhead"
 
 
+def test_a_baseline_that_does_not_run_is_skipped_and_ours_fails() -> None:
+    with pytest.raises(Skip, match="compile x does not run here: ValueError: no"):
+        with steps.others_may_fail("compile x"):
+            raise ValueError("no")
+    with pytest.raises(ValueError), steps.others_may_fail("relay_fast graph"):
+        raise ValueError("no")
+    with pytest.raises(torch.OutOfMemoryError), steps.others_may_fail("compile x"):
+        raise torch.OutOfMemoryError
+
+
 def test_what_matters_most_comes_first_and_nothing_is_lost() -> None:
     names, kinds = ["mix 512", "other"], ["policies", "eager padded"]
     order = steps.in_order(names, kinds)
