@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from relay_fast import trust
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data import Form, SampleStream, TruthStream, mean_cost
 from relay_fast.datasets import load_samples, save_samples
@@ -189,7 +190,7 @@ def _chains(context: Context, report: Report):
     problems = Samples.concat(parts)
     written = generate_chains(model, problems, context.tasks)
     save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
-    return {}
+    return {"trust": trust.to_json(trust.count(written, problems, context.tasks))}
 
 
 def _inside(context: Context) -> Samples:

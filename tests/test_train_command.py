@@ -67,6 +67,8 @@ def test_results_have_their_form(finished) -> None:
         assert [row["phase"] for row in results["kept"][control]] == [1, 2, 3, 4, 5]
         assert all(0 <= row["kept"] <= row["written"] for row in results["kept"][control])
     for task, entry in config["tasks"].items():
+        written = [counts["written"] for counts in results["trust"][task].values()]
+        assert written == entry["merge_beyond"]
         assert set(results["hit_matrix"][task]) == {str(n) for n in entry["hit_matrix"]}
         for models in results["hit_matrix"][task].values():
             assert set(models) == set(MODELS)
