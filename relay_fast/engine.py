@@ -36,6 +36,7 @@ class Body(Protocol):
         Tensor | None
     )  # gradient of the input as far as injection carried it, None without injection
     saved_width: int  # how many tensors `forward` returns
+    counting: bool  # under a static plan: leaves dead rows out by itself
 
     def forward(
         self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
@@ -384,7 +385,7 @@ class _Backward:
         if live is None:
             return self.body.backward(g, h, inside, segment, self.grads)
         # The gradient of a sequence that is over waits for its own last iteration.
-        entering = g.masked_fill(~live, 0)
+        entering = g if self.body.counting else g.masked_fill(~live, 0)
         return torch.where(live, self.body.backward(entering, h, inside, segment, self.grads), g)
 
     def _pop_saved(self) -> list[Tensor | None]:

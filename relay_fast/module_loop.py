@@ -150,6 +150,7 @@ class _ModuleBody:
     """One iteration of a user's module (see `relay_fast.engine.Body`)."""
 
     dx = None
+    counting = False
 
     def __init__(self, call: _Call, device: torch.device):
         self.call, self.device = call, device

@@ -33,8 +33,10 @@ from benchmarks import common
 from benchmarks.card.table import INTERPRETED, markdown
 from benchmarks.kernel_costs import CARDS, FLOPS, launch_cost
 from relay_fast._files import replacing
+from relay_fast.batch import PackedBatch
 from relay_fast.kernels._runtime import FACTS, assume
 from relay_fast.modules import LoopedTransformer
+from relay_fast.static import Capacity, StaticBatch
 
 ARCH = 90
 LAUNCH = 11e-6  # seconds from Python (docs: triton_without_a_gpu); a graph's node costs far less
@@ -130,24 +132,36 @@ def traced():
         JITFunction.run = original
 
 
-def trace_step(samples: int, policy: str = "state") -> tuple[Trace, float, int]:
+def trace_step(samples: int) -> tuple[Trace, float, int]:
     """A step (loss and backward) over the paper's mix; its useful FLOPs and token-iterations."""
     batch, _ = common.task_batch("multitask", samples, 0, "cpu")
-    config = common.CONFIGS["relay"]
-    model = LoopedTransformer(config, recompute=policy, impl="triton")
+    useful = common.useful_flops(common.CONFIGS["relay"], batch)
+    return _trace(batch.to("meta")), useful, batch.plan.token_iterations
+
+
+def trace_graph(samples: int) -> tuple[Trace, int]:
+    """The same step as one CUDA graph with room for other batches; its token-iterations."""
+    drawn = [common.task_batch("multitask", samples, seed, "cpu")[0] for seed in range(3)]
+    capacity = Capacity.of(drawn, 0.05)
+    return _trace(StaticBatch(capacity, "meta").batch), capacity.token_iterations
+
+
+def _trace(batch: PackedBatch) -> Trace:
+    model = LoopedTransformer(common.CONFIGS["relay"], impl="triton")
     for module in model.modules():
         if isinstance(module, nn.Linear):  # as autocast casts them, once a step
             module.to(torch.bfloat16)
     model = model.to("meta")
-    on_meta = batch.to("meta")
     with traced() as trace:
-        model.loss(on_meta).loss.backward()
-    return trace, common.useful_flops(config, batch), batch.plan.token_iterations
+        model.loss(batch).loss.backward()
+    return trace
 
 
 def section(samples: int, measured: dict[str, tuple[int, float]]) -> str:
     """The table of one batch size, with what is next."""
     trace, useful, token_iterations = trace_step(samples)
+    graph, room = trace_graph(samples)
+    nodes = sum(part.launches for part in graph.parts.values())
     parts = sorted(trace.parts.items(), key=lambda item: -item[1].waves)
     total = Part()
     for _, part in parts:
@@ -179,9 +193,10 @@ def section(samples: int, measured: dict[str, tuple[int, float]]) -> str:
         f"Predicted: {total.launches:,} launches a step, of which "
         f"{trace.parts[OTHER].launches:,} are PyTorch's own ({common_ops}); launched one by one "
         f"from Python they alone take {1e3 * LAUNCH * total.launches:.3g} ms at "
-        f"{1e6 * LAUNCH:.0f} µs each, as one graph far less. Floor {ms(total.floor)} ms, with idle "
-        f"processors {ms(total.waves)} ms: {4 / 3 * useful / peak / total.waves:.0%} of the "
-        f"matmul peak, recomputation counted "
+        f"{1e6 * LAUNCH:.0f} µs each. As one graph with room for {room:,} token-iterations it is "
+        f"{nodes:,} nodes, {graph.parts[OTHER].launches:,} of them PyTorch's own. "
+        f"Floor {ms(total.floor)} ms, with idle processors {ms(total.waves)} ms: "
+        f"{4 / 3 * useful / peak / total.waves:.0%} of the matmul peak, recomputation counted "
         f"({useful / 1e12:.3g} TFLOP useful, {total.flops / 1e12:.3g} TFLOP launched).\n\n"
         + next_steps(parts, total)
     )
