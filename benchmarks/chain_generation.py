@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for given, default in zip((args.number, args.mixed, args.batch), usual, strict=True)
     )
     config = common.CONFIGS[args.config or ("tiny" if args.quick else "relay")]
-    seconds = args.seconds if args.seconds is not None else (0 if args.quick else 60)
+    seconds = args.seconds if args.seconds is not None else (2 if args.quick else 60)
     names = available(args.providers, args.device, dtype)
     providers = looped_providers(config, names, args.looped_batch, dtype, args.device)
     providers += autoregressive_providers(causal_of(config), names, batch, dtype, args.device)

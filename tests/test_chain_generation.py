@@ -41,7 +41,19 @@ def test_quick_run(tmp_path, monkeypatch, capsys):
     longest = {"arithmetic": 2, "edit_distance": 1, "lis": 5}
     monkeypatch.setattr(chain_generation, "QUICK_LONGEST", longest)
     path = tmp_path / "rows.csv"
-    argv = ["--quick", "--device", "cpu", "--csv", str(path), "--number", "3", "--mixed", "8"]
+    argv = [
+        "--quick",
+        "--device",
+        "cpu",
+        "--csv",
+        str(path),
+        "--number",
+        "3",
+        "--mixed",
+        "8",
+        "--seconds",
+        "0",
+    ]
     providers = [name for name in chain_generation.PROVIDERS if name != "ar_hf"]
     chain_generation.main([*argv, "--providers", *providers])
     with path.open() as file:
