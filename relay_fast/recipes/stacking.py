@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -66,7 +66,7 @@ class Settings(p_hop.Settings):
     stages: int | None = None
     state: str = "copy"
     arithmetic: Training = Training(
-        steps=700, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="linear",
+        steps=500, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="late",
         weight_decay=0.01, clip=1.0,
     )  # fmt: skip
 
@@ -85,7 +85,8 @@ class Settings(p_hop.Settings):
 
 
 PRESETS = {
-    "cpu": Settings(p_hop.PRESETS["cpu"].training),
+    # The whole stack takes the last stage only: the learning rate stays up until then.
+    "cpu": Settings(replace(p_hop.PRESETS["cpu"].training, steps=1000, decay="late")),
     "paper": Settings(
         Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),
         tasks=("p_hop",),
