@@ -46,7 +46,8 @@ PUBLISHED: dict[str, Any] = {}  # the paper plots its losses
 class Settings:
     """thoughts: steps of the trained chain. rollout: the longest chain that is evaluated, in
     trained chains. other_deviations: of x's coordinates in the second evaluation. loops: of the
-    looped variants. prompts: of the evaluation of a chain; the others get 20 times as many."""
+    looped variants, loop_lr: their learning rate, and that of one layer without a chain. prompts:
+    of the evaluation of a chain; the others get 20 times as many."""
 
     training: Training
     dimension: int = 10
@@ -55,6 +56,7 @@ class Settings:
     rate: float = 0.4
     start: str = "random"
     loops: tuple[int, ...] = (2, 5)
+    loop_lr: float = 0.02
     rollout: int = 5
     other_deviations: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.1, 1.1, 1.2)
     prompts: int = 2_000
@@ -82,11 +84,11 @@ def run(
 ) -> dict[str, Any]:
     c, d, n = settings, settings.dimension, settings.examples
 
-    def fit(name: str, loss) -> ThoughtLayer:
+    def fit(name: str, loss, training: Training) -> ThoughtLayer:
         torch.manual_seed(seed)
         model = ThoughtLayer(d, c.start)
-        draw = lambda rng, _: draw_prompts(rng, c.training.batch_size, n, d)
-        train(model, loss, draw, c.training, folder, name, display, seed=seed, device=device)
+        draw = lambda rng, _: draw_prompts(rng, training.batch_size, n, d)
+        train(model, loss, draw, training, folder, name, display, seed=seed, device=device)
         return model
 
     def chain_loss(model: ThoughtLayer, s: Tensor, w: Tensor):
@@ -97,11 +99,11 @@ def run(
     def answer_loss(model: ThoughtLayer, s: Tensor, w: Tensor, loops: int):
         return (model.loop(s, torch.zeros_like(w), loops)[:, -1] - w).square().sum(1).mean(), None
 
-    chain = fit("chain", chain_loss)
+    chain = fit("chain", chain_loss, c.training)
     answers = {}
     for loops in (1, *c.loops):
         loss = lambda model, s, w, loops=loops: answer_loss(model, s, w, loops)
-        model = fit(f"loops{loops}", loss)
+        model = fit(f"loops{loops}", loss, replace(c.training, lr=c.loop_lr))
         with torch.no_grad():
             parts = [loss(model, *_prompts(c, seed, device, part))[0].item() for part in range(20)]
         answers[str(loops)] = sum(parts) / len(parts)
