@@ -283,14 +283,13 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
     """Perplexity against loops, with and without early exit, and the training loss."""
     by_loops = {int(t): float(np.exp(loss)) for t, loss in results["loss_by_loops"].items()}
     exits = [(e["loops"], float(np.exp(e["loss"]))) for e in results["exits"]]
-    curves = {
-        "all bytes loop alike": (list(by_loops), list(by_loops.values())),
-        "early exit (fewer windows)": tuple(map(list, zip(*sorted(exits), strict=True))),
-    }
+    alike = {"all bytes loop alike": (list(by_loops), list(by_loops.values()))}
+    early = {"none, and at each threshold": tuple(map(list, zip(*sorted(exits), strict=True)))}
     history = results["history"]
     losses = {"training": ([e["step"] for e in history], [e["loss"] for e in history])}
     panels = [
-        Panel("text not trained on", "loops a byte", "perplexity per byte", curves),
+        Panel("text not trained on", "loops a byte", "perplexity per byte", alike),
+        Panel("early exit, fewer windows", "mean loops a byte", "perplexity per byte", early),
         Panel("training", "step", "loss (nats a byte)", losses),
     ]
     return draw_panels(path, panels, "Looped language model over bytes")
