@@ -66,7 +66,7 @@ class Settings(p_hop.Settings):
     stages: int | None = None
     state: str = "copy"
     arithmetic: Training = Training(
-        steps=500, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="late",
+        steps=1000, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="late",
         weight_decay=0.01, clip=1.0,
     )  # fmt: skip
 
