@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ GRACE = 30.0  # seconds that a worker has to save when its parent is gone
 
 class OutOfTime(Exception):
     """The minutes that a run was given are over; the same command continues it."""
+
+
+class WorkerDied(RuntimeError):
+    """A worker process was killed, by the system for want of memory most likely."""
 
 
 def with_needs(names: Iterable[str]) -> list[str]:
@@ -62,7 +67,7 @@ def run_pipeline(
     each finishes.
 
     A stage that fails stops the run with its error, after the others have saved their state;
-    Ctrl-C does the same, and so does OutOfTime after `minutes`.
+    Ctrl-C does the same, and so do OutOfTime after `minutes` and WorkerDied.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     names = with_needs(names)
@@ -72,7 +77,7 @@ def run_pipeline(
     threads = max(1, (os.cpu_count() or 1) // workers)  # however few stages wait: sums depend on it
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
-    manager.start(_leave_with_parent)
+    manager.start(_serve)
     with manager:
         events = manager.Queue()
         pool = ProcessPoolExecutor(workers, context, _initialize, (threads,))
@@ -88,13 +93,22 @@ def run_pipeline(
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 _drain(events, display)
                 for future in finished:
-                    name = running.pop(future)
-                    result = future.result()
+                    name, result = running[future], future.result()
+                    del running[future]
                     display.finish(name, result["seconds"])
                     done(name, result)
                     _clear(folder, [name])
+                if not all(process.is_alive() for process in _workers(pool)):
+                    raise BrokenProcessPool  # the pool itself may notice much later
                 if time.monotonic() > deadline:
                     raise OutOfTime
+        except BrokenProcessPool as error:
+            _interrupt(pool)
+            raise WorkerDied(
+                f"a worker process was killed while {' and '.join(running.values())} ran, as "
+                f"happens where memory runs out; free some, then the same command continues this "
+                f"run."
+            ) from error
         except BaseException:
             _interrupt(pool)
             raise
@@ -134,25 +148,49 @@ def _drain(events: Any, display: Display) -> None:
             return
 
 
+def _workers(pool: ProcessPoolExecutor) -> list[multiprocessing.Process]:
+    return list((pool._processes or {}).values())
+
+
 def _interrupt(pool: ProcessPoolExecutor) -> None:
-    """Asks the workers to save and stop, as Ctrl-C would."""
-    for process in list((pool._processes or {}).values()):
+    """Asks the workers to save and stop."""
+    for process in _workers(pool):
         if process.is_alive():
-            os.kill(process.pid, signal.SIGINT)
+            process.terminate()
+
+
+# In the other processes
+
+
+def _serve() -> None:
+    """The manager: there until the workers have saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _leave_with_parent()
 
 
 def _initialize(threads: int) -> None:
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _on_interrupt(_leave)
     _leave_with_parent()
 
 
+def _on_interrupt(handler: Callable) -> None:
+    """What Ctrl-C (unless it is ignored, as in the background) and SIGTERM do."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(kind) is not signal.SIG_IGN:
+            signal.signal(kind, handler)
+
+
+def _leave(*_) -> None:
+    os._exit(1)
+
+
 def _leave_with_parent() -> None:
-    """Interrupts this process, as Ctrl-C would, when its parent is gone (killed, out of memory)."""
+    """Interrupts this process when its parent is gone (killed, out of memory)."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
         os._exit(1)
 
@@ -160,8 +198,17 @@ def _leave_with_parent() -> None:
 
 
 def _run(path: str, config: dict, device: str, impl: str, name: str, events: Any) -> dict:
-    """One stage, in a worker: its part of results.json and the seconds it took."""
+    """One stage, in a worker: its part of results.json and the seconds it took.
+
+    An interrupted worker saves and leaves: a pool that is broken tells it nothing more.
+    """
     started = time.monotonic()
-    context = Context(Path(path), config, device, impl)
-    result = run_stage(context, name, lambda progress: events.put((name, progress)))
+    _on_interrupt(signal.default_int_handler)
+    try:
+        context = Context(Path(path), config, device, impl)
+        result = run_stage(context, name, lambda progress: events.put((name, progress)))
+    except KeyboardInterrupt:
+        _leave()
+    finally:
+        _on_interrupt(_leave)
     return {"result": result, "seconds": round(time.monotonic() - started, 2)}

@@ -17,7 +17,7 @@ import torch
 
 from relay_fast.checkpoint import CheckpointError
 from relay_fast.display import Display
-from relay_fast.pipeline import OutOfTime, run_pipeline, with_needs
+from relay_fast.pipeline import OutOfTime, WorkerDied, run_pipeline, with_needs
 from relay_fast.presets import load_preset, override, preset_names
 from relay_fast.runs import RunFolder, RunFolderError, versions
 from relay_fast.stages import NEEDS
@@ -35,8 +35,11 @@ def train(
     """Runs RELAY (or the given stages and what they need) in the run folder `out`.
 
     config: a preset from `relay_fast.presets`, overridden or not. Returns the content of
-    results.json. Raises RunFolderError, ValueError, CheckpointError with one clear sentence, and
-    OutOfTime after `minutes`, with everything saved.
+    results.json. Raises RunFolderError, ValueError, CheckpointError with one clear sentence,
+    WorkerDied for a worker that was killed, and OutOfTime after `minutes`, with everything saved.
+
+    Stages run in processes of their own, which import the caller's script: there, call this under
+    `if __name__ == "__main__":`.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
@@ -112,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 (out of minutes too), 2 for bad input, 130 when interrupted."""
+    """Exit status 0 (out of minutes too), 1 where a worker was killed, 2 for bad input, 130 when
+    interrupted."""
     a = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers save, as after Ctrl-C
     try:
@@ -126,6 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RunFolderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WorkerDied as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
     except OutOfTime:
         print(f"\n{a.minutes:g} minutes are over; the same command continues this run")
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """`python -m relay_fast.train` from end to end, what it leaves, and what it says to bad input."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -170,6 +171,29 @@ def test_a_killed_run_leaves_no_process_and_continues_to_the_same_model(finished
     assert not list(scratch.iterdir())
     one, other = (load_run_model(folder, stage).state_dict() for folder in (out, finished))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_killed_worker_ends_the_run_with_one_sentence(tmp_path, capsys, monkeypatch) -> None:
+    out, stages = tmp_path / "run", ["ar_baseline", "looped_vanilla"]
+    reported = set()
+
+    def kill_one(display, name, progress) -> None:
+        if name in reported:
+            return
+        reported.add(name)
+        if len(reported) == len(stages):  # both have taken a step
+            workers = multiprocessing.active_children()
+            next(p for p in workers if p.name.startswith("SpawnProcess")).kill()
+
+    monkeypatch.setattr(Display, "progress", kill_one)
+    command = ["--preset", "cpu", "--steps", "30000", "--batch-size", "8"]
+    assert main([*command, "--stages", ",".join(stages), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "error: a worker process was killed while" in error and "Traceback" not in error
+    assert all(stage in error for stage in stages)
+    assert "memory" in error and "the same command continues this run" in error
+    assert list((out / "checkpoints").glob("*.state.safetensors"))  # of the one that was not killed
+    assert not (out / "stages.json").exists() and not multiprocessing.active_children()
 
 
 def test_out_of_minutes(finished, tmp_path, capsys) -> None:
