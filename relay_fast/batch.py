@@ -16,6 +16,7 @@ from relay_fast.tasks import TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 
 __all__ = ["PackedBatch", "Plan", "check_loops"]
+WEIGHTINGS = ("sequence", "row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,9 @@ class PackedBatch:
         left, between the task token (always leftmost) and the problem, and so is every input by
         `extra_pad` (S,) more tokens. weighting="sequence" lets
         sequences weigh alike whatever their length; "row" lets all supervised rows weigh alike.
+        Raises ValueError for unknown weightings and tasks, and for tokens that are negative.
         """
+        _check_weighting(weighting, task_weights)
         order = np.argsort(-samples.loops, kind="stable")
         s = samples.take(order)
         sizes = np.diff(s.problem_offsets)
@@ -121,7 +124,7 @@ class PackedBatch:
             torch.from_numpy(s.answer.astype(np.int64)).to(device),
             torch.from_numpy((task_weight / max(1, len(s))).astype(np.float32)).to(device),
             order,
-            int(max(tokens.max(initial=0), targets.max(initial=0), s.answer.max(initial=0))),
+            _largest(tokens, targets, s.answer),
         )
 
     @staticmethod
@@ -133,7 +136,11 @@ class PackedBatch:
         weighting: str = "sequence",
         device: torch.device | str = "cpu",
     ) -> PackedBatch:
-        """The autoregressive model's batch: whole sequences, targets after the problem."""
+        """The autoregressive model's batch: whole sequences, targets after the problem.
+
+        Options and errors are those of `looped`.
+        """
+        _check_weighting(weighting, task_weights)
         sequence, offsets, prompts = samples.sequences(tasks)
         sizes = np.diff(offsets)
         inputs = ragged_index(offsets[:-1], sizes - 1)
@@ -156,8 +163,23 @@ class PackedBatch:
             torch.from_numpy(samples.answer.astype(np.int64)).to(device),
             torch.zeros(len(samples), device=device),
             np.arange(len(samples)),
-            int(sequence.max(initial=0)),
+            _largest(sequence),
         )
+
+
+def _check_weighting(weighting: str, task_weights: Mapping[str, float] | None) -> None:
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting = {weighting!r} is unknown: use one of {WEIGHTINGS}")
+    for name in set(task_weights or {}).difference(TASK_NAMES):
+        raise ValueError(f"task_weights names {name!r}: the tasks are {', '.join(TASK_NAMES)}")
+
+
+def _largest(*tokens: np.ndarray) -> int:
+    """The largest token id."""
+    least = min(int(part.min(initial=0)) for part in tokens)
+    if least < 0:
+        raise ValueError(f"token {least} is negative: token ids are 0 or more")
+    return max(int(part.max(initial=0)) for part in tokens)
 
 
 def _task_weights(samples: Samples, task_weights: Mapping[str, float] | None) -> np.ndarray:

@@ -41,9 +41,15 @@ class BlockConfig:
     state_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "n_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be at least 1")
+        for name in ("d_model", "n_heads", "n_layers", "n_kv_heads", "d_hidden"):
+            value = getattr(self, name)
+            if value is None and name not in ("n_kv_heads", "d_hidden"):
+                raise ValueError(f"{name} is missing: a block needs d_model, n_heads and n_layers")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: it must be at least 1")
+        for name in ("max_loops", "state_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more")
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model = {self.d_model} is not divisible by n_heads = {self.n_heads}: "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.functional import row_cross_entropy
+from relay_fast.kernels.norm_ref import NORMS
 
 
 class IterationLoss(NamedTuple):
@@ -23,7 +24,8 @@ class IterationCrossEntropy(nn.Module):
     """Final norm, head and cross-entropy of every iteration's supervised rows at once.
 
     No logits of more than a chunk of rows ever exist; the backward recomputes them from the saved
-    log-sum-exp. norm: "rms" or "layer"; bias: of the norm (LayerNorm only).
+    log-sum-exp. norm: "rms" or "layer"; bias: of the norm (LayerNorm only). Raises ValueError for
+    options out of range.
     """
 
     def __init__(
@@ -39,6 +41,10 @@ class IterationCrossEntropy(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm = {norm!r} is unknown: use one of {NORMS}")
+        if bias and norm != "layer":
+            raise ValueError(f'a bias goes with norm = "layer", not with norm = {norm!r}')
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing = {label_smoothing}: it must lie in [0, 1)")
         if z_loss < 0:
@@ -62,14 +68,20 @@ class IterationCrossEntropy(nn.Module):
         targets: Tensor,
         weights: Tensor | None = None,
         iteration: Tensor | None = None,
-        iterations: int = 1,
+        iterations: int | None = None,
     ) -> IterationLoss:
         """Loss of rows (R,) of the states against targets (R,) (negative: ignored).
 
         states: (N, d), or the list that `LoopedBlock(..., return_states=True)` returns, which is
         laid end to end; rows index into that. weights (R,): default 1 / R each. iteration (R,)
-        int64, 0-based: which of the `iterations` a row belongs to, for the log.
+        int64, 0-based: which of the `iterations` (default 1) a row belongs to, for the log. Raises
+        ValueError for shapes that do not fit, and for targets outside of the vocabulary where they
+        are on the host (reading them from a GPU would wait for it).
         """
+        if iteration is not None and iterations is None:
+            raise ValueError("iteration says which of the iterations: give their number too")
+        iterations = 1 if iterations is None else iterations
+        self._check_targets(targets)
         if isinstance(states, list):
             states = torch.cat([s.flatten(0, -2) for s in states])
         if weights is None:
@@ -94,3 +106,12 @@ class IterationCrossEntropy(nn.Module):
         return IterationLoss(
             weighted.sum(), per_iteration(weighted.detach()), right / counts.clamp(min=1), counts
         )
+
+    def _check_targets(self, targets: Tensor) -> None:
+        if targets.device.type != "cpu" or not targets.numel() or torch.compiler.is_compiling():
+            return
+        largest = int(targets.max())
+        if largest >= self.head.out_features:
+            raise ValueError(
+                f"target {largest} is outside of the vocabulary of {self.head.out_features}"
+            )

@@ -60,7 +60,7 @@ class LoopedBlock(nn.Module):
 
     Constructor arguments are those of `BlockConfig` (d_model, n_heads, n_layers, causal, norm,
     activation, dropout, injection, loop_norm, …), or one as `config`. `recompute` is the policy of
-    `relay_fast.policy`; `impl` is "auto", "triton" or "torch".
+    `relay_fast.policy`; `impl` is "auto", "triton" or "torch". Raises ValueError for both at once.
     """
 
     def __init__(
@@ -76,8 +76,12 @@ class LoopedBlock(nn.Module):
         **options,
     ):
         super().__init__()
+        sizes = {"d_model": d_model, "n_heads": n_heads, "n_layers": n_layers}
+        given = [*(k for k, v in sizes.items() if v is not None), *options]
         if config is None:
-            config = BlockConfig(d_model, n_heads, n_layers, **options)
+            config = BlockConfig(**sizes, **options)
+        elif given:
+            raise ValueError(f"config and {', '.join(given)} are both given: put all into config")
         c = self.config = config
         self.recompute, self.gather_rows, self.impl = recompute, gather_rows, impl
         Policy.parse(recompute)

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+DECAYS = ("linear", "cosine", "late", "constant")
+
 
 @dataclass(frozen=True)
 class Schedule:
     """progress (steps,) in [0, 1): the share of the stage that is behind at the start of each
-    step."""
+    step. Raises ValueError for a `decay` that is none of DECAYS."""
 
     progress: np.ndarray
     warmup: float = 0.01
     decay: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay = {self.decay!r} is unknown: use one of {', '.join(DECAYS)}")
 
     @staticmethod
     def by_steps(steps: int, **options) -> Schedule:

@@ -329,6 +329,18 @@ def test_autoregressive_batch(names) -> None:
     assert float(weighted.weights.sum()) == pytest.approx((len(names) - 1 + 5) / len(names))
 
 
+@pytest.mark.parametrize("pack", [PackedBatch.looped, PackedBatch.autoregressive])
+def test_a_batch_refuses_what_it_does_not_know(pack) -> None:
+    samples = sample_all()
+    with pytest.raises(ValueError, match="weighting = 'rows' is unknown: use one of"):
+        pack(samples, TASKS, weighting="rows")
+    with pytest.raises(ValueError, match="task_weights names 'lsi': the tasks are arithmetic, "):
+        pack(samples, TASKS, task_weights={"lsi": 5.0})
+    samples.problem[1] = -3
+    with pytest.raises(ValueError, match="token -3 is negative"):
+        pack(samples, TASKS)
+
+
 def test_empty_batches_work() -> None:
     empty = sample_all().take(slice(0, 0))
     for pack in (PackedBatch.looped, PackedBatch.autoregressive):

@@ -87,3 +87,11 @@ def test_bad_input() -> None:
         IterationCrossEntropy(D, V, label_smoothing=1.5)
     with pytest.raises(ValueError, match="z_loss = -1"):
         IterationCrossEntropy(D, V, z_loss=-1)
+    with pytest.raises(ValueError, match="norm = 'rmsnorm' is unknown: use one of"):
+        IterationCrossEntropy(D, V, norm="rmsnorm")
+    with pytest.raises(ValueError, match="a bias goes with norm = .layer."):
+        IterationCrossEntropy(D, V, bias=True)
+    with pytest.raises(ValueError, match="give their number too"):
+        criterion(states, rows, targets, iteration=torch.zeros(7, dtype=torch.int64))
+    with pytest.raises(ValueError, match="target 11 is outside of the vocabulary of 11"):
+        criterion(states, rows, targets + 1)

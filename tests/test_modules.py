@@ -150,6 +150,16 @@ def test_bad_input_of_the_block() -> None:
         (lambda: LoopedBlock(D, 2, 1, recompute="sometimes"), "recompute policy 'sometimes'"),
         (lambda: LoopedBlock(D, 2, 1, impl="cuda")(x), "impl = 'cuda' is unknown"),
         (lambda: LoopedBlock(D, 3, 1), "not divisible by n_heads"),
+        (lambda: LoopedBlock(D), "n_heads is missing: a block needs d_model, n_heads and"),
+        (
+            lambda: LoopedBlock(D, 2, 1, config=block.config),
+            "config and d_model, n_heads, n_layers",
+        ),
+        (lambda: LoopedBlock(config=block.config, dropout=0.5), "config and dropout are both"),
+        (lambda: LoopedBlock(D, 2, 1, n_kv_heads=-1), "n_kv_heads = -1: it must be at least 1"),
+        (lambda: LoopedBlock(D, 2, 1, d_hidden=-8), "d_hidden = -8: it must be at least 1"),
+        (lambda: LoopedBlock(D, 2, 1, max_loops=-1), "max_loops = -1: it must be 0 or more"),
+        (lambda: LoopedBlock(D, 2, 1, state_noise=-1), "state_noise = -1: it must be 0 or more"),
         (lambda: LoopedBlock(D, 2, 1, recompute="budget:8")(x, 3), "least that works is budget:"),
     ]
     for call, message in cases:

@@ -82,6 +82,11 @@ def test_learning_rate_factor(decay, half, last) -> None:
     assert Schedule.by_steps(100, warmup=0.0, decay=decay).factor(0) == 1.0
 
 
+def test_a_schedule_knows_its_decays() -> None:
+    with pytest.raises(ValueError, match="decay = 'cosin' is unknown: use one of linear, cosine"):
+        Schedule.by_steps(10, decay="cosin")
+
+
 def test_late_decay_begins_at_three_fifths() -> None:
     schedule = Schedule.by_steps(10, warmup=0.0, decay="late")
     factors = [schedule.factor(i) for i in range(10)]

@@ -17,13 +17,12 @@ from relay_fast.display import Display
 from relay_fast.modules import Losses
 from relay_fast.plots import _figure, _save
 from relay_fast.runs import RunFolder
-from relay_fast.schedule import Schedule
+from relay_fast.schedule import DECAYS, Schedule
 from relay_fast.trainer import BeforeStep, Trained, train_model
 
 # A batch: arrays become tensors on the device, lists (such as cu_seqlens) stay on the host.
 Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray | list]]
 Loss = Callable[..., tuple[Tensor, Tensor | None]]
-DECAYS = ("linear", "cosine", "late", "constant")  # those of `relay_fast.schedule`
 
 
 @dataclass(frozen=True)
