@@ -327,19 +327,21 @@ def seconds_of(call: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def interleave(providers: list[Provider], seconds: float, least: int = 1) -> list[float]:
-    """Median seconds of each provider's step: rounds of one step each, in turn, until the time is
-    up. Every provider has already taken a step (the equality check)."""
+def interleave(providers: list[Provider], seconds: float, least: int = 1) -> list[list[float]]:
+    """Seconds of each provider's steps: rounds of one step each, in turn, until the time is up, but
+    `least` at least. One that takes a third of a round is timed in the first round only. Every
+    provider has already taken a step (the equality check)."""
     times: list[list[float]] = [[] for _ in providers]
     start = time.perf_counter()
-    while len(times[0]) < least or time.perf_counter() - start < seconds:
+    rounds, last = 0, 0.0
+    while rounds < least or time.perf_counter() - start + last < seconds:
         began = time.perf_counter()
+        whole = sum(seen[0] for seen in times if seen)
         for provider, seen in zip(providers, times, strict=True):
-            seen.append(seconds_of(provider.step, provider.device))
-        now = time.perf_counter()
-        if len(times[0]) >= least and now - start + (now - began) > seconds:
-            break
-    return [statistics.median(seen) for seen in times]
+            if not seen or seen[0] <= whole / 3 or len(providers) < 4:
+                seen.append(seconds_of(provider.step, provider.device))
+        rounds, last = rounds + 1, time.perf_counter() - began
+    return times
 
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
@@ -366,8 +368,13 @@ def measure(
     batch: PackedBatch,
     seconds: float,
     peak: float,
+    least: int = 1,
 ) -> list[dict[str, object]]:
-    """One row per provider: first equality and memory, then time."""
+    """One row per provider: first equality and memory, then time (see `interleave`).
+
+    rounds: how many steps were timed; spread: the slowest of them over the quickest, minus 1; the
+    rates are those of the median.
+    """
     bound = 1e-3 if providers[0].dtype == torch.float32 else 0.1
     truth, memories = None, []
     for p in providers:
@@ -377,7 +384,9 @@ def measure(
         memories.append(memory)
     flops, plan = useful_flops(config, batch), batch.plan
     rows = []
-    for p, memory, second in zip(providers, memories, interleave(providers, seconds), strict=True):
+    times = interleave(providers, seconds, least)
+    for p, memory, seen in zip(providers, memories, times, strict=True):
+        second = statistics.median(seen)
         rows.append(
             {
                 **label,
@@ -390,6 +399,8 @@ def measure(
                 "peak_share": round(flops / second / peak, 4),
                 "saved_bytes": memory.saved,
                 "peak_bytes": memory.peak,
+                "rounds": len(seen),
+                "spread": round(max(seen) / min(seen) - 1, 3),
             }
         )
     return rows

@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
             names, policies, config, batch, full(0), dtype, args.device
         )
         label = {"config": args.config, "mix": "equal"}
-        rows += common.measure(providers, label, config, batch, 0 if args.quick else 5, peak)
+        seconds, least = (0, 1) if args.quick else (5, 2)
+        rows += common.measure(providers, label, config, batch, seconds, peak, least)
     common.show(rows)
     common.append_rows(args.csv, [row | extra | common.machine(args.device) for row in rows])
     png = args.png or args.csv.with_suffix(".png")
