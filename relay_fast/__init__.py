@@ -18,6 +18,7 @@ _PUBLIC = {
     "LoopedBlock": "relay_fast.modules",
     "LoopedTransformer": "relay_fast.modules",
     "AutoregressiveTransformer": "relay_fast.modules",
+    "LoopedClassifier": "relay_fast.looped_classifier",
     "PackedBatch": "relay_fast.batch",
     "Plan": "relay_fast.batch",
     "IterationCrossEntropy": "relay_fast.loss",

@@ -1,7 +1,7 @@
 """Writing and scoring text with a looped language model: key/value cache and early exit.
 
 A model has `embedding`, `prelude`, `block`, `coda` (LoopedBlocks; the ends may be None), `norm`,
-`head` and `loops`, as `relay_fast.recipes._models.LoopedClassifier` does. Each (iteration, layer)
+`head` and `loops`, as `relay_fast.looped_classifier.LoopedClassifier` does. Each (iteration, layer)
 has a slot of its own in the cache.
 
 Early exit: a token leaves the loop after the first iteration (from `least_loops` on) that changes

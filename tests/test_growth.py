@@ -9,10 +9,10 @@ import relay_fast
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.display import Display
 from relay_fast.growth import GrowthSchedule, grow
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.modules import AutoregressiveTransformer, LoopedBlock
 from relay_fast.optim import make_optimizer
 from relay_fast.recipes._common import Training, train
-from relay_fast.recipes._models import LoopedClassifier
 from relay_fast.runs import RunFolder
 
 

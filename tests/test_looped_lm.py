@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from relay_fast.block import rope_table
 from relay_fast.config import BlockConfig
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.looped_lm import _Reader, generate, sample_loops, score
 from relay_fast.modules import LoopedBlock
-from relay_fast.recipes._models import LoopedClassifier
 
 V = 11
 CONFIG = BlockConfig(

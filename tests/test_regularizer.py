@@ -6,8 +6,8 @@ from torch import nn
 
 import relay_fast
 from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.modules import AutoregressiveTransformer, LoopedBlock
-from relay_fast.recipes._models import LoopedClassifier
 from relay_fast.regularizer import block_cosines, layer_similarity, loop_regularizer, tie
 from relay_fast.stack import stack_of
 

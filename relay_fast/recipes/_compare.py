@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relay_fast.display import Display
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.recipes._common import Draw, Panel, Training, draw_panels, train
-from relay_fast.recipes._models import LoopedClassifier, classifier_loss, make_classifier
+from relay_fast.recipes._models import classifier_loss, make_classifier
 from relay_fast.runs import RunFolder
 
 Published = Mapping[str, Mapping[int, float]]  # shape -> size of the problem -> % right

@@ -23,9 +23,10 @@ import torch
 
 from relay_fast._inference import inference
 from relay_fast.display import Display
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.recipes._common import Training
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
-from relay_fast.recipes._models import LoopedClassifier, parse_shape
+from relay_fast.recipes._models import parse_shape
 from relay_fast.runs import RunFolder
 
 PLUS, EQUALS, END, VOCABULARY_SIZE = 10, 11, 12, 13

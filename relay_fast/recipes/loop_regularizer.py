@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from relay_fast.display import Display
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._models import LoopedClassifier, classifier_loss
+from relay_fast.recipes._models import classifier_loss
 from relay_fast.regularizer import HOW, block_cosines, loop_regularizer, tie
 from relay_fast.runs import RunFolder
 from relay_fast.stack import check_period

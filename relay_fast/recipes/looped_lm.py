@@ -29,10 +29,10 @@ from torch import Tensor
 from relay_fast._inference import inference
 from relay_fast.config import BlockConfig
 from relay_fast.display import Display
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.looped_lm import generate, sample_loops, score
 from relay_fast.primitives import FORMS, variable_assignment_accuracy
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._models import LoopedClassifier
 from relay_fast.runs import RunFolder
 
 PUBLISHED: dict[str, Any] = {}  # nothing is published on this corpus, byte by byte

@@ -24,13 +24,9 @@ import torch
 
 from relay_fast._inference import inference
 from relay_fast.display import Display
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._models import (
-    LoopedClassifier,
-    classifier_loss,
-    make_classifier,
-    parse_shape,
-)
+from relay_fast.recipes._models import classifier_loss, make_classifier, parse_shape
 from relay_fast.runs import RunFolder
 
 TARGETS = ("every", "last")

@@ -28,12 +28,12 @@ from relay_fast.data import Form, TruthStream
 from relay_fast.display import Display
 from relay_fast.evaluate import evaluate_autoregressive
 from relay_fast.growth import WHERE, GrowthSchedule, grow
+from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.modules import AutoregressiveTransformer
 from relay_fast.optim import make_optimizer
 from relay_fast.presets import load_preset
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._models import LoopedClassifier
 from relay_fast.regularizer import layer_similarity
 from relay_fast.runs import RunFolder
 from relay_fast.schedule import Schedule

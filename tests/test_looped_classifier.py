@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from relay_fast.config import BlockConfig
-from relay_fast.recipes._models import LoopedClassifier, last_rows
+from relay_fast.looped_classifier import LoopedClassifier
+from relay_fast.recipes._models import last_rows
 
 BLOCK = BlockConfig(d_model=16, n_heads=2, n_layers=2, causal=True)
 
