@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,17 @@ _ABSENT = object()
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what was written there replaces `path` at the end.
 
-    A crash at any moment leaves the old file or the whole new one. Raises what the body raises,
-    with the temporary file removed, and OSError if the folder cannot be written.
+    A crash at any moment leaves the old file or the whole new one. It gets the mode of any new
+    file, whatever the writer would give it. Raises what the body raises, with the temporary file
+    removed, and OSError if the folder cannot be written.
     """
     # The suffix stays last: some writers go by it.
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
+        partial.chmod(mode)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

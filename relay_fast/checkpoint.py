@@ -110,14 +110,16 @@ def load_checkpoint(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"there is no checkpoint {path}; check the path, or train first to make it."
-        )
     try:
+        with open(path, "rb"):  # names the cause, where safe_open says "No such file" to any
+            pass
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise CheckpointError(
+            f"there is no checkpoint {path}; check the path, or train first to make it."
+        ) from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is truncated or not a safetensors file ({_reason(error)}); delete it and run "

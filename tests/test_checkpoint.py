@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from users import as_nobody, open_folder
 
 from relay_fast.checkpoint import (
     CheckpointError,
@@ -257,3 +258,16 @@ def test_wrong_tensors_change_nothing():
 def test_an_optimizer_of_another_module():
     with pytest.raises(ValueError, match="a parameter of shape .* that is not the module's"):
         pack_training_state(nn.Linear(1, 1), make()[1])
+
+
+def test_files_have_the_mode_of_any_new_file():
+    with open_folder() as top:
+        save_checkpoint(top / "a.safetensors", {"x": torch.zeros(1)}, {})
+        (top / "b").touch()
+        assert (top / "a.safetensors").stat().st_mode == (top / "b").stat().st_mode
+        os.chmod(top / "a.safetensors", 0o000)
+        with (
+            as_nobody(),
+            pytest.raises(CheckpointError, match="cannot be read .Permission"),
+        ):
+            load_checkpoint(top / "a.safetensors")

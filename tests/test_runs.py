@@ -1,35 +1,21 @@
 """The run folder: made, continued, refused; the results in it and the table made of them."""
 
 import builtins
-import contextlib
 import io
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
+from users import as_nobody, open_folder
 
 from relay_fast._files import replacing
 from relay_fast.report import print_report, table_text
 from relay_fast.runs import RunFolder, RunFolderError, versions
 
 CONFIG = {"preset": "cpu", "seed": 0, "tasks": {"arithmetic": {"prime": 3, "lengths": (1, 10)}}}
-
-
-@contextlib.contextmanager
-def as_nobody():
-    """Root may write everywhere; run the body as somebody who may not."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_a_run_is_made_and_continued(tmp_path):
@@ -105,10 +91,8 @@ def test_a_folder_of_something_else(tmp_path):
 
 @pytest.mark.parametrize("made_before", [False, True])
 def test_no_write_permission(made_before):
-    # Not tmp_path: only its owner may look into it.
-    with tempfile.TemporaryDirectory() as top:
-        os.chmod(top, 0o755)
-        folder = Path(top) / "a"
+    with open_folder() as top:
+        folder = top / "a"
         if made_before:
             RunFolder(folder, CONFIG)
             os.chmod(folder, 0o555)
