@@ -24,7 +24,13 @@ from relay_fast._files import write_json
 from relay_fast._inference import inference
 from relay_fast.batch import PackedBatch
 from relay_fast.checkpoint import CheckpointError
-from relay_fast.generate import decode_chains, generate_chains, read_answers, unseen_problems
+from relay_fast.generate import (
+    decode_chains,
+    fitting_problems,
+    generate_chains,
+    read_answers,
+    unseen_problems,
+)
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.ragged import ragged_index
 from relay_fast.runs import RunFolder, RunFolderError, versions
@@ -133,7 +139,7 @@ def evaluate_autoregressive(
 
 def _evaluate(mark, model, tasks, name, lengths, number, seed) -> dict[int, Metrics]:
     # All lengths at once: short sequences take the places of finished ones.
-    drawn = [unseen_problems(tasks[name], length, number, seed) for length in lengths]
+    drawn = [fitting_problems(model, tasks[name], length, number, seed) for length in lengths]
     problems = Samples.concat(drawn)
     marks = mark(model, problems, tasks)
     token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
@@ -187,7 +193,7 @@ def evaluate_run(
     test length of each task. seed: default the run's. Raises RunFolderError, CheckpointError,
     ValueError.
     """
-    folder = RunFolder.open(run)
+    folder = RunFolder.open(run, write=True)
     config = folder.config
     seed = config.get("seed", 0) if seed is None else seed
     _, tasks = run_tasks(config)
@@ -253,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ValueError, RunFolderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"error: no memory for {a.problems} problems a length: give fewer", file=sys.stderr)
         return 2
     print_report(results, metrics=("answer", "chain", "bit"))
     print(f"results: {Path(a.out) / 'evaluation.json'}")

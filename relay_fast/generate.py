@@ -34,6 +34,7 @@ UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they ne
 NO_ANSWER = -1  # where what was written cannot be read as an answer
 NO_TOKENS = np.zeros(0, np.int32)
 
+Model = LoopedTransformer | AutoregressiveTransformer
 Progress = Callable[[int, int], Any]
 
 
@@ -51,6 +52,27 @@ def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
     problems are few, those are met in training all the same.)
     """
     return task.sample(np.full(number, length), seed + UNSEEN)
+
+
+def fitting_problems(model: Model, task: Task, length: int, number: int, seed: int) -> Samples:
+    """`unseen_problems` that the model can take, and whose true chains it can hold.
+
+    Raises ValueError, naming task and length, where it cannot.
+    """
+    task.check_length(length)
+    needed, limit = length, model.config.max_tokens
+    if needed <= limit:  # a problem has more tokens than its length: far too long ones are not made
+        problems = unseen_problems(task, length, number, seed)
+        sizes = np.diff(problems.problem_offsets)
+        if isinstance(model, AutoregressiveTransformer):
+            sizes = np.diff(problems.sequences({task.name: task})[1]) - 1
+        needed = int(sizes.max(initial=0))
+        if needed <= limit:
+            return problems
+    raise ValueError(
+        f"{task.name} length {length} needs {needed} tokens or more, beyond the model's limit of "
+        f"{limit}: use a smaller length, or train a model with a larger test length."
+    )
 
 
 def generate_chains(

@@ -23,15 +23,16 @@ from relay_fast.evaluate import parse_lengths
 from relay_fast.generate import (
     NO_ANSWER,
     decode_chains,
+    fitting_problems,
     generate_chains,
     read_chains,
-    unseen_problems,
 )
-from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.modules import LoopedTransformer
 from relay_fast.runs import RunFolder, RunFolderError
 from relay_fast.store import MODEL_NAMES, Model, load_run_model, run_tasks
 from relay_fast.tasks import TASK_NAMES, Samples, Task
 
+MOST_PRINTED = 10_000
 CHECKS = {"self": "self", "task": "task", "none": None}
 
 
@@ -63,19 +64,6 @@ def _mark(right: bool) -> str:
     return "✓" if right else "✗"
 
 
-def _check_fits(model: Model, task: Task, problems: Samples, length: int) -> None:
-    """Raises ValueError where the model cannot take the problems or hold their true chains."""
-    sizes = np.diff(problems.problem_offsets)
-    if isinstance(model, AutoregressiveTransformer):
-        sizes = np.diff(problems.sequences({task.name: task})[1]) - 1
-    limit = model.config.max_tokens
-    if sizes.max(initial=0) > limit:
-        raise ValueError(
-            f"{task.name} length {length} needs {sizes.max()} tokens, more than the model's limit "
-            f"of {limit}: use a smaller length, or train a model with a larger test length."
-        )
-
-
 def _print_chains(model: Model, task: Task, problems: Samples) -> None:
     """Prints what the model writes for each problem, and how much of it is right."""
     tasks, unended = {task.name: task}, 0
@@ -105,8 +93,7 @@ def _print_some(a: argparse.Namespace) -> None:
     """`--length`: chains of one length, for people to read."""
     model, tasks, config = _load(a)
     task = tasks[a.task]
-    problems = unseen_problems(task, a.length, a.number, a.seed)
-    _check_fits(model, task, problems, a.length)
+    problems = fitting_problems(model, task, a.length, a.number, a.seed)
     shortest, longest = config["tasks"][a.task]["train"]
     print(f"{a.model} on {a.task} of length {a.length}; trained on {shortest} to {longest}\n")
     _print_chains(model, task, problems)
@@ -214,6 +201,11 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
         if a.lengths is None:
             raise ValueError("--dataset needs --lengths, for example --lengths 1-25.")
         return _write
+    if a.number > MOST_PRINTED:
+        raise ValueError(
+            f"--number is {a.number}; at most {MOST_PRINTED} chains are printed, any number goes "
+            f"into a folder with --lengths and --dataset."
+        )
     if a.length is None:
         raise ValueError("give --length to print chains, or --lengths and --dataset to write them.")
     return _print_some

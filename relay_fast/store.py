@@ -116,6 +116,16 @@ def run_tasks(config: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Task]]:
 
 
 def check_device(device: torch.device | str) -> None:
-    """Raises ValueError for a device that this machine does not have."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} asked for, but CUDA is not available; use cpu.")
+    """Raises ValueError for a device that is neither the CPU nor a CUDA one of this machine."""
+    name = str(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is unknown: use cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but CUDA is not available: use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {name!r} was asked for, but there are {count}: use cuda:0")

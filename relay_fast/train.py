@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from relay_fast.checkpoint import CheckpointError
 from relay_fast.display import Display
 from relay_fast.pipeline import OutOfTime, WorkerDied, run_pipeline, with_needs
 from relay_fast.presets import load_preset, override, preset_names
 from relay_fast.runs import RunFolder, RunFolderError, versions
 from relay_fast.stages import NEEDS
+from relay_fast.store import check_device
 
 
 def train(
@@ -72,18 +71,6 @@ def train(
     results = folder.results()
     _show(results, folder.path)
     return results
-
-
-def check_device(name: str) -> None:
-    """Raises ValueError for a device that torch does not know or this machine does not have."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown: use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {name!r} was asked for, but CUDA is not available: use --device cpu"
-        )
 
 
 def _show(results: Mapping[str, Any], path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from users import as_nobody, open_folder
 
 from relay_fast import evaluate
 from relay_fast.batch import PackedBatch
@@ -213,7 +216,7 @@ class TestAutoregressive:
         assert again[3] == table[3]
 
     def test_a_length_beyond_the_model(self):
-        with pytest.raises(ValueError, match="longer than the model's limit of 60"):
+        with pytest.raises(ValueError, match="arithmetic length 9 needs .* model's limit of 60"):
             evaluate_autoregressive(self.model, ONE, "arithmetic", [9], 2)
 
 
@@ -280,7 +283,10 @@ def test_command(run, capsys, trained):
         (["--lengths", "3-2"], "--lengths '3-2' is not understood; give a range like 10-13."),
         (["--lengths", "many"], "--lengths 'many' is not understood"),
         (["--lengths", "0-2"], "length 0 is too short"),
-        (["--lengths", "20"], "longer than the model's limit of 60"),
+        (["--lengths", "2-70"], "arithmetic length 29 needs 61 tokens or more, beyond the"),
+        (["--lengths", "9999999"], "length 9999999 needs 9999999 tokens or more, beyond"),
+        (["--device", "meta"], "device 'meta' is unknown: use cpu or cuda"),
+        (["--problems", "1000000000000"], "no memory for 1000000000000 problems a length"),
         (["--problems", "0"], "--problems is 0"),
         (["--out", "/nowhere"], "is not a run folder"),
     ],
@@ -290,6 +296,17 @@ def test_bad_input_gets_one_sentence(run, capsys, change, message):
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1
     assert not (run / "evaluation.json").exists()
+
+
+def test_a_run_that_cannot_be_written(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_run_model", lambda *_: pytest.fail("work was begun"))
+    with open_folder() as top:
+        shutil.copytree(run, top / "run")
+        os.chmod(top / "run", 0o555)
+        with as_nobody():
+            assert main(["--out", str(top / "run")]) == 2
+        os.chmod(top / "run", 0o755)
+    assert "no permission to write the run folder" in capsys.readouterr().err
 
 
 def test_a_run_without_models(run, capsys):

@@ -76,6 +76,12 @@ def test_run_tasks_are_those_of_the_config():
         )
 
 
+@pytest.mark.parametrize("device", ["foo", "mps", "meta", "cuda:x"])
+def test_other_devices_are_refused(tmp_path, device):
+    with pytest.raises(ValueError, match=f"device '{device}' is unknown: use cpu or cuda"):
+        load_model(tmp_path / "m.safetensors", device)
+
+
 def test_wrong_files_and_names(tmp_path):
     with pytest.raises(ValueError, match="unknown model 'gpt'; known are looped_aligned"):
         load_run_model(tmp_path, "gpt")
@@ -93,5 +99,5 @@ def test_wrong_files_and_names(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda(tmp_path):
     save_model(tmp_path / "m.safetensors", make_model("looped"), {})
-    with pytest.raises(ValueError, match="CUDA is not available; use cpu"):
+    with pytest.raises(ValueError, match="CUDA is not available: use cpu"):
         load_model(tmp_path / "m.safetensors", device="cuda")

@@ -245,6 +245,7 @@ def _group_is_alive(group: int) -> bool:
         (["--seed", "-1"], "seed = -1: give at least 0"),
         (["--stages", "looped"], "stage 'looped' is unknown: use some of looped_aligned"),
         (["--device", "abacus"], "device 'abacus' is unknown: use cpu or cuda"),
+        (["--device", "meta"], "device 'meta' is unknown: use cpu or cuda"),
     ],
 )
 def test_bad_arguments_get_one_sentence(tmp_path, capsys, arguments, message) -> None:
@@ -258,7 +259,7 @@ def test_bad_arguments_get_one_sentence(tmp_path, capsys, arguments, message) ->
 def test_cuda_without_cuda(tmp_path, capsys) -> None:
     assert main([*SMALL, "--device", "cuda", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert "device 'cuda'" in error and "CUDA is not available: use --device cpu" in error
+    assert "device 'cuda'" in error and "CUDA is not available: use cpu" in error
     assert not (tmp_path / "run").exists()
 
 

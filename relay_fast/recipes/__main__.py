@@ -38,7 +38,7 @@ def run_recipe(
     """
     from relay_fast.display import Display
     from relay_fast.runs import RunFolder, versions
-    from relay_fast.train import check_device
+    from relay_fast.store import check_device
 
     recipe = load_recipe(name)
     if preset not in recipe.PRESETS:
