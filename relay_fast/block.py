@@ -42,7 +42,8 @@ class LayerSaved(NamedTuple):
 class BlockBody:
     """The block bound to its parameters, a plan and a batch's input.
 
-    `parameters` maps state-dict keys (`layers.0.qkv.weight`, …) to tensors; absent ones are None.
+    `parameters` maps state-dict keys (`parameter_names`) to tensors. The modules that hold them are
+    not called, so hooks on them do not fire.
     Nothing here depends on the recompute policy.
     """
 
@@ -56,6 +57,11 @@ class BlockBody:
         compute_dtype: torch.dtype,
         dropout_seed: Tensor | None = None,
     ):
+        if config.max_loops and plan.max_loops > config.max_loops:
+            raise ValueError(
+                f"loops = {plan.max_loops} is more than the {config.max_loops} iterations that the "
+                "loop-index embedding holds: build the block with a larger max_loops"
+            )
         self.config, self.plan, self.x, self.ops = config, plan, x, ops
         self.index = {name: i for i, name in enumerate(parameters)}
         self.cast = {
@@ -262,6 +268,26 @@ class BlockBody:
         if self.dx is None:
             self.dx = torch.zeros(self.x.shape, dtype=g.dtype, device=g.device)
         self.dx[segment.rows] += g
+
+
+def parameter_names(config: BlockConfig) -> list[str]:
+    """State-dict keys of a block's parameters."""
+    norm = ("weight", "bias") if config.bias and config.norm == "layer" else ("weight",)
+    linear = ("weight", "bias") if config.bias else ("weight",)
+    layer = {"norm1": norm, "qkv": linear, "out": linear, "norm2": norm, "up": linear}
+    if config.activation == "swiglu":
+        layer["gate"] = linear
+    layer["down"] = linear
+    parts = {
+        f"layers.{i}.{name}": kinds for i in range(config.n_layers) for name, kinds in layer.items()
+    }
+    if config.loop_norm != "none":
+        parts["loop_norm"] = norm
+    if config.injection == "concat":
+        parts["injection"] = ("weight",)
+    if config.max_loops:
+        parts["loop_embedding"] = ("weight",)
+    return [f"{part}.{kind}" for part, kinds in parts.items() for kind in kinds]
 
 
 def rope_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

@@ -15,23 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relay_fast.block import BlockBody
+from relay_fast.block import BlockBody, parameter_names
 from relay_fast.config import BlockConfig
 from relay_fast.engine import Run, backward_pass, forward_pass, kept_states
 from relay_fast.functional import select
-from relay_fast.plan import Plan, check_loops
+from relay_fast.plan import Plan, check_cu_seqlens, check_loops
 from relay_fast.policy import Policy
 
 
-def describe(config: BlockConfig, names: list[str]) -> str:
-    """A block's configuration and its parameters' names as one string, as an op takes it."""
-    return json.dumps({"config": config.to_dict(), "names": names})
+def describe(config: BlockConfig) -> str:
+    """A block's configuration as a string, as an op takes it."""
+    return json.dumps(config.to_dict())
 
 
 @lru_cache
 def _parse(spec: str) -> tuple[BlockConfig, list[str]]:
-    values = json.loads(spec)
-    return BlockConfig(**values["config"]), values["names"]
+    """The configuration, and its parameters' names."""
+    config = BlockConfig(**json.loads(spec))
+    return config, parameter_names(config)
 
 
 @lru_cache(maxsize=16)
@@ -56,20 +57,14 @@ def _make_run(
 ) -> Run:
     config, names = _parse(spec)
     recompute, impl, gather_rows = json.loads(options)
-    host = lambda t: np.ascontiguousarray(t.cpu().numpy(), np.int64)
     if cu_seqlens is None:
         lengths = np.full(batch, len(x) // max(1, batch))
     else:
-        lengths = np.diff(host(cu_seqlens))
+        lengths = np.diff(check_cu_seqlens(cu_seqlens, len(x)))
     counts = check_loops(count if loops is None else loops, len(lengths))
-    if lengths.sum() != len(x):
-        raise ValueError(f"cu_seqlens ends at {lengths.sum()} but x has {len(x)} tokens")
-    if config.max_loops and counts.max(initial=0) > config.max_loops:
-        raise ValueError(
-            f"loops = {counts.max()} is more than the {config.max_loops} iterations that the "
-            "loop-index embedding holds: build the block with a larger max_loops"
-        )
-    where = None if positions is None else host(positions).tobytes()
+    where = None
+    if positions is not None:
+        where = np.ascontiguousarray(positions.cpu().numpy(), np.int64).tobytes()
     plan = _plan(lengths.astype(np.int64).tobytes(), counts.tobytes(), where, x.device)
     ops = select(impl, x.device)
 
@@ -105,7 +100,7 @@ def _reordered(run: Run, flat: Tensor, to_caller: bool) -> Tensor:
 @torch.library.custom_op("relay_fast::loop_fwd", mutates_args=())
 def loop_fwd(
     x: Tensor,  # (rows, d), caller's order
-    parameters: list[Tensor],
+    parameters: list[Tensor],  # in the order of `parameter_names`
     spec: str,  # of `describe`
     options: str,  # JSON: recompute, impl, gather_rows
     dtype: torch.dtype,  # of the GEMMs

@@ -121,11 +121,7 @@ class Run:
     compute_dtype: torch.dtype | None = None  # of the readout's head; None: the parameter's own
 
     def __post_init__(self) -> None:
-        if self.truncate is not None and self.truncate < 1:
-            raise ValueError(
-                f"truncate = {self.truncate}: gradients flow through at least 1 iteration; "
-                "use None for all, or torch.no_grad() for none"
-            )
+        check_truncate(self.truncate)
 
     def state_spans(self) -> dict[int, slice]:
         """Where each returned state lies in the flat buffer of returned states."""
@@ -135,6 +131,15 @@ class Run:
             spans[t] = slice(start, stop)
             start = stop
         return spans
+
+
+def check_truncate(truncate: int | None) -> None:
+    """Raises ValueError for what is no number of iterations."""
+    if truncate is not None and (not isinstance(truncate, int) or truncate < 1):
+        raise ValueError(
+            f"truncate = {truncate}: gradients flow through a whole number of iterations, at least "
+            "1; use None for all, or torch.no_grad() for none"
+        )
 
 
 def run_loop(

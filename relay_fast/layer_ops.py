@@ -20,7 +20,7 @@ from torch import Tensor
 from relay_fast.dispatch import Ops, compute_dtype, select
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.kernels.norm_ref import wide
-from relay_fast.plan import Plan
+from relay_fast.plan import Plan, check_cu_seqlens
 
 Gradients = dict[str, Callable[[], Tensor | None]]
 
@@ -99,20 +99,7 @@ def _layout(offsets: bytes, device: torch.device) -> PaddedLayout:
 
 
 def _checked_layout(cu_seqlens: Tensor, rows: int, device: torch.device) -> PaddedLayout:
-    offsets = np.ascontiguousarray(cu_seqlens.cpu().numpy(), np.int64)
-    lengths = np.diff(offsets)
-    if offsets.ndim != 1 or len(offsets) == 0 or offsets[0] != 0:
-        start = offsets.reshape(-1)[:1].tolist()
-        raise ValueError(f"cu_seqlens must be (sequences + 1,) and start at 0, not at {start}")
-    if lengths.min(initial=0) < 0:
-        i = int(np.argmax(lengths < 0))
-        raise ValueError(
-            f"cu_seqlens falls from {offsets[i]} to {offsets[i + 1]} at sequence {i}: give the row "
-            "offsets of the sequences in order"
-        )
-    if offsets[-1] != rows:
-        raise ValueError(f"cu_seqlens ends at {offsets[-1]} but qkv has {rows} rows")
-    return _layout(offsets.tobytes(), device)
+    return _layout(check_cu_seqlens(cu_seqlens, rows, "qkv").tobytes(), device)
 
 
 def _attention_fwd(ops: Ops, t: Any, o: Any) -> list[Tensor]:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.batch import PackedBatch
-from relay_fast.block import BlockBody
+from relay_fast.block import BlockBody, parameter_names
 from relay_fast.compiled import describe
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.engine import Readout, Run, iterate, run_loop
+from relay_fast.engine import Readout, Run, check_truncate, iterate, run_loop
 from relay_fast.functional import compute_dtype, row_cross_entropy, select
 from relay_fast.gradients import GATHER_ROWS
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
-from relay_fast.plan import Plan, check_loops
+from relay_fast.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.policy import Policy
 from relay_fast.whole_loop import read_whole_loop
 
@@ -61,6 +61,8 @@ class LoopedBlock(nn.Module):
     Constructor arguments are those of `BlockConfig` (d_model, n_heads, n_layers, causal, norm,
     activation, dropout, injection, loop_norm, …), or one as `config`. `recompute` is the policy of
     `relay_fast.policy`; `impl` is "auto", "triton" or "torch". Raises ValueError for both at once.
+    The parameters are read by name and the modules inside are not called: hooks on them do not
+    fire, and parametrized or pruned ones are refused.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class LoopedBlock(nn.Module):
         if c.max_loops:
             self.loop_embedding = nn.Embedding(c.max_loops, c.d_model)
             nn.init.zeros_(self.loop_embedding.weight)
-        self._spec = describe(c, [name for name, _ in self.named_parameters()])
+        self._spec, self._names = describe(c), parameter_names(c)
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
@@ -102,7 +104,21 @@ class LoopedBlock(nn.Module):
         """Exchanges the layers for others of the same sizes; `config.n_layers` follows."""
         self.layers = nn.ModuleList(layers)
         self.config = replace(self.config, n_layers=len(self.layers))
-        self._spec = describe(self.config, [name for name, _ in self.named_parameters()])
+        self._spec, self._names = describe(self.config), parameter_names(self.config)
+
+    def _named(self) -> dict[str, Tensor]:
+        """The parameters by name. Raises RuntimeError where they are not those of the config."""
+        named = dict(self.named_parameters())
+        if named.keys() != set(self._names):
+            missing = sorted(set(self._names).difference(named))
+            others = sorted(set(named).difference(self._names))
+            raise RuntimeError(
+                f"the block's parameters are not those of its config (missing: {missing}, unknown: "
+                f"{others}): it reads them by name, so parametrized, pruned, tied or exchanged "
+                "parts have to be made plain first (torch.nn.utils.parametrize."
+                "remove_parametrizations, torch.nn.utils.prune.remove)"
+            )
+        return named
 
     def forward(
         self,
@@ -117,11 +133,10 @@ class LoopedBlock(nn.Module):
         """States after the last iteration of each sequence, in the caller's order.
 
         x: (B, n, d) padded or, with `cu_seqlens` (B + 1,), (N, d) packed. loops: an int, or one
-        count
-        per sequence (≥ 0). positions: (N,) or (n,) int, default 0..n−1. truncate: gradient through
-        each sequence's last `truncate` iterations only. Returns a tensor of x's shape; with
-        return_states=True, a list of the states of iterations 1..T (or of the iterations given),
-        each holding the sequences still looping then, in the caller's order.
+        count per sequence (≥ 0). positions: (N,), (B, n) or (n,) int, default 0..n−1. truncate:
+        gradient through each sequence's last `truncate` iterations only. Returns a tensor of x's
+        shape; with return_states=True, a list of the states of iterations 1..T (or of the
+        iterations given), each holding the sequences still looping then, in the caller's order.
         """
         packed, shape = self._pack(x, cu_seqlens)
         if torch.compiler.is_compiling():
@@ -151,25 +166,20 @@ class LoopedBlock(nn.Module):
         """
         count = loops if isinstance(loops, int) else 0
         tensor = lambda t: t if t is None or isinstance(t, Tensor) else torch.tensor(t)
-        if return_states is False:
-            wanted = []
-        elif isinstance(loops, int):
-            wanted = list(range(1, count + 1)) if return_states is True else sorted(return_states)
-            if wanted and not 1 <= wanted[0] <= wanted[-1] <= count:
-                raise ValueError(f"return_states asks for {wanted} but the batch loops 1..{count}")
-        else:
+        if return_states is not False and not isinstance(loops, int):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
-        if positions is not None:
-            positions = positions.expand(shape[:-1]).reshape(-1)
+        wanted = list(chosen_states(return_states, count))
+        check_truncate(truncate)
+        named = self._named()
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=x.device)
         final, states, _ = torch.ops.relay_fast.loop_fwd(
-            x, list(self.parameters()), self._spec,
+            x, [named[name] for name in self._names], self._spec,
             f'["{self.recompute}", "{self.impl}", {self.gather_rows}]',
             compute_dtype(self.layers[0].qkv.weight), 0 if cu_seqlens is not None else shape[0],
             tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
-            positions, seed, wanted, truncate or 0, torch.is_grad_enabled(),
+            _flat_positions(positions, shape), seed, wanted, truncate or 0, torch.is_grad_enabled(),
         )  # fmt: skip
         if return_states is False:
             return final.view(shape)
@@ -180,17 +190,11 @@ class LoopedBlock(nn.Module):
         `relay_fast.engine.Run`)."""
         weight = self.layers[0].qkv.weight
         dtype = compute_dtype(weight)
-        names = [name for name, _ in self.named_parameters()]
+        names = list(self._named())
         ops = select(self.impl, weight.device)
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=weight.device)
-        if self.config.max_loops and plan.max_loops > self.config.max_loops:
-            raise ValueError(
-                f"loops = {plan.max_loops} is more than the {self.config.max_loops} iterations "
-                f"that the "
-                "loop-index embedding holds: build the block with a larger max_loops"
-            )
 
         def make_body(x: Tensor, parameters: Sequence[Tensor | None]) -> BlockBody:
             named = dict(zip(names, parameters, strict=False))
@@ -208,25 +212,33 @@ class LoopedBlock(nn.Module):
                 f"x has shape {tuple(x.shape)}: pass (B, n, {d}), or (tokens, {d}) together with "
                 f"cu_seqlens"
             )
+        check_floating(x)
         return x.reshape(-1, d), x.shape
 
     def _plan(self, x: Tensor, loops, cu_seqlens, positions) -> Plan:
         if cu_seqlens is None:
             lengths = np.full(x.shape[0], x.shape[1])
         else:
-            offsets = np.asarray(cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
-            lengths = np.diff(offsets)
-            if offsets.ndim != 1 or len(offsets) < 1 or offsets[0] != 0 or np.any(lengths < 0):
-                raise ValueError("cu_seqlens must start at 0 and never decrease")
-            if offsets[-1] != x.shape[0]:
-                raise ValueError(f"cu_seqlens ends at {offsets[-1]} but x has {x.shape[0]} tokens")
-        if positions is not None:
-            positions = np.asarray(positions.cpu() if isinstance(positions, Tensor) else positions)
-            rows = int(lengths.sum())
-            if positions.size != rows:
-                positions = np.broadcast_to(positions, x.shape[:-1])
-            positions = positions.reshape(-1)
-        return Plan(lengths, check_loops(loops, len(lengths)), x.device, positions)
+            lengths = np.diff(check_cu_seqlens(cu_seqlens, x.shape[0]))
+        flat = _flat_positions(positions, x.shape)
+        if flat is not None:
+            flat = flat.cpu().numpy()
+        return Plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
+
+
+def _flat_positions(positions: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Positions (N,) of all rows of an x of `shape`, from one for each row or each of n tokens."""
+    if positions is None:
+        return None
+    positions = torch.as_tensor(positions)
+    if positions.is_floating_point():
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
+    if positions.shape not in (shape[:-1], shape[-2:-1]):
+        raise ValueError(
+            f"positions has shape {tuple(positions.shape)} but x has {tuple(shape)}: pass "
+            f"{tuple(shape[:-1])} or {tuple(shape[-2:-1])}"
+        )
+    return positions.expand(shape[:-1]).reshape(-1)
 
 
 class Losses(NamedTuple):

@@ -137,19 +137,8 @@ class Plan:
         )
 
     def chosen_states(self, return_states: bool | Sequence[int]) -> tuple[int, ...]:
-        """Which iterations' states are asked for: none, all, or the ones given, ascending.
-
-        Raises ValueError for an iteration that the batch does not reach.
-        """
-        if isinstance(return_states, bool):
-            return tuple(range(1, self.max_loops + 1)) if return_states else ()
-        wanted = tuple(sorted(set(return_states)))
-        if wanted and not 1 <= wanted[0] <= wanted[-1] <= self.max_loops:
-            raise ValueError(
-                f"return_states asks for iterations {list(wanted)} but the batch loops "
-                f"1..{self.max_loops}"
-            )
-        return wanted
+        """See the function of this name."""
+        return chosen_states(return_states, self.max_loops)
 
     # Index tensors, each made once on the host and copied to the device.
 
@@ -288,6 +277,59 @@ class Plan:
         return slot, self._tensor(slots, torch.int64), tuple(groups)
 
 
+def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:
+    """Which of the iterations 1..loops are asked for: none, all, or the ones given, ascending.
+
+    Raises ValueError for an iteration that the batch does not reach, and for a single int.
+    """
+    if isinstance(return_states, bool):
+        return tuple(range(1, loops + 1)) if return_states else ()
+    if isinstance(return_states, int):
+        raise ValueError(
+            f"return_states = {return_states}: pass True for all states, or a list of iterations"
+        )
+    wanted = tuple(sorted(set(return_states)))
+    if wanted and not 1 <= wanted[0] <= wanted[-1] <= loops:
+        raise ValueError(
+            f"return_states asks for iterations {list(wanted)} but the batch loops 1..{loops}"
+        )
+    return wanted
+
+
+def check_floating(x: Tensor) -> None:
+    """Raises TypeError for an x that is no state."""
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}: a state is in floating point, so embed the tokens first")
+
+
+def check_cu_seqlens(
+    cu_seqlens: Sequence[int] | np.ndarray | Tensor, rows: int, of: str = "x"
+) -> np.ndarray:
+    """Row offsets (sequences + 1,) int64 on the host, 0 to `rows`, which are those of `of`.
+
+    A CUDA tensor costs one synchronisation here. Raises ValueError for offsets that are no such
+    row, TypeError for ones that are not integers.
+    """
+    if isinstance(cu_seqlens, Tensor):
+        cu_seqlens = cu_seqlens.detach().cpu().numpy()
+    offsets = np.asarray(cu_seqlens)
+    if offsets.ndim != 1 or not offsets.size or offsets[0] != 0:
+        start = offsets.reshape(-1)[:1].tolist()
+        raise ValueError(f"cu_seqlens must be (sequences + 1,) and start at 0, not at {start}")
+    if not np.issubdtype(offsets.dtype, np.integer):
+        raise TypeError(f"cu_seqlens must be integers, got {offsets.dtype}")
+    lengths = np.diff(offsets)
+    if lengths.min(initial=0) < 0:
+        i = int(np.argmax(lengths < 0))
+        raise ValueError(
+            f"cu_seqlens falls from {offsets[i]} to {offsets[i + 1]} at sequence {i}: give the row "
+            "offsets of the sequences in order"
+        )
+    if offsets[-1] != rows:
+        raise ValueError(f"cu_seqlens ends at {offsets[-1]} but {of} has {rows} rows")
+    return offsets.astype(np.int64)
+
+
 def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int) -> np.ndarray:
     """Loop counts (sequences,) int64 on the host, from an int, a list, an array or a tensor.
 
@@ -296,7 +338,10 @@ def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int
     """
     if isinstance(loops, Tensor):
         loops = loops.detach().cpu().numpy()
-    counts = np.asarray(loops)
+    try:
+        counts = np.asarray(loops)
+    except ValueError:  # a ragged list
+        raise TypeError(f"loops = {loops}: pass an int or one int per sequence") from None
     if counts.dtype == np.bool_ or not np.issubdtype(counts.dtype, np.integer):
         if counts.size or counts.ndim != 1:
             raise TypeError(

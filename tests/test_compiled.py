@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from numerics import assert_bitwise, assert_close
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from relay_fast import LoopedBlock
 
@@ -56,6 +57,22 @@ def test_the_same_bits(policy: str, call: str) -> None:
     assert len(got) == len(truth)
     for i, (value, expected) in enumerate(zip(got, truth, strict=True)):
         assert_bitwise(f"{i}", value, expected)
+
+
+def test_a_state_asked_for_twice_comes_once() -> None:
+    block, x = LoopedBlock(D, 2, 1), torch.randn(2, 3, D)
+    got = compiled(block)(x, 2, return_states=[1, 1])
+    assert len(got) == len(block(x, 2, return_states=[1, 1])) == 1
+
+
+def test_parameters_in_another_order() -> None:
+    block = LoopedBlock(D, 2, 1, bias=True)
+    prune.identity(block.layers[0].up, "weight")
+    x = torch.randn(2, 3, D)
+    with pytest.raises(Exception, match="are not those of its config"):
+        compiled(block)(x)
+    prune.remove(block.layers[0].up, "weight")  # which puts it after the bias
+    assert_bitwise("output", compiled(block)(x, 2), block(x, 2))
 
 
 def test_one_graph_for_all_shapes_and_loops() -> None:
@@ -141,6 +158,16 @@ def test_bad_input_under_compile() -> None:
     x = torch.randn(2, 3, D)
     with pytest.raises(Exception, match="needs loops to be an int"):
         compiled(block)(x, torch.tensor([1, 2]), return_states=True)
+    for options, message in (
+        ({"return_states": 1}, "return_states = 1: pass True"),
+        ({"return_states": [3]}, "asks for iterations .3. but the batch loops 1..2"),
+        ({"truncate": 0}, "truncate = 0"),
+        ({"truncate": 1.5}, "truncate = 1.5"),
+        ({"positions": torch.rand(3)}, "positions must be integers"),
+        ({"positions": torch.arange(5)}, "positions has shape"),
+    ):
+        with pytest.raises(Exception, match=message):
+            compiled(block)(x, 2, **options)
     with pytest.raises(ValueError, match="larger max_loops"):
         compiled(block)(x, torch.tensor([1, 3]))
     with pytest.raises(ValueError, match="negative"):

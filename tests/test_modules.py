@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_bitwise, assert_close
+from torch.nn.utils import parametrize, prune
 
 from benchmarks.baselines import EagerBlock, EagerTransformer, PaddedBatch
 from relay_fast.batch import PackedBatch
@@ -139,14 +140,24 @@ def test_bad_input_of_the_block() -> None:
         (lambda: block(torch.randn(6, D)), "together with"),
         (lambda: block(x, cu_seqlens=[0, 6]), "together with"),
         (lambda: block(x.flatten(0, 1), cu_seqlens=[0, 3]), "cu_seqlens ends at 3"),
-        (lambda: block(x.flatten(0, 1), cu_seqlens=[1, 6]), "must start at 0"),
-        (lambda: block(x.flatten(0, 1), cu_seqlens=[0, 4, 3, 6]), "never decrease"),
+        (lambda: block(x.flatten(0, 1), cu_seqlens=[1, 6]), r"start at 0, not at \[1\]"),
+        (
+            lambda: block(x.flatten(0, 1), cu_seqlens=[0, 4, 3, 6]),
+            "falls from 4 to 3 at sequence 1",
+        ),
+        (lambda: block(x.flatten(0, 1), cu_seqlens=[]), r"start at 0, not at \[\]"),
         (lambda: block(x, [1, 2, 3]), "the batch holds 2 sequences"),
         (lambda: block(x, -1), "negative"),
         (lambda: block(x, 5), "build the block with a larger max_loops"),
         (lambda: block(x, 2, return_states=[3]), "asks for iterations .3. but"),
         (lambda: block(x, 2, return_states=[0]), "asks for iterations"),
-        (lambda: block(x, 2, truncate=0), "truncate"),
+        (lambda: block(x, 2, return_states=1), "return_states = 1: pass True for all states, or"),
+        (lambda: block(x, 2, truncate=0), "truncate = 0: .* at least 1; use None for all"),
+        (lambda: block(x, 2, truncate=1.5), "truncate = 1.5: .* a whole number of iterations"),
+        (
+            lambda: block(x, 2, positions=torch.arange(5)),
+            r"positions has shape \(5,\) but x has \(2, 3, 16\): pass \(2, 3\) or \(3,\)",
+        ),
         (lambda: LoopedBlock(D, 2, 1, recompute="sometimes"), "recompute policy 'sometimes'"),
         (lambda: LoopedBlock(D, 2, 1, impl="cuda")(x), "impl = 'cuda' is unknown"),
         (lambda: LoopedBlock(D, 3, 1), "not divisible by n_heads"),
@@ -165,8 +176,46 @@ def test_bad_input_of_the_block() -> None:
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="loops must be integers"):
-        block(x, 1.5)
+    wrong_types = [
+        (lambda: block(x, 1.5), "loops must be integers"),
+        (lambda: block(x, [[1], [2, 3]]), "loops = .* pass an int or one int per sequence"),
+        (lambda: block(x.long()), "x is torch.int64: .* embed the tokens first"),
+        (
+            lambda: block(x, positions=torch.rand(3)),
+            "positions must be integers, got torch.float32",
+        ),
+        (
+            lambda: block(x.flatten(0, 1), cu_seqlens=[0, 6.0]),
+            "cu_seqlens must be integers, got fl",
+        ),
+    ]
+    for call, message in wrong_types:
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_parameters_must_be_those_of_the_config() -> None:
+    x = torch.randn(2, 3, D)
+    options = {"bias": True, "norm": "layer", "activation": "swiglu", "loop_norm": "pre",
+               "injection": "concat", "max_loops": 3}  # fmt: skip
+    for kept in ({}, options):
+        block = LoopedBlock(D, 2, 2, **kept)
+        assert block._names == [name for name, _ in block.named_parameters()]
+    for name in ("weight", "bias"):
+        for change in (
+            lambda part, name: prune.l1_unstructured(part, name, amount=0.5),
+            lambda part, name: parametrize.register_parametrization(part, name, torch.nn.ReLU()),
+        ):
+            block = LoopedBlock(D, 2, 1, bias=True)
+            change(block.layers[0].up, name)
+            with pytest.raises(RuntimeError, match=rf"missing: .'layers.0.up.{name}'., unknown: "):
+                block(x)
+    block = LoopedBlock(D, 2, 1, bias=True)
+    prune.l1_unstructured(block.layers[0].up, "weight", amount=0.5)
+    prune.remove(block.layers[0].up, "weight")  # which puts it after the bias
+    assert [n for n, _ in block.named_parameters()] != block._names
+    block(x).sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
 
 
 def samples() -> Samples:
