@@ -33,8 +33,9 @@ from relay_fast.generate import (
 )
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.ragged import ragged_index
+from relay_fast.report import MODEL_NAMES
 from relay_fast.runs import RunFolder, RunFolderError, versions
-from relay_fast.store import MODEL_NAMES, Model, load_run_model, model_path, run_tasks
+from relay_fast.store import Model, load_run_model, model_path, run_tasks
 from relay_fast.tasks import Samples, Task
 from relay_fast.tasks.vocabulary import EOS
 

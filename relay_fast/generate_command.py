@@ -28,8 +28,9 @@ from relay_fast.generate import (
     read_chains,
 )
 from relay_fast.modules import LoopedTransformer
+from relay_fast.report import MODEL_NAMES
 from relay_fast.runs import RunFolder, RunFolderError
-from relay_fast.store import MODEL_NAMES, Model, load_run_model, run_tasks
+from relay_fast.store import Model, load_run_model, run_tasks
 from relay_fast.tasks import TASK_NAMES, Samples, Task
 
 MOST_PRINTED = 10_000
@@ -175,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", metavar="DIR", help="the folder to write chains into")
     parser.add_argument("--show", metavar="DIR", help="print what a folder of chains holds")
     parser.add_argument("--number", type=int, default=5, help="how many chains, in all (5)")
-    parser.add_argument("--model", default=MODEL_NAMES[0], help=f"one of {', '.join(MODEL_NAMES)}")
+    parser.add_argument(
+        "--model", default="looped_aligned", help=f"one of {', '.join(MODEL_NAMES)}"
+    )
     parser.add_argument(
         "--verify", choices=CHECKS, default="self",
         help="which chains of --dataset are marked as passed: those whose answer agrees with their "

@@ -15,6 +15,7 @@ import numpy as np
 
 from relay_fast._files import replacing
 from relay_fast.report import (
+    ANSWER_ONLY,
     LENGTH_NAMES,
     METRIC_NAMES,
     MODEL_NAMES,
@@ -51,20 +52,27 @@ _OTHER_STYLES = [_Style("#E69F00", "P", "-"), _Style("#7F7F7F", "*", (0, (3, 2))
 def plot_run(results: Mapping[str, Any], folder: str | os.PathLike) -> list[Path]:
     """Every picture of a run, into `folder`: accuracy by metric, hit matrices, losses.
 
-    `results`: the content of results.json. Returns the files. Raises ImportError without
-    matplotlib.
+    `results`: the content of results.json. Chains of models that were trained without any are left
+    out. Returns the files. Raises ImportError without matplotlib.
     """
     folder = Path(folder)
     files = [
         plot_accuracy(results, metric, folder / f"accuracy_{metric}.png")
         for metric in ("answer", "chain", "bit")
+        if _measured(results, metric)
     ]
     for task, by_length in results.get("hit_matrix", {}).items():
         for length, matrices in by_length.items():
+            matrices = {m: rows for m, rows in matrices.items() if m not in ANSWER_ONLY}
+            if not matrices:
+                continue
             title = f"{TASK_NAMES.get(task, task)} {length}: share of problems with the token right"
             files.append(plot_hit_matrix(matrices, title, folder / f"hits_{task}_{length}.png"))
     curves = {
-        name: {key: [entry[key] for entry in entries] for key in ("step", "loss")}
+        name: {
+            "step": _counted_on([e["step"] for e in entries]),
+            "loss": [e["loss"] for e in entries],
+        }
         for name, entries in results.get("history", {}).items()
         if entries
     }
@@ -80,11 +88,7 @@ def plot_accuracy(results: Mapping[str, Any], metric: str, path: str | os.PathLi
     without it are left out). Returns `path`. Raises ValueError if nothing was measured, ImportError
     without matplotlib.
     """
-    tasks = [
-        task
-        for task in tasks_of(results)
-        if any(curve(results, model, task, metric)[0] for model in models_of(results, task))
-    ]
+    tasks = _measured(results, metric)
     if not tasks:
         raise ValueError(f"the results hold no {metric!r} accuracy to draw; evaluate first.")
     figure = _figure(4.9 * len(tasks) + 0.6, 4.9)
@@ -187,6 +191,22 @@ def plot_losses(
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, handlelength=4.5, frameon=False)
     return _save(figure, path)
+
+
+def _measured(results: Mapping[str, Any], metric: str) -> list[str]:
+    """The tasks for which some model has the metric."""
+    return [
+        task
+        for task in tasks_of(results)
+        if any(curve(results, model, task, metric)[0] for model in models_of(results, task))
+    ]
+
+
+def _counted_on(steps: Sequence[int]) -> list[int]:
+    """The steps of a training in phases, each of which counts from 1, as steps of the whole."""
+    steps = np.asarray(steps)
+    ended = np.where(steps[1:] <= steps[:-1], steps[:-1], 0)  # where a phase begins anew
+    return (steps + np.concatenate([[0], np.cumsum(ended)])).tolist()
 
 
 def _draw_accuracy(

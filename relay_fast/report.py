@@ -16,6 +16,7 @@ MODEL_NAMES = {
     "ar_self_truth": "AR + self chains (truth)",
     "ar_self_loop": "AR + self chains (loop)",
 }
+ANSWER_ONLY = frozenset({"looped_vanilla"})  # trained without chains: what it writes as one is none
 TASK_NAMES = {"arithmetic": "Arithmetic", "edit_distance": "Edit distance", "lis": "LIS"}
 LENGTH_NAMES = {
     "arithmetic": "number of operators",
@@ -56,7 +57,9 @@ def tasks_of(results: Mapping[str, Any]) -> list[str]:
 def curve(
     results: Mapping[str, Any], model: str, task: str, metric: str
 ) -> tuple[list[int], list[float]]:
-    """(lengths ascending, accuracies in 0..1) where the metric was measured."""
+    """(lengths ascending, accuracies in 0..1) where the metric was measured and means something."""
+    if model in ANSWER_ONLY and metric != "answer":
+        return [], []
     by_length = results.get("accuracy", {}).get(model, {}).get(task, {})
     points = sorted(
         (int(length), cell[metric])
@@ -81,7 +84,7 @@ def print_report(
     for task in tasks_of(results):
         for metric in metrics:
             table = _Table.of(results, task, metric, width)
-            if table.rows:
+            if len(table.rows) > 1:
                 _show(table, file, width)
 
 
@@ -102,12 +105,12 @@ class _Table:
     @classmethod
     def of(cls, results: Mapping[str, Any], task: str, metric: str, width: int) -> _Table:
         """At most `width` characters wide, but never fewer than two lengths."""
-        curves = {}
-        for model in models_of(results, task):
-            lengths, values = curve(results, model, task, metric)
-            if lengths:
-                name = MODEL_NAMES.get(model, model)
-                curves[name] = dict(zip(lengths, values, strict=True))
+        curves = {
+            MODEL_NAMES.get(model, model): dict(
+                zip(*curve(results, model, task, metric), strict=True)
+            )
+            for model in models_of(results, task)
+        }
         lengths = sorted({length for values in curves.values() for length in values})
         shortest, longest = results.get("train_lengths", {}).get(task, (None, None))
         name_width = max((len(name) for name in curves), default=0)
@@ -119,7 +122,7 @@ class _Table:
             columns.insert(sum(n <= longest for n in shown), None)
         heading = [_RULE if n is None else str(n).rjust(_CELL) for n in columns]
         rows = [[" " * name_width, *heading]]
-        for name, values in curves.items():
+        for name, values in curves.items() if lengths else ():
             cells = [_RULE if n is None else _percent(values.get(n)).rjust(_CELL) for n in columns]
             rows.append([name.ljust(name_width), *cells])
 

@@ -20,16 +20,8 @@ from relay_fast.checkpoint import (
 )
 from relay_fast.config import ModelConfig
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.report import MODEL_NAMES
 from relay_fast.tasks import Task, Vocabulary, make_task
-
-MODEL_NAMES = (
-    "looped_aligned",
-    "looped_vanilla",
-    "ar_baseline",
-    "ar_relay",
-    "ar_self_loop",
-    "ar_self_truth",
-)
 
 Model = LoopedTransformer | AutoregressiveTransformer
 

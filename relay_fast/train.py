@@ -80,8 +80,11 @@ def _show(results: Mapping[str, Any], path: Path) -> None:
 
     if results.get("accuracy"):
         print_report(results)
-        for file in plot_run(results, path):
-            print(f"plot: {file}")
+        try:
+            for file in plot_run(results, path):
+                print(f"plot: {file}")
+        except ImportError as error:
+            print(f"{error}; the same command then draws them")
     print(f"results: {path / 'results.json'}   {results.get('seconds', {}).get('total', 0):.0f} s")
 
 

@@ -112,6 +112,23 @@ def test_losses(tmp_path, drawn):
     assert drawn[0].axes[0].get_yscale() == "log"
 
 
+def test_a_run_without_what_an_untrained_chain_head_writes(tmp_path, drawn):
+    found = results(("lis",))
+    found["hit_matrix"] = {"lis": {"9": {m: [[0.0, 1.0]] for m in MODEL_NAMES}}}
+    phases = [{"step": s, "loss": 1.0} for s in (1, 5, 1, 4, 1, 1, 7)]
+    found["history"] = {"ar_self_truth": phases}
+    assert len(plots.plot_run(found, tmp_path)) == len(drawn) == 4
+    answer, chain, hits, losses = drawn
+    shown = [[text.get_text() for text in f.legends[0].get_texts()] for f in (answer, chain)]
+    shown.append([panel.get_title() for panel in hits.axes if panel.get_title()])
+    assert ["Looped, vanilla" in names for names in shown] == [True, False, False]
+    assert losses.axes[0].lines[0].get_xdata().tolist() == [1, 5, 6, 9, 10, 11, 17]
+
+    found = {**found, "history": {}, "accuracy": {"looped_vanilla": found["accuracy"]["ar_relay"]}}
+    found["hit_matrix"]["lis"]["9"] = {"looped_vanilla": [[0.0]]}
+    assert [file.name for file in plots.plot_run(found, tmp_path)] == ["accuracy_answer.png"]
+
+
 def test_moving_mean():
     assert np.allclose(plots._moving_mean(np.array([1.0, 3.0, 5.0, 7.0]), 2), [1, 2, 4, 6])
 

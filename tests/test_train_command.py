@@ -15,9 +15,10 @@ import torch
 from relay_fast.display import Display
 from relay_fast.pipeline import _unfinished, with_needs
 from relay_fast.presets import load_preset, override, preset_names, recipe
+from relay_fast.report import MODEL_NAMES
 from relay_fast.runs import RunFolder
 from relay_fast.stages import MODELS, NEEDS, Context
-from relay_fast.store import MODEL_NAMES, load_run_model
+from relay_fast.store import load_run_model
 from relay_fast.tasks import TASK_NAMES
 from relay_fast.train import main, train
 from relay_fast.trainer import Progress
@@ -91,6 +92,14 @@ def test_models_and_plots_are_there(finished) -> None:
     for task, entry in small()["tasks"].items():
         assert {f"hits_{task}_{n}.png" for n in entry["hit_matrix"]} <= names
     assert all(file.stat().st_size > 1000 for file in finished.glob("*.png"))
+
+
+def test_without_matplotlib_the_rest_is_there(finished, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert main([*SMALL, "--out", str(finished)]) == 0
+    out = capsys.readouterr().out
+    assert "plots need matplotlib" in out and "pip install relay_fast[train]; the same" in out
+    assert "whole chain right" in out and "results:" in out
 
 
 def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
