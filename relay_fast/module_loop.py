@@ -7,18 +7,26 @@ states, truncation and the sum of the weight gradients are the engine's.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 from relay_fast.engine import Run, run_loop
 from relay_fast.functional import select
 from relay_fast.gradients import GradientBuffers
 from relay_fast.kernels.norm_ref import wide
-from relay_fast.plan import Plan, Segment, check_loops
+from relay_fast.plan import Plan, Segment, check_cu_seqlens, check_floating, check_loops
 from relay_fast.policy import Policy
 
 
@@ -29,7 +37,7 @@ def loop(
     loops: int | Sequence[int] | Tensor,
     *,
     cu_seqlens: Tensor | Sequence[int] | None = None,
-    per_row: Mapping[str, Tensor] | None = None,
+    per_row: Mapping[str, object] | None = None,
     shared: Mapping[str, object] | None = None,
     recompute: str = "state",
     return_states: bool | Sequence[int] = False,
@@ -42,29 +50,28 @@ def loop(
     per_row: tensors with one entry per sequence (padded) or per row (packed), cut with the active
     prefix; shared: arguments handed over as they are. A packed module that has a `cu_seqlens`
     argument gets that of the sequences it sees. Gradients flow into x, the module's parameters, and
-    tensors in per_row and shared. recompute: see `relay_fast.policy`; random numbers (dropout) are
+    tensors in per_row and shared, where they may lie in lists, tuples and dicts (of which the
+    module then sees copies). recompute: see `relay_fast.policy`; random numbers (dropout) are
     drawn again as in forward. Returns what `LoopedBlock.forward` does.
 
     A module whose buffers change in forward (batch norm in training) is refused with RuntimeError,
-    and so is one that changes its input in place. A forward that is non-deterministic otherwise
-    than through torch's generators gives wrong gradients when recomputed: use recompute="none".
+    and so is one that changes its input in place, and, by the backward at the latest, one that
+    holds a tensor that needs a gradient but is not registered as a parameter.
+    A forward that is non-deterministic otherwise than through torch's generators gives wrong
+    gradients when recomputed: use recompute="none".
     Under torch.compile this call is a graph break (the module itself may be compiled); weight
     gradients are summed per iteration.
     """
-    per_row, shared = dict(per_row or {}), dict(shared or {})
+    check_floating(x)
     _refuse_batch_norm(module)
     plan = _make_plan(x, loops, cu_seqlens)
-    for name, value in per_row.items():
-        if len(value) != plan.rows:
-            raise ValueError(
-                f"per_row[{name!r}] has {len(value)} entries but x has {plan.rows} rows: pass it "
-                "in `shared` if it is the same for all of them"
-            )
+    per_row = dict(per_row or {})
+    _check_rows(per_row, plan.rows)
     if plan.to_sorted is not None:
         x = x[plan.to_sorted]
-        per_row = {name: value[plan.to_sorted] for name, value in per_row.items()}
+        per_row = tree_map(lambda value: value[plan.to_sorted], per_row)
     policy = Policy.parse(recompute)
-    call = _Call(module, plan, per_row, shared, cu_seqlens is not None, x)
+    call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
     call.redraws = torch.is_grad_enabled() and policy.kind != "none"
     wanted = plan.chosen_states(return_states)
     run = Run(plan, call.body, select("torch"), policy, wanted, truncate)
@@ -82,11 +89,22 @@ def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:
     """Packed: rows are rows. Padded: a whole sequence counts as one row."""
     if cu_seqlens is None:
         return Plan(np.ones(len(x), np.int64), check_loops(loops, len(x)), x.device)
-    offsets = np.asarray(cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens)
-    lengths = np.diff(offsets)
-    if offsets.ndim != 1 or offsets[0] != 0 or np.any(lengths < 0) or offsets[-1] != len(x):
-        raise ValueError(f"cu_seqlens must rise from 0 to the {len(x)} rows of x")
+    lengths = np.diff(check_cu_seqlens(cu_seqlens, len(x)))
     return Plan(lengths, check_loops(loops, len(lengths)), x.device)
+
+
+def _check_rows(per_row: Mapping[str, object], rows: int) -> None:
+    for path, value in tree_flatten_with_path(per_row)[0]:
+        name = f"per_row{keystr(path)}"
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is of type {type(value).__name__}, not a tensor: pass it in `shared`"
+            )
+        if value.shape[:1] != (rows,):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} but x has {rows} rows: pass it in `shared` "
+                "if it is the same for all of them"
+            )
 
 
 def _refuse_batch_norm(module: nn.Module) -> None:
@@ -105,16 +123,18 @@ class _Call:
     def __init__(self, module: nn.Module, plan: Plan, per_row, shared, packed: bool, x: Tensor):
         self.module, self.plan = module, plan
         self.parameters = dict(module.named_parameters())
-        self.per_row = per_row
-        self.shared = {k: v for k, v in shared.items() if isinstance(v, Tensor)}
-        self.constants = {k: v for k, v in shared.items() if not isinstance(v, Tensor)}
+        self.per_row, self.per_row_tree = tree_flatten(per_row)
+        held = [t for t in tree_leaves(shared) if isinstance(t, Tensor)]
         # Everything that a gradient may flow into, in the order of the engine's parameters.
-        self.tensors = [*self.parameters.values(), *per_row.values(), *self.shared.values()]
+        self.tensors = [*self.parameters.values(), *self.per_row, *held]
         # What the module sees instead: its graphs must end here, not in the caller's graph.
         leaf = lambda t: t.detach().requires_grad_(t.requires_grad)
         self.weights = {name: leaf(p) for name, p in self.parameters.items()}
-        self.shared_leaves = {name: leaf(t) for name, t in self.shared.items()}
+        self.shared_leaves = [leaf(t) for t in held]
+        leaves = iter(self.shared_leaves)
+        self.shared = {k: _with_tensors(v, leaves) for k, v in shared.items()}
         self.redraws = False
+        self.checked = False  # whether a graph of the module has been looked at
         self.random: dict[tuple[int, int], _Random] = {}
         kind = x.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -122,6 +142,30 @@ class _Call:
 
     def body(self, x: Tensor, _: Sequence[Tensor | None]) -> _ModuleBody:
         return _ModuleBody(self, x.device)
+
+
+def _with_tensors(value: object, tensors: Iterator[Tensor]) -> object:
+    """A copy of a nested value with the next `tensors` in place of its own; without any, itself."""
+    if not any(isinstance(t, Tensor) for t in tree_leaves(value)):
+        return value
+    return tree_map(lambda t: next(tensors) if isinstance(t, Tensor) else t, value)
+
+
+def _refuse_strangers(new: Tensor, known: Iterable[Tensor]) -> None:
+    """Raises RuntimeError where the graph of `new` ends in other leaves than the known ones."""
+    ids, seen, todo = {id(t) for t in known}, set(), [new.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(parent for parent, _ in node.next_functions)
+        if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in ids:
+            raise RuntimeError(
+                f"the module uses a tensor of shape {tuple(node.variable.shape)} that needs a "
+                "gradient, but the loop does not know it: register it as an nn.Parameter, or pass "
+                "it in `shared`"
+            )
 
 
 def _accepts(module: nn.Module, name: str) -> bool:
@@ -182,11 +226,11 @@ class _ModuleBody:
         call = self.call
         # Not detach(): later states go into the same buffer, and would count as changes of it.
         entered = h.data.requires_grad_(keep)
-        cut = {
-            name: value.detach()[segment.rows].requires_grad_(keep and value.requires_grad)
-            for name, value in call.per_row.items()
-        }
-        arguments = {**cut, **call.shared_leaves, **call.constants}
+        cut = [
+            value.detach()[segment.rows].requires_grad_(keep and value.requires_grad)
+            for value in call.per_row
+        ]
+        arguments = {**tree_unflatten(cut, call.per_row_tree), **call.shared}
         if call.takes_cu_seqlens:
             cu = call.plan.cu_seqlens[segment.first_sequence : segment.last_sequence + 1]
             arguments["cu_seqlens"] = cu - segment.first_row if segment.first_row else cu
@@ -194,6 +238,14 @@ class _ModuleBody:
         kind, dtype, enabled = call.autocast
         with torch.set_grad_enabled(keep), torch.autocast(kind, dtype, enabled=enabled):
             new = torch.func.functional_call(call.module, call.weights, (entered,), arguments)
+        if not isinstance(new, Tensor):
+            raise TypeError(
+                f"the module returned a value of type {type(new).__name__}: a looped module must return the next "
+                "state alone, so wrap it in one that does"
+            )
+        if keep and not call.checked:
+            _refuse_strangers(new, [entered, *cut, *call.weights.values(), *call.shared_leaves])
+            call.checked = True
         now = dict(call.module.named_buffers())
         for name, buffer, before in buffers:
             if now.get(name) is not buffer or buffer._version != before:
@@ -206,7 +258,7 @@ class _ModuleBody:
                 "the module changed its input in place, but that is a state that the loop still "
                 "needs: let it work on a copy"
             )
-        return [entered, new, *cut.values()]
+        return [entered, new, *cut]
 
     def backward(
         self,
@@ -220,7 +272,7 @@ class _ModuleBody:
         entered, new, *cut = saved
         if not new.requires_grad:
             return torch.zeros_like(g)
-        leaves = [*call.weights.values(), *cut, *call.shared_leaves.values()]
+        leaves = [*call.weights.values(), *cut, *call.shared_leaves]
         needed = [i for i in range(len(leaves)) if grads.needs(i)]
         # The graph of policy "none" may be asked for again; the engine drops it with its tensors.
         dh, *values = torch.autograd.grad(

@@ -191,6 +191,57 @@ def test_tied_weights_and_double_backward() -> None:
         torch.autograd.grad(relay_fast.loop(module, x, 2).sum(), x, create_graph=True)
 
 
+class Nested(nn.Module):
+    def forward(self, h: Tensor, rows: list[Tensor], extra: dict, log: list) -> Tensor:
+        log.append(len(h))
+        gain, (shift, power) = extra["gain"], extra["more"]
+        return h * gain + rows[0] * rows[1] + (shift + extra["again"]) ** power
+
+
+@pytest.mark.parametrize("policy", ["none", "every:2"])
+def test_tensors_in_lists_and_dicts_get_gradients(policy: str) -> None:
+    x, a, b, gain, shift = leaves((3, 4, D), (3, 4, D), (3, 1, 1), (D,), (1,))
+    loops, log = [1, 3, 2], []
+    extra = {"gain": gain, "more": (shift, 2), "again": shift}
+    arguments = {"per_row": {"rows": [a, b]}, "shared": {"extra": extra, "log": log}}
+    out = relay_fast.loop(Nested(), x, loops, recompute=policy, **arguments)
+    assert log == [3, 2, 1]  # without a tensor it is the caller's own
+    truth = []
+    for i, count in enumerate(loops):
+        h = x[i]
+        for _ in range(count):
+            h = Nested()(h, [a[i], b[i]], extra, [])
+        truth.append(h)
+    truth = torch.stack(truth)
+    assert_close("output", out, truth)
+    expected = torch.autograd.grad(truth.square().sum(), [x, a, b, gain, shift])
+    values = torch.autograd.grad(out.square().sum(), [x, a, b, gain, shift])
+    for i, value in enumerate(values):
+        assert_close(f"gradient {i}", value, expected[i])
+
+
+class Holds(nn.Module):
+    """Has a tensor that autograd knows and `parameters()` does not."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.inner, self.held = nn.Linear(D, D), [tensor]
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.inner(h) + self.held[0]
+
+
+@pytest.mark.parametrize("policy", ["none", "state"])
+def test_unregistered_tensors_are_refused(policy: str) -> None:
+    x, secret = torch.randn(2, D), torch.randn(D, requires_grad=True)
+    for tensor in (secret, secret * 2):
+        with pytest.raises(RuntimeError, match=r"a tensor of shape \(6,\) that needs a gradient"):
+            relay_fast.loop(Holds(tensor), x, 2, recompute=policy).sum().backward()
+    relay_fast.loop(Holds(secret.detach()), x, 2, recompute=policy).sum().backward()
+    with torch.no_grad():
+        relay_fast.loop(Holds(secret), x, 2)
+
+
 class Counts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -227,9 +278,21 @@ def test_what_is_refused() -> None:
         (
             lambda: relay_fast.loop(Users(), x, 2, per_row={"x0": x[:1]}),
             ValueError,
-            r"per_row\['x0'\] has 1 entries but x has 2 rows",
+            r"per_row\['x0'\] has shape \(1, 3, 6\) but x has 2 rows",
         ),
-        (lambda: relay_fast.loop(Users(), x[0], 2, cu_seqlens=[0, 2]), ValueError, "cu_seqlens"),
+        (
+            lambda: relay_fast.loop(Users(), x, 2, per_row={"x0": [x, 3]}),
+            TypeError,
+            r"per_row\['x0'\]\[1\] is of type int, not a tensor: pass it in",
+        ),
+        (
+            lambda: relay_fast.loop(Users(), x[0], 2, cu_seqlens=[0, 2]),
+            ValueError,
+            "cu_seqlens ends at 2 but x has 3 rows",
+        ),
+        (lambda: relay_fast.loop(Users(), x[0], 2, cu_seqlens=[]), ValueError, "start at 0, not"),
+        (lambda: relay_fast.loop(Users(), x.long(), 2), TypeError, "embed the tokens first"),
+        (lambda: relay_fast.loop(nn.LSTM(D, D), x, 2), TypeError, "a value of type tuple"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):
