@@ -240,8 +240,8 @@ class _ModuleBody:
             new = torch.func.functional_call(call.module, call.weights, (entered,), arguments)
         if not isinstance(new, Tensor):
             raise TypeError(
-                f"the module returned a value of type {type(new).__name__}: a looped module must return the next "
-                "state alone, so wrap it in one that does"
+                f"the module returned a value of type {type(new).__name__}: a looped module must "
+                "return the next state alone, so wrap it in one that does"
             )
         if keep and not call.checked:
             _refuse_strangers(new, [entered, *cut, *call.weights.values(), *call.shared_leaves])
