@@ -3,7 +3,9 @@
 # Both make their own virtual environment in $(VENV) and need nothing but Python >= 3.11.
 PYTHON ?= python3
 VENV ?= .venv
-override VENV := $(abspath $(VENV))
+ifneq ($(words $(VENV)),1)
+$(error VENV is '$(VENV)': make knows no names with spaces; give another folder)
+endif
 
 PIP_INSTALL = $(VENV)/bin/python -m pip install --no-input --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml constraints.txt

@@ -6,7 +6,6 @@ reports the longest *true* problem of each batch, so that a run can prove what i
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from relay_fast._cores import usable_cores
 from relay_fast.batch import PackedBatch
 from relay_fast.schedule import Schedule, curriculum_length
 from relay_fast.tasks import TASK_NAMES, Samples, Task
@@ -190,7 +190,7 @@ class SampleStream(Dataset):
 def run_ahead(stream: Dataset, start: int, workers: int) -> Iterator[Step]:
     """The stream's steps from `start` on, made ahead by `workers` processes (0: in this one), at
     most one a core."""
-    workers = min(workers, os.cpu_count() or 1)
+    workers = min(workers, usable_cores())
     options = {}
     if workers:
         options = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"}
@@ -235,9 +235,3 @@ def mean_cost(
         return total * batch_size / len(tasks)
 
     return cost
-
-
-def share_by_task(samples: Samples) -> dict[str, int]:
-    """Number of samples of each task that occurs."""
-    counts = np.bincount(samples.task, minlength=len(TASK_NAMES))
-    return {name: int(n) for name, n in zip(TASK_NAMES, counts, strict=True) if n}

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from relay_fast._cores import usable_cores
 from relay_fast.display import Display
 from relay_fast.runs import RunFolder
 from relay_fast.stages import NEEDS, Context, run_stage, scratch_files, stage_files
@@ -74,7 +75,7 @@ def run_pipeline(
     _clear(folder, filter(folder.stage_done, names))
     waiting = _unfinished(folder, names)
     workers = max(1, int(folder.config["workers"]))
-    threads = max(1, (os.cpu_count() or 1) // workers)  # however few stages wait: sums depend on it
+    threads = max(1, usable_cores() // workers)  # however few stages wait: sums depend on it
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(_serve)

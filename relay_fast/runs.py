@@ -131,10 +131,6 @@ class RunFolder:
     def stage_done(self, name: str) -> bool:
         return name in self._stages()
 
-    def stage_info(self, name: str) -> dict[str, Any]:
-        """What `mark_done` was told; raises KeyError for a stage that is not done."""
-        return self._stages()[name]
-
     def mark_done(self, name: str, info: Mapping[str, Any] | None = None) -> None:
         """Record that a stage is finished, after all that it leaves is on disk."""
         finished = datetime.now(UTC).isoformat(timespec="seconds")

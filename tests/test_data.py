@@ -1,11 +1,14 @@
 """Streams of batches: the same for everybody, inside the training range, and what a batch holds."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from relay_fast._cores import usable_cores
 from relay_fast.batch import PackedBatch
-from relay_fast.data import Form, SampleStream, TruthStream, mean_cost, run_ahead, share_by_task
+from relay_fast.data import Form, SampleStream, TruthStream, mean_cost, run_ahead
 from relay_fast.datasets import load_samples, save_samples
 from relay_fast.schedule import Schedule
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
@@ -65,6 +68,14 @@ def test_a_step_is_always_the_same_batch(form) -> None:
     assert not torch.equal(s[0].batch.tokens, stream(**options | {"seed": 4})[0].batch.tokens)
 
 
+def test_cores_are_those_that_this_process_may_use(monkeypatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7}, raising=False)
+    assert usable_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == 64
+
+
 def test_workers_change_nothing_and_a_run_may_begin_anywhere() -> None:
     s = stream(3, tasks=only("arithmetic"))
     here = [s[i] for i in range(3)]
@@ -83,7 +94,7 @@ def test_no_problem_is_longer_than_the_range_and_longest_true_says_so(lengths) -
     seen = {name: set() for name in TASKS}
     for step in (s[i] for i in range(8)):
         samples, _ = step.batch
-        assert share_by_task(samples) == dict.fromkeys(TASKS, 10)
+        assert np.bincount(samples.task).tolist() == [10] * len(TASKS)
         for name, task in TASKS.items():
             got = samples.length[samples.task == task.index].tolist()
             lengths_of = [task.length_of(samples.problem_of(i)) for i in

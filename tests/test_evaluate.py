@@ -29,7 +29,7 @@ from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.ragged import offsets_of
 from relay_fast.store import model_path, save_model
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
-from relay_fast.tasks.vocabulary import EOS
+from relay_fast.tasks.vocabulary import EOS, NUMBER0
 
 VOCABULARY = Vocabulary(max_number=40, multiple=1)
 TASKS = build_tasks(
@@ -169,7 +169,7 @@ class TestAutoregressive:
         texts = texts_of(truth_of(problems))
         texts[0] = texts[0][:-3]  # `=`, the answer and <eos> are missing
         texts[1] = texts[1].copy()
-        texts[1][0] = VOCABULARY.number(30)
+        texts[1][0] = NUMBER0 + 30
         texts[2] = np.concatenate([texts[2][:-1], texts[2][-3:]])  # goes on after the answer
         texts[3] = texts[3][:0]
         writes(decoded_of(texts))
@@ -182,8 +182,8 @@ class TestAutoregressive:
         problems = problems_of(name, 3)
         texts = texts_of(truth_of(problems))
         texts[0] = texts[0].copy()
-        texts[0][-2] = VOCABULARY.number(40)
-        texts[1] = np.concatenate([texts[1][:-1], [VOCABULARY.number(1), EOS]])
+        texts[0][-2] = NUMBER0 + 40
+        texts[1] = np.concatenate([texts[1][:-1], [NUMBER0 + 1, EOS]])
         writes(decoded_of(texts))
         marks = mark_autoregressive(self.model, problems, TASKS)
         assert counts(marks) == ([False, False, True], [True] * 3, 0)
@@ -225,7 +225,7 @@ def test_hit_matrix(writes):
     matrix = hit_matrix(new_model("looped"), TASKS["lis"], 7, 4)
     assert matrix.shape == (2, 5)
     rounds = problems.rounds.copy()
-    rounds[problems.round_offsets[[1, 3]] + 2] = VOCABULARY.number(39)
+    rounds[problems.round_offsets[[1, 3]] + 2] = NUMBER0 + 39
     writes(replace(problems, rounds=rounds))
     matrix = hit_matrix(new_model("looped"), TASKS["lis"], 7, 4)
     expected = np.ones((2, 5))

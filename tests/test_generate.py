@@ -29,7 +29,7 @@ from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.ragged import offsets_of
 from relay_fast.store import model_path, save_model
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
-from relay_fast.tasks.vocabulary import EOS, PAD
+from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
 TASKS = build_tasks(
@@ -322,8 +322,8 @@ def test_a_consistent_error_passes_the_label_free_filter_only():
     problems = task.sample([3], 0)
     rounds = problems.rounds.copy()
     middle = problems.round_offsets[1]
-    number = middle + int(np.argmax(rounds[middle:] >= VOCABULARY.number0))
-    rounds[number] = VOCABULARY.number(60)
+    number = middle + int(np.argmax(rounds[middle:] >= NUMBER0))
+    rounds[number] = NUMBER0 + 60
     written = replace(problems, rounds=rounds)
     assert verify_chains(written, TASKS, "self").all()
     assert not verify_chains(written, TASKS, "task").any()

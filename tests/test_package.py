@@ -135,3 +135,17 @@ def test_public_names():
     assert not missing
     with pytest.raises(AttributeError, match="'relay_fast' has no attribute 'nothing'"):
         relay_fast.nothing  # noqa: B018
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_in_a_folder_with_a_space(tmp_path):
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    options = {"cwd": folder, "capture_output": True, "text": True}
+    plan = subprocess.run(["make", "-n", "demo"], **options, check=True).stdout.splitlines()
+    assert plan[-1] == ".venv/bin/python -m relay_fast.train --preset cpu --out runs/cpu"
+    assert "touch .venv/.with-train" in plan
+    refused = subprocess.run(["make", "-n", "demo", "VENV=/tmp/v 1"], **options)
+    assert refused.returncode != 0 and "make knows no names with spaces" in refused.stderr

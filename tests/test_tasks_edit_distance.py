@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from relay_fast.tasks import EditDistance, Samples, Vocabulary
+from relay_fast.tasks.vocabulary import NUMBER0
 
 VOCABULARY = Vocabulary()
 TASK = EditDistance(VOCABULARY)
@@ -51,7 +52,7 @@ def test_the_appendix_s_example() -> None:
     rounds, answer = TASK.solve(TASK.encode("o t m l | o t t m l <sep>"))
     rows = ["0 2 4 6 7 ,", "2 0 2 4 6 ,", "4 2 3 2 4 ,", "6 4 5 4 2 ,"]
     assert [TASK.decode(tokens) for tokens in rounds] == rows
-    assert answer == VOCABULARY.number(2)
+    assert answer == NUMBER0 + 2
 
 
 def test_the_border_counts_steps_not_costs() -> None:
@@ -73,7 +74,7 @@ def test_every_round_against_the_textbook(costs: tuple[int, int, int, int]) -> N
         rows = table(first, second, *costs)[1:]
         written = [VOCABULARY.decode(r) for r in samples.rounds_of(i)]
         assert written == [" ".join([*map(str, row[1:]), ","]) for row in rows]
-        assert samples.answer[i] == VOCABULARY.number(rows[-1][-1])
+        assert samples.answer[i] == NUMBER0 + rows[-1][-1]
 
 
 def test_length_is_that_of_the_shorter_string_which_comes_first() -> None:
@@ -141,7 +142,7 @@ def test_sizes(n: int, raw: int, ours: int, longest: int, query: int, cell: int)
     chains = queries + np.diff(samples.round_offsets[samples.first_round]) + 2
     assert queries.max() == query
     assert (chains.mean(), chains.max()) == (pytest.approx(ours, rel=0.005), longest)
-    largest = samples.rounds.max() - VOCABULARY.number0
+    largest = samples.rounds.max() - NUMBER0
     assert cell - 4 <= largest <= cell + 6 <= TASK.largest_cell(n) == 3 * n + 2
     rng = random.Random(n)
     draws = [sorted(map(len, reference_draw(n, rng))) for _ in range(600)]
@@ -174,7 +175,7 @@ def test_split() -> None:
         rounds, answer = TASK.split(VOCABULARY.encode(text))
         return [VOCABULARY.decode(r) for r in rounds], answer
 
-    two = VOCABULARY.number(2)
+    two = NUMBER0 + 2
     assert split("1 2 , 3 2 , <sep> 2 <eos> 9") == (["1 2 ,", "3 2 ,"], two)
     assert split("1 2 , 3 2 , <sep> 2") == (["1 2 ,", "3 2 ,"], two)
     assert split("1 2 , 3 2 <sep> 2 <eos>") == (["1 2 ,", "3 2"], two)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from relay_fast.tasks import LIS, Samples, Vocabulary
+from relay_fast.tasks.vocabulary import NUMBER0
 
 VOCABULARY = Vocabulary()
 TASK = LIS(VOCABULARY)
@@ -24,9 +25,7 @@ def folded(lengths: list[int], group: int) -> list[str]:
 
 
 def values_of(samples: Samples) -> list[list[int]]:
-    return [
-        (samples.problem_of(i)[1:-1] - VOCABULARY.number0).tolist() for i in range(len(samples))
-    ]
+    return [(samples.problem_of(i)[1:-1] - NUMBER0).tolist() for i in range(len(samples))]
 
 
 def reference_draw(n: int, rng: random.Random) -> list[int]:
@@ -55,7 +54,7 @@ def test_the_paper_s_example() -> None:
         "1 2 3 4 5 1 2 3 4 5 <sep>",
         "6 7 8 9 9 9 9 9 9 9 <sep>",
     ]
-    assert answer == VOCABULARY.number(9)
+    assert answer == NUMBER0 + 9
 
 
 @pytest.mark.parametrize("text", ["5 5 5", "9 5 1", "1 2 3 4 5 6 7 8 9 10", "3 1 2 2 3 1 4", "7"])
@@ -63,7 +62,7 @@ def test_strictly_increasing(text: str) -> None:
     expected = ending_at([int(word) for word in text.split()])
     rounds, answer = TASK.solve(TASK.encode(text))
     assert [TASK.decode(r) for r in rounds] == folded(expected, 10)
-    assert answer == VOCABULARY.number(max(expected))
+    assert answer == NUMBER0 + max(expected)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_every_round_against_the_quadratic_rule(params: dict) -> None:
         expected = ending_at(values)
         written = [VOCABULARY.decode(r) for r in samples.rounds_of(i)]
         assert written == folded(expected, task.group)
-        assert samples.answer[i] == VOCABULARY.number(max(expected))
+        assert samples.answer[i] == NUMBER0 + max(expected)
         assert len(values) == samples.length[i] == lengths[i]
         assert samples.loops[i] == -(-lengths[i] // task.group)
 
@@ -111,8 +110,8 @@ def test_one_run_may_cover_everything() -> None:
 def test_short_problems() -> None:
     # n < 3 plants n values: with one run, two values always rise.
     task = LIS(VOCABULARY, max_runs=1)
-    assert np.all(task.sample(np.full(200, 2), 0).answer == VOCABULARY.number(2))
-    assert np.all(TASK.sample(np.full(200, 1), 0).answer == VOCABULARY.number(1))
+    assert np.all(task.sample(np.full(200, 2), 0).answer == NUMBER0 + 2)
+    assert np.all(TASK.sample(np.full(200, 1), 0).answer == NUMBER0 + 1)
 
 
 @pytest.mark.parametrize("n", [5, 20, 100])
@@ -149,7 +148,7 @@ def test_split() -> None:
         rounds, answer = TASK.split(VOCABULARY.encode(text))
         return [VOCABULARY.decode(r) for r in rounds], answer
 
-    two = VOCABULARY.number(2)
+    two = NUMBER0 + 2
     assert split("1 2 <sep> 2 2 <sep> 2 <eos> 9") == (["1 2 <sep>", "2 2 <sep>"], two)
     assert split("1 2 <sep> 2") == (["1 2 <sep>"], two)
     assert split("1 2 <sep> 2 2 <eos>") == (["1 2 <sep>", "2 2"], None)
@@ -162,7 +161,7 @@ def test_answer_of() -> None:
     def answer_of(*rounds: str) -> int | None:
         return TASK.answer_of([np.array(VOCABULARY.encode(text), int) for text in rounds])
 
-    assert answer_of("1 2 3 <sep>", "1 1 1 <sep>") == VOCABULARY.number(3)
+    assert answer_of("1 2 3 <sep>", "1 1 1 <sep>") == NUMBER0 + 3
     assert answer_of("1 2 3 <sep>", "1 1 1") is None
     assert answer_of("1 a 3 <sep>", "1 1 1 <sep>") is None
     assert answer_of("1 2 3 <sep>", "<sep>") is None

@@ -9,6 +9,7 @@ import pytest
 
 from relay_fast import trust
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
+from relay_fast.tasks.vocabulary import NUMBER0
 from relay_fast.trust import Counts
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
@@ -25,7 +26,7 @@ def problems() -> Samples:
 def spoiled(truth: Samples, rng: np.random.Generator) -> Samples:
     """Some tokens, answers and round boundaries changed."""
     rounds, offsets, answer = truth.rounds.copy(), truth.round_offsets.copy(), truth.answer.copy()
-    rounds[rng.integers(0, len(rounds), rng.integers(0, 5))] = VOCABULARY.number(60)
+    rounds[rng.integers(0, len(rounds), rng.integers(0, 5))] = NUMBER0 + 60
     answer[rng.integers(0, len(answer), rng.integers(0, 3))] += 1
     inner = rng.integers(1, len(offsets) - 1)
     offsets[inner] = offsets[inner - 1]
@@ -57,7 +58,7 @@ def test_counts_by_task_and_length():
     answer, rounds = truth.answer.copy(), truth.rounds.copy()
     answer[[0, 12]] += 1  # neither right nor kept: arithmetic 1, lis 3
     first = truth.round_offsets[truth.first_round[2]]  # arithmetic 3: kept, but not right
-    rounds[first + np.argmax(rounds[first:] >= VOCABULARY.number0)] = VOCABULARY.number(60)
+    rounds[first + np.argmax(rounds[first:] >= NUMBER0)] = NUMBER0 + 60
     written = replace(truth, answer=answer, rounds=rounds)
     ended = np.arange(len(truth)) != 3
     table = trust.count(written, truth, TASKS, ended=ended)

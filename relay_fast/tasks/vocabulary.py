@@ -44,11 +44,6 @@ class Vocabulary:
             raise ValueError(f"multiple is {self.multiple}; give at least 1 (1 means no padding).")
 
     @property
-    def number0(self) -> int:
-        """Id of the number 0."""
-        return NUMBER0
-
-    @property
     def n_tokens(self) -> int:
         """Tokens in use."""
         return NUMBER0 + self.max_number + 1
@@ -57,15 +52,6 @@ class Vocabulary:
     def size(self) -> int:
         """`n_tokens` rounded up to a multiple of `multiple`."""
         return -(-self.n_tokens // self.multiple) * self.multiple
-
-    def number(self, value: int) -> int:
-        """Id of the number `value`. Raises ValueError when it has no token."""
-        if not 0 <= value <= self.max_number:
-            raise ValueError(
-                f"number {value} has no token, the vocabulary holds 0..{self.max_number}; "
-                f"use a Vocabulary with a larger max_number."
-            )
-        return NUMBER0 + int(value)
 
     def is_number(self, token: int) -> bool:
         """Whether `token` is the id of a number."""
