@@ -10,6 +10,10 @@
 | `budget:BYTES` | `every:k` with the smallest k that fits | as `every:k` | 1–2 × forward |
 
 h_0 is the caller's own input and h_T the output; neither is copied, neither counts.
+
+A block that runs once (T = 1) keeps nothing under `state`, and recomputes its inside: right where
+others follow before the backward comes (prelude, loop, coda). Where it comes at once, as for a
+model of one block, `none` is faster and its peak no higher.
 """
 
 from __future__ import annotations

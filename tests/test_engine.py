@@ -407,6 +407,7 @@ def test_policies_keep_what_they_say() -> None:
     for policy, count in expected.items():
         assert kept_bytes(replace(case, policy=policy)) == count * row, policy
     assert kept_bytes(replace(case, policy="none")) > 10 * sum(rows) * row
+    assert kept_bytes(replace(case, loops=(1, 1), policy="state")) == 0
 
 
 def test_nothing_else_survives_the_forward() -> None:
