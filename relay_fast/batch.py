@@ -124,7 +124,7 @@ class PackedBatch:
             torch.from_numpy(s.answer.astype(np.int64)).to(device),
             torch.from_numpy((task_weight / max(1, len(s))).astype(np.float32)).to(device),
             order,
-            _largest(tokens, targets, s.answer),
+            max(_largest(tokens, targets), int(s.answer.max(initial=0))),  # no answer: negative
         )
 
     @staticmethod

@@ -347,6 +347,8 @@ def test_a_batch_refuses_what_it_does_not_know(pack) -> None:
         pack(samples, TASKS, weighting="rows")
     with pytest.raises(ValueError, match="task_weights names 'lsi': the tasks are arithmetic, "):
         pack(samples, TASKS, task_weights={"lsi": 5.0})
+    samples.answer[0] = -1  # one that could not be read is no target
+    assert pack(samples, TASKS).max_token < VOCABULARY.size
     samples.problem[1] = -3
     with pytest.raises(ValueError, match="token -3 is negative"):
         pack(samples, TASKS)
