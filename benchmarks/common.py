@@ -438,11 +438,20 @@ def _cpu_info() -> list[str]:
 
 
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Appends to a CSV file, with a header if it is new."""
+    """Appends to a CSV file, with a header if it is new; to one beside it where its columns are
+    others."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(rows[0])
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), columns)
+        if found != columns:
+            path = path.with_name(f"{path.stem}.{datetime.now(UTC):%Y%m%d%H%M%S}{path.suffix}")
+            print(f"the file of earlier results has other columns: these rows go to {path}")
+            new = True
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)

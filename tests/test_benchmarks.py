@@ -118,3 +118,14 @@ def test_recipe_ablation(tmp_path) -> None:
     assert [row["change"] for row in rows] == ["base", "no_loop_norm"]
     assert all(row["longest_true_problem"] <= 10 for row in rows)
     assert len(csv.read_text().splitlines()) == 3
+
+
+def test_rows_of_other_columns_go_to_a_file_of_their_own(tmp_path, capsys) -> None:
+    path = tmp_path / "rows.csv"
+    common.append_rows(path, [{"a": 1}])
+    common.append_rows(path, [{"a": 2}])
+    assert path.read_text().split() == ["a", "1", "2"]
+    common.append_rows(path, [{"a": 3, "b": 4}])
+    (other,) = set(tmp_path.iterdir()) - {path}
+    assert other.read_text().split() == ["a,b", "3,4"]
+    assert f"these rows go to {other}" in capsys.readouterr().out
