@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import NamedTuple
 
 from relay_fast.trainer import Progress
 
 PLAIN_EVERY = 10.0  # seconds between two lines of a stage where there is no terminal
+
+
+class Problems(NamedTuple):
+    """What a stage that writes chains reports now and then."""
+
+    done: int
+    total: int
 
 
 class Display:
@@ -17,7 +25,8 @@ class Display:
         self._bars = _bars() if sys.stdout.isatty() else None
         self._ids: dict[str, int] = {}
         self._printed: dict[str, float] = {}
-        self._first: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, tuple[str, int]] = {}  # what was counted, and how far
+        self._first: dict[str, tuple[float, int]] = {}  # when the present phase began, and where
 
     def __enter__(self) -> Display:
         if self._bars:
@@ -29,25 +38,35 @@ class Display:
             self._bars.stop()
 
     def start(self, name: str) -> None:
-        self._first.pop(name, None)
+        self._last.pop(name, None)
         if self._bars:
             self._ids[name] = self._bars.add_task(name, total=None, note="")
         else:
             print(f"{name:24s} started", flush=True)
 
-    def progress(self, name: str, p: Progress) -> None:
-        note = f"loss {p.loss:.4f}  right {p.chain_accuracy:6.1%}  {p.samples_per_s:.0f} samples/s"
-        if self._bars:
-            self._bars.update(self._ids[name], total=p.steps, completed=p.step, note=note)
-            return
+    def progress(self, name: str, p: Progress | Problems) -> None:
+        """Shows how far a stage is; it may have phases, each of which counts from the start."""
+        unit, done, total = ("problem" if isinstance(p, Problems) else "step"), p[0], p[1]
         now = time.monotonic()
-        begun, first = self._first.setdefault(name, (now, p.step))
-        if now - self._printed.get(name, 0.0) < PLAIN_EVERY:
-            return
-        self._printed[name] = now
-        rate = (p.step - first) / (now - begun) if now > begun else 0.0
-        left = f"{(p.steps - p.step) / rate:4.0f} s left" if rate else ""
-        print(f"{name:24s} step {p.step}/{p.steps}  {note}  {left}", flush=True)
+        last_unit, last = self._last.get(name, ("", 0))
+        anew = unit != last_unit or done < last
+        self._last[name] = unit, done
+        if anew:
+            self._first[name] = now, done
+        begun, first = self._first[name]
+        rate = (done - first) / (now - begun) if now > begun else 0.0
+        note = f"{rate:.0f} problems/s"
+        if isinstance(p, Progress):
+            right = f"right {p.chain_accuracy:6.1%}"
+            note = f"loss {p.loss:.4f}  {right}  {p.samples_per_s:.0f} samples/s"
+        if self._bars:
+            if anew:
+                self._bars.reset(self._ids[name])
+            self._bars.update(self._ids[name], total=total, completed=done, note=note)
+        elif now - self._printed.get(name, 0.0) >= PLAIN_EVERY:
+            self._printed[name] = now
+            left = f"{(total - done) / rate:4.0f} s left" if rate else ""
+            print(f"{name:24s} {unit} {done}/{total}  {note}  {left}", flush=True)
 
     def finish(self, name: str, seconds: float) -> None:
         if self._bars:

@@ -52,9 +52,14 @@ class Marks(NamedTuple):
     forced: np.ndarray | None = None  # (C,) bool
 
 
-def mark_looped(model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task]) -> Marks:
-    """Compares what the looped model writes with the truth in `problems`."""
-    written = generate_chains(model, problems, tasks)
+def mark_looped(
+    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
+) -> Marks:
+    """Compares what the looped model writes with the truth in `problems`.
+
+    options: those of `relay_fast.generate.generate_chains`.
+    """
+    written = generate_chains(model, problems, tasks, **options)
     true_sizes, sizes = np.diff(problems.round_offsets), np.diff(written.round_offsets)
     owner = np.repeat(np.arange(len(true_sizes)), true_sizes)
     from_right = problems.round_offsets[owner + 1] - np.arange(len(owner))  # 1 for the last token
@@ -69,14 +74,15 @@ def mark_looped(model: LoopedTransformer, problems: Samples, tasks: Mapping[str,
 
 
 def mark_autoregressive(
-    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task]
+    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> Marks:
     """Compares what the autoregressive model writes with the truth in `problems`.
 
-    Raises ValueError where a true sequence is longer than the model takes.
+    options: those of `relay_fast.decode.decode`. Raises ValueError where a true sequence is longer
+    than the model takes.
     """
     forced = _forced(model, problems, tasks)
-    decoded = decode_chains(model, problems, tasks)
+    decoded = decode_chains(model, problems, tasks, **options)
     sequence, offsets, prompts = problems.sequences(tasks)
     sizes = np.diff(offsets) - prompts
     truth = sequence[ragged_index(offsets[:-1] + prompts, sizes)]
@@ -115,12 +121,14 @@ def evaluate_looped(
     lengths: Iterable[int],
     problems_per_length: int,
     seed: int = 0,
+    **options,
 ) -> dict[int, Metrics]:
     """{length: {answer, bit, chain, n}} of task `name`, on `unseen_problems`.
 
-    Raises ValueError for lengths that the task or the model cannot take.
+    options: `progress`, called with (problems done, all of them), and the others of the model's
+    kind. Raises ValueError for lengths that the task or the model cannot take.
     """
-    return _evaluate(mark_looped, model, tasks, name, lengths, problems_per_length, seed)
+    return _evaluate(mark_looped, model, tasks, name, lengths, problems_per_length, seed, options)
 
 
 def evaluate_autoregressive(
@@ -130,19 +138,22 @@ def evaluate_autoregressive(
     lengths: Iterable[int],
     problems_per_length: int,
     seed: int = 0,
+    **options,
 ) -> dict[int, Metrics]:
     """{length: {answer, bit, bit_forced, chain, n}} of task `name`, on `unseen_problems`.
 
-    Raises ValueError for lengths that the task or the model cannot take.
+    options: `progress`, called with (problems done, all of them), and the others of the model's
+    kind. Raises ValueError for lengths that the task or the model cannot take.
     """
-    return _evaluate(mark_autoregressive, model, tasks, name, lengths, problems_per_length, seed)
+    mark = mark_autoregressive
+    return _evaluate(mark, model, tasks, name, lengths, problems_per_length, seed, options)
 
 
-def _evaluate(mark, model, tasks, name, lengths, number, seed) -> dict[int, Metrics]:
+def _evaluate(mark, model, tasks, name, lengths, number, seed, options) -> dict[int, Metrics]:
     # All lengths at once: short sequences take the places of finished ones.
     drawn = [fitting_problems(model, tasks[name], length, number, seed) for length in lengths]
     problems = Samples.concat(drawn)
-    marks = mark(model, problems, tasks)
+    marks = mark(model, problems, tasks, **options)
     token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
     result = {}
     for length in np.unique(problems.length).tolist():

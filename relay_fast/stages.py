@@ -6,6 +6,8 @@ from the shell, or again after an interruption. A stage returns what belongs int
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from relay_fast import trust
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data import Form, SampleStream, TruthStream, mean_cost
 from relay_fast.datasets import load_samples, save_samples
+from relay_fast.display import Problems
 from relay_fast.evaluate import evaluate_autoregressive, evaluate_looped, hit_matrix
 from relay_fast.generate import generate_chains, write_chains
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
@@ -24,9 +27,9 @@ from relay_fast.presets import recipe
 from relay_fast.schedule import Schedule
 from relay_fast.store import load_run_model, model_path, run_tasks, save_model
 from relay_fast.tasks import Samples
-from relay_fast.trainer import Progress, Trained, train_model
+from relay_fast.trainer import LOG_EVERY, Progress, Trained, train_model
 
-Report = Callable[[Progress], None]
+Report = Callable[[Progress | Problems], None]
 
 # Seeds of the sample streams, so that no two of them meet.
 _TRAIN, _CHAINS, _INSIDE, _SELF = 1, 2, 3, 4
@@ -121,8 +124,22 @@ def scratch_files(folder: Path, name: str) -> list[Path]:
 def run_stage(context: Context, name: str, report: Report) -> dict[str, Any]:
     """Runs one stage; returns its part of results.json."""
     if name.startswith("evaluate."):
-        return _evaluate(context, name.removeprefix("evaluate."))
+        return _evaluate(context, name.removeprefix("evaluate."), report)
     return _STAGES[name](context, report)
+
+
+def _reporter(report: Report) -> Callable[[int, int], None]:
+    """A progress callback (problems done, all of them) that reports now and then."""
+    reported = -math.inf
+
+    def progress(done: int, total: int) -> None:
+        nonlocal reported
+        now = time.monotonic()
+        if now - reported >= LOG_EVERY:
+            report(Problems(done, total))
+            reported = now
+
+    return progress
 
 
 # Training from scratch
@@ -188,7 +205,7 @@ def _chains(context: Context, report: Report):
         lengths = np.repeat(np.arange(longest + 1, longest + 1 + len(counts)), counts)
         parts.append(task.sample(lengths, context.stream_seed(_CHAINS)))
     problems = Samples.concat(parts)
-    written = generate_chains(model, problems, context.tasks)
+    written = generate_chains(model, problems, context.tasks, progress=_reporter(report))
     save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
     return {"trust": trust.to_json(trust.count(written, problems, context.tasks))}
 
@@ -246,7 +263,7 @@ def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np
     history, kept, longest_true, seconds = [], [], {}, 0.0
     for phase in range(phases):
         problems = _self_problems(context, phase)
-        passed = _passed(context, f"{name}.{phase + 1}", model, problems, judge)
+        passed = _passed(context, f"{name}.{phase + 1}", model, problems, judge, report)
         kept.append({"phase": phase + 1, "written": len(problems), "kept": len(passed)})
         trained = _fine_tune(context, "ar_self", f"{name}.{phase + 1}", model, passed, report)
         history += trained.history
@@ -255,13 +272,13 @@ def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np
     return {**result, "kept": {name: kept}}
 
 
-def _passed(context: Context, name: str, model, problems: Samples, judge) -> Samples:
+def _passed(context: Context, name: str, model, problems: Samples, judge, report) -> Samples:
     """The chains that the model writes and `judge` keeps; from disk where an interrupted run left
     them."""
     path = context.folder / "checkpoints" / f"{name}.chains.safetensors"
     if path.exists():
         return load_samples(path)
-    written = write_chains(model, problems, context.tasks)
+    written = write_chains(model, problems, context.tasks, progress=_reporter(report))
     passed = written.take(judge(problems, written))
     save_samples(path, passed, {"stage": name})
     return passed
@@ -297,7 +314,7 @@ def _ar_self_loop(context: Context, report: Report):
 # Evaluation
 
 
-def _evaluate(context: Context, name: str) -> dict[str, Any]:
+def _evaluate(context: Context, name: str, report: Report) -> dict[str, Any]:
     """Accuracy at every length from the shortest to the farthest, and the hit matrices."""
     model = context.load(name)
     problems = context.config["evaluation"]["problems"]
@@ -306,7 +323,9 @@ def _evaluate(context: Context, name: str) -> dict[str, Any]:
     accuracy, matrices = {}, {}
     for task, entry in context.config["tasks"].items():
         lengths = range(entry["train"][0], entry["test"][1] + 1)
-        accuracy[task] = evaluate(model, context.tasks, task, lengths, problems, context.seed)
+        accuracy[task] = evaluate(
+            model, context.tasks, task, lengths, problems, context.seed, progress=_reporter(report)
+        )
         matrices[task] = {}
         for length in entry["hit_matrix"]:
             matrix = hit_matrix(model, context.tasks[task], length, min(problems, 200))

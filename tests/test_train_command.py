@@ -12,12 +12,12 @@ import time
 import pytest
 import torch
 
-from relay_fast.display import Display
+from relay_fast.display import Display, Problems
 from relay_fast.pipeline import _unfinished, with_needs
 from relay_fast.presets import load_preset, override, preset_names, recipe
 from relay_fast.report import MODEL_NAMES
 from relay_fast.runs import RunFolder
-from relay_fast.stages import MODELS, NEEDS, Context
+from relay_fast.stages import MODELS, NEEDS, Context, run_stage
 from relay_fast.store import load_run_model
 from relay_fast.tasks import TASK_NAMES
 from relay_fast.train import main, train
@@ -391,12 +391,41 @@ def test_plain_progress_has_rate_and_time_left(capsys, monkeypatch) -> None:
     assert lines[3].endswith("done in 12 s")
 
 
+def test_progress_of_stages_in_phases(capsys, monkeypatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    train_step = lambda step: Progress(step, 101, 320.0, 0.25, 0.5)
+    phases = [
+        *map(train_step, (1, 51)),
+        *map(train_step, (11, 21)),
+        Problems(30, 90),
+        Problems(60, 90),
+    ]
+    with Display() as display:
+        display.start("ar_self_truth")
+        for progress in phases:
+            display.progress("ar_self_truth", progress)
+            clock[0] += 10.0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert ["left" in line for line in lines] == [False, True] * 3  # each phase by its own rate
+    assert lines[1].endswith("10 s left") and lines[3].endswith("80 s left")
+    assert lines[5].split() == "ar_self_truth problem 60/90 3 problems/s 10 s left".split()
+
+
+@pytest.mark.parametrize("stage", ["chains", "evaluate.looped_aligned", "evaluate.ar_baseline"])
+def test_stages_that_write_chains_say_how_far_they_are(finished, stage) -> None:
+    seen = []
+    run_stage(Context(finished, results_of(finished)["config"], "cpu", "auto"), stage, seen.append)
+    assert seen and all(0 <= p.done <= p.total and p.total > 1 for p in seen)
+
+
 def test_bars_on_a_terminal(monkeypatch, capsys) -> None:
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with Display() as display:
         display.start("ar_baseline")
         display.progress("ar_baseline", Progress(3, 10, 320.0, 0.25, 0.5))
+        display.progress("ar_baseline", Problems(1, 2))
         display.finish("ar_baseline", 1.0)
     out = capsys.readouterr().out
     assert "ar_baseline" in out and "done in 1 s" in out
