@@ -57,11 +57,6 @@ class BlockBody:
         compute_dtype: torch.dtype,
         dropout_seed: Tensor | None = None,
     ):
-        if config.max_loops and plan.max_loops > config.max_loops:
-            raise ValueError(
-                f"loops = {plan.max_loops} is more than the {config.max_loops} iterations that the "
-                "loop-index embedding holds: build the block with a larger max_loops"
-            )
         self.config, self.plan, self.x, self.ops = config, plan, x, ops
         self.index = {name: i for i, name in enumerate(parameters)}
         self.cast = {
@@ -268,6 +263,15 @@ class BlockBody:
         if self.dx is None:
             self.dx = torch.zeros(self.x.shape, dtype=g.dtype, device=g.device)
         self.dx[segment.rows] += g
+
+
+def check_max_loops(config: BlockConfig, plan: Plan) -> None:
+    """Raises ValueError where the loop-index embedding is too small for the plan."""
+    if config.max_loops and plan.max_loops > config.max_loops:
+        raise ValueError(
+            f"loops = {plan.max_loops} is more than the {config.max_loops} iterations that the "
+            "loop-index embedding holds: build the block with a larger max_loops"
+        )
 
 
 def parameter_names(config: BlockConfig) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relay_fast.block import BlockBody, parameter_names
+from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.config import BlockConfig
 from relay_fast.engine import Run, backward_pass, forward_pass, kept_states
 from relay_fast.functional import select
@@ -66,6 +66,7 @@ def _make_run(
     if positions is not None:
         where = np.ascontiguousarray(positions.cpu().numpy(), np.int64).tobytes()
     plan = _plan(lengths.astype(np.int64).tobytes(), counts.tobytes(), where, x.device)
+    check_max_loops(config, plan)
     ops = select(impl, x.device)
 
     def make_body(x: Tensor, parameters) -> BlockBody:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.batch import PackedBatch
-from relay_fast.block import BlockBody, parameter_names
+from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.compiled import describe
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.engine import Readout, Run, check_truncate, iterate, run_loop
@@ -190,6 +190,7 @@ class LoopedBlock(nn.Module):
         `relay_fast.engine.Run`)."""
         weight = self.layers[0].qkv.weight
         dtype = compute_dtype(weight)
+        check_max_loops(self.config, plan)
         names = list(self._named())
         ops = select(self.impl, weight.device)
         seed = None

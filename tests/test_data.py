@@ -347,11 +347,15 @@ def test_a_batch_refuses_what_it_does_not_know(pack) -> None:
         pack(samples, TASKS, weighting="rows")
     with pytest.raises(ValueError, match="task_weights names 'lsi': the tasks are arithmetic, "):
         pack(samples, TASKS, task_weights={"lsi": 5.0})
-    samples.answer[0] = -1  # one that could not be read is no target
-    assert pack(samples, TASKS).max_token < VOCABULARY.size
     samples.problem[1] = -3
     with pytest.raises(ValueError, match="token -3 is negative"):
         pack(samples, TASKS)
+
+
+def test_an_answer_that_could_not_be_read_is_no_target() -> None:
+    samples = sample_all()
+    samples.answer[:] = -1
+    assert PackedBatch.looped(samples, TASKS).answers.eq(-1).all()
 
 
 def test_empty_batches_work() -> None:
