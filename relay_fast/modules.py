@@ -59,10 +59,10 @@ class LoopedBlock(nn.Module):
     """A block of transformer layers applied `loops` times with shared weights: a drop-in module.
 
     Constructor arguments are those of `BlockConfig` (d_model, n_heads, n_layers, causal, norm,
-    activation, dropout, injection, loop_norm, …), or one as `config`. `recompute` is the policy of
-    `relay_fast.policy`; `impl` is "auto", "triton" or "torch". Raises ValueError for both at once.
-    The parameters are read by name and the modules inside are not called: hooks on them do not
-    fire, and parametrized or pruned ones are refused.
+    activation, dropout, injection, loop_norm, …), or one as `config`, not both. `recompute` is the
+    policy of `relay_fast.policy`; `impl` is "auto", "triton" or "torch". The parameters are read by
+    name and the modules inside are not called: hooks on them do not fire, and parametrized or
+    pruned ones are refused.
     """
 
     def __init__(
@@ -188,10 +188,10 @@ class LoopedBlock(nn.Module):
     def run(self, plan: Plan, **options) -> Run:
         """The engine's description of a pass of this block over a plan (see
         `relay_fast.engine.Run`)."""
-        weight = self.layers[0].qkv.weight
-        dtype = compute_dtype(weight)
         check_max_loops(self.config, plan)
         names = list(self._named())
+        weight = self.layers[0].qkv.weight
+        dtype = compute_dtype(weight)
         ops = select(self.impl, weight.device)
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):

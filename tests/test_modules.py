@@ -210,6 +210,10 @@ def test_parameters_must_be_those_of_the_config() -> None:
             change(block.layers[0].up, name)
             with pytest.raises(RuntimeError, match=rf"missing: .'layers.0.up.{name}'., unknown: "):
                 block(x)
+    block = LoopedBlock(D, 2, 1)
+    block.layers[0].qkv = torch.nn.Sequential(block.layers[0].qkv)
+    with pytest.raises(RuntimeError, match="missing: .'layers.0.qkv.weight'., unknown: "):
+        block(x)
     block = LoopedBlock(D, 2, 1, bias=True)
     prune.l1_unstructured(block.layers[0].up, "weight", amount=0.5)
     prune.remove(block.layers[0].up, "weight")  # which puts it after the bias
