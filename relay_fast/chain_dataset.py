@@ -318,7 +318,10 @@ def _write_shard(
         written, ended = read_chains(decoded, problems, tasks), decoded.ended
     else:
         written = generate_chains(model, problems, tasks)
-    passed = verify_chains(written, tasks, verify)
+    if verify == "task":  # the problems are solved already
+        passed = trust.right_chains(written, problems)
+    else:
+        passed = verify_chains(written, tasks, verify)
     tensors = {f.name: torch.from_numpy(getattr(written, f.name)) for f in fields(written)}
     tensors["passed"] = torch.from_numpy(passed)
     counts = trust.count(written, problems, tasks, passed, ended)

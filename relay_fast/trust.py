@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from relay_fast.generate import verify_chains
+from relay_fast.ragged import ragged_index
 from relay_fast.tasks import TASK_NAMES, Samples, Task
 
 Table = dict[str, dict[str, "Counts"]]  # by task and length (a string, as in JSON)
@@ -51,15 +52,19 @@ class Counts:
 
 
 def right_chains(written: Samples, truth: Samples) -> np.ndarray:
-    """(S,) bool: every round and the answer are those of `truth`."""
+    """(S,) bool: every round and the answer are those of `truth`, the same problems solved.
+
+    What `relay_fast.generate.verify_chains` finds by the tasks' rules, many times faster.
+    """
+    both = (written, truth)
     index = np.flatnonzero((written.loops == truth.loops) & (written.answer == truth.answer))
-    a, b = written.take(index), truth.take(index)
-    owner = np.repeat(np.arange(len(index)), a.loops)
-    index = index[_without(owner, np.diff(a.round_offsets) != np.diff(b.round_offsets), len(index))]
-    a, b = written.take(index), truth.take(index)
-    owner = np.repeat(np.arange(len(index)), np.diff(a.round_offsets[a.first_round]))
+    loops = truth.loops[index]
+    a, b = (np.diff(s.round_offsets)[ragged_index(s.first_round[index], loops)] for s in both)
+    index = index[_without(np.repeat(np.arange(len(index)), loops), a != b, len(index))]
+    sizes = np.diff(truth.round_offsets[truth.first_round])[index]
+    a, b = (s.rounds[ragged_index(s.round_offsets[s.first_round[index]], sizes)] for s in both)
     right = np.zeros(len(written), bool)
-    right[index[_without(owner, a.rounds != b.rounds, len(index))]] = True
+    right[index[_without(np.repeat(np.arange(len(index)), sizes), a != b, len(index))]] = True
     return right
 
 
