@@ -198,12 +198,6 @@ class Plan:
         return self._tensor(self.offsets, torch.int32)
 
     @cached_property
-    def active_counts(self) -> Tensor:
-        """(T, 2) int32 on the device: active sequences and rows of each iteration."""
-        counts = np.array([self.active_sequences, self.active_rows]).T.reshape(-1, 2)
-        return self._tensor(counts, torch.int32)
-
-    @cached_property
     def last_rows(self) -> Tensor:
         """(sequences,) int64: the last row of each sequence (of a sequence without rows: the
         row before)."""
