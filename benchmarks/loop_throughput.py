@@ -19,7 +19,6 @@ from benchmarks import common  # noqa: E402
 # On a CPU a batch of 64 is the paper's mix on 2 cores; a GPU needs more to be busy.
 BATCH = {"cpu": {"relay": 64, "lm": 4, "tiny": 64}, "cuda": {"relay": 512, "lm": 32, "tiny": 512}}
 BUCKETS = 4  # of length in each task, for the eager user: what --tune found on 2 CPU cores
-ROUNDS = 3  # at least
 QUICK = {"relay": 6, "lm": 1, "tiny": 8}
 
 
@@ -51,7 +50,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--batch", type=int, help="samples a step")
     parser.add_argument("--providers", nargs="+", choices=common.PROVIDERS)
     parser.add_argument("--policies", nargs="+", help="of relay_fast; default: all")
-    parser.add_argument("--seconds", type=float, help="for the timing alone")
+    parser.add_argument("--rounds", type=int, default=1, help="of timing, at least (1: 5 minutes)")
+    parser.add_argument("--seconds", type=float, default=5, help="for the timing, at least (5)")
     parser.add_argument("--buckets", type=int, default=BUCKETS, help=f"eager's ({BUCKETS})")
     parser.add_argument("--tune", action="store_true", help="what batch and buckets suit eager")
     args = parser.parse_args(argv)
@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
         {"config": args.config, "mix": mix},
         config,
         batch,
-        args.seconds if args.seconds is not None else 5,
+        args.seconds,
         common.matmul_peak(args.device, dtype),
-        least=1 if args.quick or args.seconds is not None else ROUNDS,
+        args.rounds,
     )
     common.show(rows)
     extra = {"batch": size, "buckets": args.buckets, "dtype": str(dtype).removeprefix("torch.")}
