@@ -178,6 +178,12 @@ def _worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    _two_steps(rank, folder)  # its model is gone before the group is
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _two_steps(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     block = LoopedBlock(D, 2, 1).double()
     model = nn.parallel.DistributedDataParallel(block)
@@ -187,7 +193,6 @@ def _worker(rank: int, port: int, folder: str) -> None:
         model(x[2 * rank : 2 * rank + 2], loops[2 * rank : 2 * rank + 2]).square().sum().backward()
     if rank == 0:
         torch.save([p.grad for p in block.parameters()], f"{folder}/grads.pt")
-    dist.destroy_process_group()
 
 
 def _data() -> tuple[Tensor, list[int]]:
@@ -199,7 +204,12 @@ def test_ddp_averages_the_gradients(tmp_path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    workers = mp.spawn(_worker, (port, str(tmp_path)), nprocs=2, join=False)
+    try:
+        assert any(workers.join(timeout=60) for _ in range(3)), "the workers hang"
+    finally:
+        for process in workers.processes:
+            process.kill()
     torch.manual_seed(0)
     block = LoopedBlock(D, 2, 1).double()
     x, loops = _data()
