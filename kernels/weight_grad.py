@@ -84,11 +84,18 @@ def _config(columns: int, d: int, dtype: torch.dtype, device: torch.device) -> C
 
 
 def weight_grad(
-    acc: Tensor, dy: Tensor, x: Tensor, *, row_count: Tensor | None = None, offset: int = 0
+    acc: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    *,
+    fresh: bool = False,
+    row_count: Tensor | None = None,
+    offset: int = 0,
 ) -> None:
     """acc (columns, d) in fp32 += dy (rows, columns)ᵀ · x (rows, d), summed in fp32.
 
-    offset: which of the rows that `row_count` counts dy's first one is.
+    fresh: acc holds nothing yet, and is zeroed first. offset: which of the rows that `row_count`
+    counts dy's first one is.
     """
     reason = (
         norm_reason(x, acc, dy)
@@ -99,6 +106,8 @@ def weight_grad(
     if reason is None and (acc.dtype != torch.float32 or acc.stride(-1) != 1):
         reason = "the accumulator must be fp32 with contiguous columns"
     require(reason)
+    if fresh:
+        acc.zero_()
     if dy.dtype != x.dtype:
         dtype = torch.promote_types(dy.dtype, x.dtype)
         dy, x = dy.to(dtype), x.to(dtype)

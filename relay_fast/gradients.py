@@ -50,11 +50,10 @@ class GradientBuffers:
     ) -> None:
         """Adds dyᵀ · x: dy (rows, columns), x (rows, d); of the first `row_count` rows, where
         given."""
-        buffer = self.buffer(index)
-        if buffer is None:
+        if not self.needs(index):
             return
         if row_count is not None:
-            self._weight_grad(buffer, dy, x, row_count=row_count)
+            self._add(index, dy, x, row_count=row_count)
             return
         held = self._held.get(index, [])
         if len(dy) + sum(len(part) for part, _ in held) < self._gather_rows:
@@ -79,7 +78,13 @@ class GradientBuffers:
         dy, x = (
             held[0] if len(held) == 1 else (torch.cat(parts) for parts in zip(*held, strict=True))
         )
-        self._weight_grad(self._buffers[index], dy, x)
+        self._add(index, dy, x)
+
+    def _add(self, index: int, dy: Tensor, x: Tensor, **count: Tensor) -> None:
+        fresh = index not in self._buffers  # then written, not added to: no pass over zeros
+        if fresh:
+            self._buffers[index] = torch.empty_like(wide(self._parameters[index]))
+        self._weight_grad(self._buffers[index], dy, x, fresh=fresh, **count)
 
     def results(self) -> list[Tensor | None]:
         """The gradients in the parameters' dtypes, zeros where nothing came, None where not
