@@ -24,7 +24,7 @@ class GradientBuffers:
         self,
         parameters: Sequence[Tensor | None],
         needed: Sequence[bool],
-        weight_grad: Callable[[Tensor, Tensor, Tensor], None],
+        weight_grad: Callable[..., None],
         gather_rows: int = GATHER_ROWS,
     ):
         self._parameters = parameters
