@@ -107,3 +107,4 @@ def test_one_loop_against_eager(benchmark, capsys) -> None:
     benchmark.extra_info["relay_fast over eager"] = round(ratio, 3)
     with capsys.disabled():
         print(f"\none loop, relay_fast / eager: {ratio:.3f}", end="")
+    assert ratio < 1.5  # the aim is 1.05; timings on a busy machine differ by more than that
