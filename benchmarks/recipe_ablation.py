@@ -2,16 +2,18 @@
 
 The looped model of preset `cpu`, with one choice taken back at a time:
 
-    python benchmarks/recipe_ablation.py [--work 2e6] [--seeds 0 1] [--only base no_curriculum]
+    python benchmarks/recipe_ablation.py [--work 3e6] [--seeds 0 1] [--only base no_curriculum]
 
-One row a training: the share of chains right at the longest trained length and beyond it, and the
-mean over all trained lengths. Every training gets the same work in token-iterations and never sees
-a problem longer than its range.
+One row a training, written as it ends: the share of chains right at the longest trained length and
+beyond it, and the mean over all trained lengths. Every training gets the same work in
+token-iterations and never sees a problem longer than its range. The same command goes on with the
+trainings that the CSV does not hold yet, and draws all that it holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 import tempfile
 from collections.abc import Callable
@@ -44,20 +46,38 @@ def _with(**values: Any) -> Callable[[Config], None]:
     return lambda config: config["stages"][STAGE].update(values)
 
 
-def _no_loop_norm(config: Config) -> None:
-    config["model"]["looped"] = {}
+def _looped(**values: Any) -> Callable[[Config], None]:
+    return lambda config: config["model"]["looped"].update(values)
+
+
+def _plain_state(config: Config) -> None:
+    config["model"]["looped"].clear()  # with the norm goes the noise, which needs its scale
+
+
+def _both(*changes: Callable[[Config], None]) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        for one in changes:
+            one(config)
+
+    return change
 
 
 CHANGES: dict[str, Callable[[Config], None]] = {
     "base": lambda config: None,
     "adamw": _without("muon_lr"),
-    "no_curriculum": _with(curriculum=0.0),
-    "uniform_lengths": _with(lengths="uniform"),
+    "adamw_lr_3e-3": _both(_without("muon_lr"), _with(lr=3e-3)),
+    "no_loop_norm": _plain_state,
+    "adamw_no_loop_norm": _both(_without("muon_lr"), _plain_state),
+    "no_noise": _looped(state_noise=0.0),
     "no_padding": _without("pad_probability", "pad_to"),
-    "linear_decay": _with(decay="linear"),
-    "no_loop_norm": _no_loop_norm,  # and no noise on the states, which needs the norm's scale
-    "batch_128": _with(batch_size=128),
+    "no_curriculum": _with(curriculum=0.0),
     "ema": _with(ema=0.99),
+    "uniform_lengths": _with(lengths="uniform"),
+    "batch_128": _with(batch_size=128),
+    "row_weighting": _with(weighting="row"),
+    "layers_3": lambda config: config["model"].update(n_layers=3),
+    "linear_decay": _with(decay="linear"),
+    "all_lengths": _without("lengths_per_batch"),
     "fixed_data": _with(dataset_size=20000),
     "bf16": _with(autocast="bf16"),
 }
@@ -86,9 +106,41 @@ def trained(name: str, work: float, seed: int, problems: int) -> dict[str, float
     }
 
 
+def held(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Chains right inside and beyond the trained range: a bar a change, a dot a seed."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in CHANGES if any(row["change"] == name for row in rows)]
+    columns = {"trained_mean": "mean of 1 to 10", "beyond_1": "11", "beyond_2": "12",
+               "beyond_3": "13"}  # fmt: skip
+    figure = Figure(figsize=(11, 0.32 * len(names) + 1.2), layout="constrained")
+    places = range(len(names))
+    for axis, (column, title) in zip(figure.subplots(1, 4, sharey=True), columns.items(),
+                                     strict=True):  # fmt: skip
+        seen = [[100 * float(r[column]) for r in rows if r["change"] == name] for name in names]
+        axis.barh(places, [float(np.mean(values)) for values in seen], color="#56B4E9")
+        for place, values in zip(places, seen, strict=True):
+            axis.plot(values, [place] * len(values), "k.", markersize=4)
+        axis.set_title(title)
+        axis.set_xlim(0, 101)
+        axis.grid(axis="x", alpha=0.3)
+    axis.set_yticks(places, names)
+    axis.invert_yaxis()
+    figure.supxlabel("chains right (%), by number of operators; trained on 1 to 10")
+    figure.savefig(path, dpi=120)
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=float, default=2e6, help="token-iterations a training (2e6)")
+    parser.add_argument("--work", type=float, default=3e6, help="token-iterations a training (3e6)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
     parser.add_argument("--problems", type=int, default=500, help="problems a length (500)")
@@ -97,11 +149,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     rows = []
     for seed in args.seeds:
         for name in args.only:
-            row = {"change": name, "seed": seed, "token_iterations": f"{args.work:g}"}
+            row = {"change": name, "seed": seed, "token_iterations": f"{args.work:g}",
+                   "problems": args.problems}  # fmt: skip
+            if any(all(old.get(k) == str(v) for k, v in row.items()) for old in held(args.csv)):
+                continue
             row |= trained(name, args.work, seed, args.problems)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             common.append_rows(args.csv, [row | common.machine("cpu")])
             rows.append(row)
+    same = {"token_iterations": f"{args.work:g}", "problems": str(args.problems)}
+    plot([r for r in held(args.csv) if same.items() <= r.items()], args.csv.with_suffix(".png"))
     return rows
 
 

@@ -118,6 +118,10 @@ def test_recipe_ablation(tmp_path) -> None:
     assert [row["change"] for row in rows] == ["base", "no_loop_norm"]
     assert all(row["longest_true_problem"] <= 10 for row in rows)
     assert len(csv.read_text().splitlines()) == 3
+    assert csv.with_suffix(".png").stat().st_size > 1000
+    more = recipe_ablation.main([*arguments, "adamw", "--csv", str(csv)])
+    assert [row["change"] for row in more] == ["adamw"]  # the others are held already
+    assert len(csv.read_text().splitlines()) == 4
 
 
 def test_rows_of_other_columns_go_to_a_file_of_their_own(tmp_path, capsys) -> None:
