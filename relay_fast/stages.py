@@ -105,6 +105,7 @@ class Context:
         save_model(model_path(self.folder, name), model, {"seed": self.seed, "stage": name})
         return {
             "history": {name: trained.history},
+            "training": {name: trained.record()},
             "longest_true_problem": trained.longest_true,
         }
 
@@ -260,15 +261,13 @@ def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np
     answer passes `judge` are kept, and it is fine-tuned on them and the original data."""
     model = context.load("ar_baseline")
     phases = max(len(context.task_config(task)["self_lengths"]) for task in context.tasks)
-    history, kept, longest_true, seconds = [], [], {}, 0.0
+    kept, trained = [], []
     for phase in range(phases):
-        problems = _self_problems(context, phase)
-        passed = _passed(context, f"{name}.{phase + 1}", model, problems, judge, report)
+        problems, stage = _self_problems(context, phase), f"{name}.{phase + 1}"
+        passed = _passed(context, stage, model, problems, judge, report)
         kept.append({"phase": phase + 1, "written": len(problems), "kept": len(passed)})
-        trained = _fine_tune(context, "ar_self", f"{name}.{phase + 1}", model, passed, report)
-        history += trained.history
-        longest_true, seconds = trained.longest_true, seconds + trained.seconds
-    result = context.finish(name, model, Trained(history, longest_true, seconds))
+        trained.append(_fine_tune(context, "ar_self", stage, model, passed, report))
+    result = context.finish(name, model, Trained.of_phases(trained))
     return {**result, "kept": {name: kept}}
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from relay_fast.checkpoint import (
     save_checkpoint,
     unpack_training_state,
 )
-from relay_fast.data import run_ahead
+from relay_fast.data import Step, run_ahead
 from relay_fast.graphs import GraphedStep, graph_reason, take_step
-from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.optim import make_optimizer, set_factor
 from relay_fast.static import Capacity
 
@@ -51,11 +51,48 @@ class Progress(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a finished training leaves beside the model."""
+    """What a finished training leaves beside the model; times are over all the calls it took.
 
-    history: list[dict[str, float]]  # step, loss, chain_accuracy, answer_accuracy
+    history: step, seconds since the beginning, loss, chain_accuracy, answer_accuracy. waited: the
+    seconds in which the next batch was not there yet (without data workers: was made). cuda_graph:
+    "replayed", or why the last step was no replay of a CUDA graph.
+    """
+
+    history: list[dict[str, float]]
     longest_true: dict[str, int]
-    seconds: float  # over all the calls that it took
+    seconds: float
+    samples: int
+    waited: float
+    cuda_graph: str
+
+    @staticmethod
+    def of_phases(phases: Sequence[Trained]) -> Trained:
+        """Trainings one after the other as one, whose steps count anew in each."""
+        history: list[dict[str, float]] = []
+        longest_true: dict[str, int] = {}
+        seconds = 0.0
+        for phase in phases:
+            history += [{**e, "seconds": round(e["seconds"] + seconds, 3)} for e in phase.history]
+            _raise_to(longest_true, phase.longest_true)
+            seconds += phase.seconds
+        samples, waited = sum(p.samples for p in phases), sum(p.waited for p in phases)
+        return Trained(history, longest_true, seconds, samples, waited, phases[-1].cuda_graph)
+
+    def record(self) -> dict[str, float | str]:
+        """What results.json says about the time that the training took."""
+        return {
+            "seconds": round(self.seconds, 2),
+            "samples": self.samples,
+            "samples_per_s": round(self.samples / self.seconds, 1),
+            "data_wait_share": round(self.waited / self.seconds, 4),
+            "cuda_graph": self.cuda_graph,
+        }
+
+
+def _raise_to(longest: dict[str, int], found: Mapping[str, int]) -> None:
+    """Makes every task's entry at least what was found."""
+    for name, length in found.items():
+        longest[name] = max(length, longest.get(name, 0))
 
 
 def train_model(
@@ -120,7 +157,7 @@ class _Training:
         if self.ema_decay:
             self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
         torch.manual_seed(seed)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.samples, self.seconds, self.waited = 0, 0, 0.0, 0.0
         self.history: list[dict[str, float]] = []
         self.longest_true: dict[str, int] = {}
         self._generators = {"cpu": torch.default_generator}
@@ -132,7 +169,10 @@ class _Training:
 
     def _step_taker(self, autocast: torch.dtype | None, graph: bool | None) -> Callable:
         options = {"clip": self.clip, "autocast": autocast}
-        if not graph or graph_reason(self.model.device, self.optimizer):
+        self.no_graph: str | None = "not asked for"
+        if graph:
+            self.no_graph = graph_reason(self.model.device, self.optimizer)
+        if self.no_graph:
             return partial(take_step, self.model, self.optimizer, **options)
         steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
         capacity = Capacity.of(self.stream[step].batch for step in sorted(set(steps.tolist())))
@@ -142,21 +182,23 @@ class _Training:
         self, data_workers: int, report: Callable[[Progress], None], asked: Callable[[], bool]
     ) -> Trained:
         started, spent = time.monotonic(), self.seconds
-        logged, saved, first = started, started, self.step
-        samples = 0
+        logged, saved, first, before = started, started, self.step, self.samples
         try:
-            for batch, longest_true in run_ahead(self.stream, self.step, data_workers):
+            for batch, longest_true in self._awaited(
+                run_ahead(self.stream, self.step, data_workers)
+            ):
                 self.before_step(self.step, self.optimizer)
                 losses = self._train_step(batch.to(self.model.device))
-                samples += len(batch)
-                for name, length in longest_true.items():
-                    self.longest_true[name] = max(length, self.longest_true.get(name, 0))
-                now = time.monotonic()
-                self.seconds = spent + now - started
+                self.samples += len(batch)
+                _raise_to(self.longest_true, longest_true)
                 last = self.step == len(self.stream)
+                now = time.monotonic()
                 if now - logged >= LOG_EVERY or self.step == first + 1 or last:
-                    report(self._log(losses, samples / (now - started)))
-                    logged = now
+                    losses = Losses(*(value.item() for value in losses))  # waits for the device
+                    now = logged = time.monotonic()
+                    self.seconds = spent + now - started
+                    report(self._log(losses, (self.samples - before) / (now - started)))
+                self.seconds = spent + now - started
                 if last or now - saved >= SAVE_EVERY:
                     self._save()
                     saved = now
@@ -170,7 +212,20 @@ class _Training:
                 for name, p in self.model.named_parameters():
                     p.copy_(self.ema[name])
         self.model.eval()
-        return Trained(self.history, self.longest_true, self.seconds)
+        graph = self.no_graph or self.take.reason or "replayed"
+        return Trained(
+            self.history, self.longest_true, self.seconds, self.samples, self.waited, graph
+        )
+
+    def _awaited(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps; adds up the time that they are waited for."""
+        while True:
+            began = time.monotonic()
+            step = next(steps, None)
+            self.waited += time.monotonic() - began
+            if step is None:
+                return
+            yield step
 
     def _train_step(self, batch):
         set_factor(self.optimizer, self.stream.schedule.factor(self.step))
@@ -184,12 +239,13 @@ class _Training:
                 )
         return losses
 
-    def _log(self, losses, samples_per_s: float) -> Progress:
+    def _log(self, losses: Losses, samples_per_s: float) -> Progress:
         entry = {
             "step": self.step,
-            "loss": losses.loss.item(),
-            "chain_accuracy": losses.chain_correct.item(),
-            "answer_accuracy": losses.answer_correct.item(),
+            "seconds": round(self.seconds, 3),
+            "loss": losses.loss,
+            "chain_accuracy": losses.chain_correct,
+            "answer_accuracy": losses.answer_correct,
         }
         self.history.append(entry)
         return Progress(
@@ -203,7 +259,9 @@ class _Training:
         metadata = {
             "config": self.identity,
             "step": self.step,
+            "samples": self.samples,
             "seconds": self.seconds,
+            "waited": self.waited,
             "history": self.history,
             "longest_true": self.longest_true,
         }
@@ -216,5 +274,6 @@ class _Training:
         unpack_training_state(
             tensors, self.model, self.optimizer, self.ema, self._generators, self.path
         )
-        self.step, self.seconds = metadata["step"], metadata["seconds"]
+        self.step, self.samples = metadata["step"], metadata["samples"]
+        self.seconds, self.waited = metadata["seconds"], metadata["waited"]
         self.history, self.longest_true = metadata["history"], metadata["longest_true"]

@@ -21,7 +21,7 @@ from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.optim import MuonAdamW, make_optimizer, orthogonalize, set_factor
 from relay_fast.schedule import Schedule, curriculum_length
 from relay_fast.tasks import Vocabulary, build_tasks
-from relay_fast.trainer import train_model
+from relay_fast.trainer import Trained, train_model
 
 VOCABULARY = Vocabulary(max_number=2, multiple=4)
 TASKS = build_tasks(["arithmetic"], VOCABULARY, arithmetic={"prime": 3, "operators": "+"})
@@ -209,6 +209,10 @@ def test_the_loss_falls(tmp_path, kind, muon_lr) -> None:
     assert trained.longest_true == {"arithmetic": 2} and trained.seconds > 0
     assert seen[-1].steps == 60 and seen[-1].samples_per_s > 0
     assert seen[-1].loss == last["loss"]
+    assert [e["seconds"] for e in trained.history] == sorted(e["seconds"] for e in trained.history)
+    assert last["seconds"] == pytest.approx(trained.seconds, abs=1e-3)
+    assert trained.samples == 60 * 32 and 0 < trained.waited < trained.seconds
+    assert trained.cuda_graph == "not asked for"
 
 
 def run(path, *, stop_at=None, ema=None, dropout=0.1, how="raise", monkeypatch=None, **options):
@@ -246,8 +250,25 @@ def test_interrupted_and_continued_is_bitwise_the_same(tmp_path, monkeypatch, em
     strip = lambda history: {h["step"]: h["loss"] for h in history}
     assert strip(continued.history).items() <= strip(trained.history).items()
     assert continued.longest_true == trained.longest_true
+    assert continued.samples == trained.samples == 64
+    times = [h["seconds"] for h in continued.history]
+    assert times == sorted(times)  # counted on, not anew
+    assert times[-1] == pytest.approx(continued.seconds, abs=1e-3)
     other, _ = run(tmp_path / "other.safetensors", ema=ema, lr=1e-3)
     assert any(not torch.equal(value, other[name]) for name, value in whole.items())
+
+
+def test_what_phases_took_together() -> None:
+    entry = lambda step, seconds: {"step": step, "seconds": seconds, "loss": 1.0}
+    first = Trained([entry(1, 0.5), entry(2, 1.0)], {"lis": 4}, 1.0, 20, 0.25, "not asked for")
+    second = Trained([entry(1, 0.5)], {"lis": 3, "arithmetic": 2}, 3.0, 20, 0.75, "replayed")
+    whole = Trained.of_phases([first, second])
+    assert [(e["step"], e["seconds"]) for e in whole.history] == [(1, 0.5), (2, 1.0), (1, 1.5)]
+    assert whole.longest_true == {"lis": 4, "arithmetic": 2}
+    assert whole.record() == {
+        "seconds": 4.0, "samples": 40, "samples_per_s": 10.0, "data_wait_share": 0.25,
+        "cuda_graph": "replayed",
+    }  # fmt: skip
 
 
 def test_an_interrupt_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkeypatch) -> None:
@@ -286,7 +307,8 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_parameters(tmp_path) -> None:
     for dtype in ("fp32", "bf16"):
         model = models[dtype] = make_model()
         recipe = {**RECIPE, "autocast": dtype, "graph": True}  # no CUDA: steps one by one
-        train_model(model, make_stream(3), recipe, tmp_path / dtype, seed=5)
+        trained = train_model(model, make_stream(3), recipe, tmp_path / dtype, seed=5)
+        assert "CUDA graphs need a CUDA device" in trained.cuda_graph
         assert all(p.dtype == torch.float32 for p in model.parameters())
     pairs = zip(models["fp32"].parameters(), models["bf16"].parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
