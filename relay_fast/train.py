@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,32 +46,59 @@ def train(
     names = with_needs(stages or NEEDS)
     check_device(device)
     folder = RunFolder(out, config)
-    started = time.monotonic()
-    before = folder.results().get("seconds", {}).get("total", 0.0)
-    folder.update_results(
-        {
-            "config": folder.config,
-            "seed": config["seed"],
-            "versions": versions(device),
-            "train_lengths": {name: task["train"] for name, task in config["tasks"].items()},
-        }
-    )
+    call = _Call(folder, device)
 
     def done(name: str, result: Mapping[str, Any]) -> None:
         longest = folder.results().get("longest_true_problem", {})
         part = dict(result["result"])
         for task, length in part.pop("longest_true_problem", {}).items():
             longest[task] = max(length, longest.get(task, 0))
-        total = round(before + time.monotonic() - started, 1)
-        seconds = {name: result["seconds"], "total": total}
-        folder.update_results({**part, "longest_true_problem": longest, "seconds": seconds})
+        folder.update_results(
+            {**part, "longest_true_problem": longest, "seconds": {name: result["seconds"]}}
+        )
+        call.record(name)
         folder.mark_done(name, {"seconds": result["seconds"]})
 
-    with Display() as display:
-        run_pipeline(folder, names, display, device=device, impl=impl, minutes=minutes, done=done)
+    try:
+        with Display() as display:
+            run_pipeline(
+                folder, names, display, device=device, impl=impl, minutes=minutes, done=done
+            )
+    except BaseException:
+        call.record()
+        raise
     results = folder.results()
     _show(results, folder.path)
     return results
+
+
+class _Call:
+    """What results.json says about a run as a whole, and about each call that it took: when, how
+    long, on what, what it finished. A call with nothing to do leaves it as it is."""
+
+    def __init__(self, folder: RunFolder, device: str):
+        self.folder, self.began = folder, time.monotonic()
+        self.versions = versions(device)
+        self.before = folder.results().get("calls", [])
+        self.call: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.call |= {key: self.versions[key] for key in ("device_name", "torch", "commit")}
+        self.call["finished"] = []
+
+    def record(self, stage: str | None = None) -> None:
+        """Writes down how things are; stage: what has just finished."""
+        self.call["finished"] += [stage] if stage else []
+        self.call["seconds"] = round(time.monotonic() - self.began, 1)
+        calls, config = [*self.before, self.call], self.folder.config
+        self.folder.update_results(
+            {
+                "config": config,
+                "seed": config["seed"],
+                "versions": self.versions,
+                "train_lengths": {name: task["train"] for name, task in config["tasks"].items()},
+                "calls": calls,
+                "seconds": {"total": round(sum(call["seconds"] for call in calls), 1)},
+            }
+        )
 
 
 def _show(results: Mapping[str, Any], path: Path) -> None:
@@ -97,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="so many steps in every training stage")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--eval-problems", type=int, help="problems a length in evaluation")
+    parser.add_argument("--scale", type=float, help="this share of all steps and problems (0.01)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="values",
+                        help="another value in the preset (model.d_model=64)")  # fmt: skip
     parser.add_argument("--seed", type=int)
     parser.add_argument("--minutes", type=float, help="stop and save after so many")
     parser.add_argument("--device", default="cpu")
@@ -113,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = override(
             load_preset(a.preset), tasks=a.tasks.split(",") if a.tasks else None, steps=a.steps,
             batch_size=a.batch_size, eval_problems=a.eval_problems, seed=a.seed,
+            scale=a.scale, values=a.values,
         )  # fmt: skip
         stages = a.stages.split(",") if a.stages else None
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}

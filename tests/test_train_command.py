@@ -1,6 +1,7 @@
 """`python -m relay_fast.train` from end to end, what it leaves, and what it says to bad input."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -64,7 +65,18 @@ def test_results_have_their_form(finished) -> None:
     assert results["train_lengths"] == {t: e["train"] for t, e in config["tasks"].items()}
     assert set(results["seconds"]) == {"total", *NEEDS}
     assert results["seconds"]["total"] > 0
-    assert set(results["history"]) == set(MODELS)
+    assert set(results["history"]) == set(results["training"]) == set(MODELS)
+    for name, history in results["history"].items():
+        phases = 5 if name.startswith("ar_self") else 1
+        times = [entry["seconds"] for entry in history]
+        assert (
+            times == sorted(times) and 0 < times[-1] <= results["training"][name]["seconds"] + 0.1
+        )
+        assert results["training"][name]["samples"] == {5: 80, 1: 16}[phases]
+        assert 0 <= results["training"][name]["data_wait_share"] <= 1
+    (call,) = results["calls"]
+    assert set(call["finished"]) == set(NEEDS) and call["seconds"] == results["seconds"]["total"]
+    assert call["torch"] == torch.__version__ and call["device_name"]
     for control in ("ar_self_loop", "ar_self_truth"):
         assert [row["phase"] for row in results["kept"][control]] == [1, 2, 3, 4, 5]
         assert all(0 <= row["kept"] <= row["written"] for row in results["kept"][control])
@@ -133,6 +145,10 @@ def test_some_stages_and_their_needs(tmp_path) -> None:
     assert set(results["accuracy"]) == {"looped_vanilla"}
     first = results["seconds"]["looped_vanilla"]
     assert results["seconds"]["total"] > first
+    stages = [call["finished"] for call in results["calls"]]
+    assert stages == [["looped_vanilla"], ["evaluate.looped_vanilla"]]
+    total = sum(call["seconds"] for call in results["calls"])
+    assert results["seconds"]["total"] == pytest.approx(total)
 
 
 def test_ctrl_c(tmp_path) -> None:
@@ -216,6 +232,8 @@ def test_out_of_minutes(finished, tmp_path, capsys) -> None:
         if state.exists():
             break
     assert state.exists() and not (out / "stages.json").exists()
+    calls = results_of(out)["calls"]
+    assert calls[-1]["seconds"] >= 9 and calls[-1]["finished"] == []  # its time counts all the same
     assert main([*SMALL, "--minutes", "0", "--out", str(tmp_path / "none")]) == 2
     assert "minutes = 0: give more than 0" in capsys.readouterr().err
 
@@ -251,6 +269,17 @@ def _group_is_alive(group: int) -> bool:
         (["--steps", "0"], "steps = 0: give at least 1"),
         (["--batch-size", "0"], "batch size = 0: give at least 1"),
         (["--eval-problems", "-3"], "problems = -3: give at least 1"),
+        (["--scale", "0"], "scale = 0: give more than 0 and at most 1"),
+        (["--set", "model.width=8"], "'model.width=8' sets nothing that preset 'cpu' holds: give"),
+        (["--set", "model.d_model"], "'model.d_model' sets nothing that preset 'cpu' holds: give"),
+        (
+            ["--set", "model.d_model=big"],
+            "'model.d_model=big': model.d_model is 64, give another int",
+        ),
+        (
+            ["--set", "model.d_model=0.5"],
+            "'model.d_model=0.5': model.d_model is 64, give another int",
+        ),
         (["--seed", "-1"], "seed = -1: give at least 0"),
         (["--stages", "looped"], "stage 'looped' is unknown: use some of looped_aligned"),
         (["--device", "abacus"], "device 'abacus' is unknown: use cpu or cuda"),
@@ -364,6 +393,33 @@ def test_overrides() -> None:
     assert override(load_preset("paper")) == load_preset("paper")
     with pytest.raises(ValueError, match="task '' is not in preset"):
         override(load_preset("paper"), tasks=[])
+
+
+def test_a_scale_takes_that_share_of_everything_long() -> None:
+    whole, part = load_preset("paper-fast"), override(load_preset("paper-fast"), scale=0.01)
+    for stage, settings in part["stages"].items():
+        assert settings["steps"] == math.ceil(whole["stages"][stage]["steps"] / 100)
+    for name, task in part["tasks"].items():
+        for key in ("merge_beyond", "self_counts"):
+            assert task[key] == [math.ceil(n / 100) for n in whole["tasks"][name][key]]
+        assert task["train"] == whole["tasks"][name]["train"]  # the problems stay what they are
+    assert part["evaluation"]["problems"] == 10
+    assert part["model"] == whole["model"] and part["training"] == whole["training"]
+    assert override(load_preset("paper"), scale=0.01)["stages"]["ar_self"]["epochs"] == 1.0
+    work = override(load_preset("cpu"), scale=0.01)["stages"]["looped_aligned"]["token_iterations"]
+    assert work == pytest.approx(7e4)
+    assert override(load_preset("cpu"), scale=1e-9)["stages"]["ar_baseline"]["steps"] == 1
+
+
+def test_values_of_the_preset_can_be_set() -> None:
+    values = ["model.d_model=32", "training.autocast=fp32", "training.graph=false",
+              "model.dropout=0", "stages.ar_baseline.lr=2e-3",
+              "tasks.lis.test=[100, 101]"]  # fmt: skip
+    config = override(load_preset("paper-fast"), values=values)
+    assert config["model"]["d_model"] == 32 and config["model"]["dropout"] == 0
+    settings = recipe(config, "ar_baseline")
+    assert (settings["autocast"], settings["graph"], settings["lr"]) == ("fp32", False, 2e-3)
+    assert config["tasks"]["lis"]["test"] == [100, 101]
 
 
 def test_stages_bring_their_needs_in_order() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -29,12 +31,23 @@ def override(
     batch_size: int | None = None,
     eval_problems: int | None = None,
     seed: int | None = None,
+    scale: float | None = None,
+    values: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The config with a run's own choices put in; raises ValueError for what it does not know.
 
     steps: so many in every training stage (and about one batch of problems in every generated set,
-    at least one of each length), for a smoke run.
+    at least one of each length), for a smoke run. scale: this share (0 < scale ≤ 1) of the steps,
+    of the problems in every generated set and of those in evaluation, at least one each, for a
+    rehearsal. values: texts like "model.d_model=64" for what the preset holds. They are put in
+    first, then scale, then the others.
     """
+    for text in values:
+        _put(config, text)
+    if scale is not None:
+        if not 0 < scale <= 1:
+            raise ValueError(f"scale = {scale:g}: give more than 0 and at most 1")
+        _shrink(config, scale)
     if tasks is not None:
         unknown = [name for name in tasks if name not in config["tasks"]]
         if unknown or not tasks:
@@ -74,3 +87,39 @@ def override(
 def recipe(config: dict[str, Any], stage: str) -> dict[str, Any]:
     """A training stage's recipe: what all stages share, overridden by its own."""
     return {**config["training"], **config["stages"][stage]}
+
+
+def _put(config: dict[str, Any], text: str) -> None:
+    """Puts in "key.of.a.value=value"."""
+    key, equals, value = text.partition("=")
+    *path, name = key.split(".")
+    table: Any = config
+    for part in path:
+        table = table.get(part) if isinstance(table, dict) else None
+    if not equals or not isinstance(table, dict) or name not in table:
+        raise ValueError(
+            f"{text!r} sets nothing that preset {config['name']!r} holds: give a key of "
+            f"relay_fast/presets/{config['name']}.toml and a value, like model.d_model=64"
+        )
+    try:
+        new = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        new = value  # a bare word is text
+    old = table[name]
+    if type(new) is not type(old) and (type(old), type(new)) != (float, int):
+        raise ValueError(f"{text!r}: {key} is {old!r}, give another {type(old).__name__}")
+    table[name] = new
+
+
+def _shrink(config: dict[str, Any], scale: float) -> None:
+    """Takes this share of everything that makes a run long."""
+    share = lambda n: max(1, math.ceil(n * scale))
+    for stage in config["stages"].values():
+        for key in ("steps", "epochs", "token_iterations"):
+            if key in stage:
+                stage[key] = share(stage[key]) if key == "steps" else stage[key] * scale
+    for task in config["tasks"].values():
+        task["merge_inside"] = share(task["merge_inside"])
+        for key in ("merge_beyond", "self_counts"):
+            task[key] = [share(n) for n in task[key]]
+    config["evaluation"]["problems"] = share(config["evaluation"]["problems"])
