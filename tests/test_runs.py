@@ -130,6 +130,14 @@ def test_versions():
         assert found[name], name
 
 
+def test_the_commit_of_a_copy_without_git(tmp_path, monkeypatch):
+    monkeypatch.setattr("relay_fast.runs.__file__", str(tmp_path / "relay_fast" / "runs.py"))
+    monkeypatch.delenv("RELAY_FAST_COMMIT", raising=False)
+    assert versions()["commit"] is None
+    monkeypatch.setenv("RELAY_FAST_COMMIT", "abc123")
+    assert versions()["commit"] == "abc123"
+
+
 def test_versions_do_not_import_triton():
     code = "import sys, relay_fast.runs as r; r.versions(); assert 'triton' not in sys.modules"
     root = Path(__file__).resolve().parent.parent
