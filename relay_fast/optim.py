@@ -1,4 +1,4 @@
-"""Optimisers: AdamW for everything, or Muon for the block's matrices beside it.
+"""Optimisers: AdamW for everything, or Muon for the block's matrices beside it; or Adafactor.
 
 Weight decay applies to matrices only (no norms, no embeddings).
 """
@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon").
 _A, _B, _C = 3.4445, -4.7750, 2.0315
+
+OPTIMIZERS = ("adamw", "adafactor")
+# Below the square root of the first, gradients would count as larger than they are; torch squares
+# it, and 0 would divide by 0. The second is the least scale of a parameter (its paper's).
+_ADAFACTOR_EPS = (1e-15, 1e-3)
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -61,13 +66,17 @@ def make_optimizer(
     model: nn.Module,
     *,
     lr: float,
+    optimizer: str = "adamw",
     weight_decay: float = 0.01,
     betas: Sequence[float] = (0.9, 0.95),
     muon_lr: float | None = None,
     momentum: float = 0.95,
-) -> MuonAdamW:
-    """lr: AdamW's learning rate; muon_lr: Muon's for the block's linear weights, None for AdamW
-    alone. Each group remembers its learning rate as `base_lr`, for the schedule."""
+) -> torch.optim.Optimizer:
+    """lr: the learning rate of `optimizer`, one of OPTIMIZERS; for "adafactor" (torch's; Shazeer
+    and Stern 2018) relative to each parameter's RMS, and without betas. muon_lr: beside AdamW,
+    Muon's for the block's linear weights; None for AdamW alone. Each group remembers its learning
+    rate as `base_lr`, for the schedule. Raises ValueError as `check_optimizer`."""
+    check_optimizer(optimizer, muon_lr)
     decayed, plain, matrices, qkv = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2 or "embedding" in name:
@@ -85,12 +94,24 @@ def make_optimizer(
         {"params": matrices, "parts": 1, **muon},
         {"params": qkv, "parts": 3, **muon},
     ]
-    fused = {"fused": True} if next(model.parameters()).is_cuda else {"foreach": True}
     groups = [g for g in groups if g["params"]]
-    optimizer = MuonAdamW(groups, lr=lr, betas=tuple(betas), **fused)
-    for group in optimizer.param_groups:
+    if optimizer == "adafactor":
+        made = torch.optim.Adafactor(groups, lr=lr, eps=_ADAFACTOR_EPS, foreach=True)
+    else:
+        fused = {"fused": True} if next(model.parameters()).is_cuda else {"foreach": True}
+        made = MuonAdamW(groups, lr=lr, betas=tuple(betas), **fused)
+    for group in made.param_groups:
         group["base_lr"] = group["lr"]
-    return optimizer
+    return made
+
+
+def check_optimizer(optimizer: str, muon_lr: float | None) -> None:
+    """Raises ValueError for an unknown optimiser, and for Muon beside another one than AdamW."""
+    if optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(f"optimizer = {optimizer!r} is unknown: use one of {known}")
+    if muon_lr is not None and optimizer != "adamw":
+        raise ValueError(f"muon_lr = {muon_lr} goes with optimizer = 'adamw': set it to null")
 
 
 def set_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -91,7 +91,7 @@ def plot_accuracy(results: Mapping[str, Any], metric: str, path: str | os.PathLi
     tasks = _measured(results, metric)
     if not tasks:
         raise ValueError(f"the results hold no {metric!r} accuracy to draw; evaluate first.")
-    figure = _figure(4.9 * len(tasks) + 0.6, 4.9)
+    figure = new_figure(4.9 * len(tasks) + 0.6, 4.9)
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     handles: dict[str, Any] = {}
     for panel, task in zip(panels, tasks, strict=True):
@@ -107,7 +107,7 @@ def plot_accuracy(results: Mapping[str, Any], metric: str, path: str | os.PathLi
         handlelength=4.5,
         frameon=False,
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_hit_matrix(
@@ -132,7 +132,7 @@ def plot_hit_matrix(
     columns = min(len(models), 3)
     lines = -(-len(models) // columns)
     width = columns * max(positions * cell + 0.8, 2.9) + 1.0
-    figure = _figure(width, lines * (rounds * cell + 1.0) + 0.5)
+    figure = new_figure(width, lines * (rounds * cell + 1.0) + 0.5)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     annotate = rounds * positions <= 150 and cell >= 0.35
 
@@ -150,7 +150,7 @@ def plot_hit_matrix(
     bar = figure.colorbar(image, ax=list(panels.flat), shrink=0.9, pad=0.02)
     bar.set_label("right (%)")
     figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_losses(
@@ -165,7 +165,7 @@ def plot_losses(
     curves = {name: h for name, h in history.items() if len(h["step"])}
     if not curves:
         raise ValueError("there are no losses to draw; train first.")
-    figure = _figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     panel = figure.subplots()
     styles = _styles(curves)
     for name in in_order(curves, MODEL_NAMES):
@@ -190,7 +190,7 @@ def plot_losses(
     panel.set_ylabel("training loss")
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, handlelength=4.5, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _measured(results: Mapping[str, Any], metric: str) -> list[str]:
@@ -345,7 +345,7 @@ def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches. Raises ImportError that says what to install."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -359,7 +359,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
+    """Writes the figure as a PNG, atomically and into a folder that it makes; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:

@@ -108,12 +108,12 @@ def train_model(
 ) -> Trained:
     """Takes every step of `stream`, in place; continues from `state_path` if it is there.
 
-    recipe: lr, muon_lr, weight_decay, betas, clip, ema, autocast ("bf16": of the GEMMs), graph (on
-    CUDA, a step is one CUDA graph where that can be had). Interrupted (Ctrl-C), it saves its state
-    between two steps and raises KeyboardInterrupt; the same call then continues exactly, and
-    returns at once where the last step was taken. before_step(step, optimizer) may change model and
-    optimizer, as `relay_fast.growth.grow` does (without ema); a call that continues first calls it
-    for the steps that were taken.
+    recipe: lr, optimizer, muon_lr, weight_decay, betas (`relay_fast.optim`), clip, ema, autocast
+    ("bf16": of the GEMMs), graph (on CUDA, a step is one CUDA graph where that can be had).
+    Interrupted (Ctrl-C), it saves its state between two steps and raises KeyboardInterrupt; the
+    same call then continues exactly, and returns at once where the last step was taken.
+    before_step(step, optimizer) may change model and optimizer, as `relay_fast.growth.grow` does
+    (without ema); a call that continues first calls it for the steps that were taken.
     """
     training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
     with _interrupts_deferred() as asked:
@@ -151,7 +151,8 @@ class _Training:
         self.before_step = before_step or (lambda step, optimizer: None)
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
         self.identity = {"seed": seed, "steps": len(stream), "recipe": dict(recipe)}
-        options = {k: recipe[k] for k in ("weight_decay", "betas", "muon_lr") if k in recipe}
+        names = ("optimizer", "weight_decay", "betas", "muon_lr")
+        options = {k: recipe[k] for k in names if k in recipe}
         self.optimizer = make_optimizer(model, lr=recipe["lr"], **options)
         self.ema = None
         if self.ema_decay:

@@ -50,11 +50,11 @@ def test_which_block_is_doubled(start, layers, where, expected) -> None:
     assert torch.equal(block(x), fresh(x))
 
 
-@pytest.mark.parametrize("muon_lr", [None, 0.01])
+@pytest.mark.parametrize("options", [{}, {"muon_lr": 0.01}, {"optimizer": "adafactor"}])
 @pytest.mark.parametrize("state", ["copy", "reset"])
-def test_the_optimiser_takes_the_new_layers_in(state, muon_lr) -> None:
+def test_the_optimiser_takes_the_new_layers_in(state, options) -> None:
     model = AutoregressiveTransformer(ModelConfig(BlockConfig(8, 2, 2, causal=True), 5))
-    optimizer = make_optimizer(model, lr=0.1, muon_lr=muon_lr)
+    optimizer = make_optimizer(model, lr=0.1, **options)
 
     def step():
         optimizer.zero_grad()

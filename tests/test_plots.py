@@ -29,13 +29,13 @@ def results(tasks=("lis", "arithmetic"), far=14) -> dict:
 def drawn(monkeypatch):
     """The figures that were saved."""
     figures = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure, path):
         figures.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return figures
 
 

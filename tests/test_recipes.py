@@ -16,6 +16,7 @@ import relay_fast.recipes.__main__ as command
 from relay_fast import recipes
 from relay_fast.checkpoint import CheckpointError
 from relay_fast.display import Display
+from relay_fast.optim import OPTIMIZERS, make_optimizer, set_factor
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
 from relay_fast.runs import RunFolder
 
@@ -78,8 +79,10 @@ def toy(monkeypatch):
 # Training
 
 
-def test_training_is_exact_after_an_interruption(tmp_path) -> None:
-    whole = fit(RunFolder(tmp_path / "whole", {}))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_is_exact_after_an_interruption(tmp_path, optimizer) -> None:
+    training = replace(TRAINING, optimizer=optimizer)
+    whole = fit(RunFolder(tmp_path / "whole", {}), training)
     folder = RunFolder(tmp_path / "broken", {})
 
     def interrupted(rng, step):
@@ -88,12 +91,13 @@ def test_training_is_exact_after_an_interruption(tmp_path) -> None:
         return draw(rng, step)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(folder, draw=interrupted)
+        fit(folder, training, interrupted)
     steps = []
-    resumed = fit(folder, draw=lambda rng, step: (steps.append(step), draw(rng, step))[1])
+    resumed = fit(folder, training, lambda rng, step: (steps.append(step), draw(rng, step))[1])
     assert steps == [5, 6, 7]
-    assert torch.equal(resumed.weight, whole.weight)
-    assert not torch.equal(whole.weight, fit(RunFolder(tmp_path / "s", {}), seed=1).weight)
+    assert torch.equal(resumed.weight, whole.weight) and torch.equal(resumed.bias, whole.bias)
+    other = fit(RunFolder(tmp_path / "seed", {}), training, seed=1)
+    assert not torch.equal(whole.weight, other.weight)
 
 
 def test_finished_training_is_read_back(tmp_path) -> None:
@@ -107,15 +111,35 @@ def test_finished_training_is_read_back(tmp_path) -> None:
         fit(folder, replace(TRAINING, lr=0.2))
 
 
-def test_training_knows_its_decays() -> None:
-    with pytest.raises(ValueError, match="decay = 'cosin' is unknown: use one of linear, cosine"):
-        replace(TRAINING, decay="cosin")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps = 0: give at least 1"),
+        ({"batch_size": 0}, "batch_size = 0: give at least 1"),
+        ({"decay": "cosin"}, "decay = 'cosin' is unknown: use one of linear, cosine"),
+        ({"optimizer": "adam"}, "optimizer = 'adam' is unknown: use one of adamw, adafactor"),
+        ({"optimizer": "adafactor", "muon_lr": 0.1}, "muon_lr = 0.1 goes with optimizer = 'adamw'"),
+    ],
+)
+def test_bad_training(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TRAINING, **change)
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size"])
-def test_training_needs_steps_and_samples(name) -> None:
-    with pytest.raises(ValueError, match=f"{name} = 0: give at least 1"):
-        replace(TRAINING, **{name: 0})
+def test_adafactor_takes_shares_of_a_parameter() -> None:
+    """A step is lr times the parameter's RMS (at least 1e-3), however small the gradient."""
+    model = nn.Linear(64, 64)
+    optimizer = make_optimizer(model, lr=0.01, optimizer="adafactor", weight_decay=0.0)
+    set_factor(optimizer, 0.5)
+    nn.init.zeros_(model.bias)
+    before = model.weight.clone()
+    model.weight.grad, model.bias.grad = 1e-5 * torch.randn(64, 64), torch.zeros(64)
+    optimizer.step()
+    rms = lambda x: x.detach().square().mean().sqrt().item()
+    assert rms(model.weight - before) / rms(before) == pytest.approx(0.005, rel=0.1)
+    model.bias.grad = torch.ones(64)
+    optimizer.step()
+    assert rms(model.bias) == pytest.approx(0.005 * 1e-3, rel=0.01)
 
 
 # The command

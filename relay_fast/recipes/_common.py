@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from relay_fast.data import Step
 from relay_fast.display import Display
 from relay_fast.modules import Losses
-from relay_fast.plots import _figure, _save
+from relay_fast.optim import check_optimizer
+from relay_fast.plots import new_figure, save_figure
 from relay_fast.runs import RunFolder
 from relay_fast.schedule import DECAYS, Schedule
 from relay_fast.trainer import BeforeStep, Trained, train_model
@@ -32,6 +33,7 @@ class Training:
     steps: int
     batch_size: int
     lr: float
+    optimizer: str = "adamw"
     warmup: float = 0.01
     decay: str = "cosine"
     weight_decay: float = 0.0
@@ -47,6 +49,7 @@ class Training:
         if self.decay not in DECAYS:
             known = ", ".join(DECAYS)
             raise ValueError(f"decay = {self.decay!r} is unknown: use one of {known}")
+        check_optimizer(self.optimizer, self.muon_lr)
 
 
 def train(
@@ -155,7 +158,7 @@ _MARKERS = "osD^vPX*"
 
 def draw_panels(path: str | os.PathLike, panels: Sequence[Panel], title: str = "") -> Path:
     """The panels side by side as a PNG at `path`. Raises ImportError without matplotlib."""
-    figure = _figure(5.2 * len(panels), 4.4)
+    figure = new_figure(5.2 * len(panels), 4.4)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         colors = {}
         for i, (label, (x, y)) in enumerate(panel.curves.items()):
@@ -181,4 +184,4 @@ def draw_panels(path: str | os.PathLike, panels: Sequence[Panel], title: str = "
         axes.legend(fontsize="small", frameon=False)
     if title:
         figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)

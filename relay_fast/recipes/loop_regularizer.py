@@ -18,7 +18,7 @@ from torch import Tensor
 from relay_fast.display import Display
 from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.recipes import p_hop
-from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._common import Panel, draw_panels, train
 from relay_fast.recipes._models import classifier_loss
 from relay_fast.regularizer import HOW, block_cosines, loop_regularizer, tie
 from relay_fast.runs import RunFolder
@@ -59,17 +59,7 @@ class Settings(p_hop.Settings):
 
 PRESETS = {
     "cpu": Settings(p_hop.PRESETS["cpu"].training),
-    "paper": Settings(
-        Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),
-        models=("6x1",),
-        length=256,
-        hops=(16,),
-        target="last",
-        d_model=128,
-        n_heads=8,
-        activation="gelu_tanh",
-        problems=262_144,
-    ),
+    "paper": Settings(**{**vars(p_hop.PRESETS["paper"]), "models": ("6x1",), "hops": (16,)}),
 }
 
 

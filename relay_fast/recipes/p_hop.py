@@ -8,8 +8,8 @@ target "last": Saunshi's form, one p a model, one answer a sequence; p hops alwa
 target "every": the denser form of Sanford et al. 2024 (arXiv 2402.09268): p is written in front, no
 equal neighbours, and every position carries its own hop_p, or ⊥ where the hops run out.
 
-The paper trains with Adafactor; here it is AdamW, in the cpu preset with Muon for the block's
-matrices. A model's name is k x L, or prelude + k x L + coda, as in "1x4" and "1+1x2+1".
+The paper trains with Adafactor; the cpu preset with AdamW, and Muon for the block's matrices. A
+model's name is k x L, or prelude + k x L + coda, as in "1x4" and "1+1x2+1".
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ PRESETS = {
         )  # fmt: skip
     ),
     "paper": Settings(
-        Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),
+        Training(steps=200_000, batch_size=256, lr=1e-3, optimizer="adafactor"),
         models=tuple(PUBLISHED),
         length=256,
         hops=(16, 32),

@@ -88,16 +88,7 @@ PRESETS = {
     # The whole stack takes the last stage only: the learning rate stays up until then.
     "cpu": Settings(replace(p_hop.PRESETS["cpu"].training, steps=1000, decay="late")),
     "paper": Settings(
-        Training(steps=200_000, batch_size=256, lr=1e-3, warmup=0.01),
-        tasks=("p_hop",),
-        depth=6,
-        length=256,
-        hops=(16,),
-        target="last",
-        d_model=128,
-        n_heads=8,
-        activation="gelu_tanh",
-        problems=262_144,
+        **{**vars(p_hop.PRESETS["paper"]), "models": (), "hops": (16,)}, tasks=("p_hop",), depth=6
     ),
 }
 
@@ -257,7 +248,7 @@ def _timed_step(task: _Task, depth: int) -> Callable[[], float]:
     """A training step of a fresh model; its call returns the seconds that it took."""
     model = task.new_model(depth)
     t = task.training
-    optimizer = make_optimizer(model, lr=t.lr, muon_lr=t.muon_lr)
+    optimizer = make_optimizer(model, lr=t.lr, optimizer=t.optimizer, muon_lr=t.muon_lr)
     cuda = next(model.parameters()).is_cuda
     # The processor's time, where it does the work: what else runs on it does not count.
     clock = time.perf_counter if cuda else time.process_time
