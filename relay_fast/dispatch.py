@@ -1,8 +1,8 @@
 """The choice between the implementations of an op.
 
 `impl = "auto" | "triton" | "torch"`: `auto` takes the Triton kernels where they support the call
-and plain torch otherwise, `"triton"` raises with the reason where they do not, `"torch"` is the
-reference.
+and plain torch otherwise, `"triton"` raises with the reason where they do not, `"torch"` is
+plain PyTorch: the reference (`REFERENCE`), whose attention on a CPU is PyTorch's fused one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from relay_fast.kernels.attention_cpu import attention_bwd_cpu, attention_fwd_cpu
 from relay_fast.kernels.attention_ref import attention_bwd_ref, attention_fwd_ref
 from relay_fast.kernels.cross_entropy_ref import (
     argmax_ref,
@@ -62,7 +63,7 @@ class Ops(NamedTuple):
     loop_fwd: Callable | None
 
 
-TORCH = Ops(
+REFERENCE = Ops(
     norm_linear_fwd_ref,
     norm_linear_bwd_ref,
     attention_fwd_ref,
@@ -78,6 +79,7 @@ TORCH = Ops(
     weight_grad_ref,
     None,
 )
+TORCH = REFERENCE._replace(attention_fwd=attention_fwd_cpu, attention_bwd=attention_bwd_cpu)
 
 
 def supports(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from relay_fast.dispatch import (
     IMPLS,
+    REFERENCE,
     TORCH,
     Ops,
     compute_dtype,
@@ -21,6 +22,7 @@ from relay_fast.layer_ops import attention, linear_residual, mlp, norm_linear
 
 __all__ = [
     "IMPLS",
+    "REFERENCE",
     "SMALL_VOCABULARY",
     "TORCH",
     "Ops",

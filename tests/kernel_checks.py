@@ -15,7 +15,7 @@ import torch
 from numerics import assert_as_good_as_eager, assert_bitwise, describe, rms_ratio
 from torch import Tensor
 
-from relay_fast.functional import TORCH, Ops, select
+from relay_fast.functional import REFERENCE, Ops, select
 from relay_fast.kernels.dropout_ref import Dropout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,8 +99,8 @@ def check(case: Callable[[Ops, Make], Outputs], dtype: torch.dtype) -> None:
     with guarded_outputs():
         value = case(kernels, Make("kernel", dtype))
     again = case(kernels, Make("kernel", dtype))
-    truth = case(TORCH, Make("truth", dtype))
-    eager = case(TORCH, Make("eager", dtype))
+    truth = case(REFERENCE, Make("truth", dtype))
+    eager = case(REFERENCE, Make("eager", dtype))
     assert set(value) == set(truth)
     for name, t in truth.items():
         assert value[name].shape == t.shape, name

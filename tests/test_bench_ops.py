@@ -94,17 +94,18 @@ def test_one_loop_against_eager(benchmark, capsys) -> None:
 
     def both() -> None:
         seconds = []
-        for call in calls:
+        for call, model in zip(calls, (eager, ours), strict=True):
+            model.zero_grad()
             start = time.perf_counter()
             call().sum().backward()
             seconds.append(time.perf_counter() - start)
         ratios.append(seconds[1] / seconds[0])
 
-    benchmark.pedantic(both, rounds=15, warmup_rounds=1)
+    benchmark.pedantic(both, rounds=40, warmup_rounds=3)
     if benchmark.stats is None:  # under xdist nothing is timed
         return
     ratio = statistics.median(ratios)
     benchmark.extra_info["relay_fast over eager"] = round(ratio, 3)
     with capsys.disabled():
         print(f"\none loop, relay_fast / eager: {ratio:.3f}", end="")
-    assert ratio < 1.5  # the aim is 1.05; timings on a busy machine differ by more than that
+    assert ratio < 1.05

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_bitwise, assert_close
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.baselines import EagerBlock
@@ -363,7 +364,7 @@ def alive() -> dict[int, int]:
     return {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in tensors
-        if t.layout is torch.strided and not t.is_meta
+        if t.layout is torch.strided and not t.is_meta and not isinstance(t, FakeTensor)
     }
 
 

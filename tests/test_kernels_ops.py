@@ -11,7 +11,7 @@ import torch
 from kernel_checks import DEVICE, Make, Outputs, check, dropout_of, named
 from numerics import assert_bitwise, describe, rms_ratio
 
-from relay_fast.functional import TORCH, Ops, row_cross_entropy, select
+from relay_fast.functional import REFERENCE, Ops, row_cross_entropy, select
 from relay_fast.kernels.dropout_ref import dropout_mask_ref
 from relay_fast.plan import Plan
 
@@ -201,7 +201,7 @@ def test_cross_entropy(rows, states, d, vocabulary, kind, smoothing, z_loss, dty
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = case(select("triton", DEVICE), Make("kernel", dtype))
-            truth = case(TORCH, Make("truth", dtype))
+            truth = case(REFERENCE, Make("truth", dtype))
         for name in ("loss", "dh", "dhead"):
             assert (value[name] - truth[name]).abs().max() < 1e-5, name
         return
@@ -252,7 +252,7 @@ def test_cross_entropy_of_extreme_logits() -> None:
     targets = torch.arange(rows, device=DEVICE)
     args = (weight, None, head)
     loss, lse, correct = ops.cross_entropy_fwd(h, targets, *args)
-    truth = TORCH.cross_entropy_fwd(h.double(), targets, weight.double(), None, head.double())
+    truth = REFERENCE.cross_entropy_fwd(h.double(), targets, weight.double(), None, head.double())
     torch.testing.assert_close(loss, truth[0].float(), rtol=1e-5, atol=1e-2)
     assert torch.equal(correct, truth[2])
     dh = ops.cross_entropy_bwd(torch.ones_like(loss), h, targets, lse, *args, None, None, None)
@@ -269,7 +269,7 @@ def test_attention_of_extreme_scores(rows: int, causal: bool) -> None:
     o, lse = ops.attention_fwd(qkv, layout, 1, 1, causal)
     dqkv = ops.attention_bwd(do, qkv, o, lse, layout, 1, 1, causal)
     wide = qkv.double()
-    truth, _ = TORCH.attention_fwd(wide, layout, 1, 1, causal)
+    truth, _ = REFERENCE.attention_fwd(wide, layout, 1, 1, causal)
     torch.testing.assert_close(o, truth.float(), rtol=1e-3, atol=1e-3)
     assert lse.isfinite().all() and dqkv.isfinite().all()
 
@@ -282,7 +282,7 @@ def test_mlp_of_extreme_values(activation: str) -> None:
     up, down = (torch.randn(d, d, device=DEVICE) * s for s in (1e6, 1e-6))
     gate = up.flip(0) * 1e-3 if activation == "swiglu" else None
     out, pre, opened, _ = ops.mlp_fwd(x, norm, None, up, None, gate, None, down, None, activation)
-    truth = TORCH.mlp_fwd(x, norm, None, up, None, gate, None, down, None, activation)[0]
+    truth = REFERENCE.mlp_fwd(x, norm, None, up, None, gate, None, down, None, activation)[0]
     torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-4)
     grads = ops.mlp_bwd(x, x, pre, opened, norm, None, up, gate, down, activation)
     assert all(g is None or g.isfinite().all() for g in grads)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relay_fast.functional import iteration_cross_entropy, row_cross_entropy
+from relay_fast.kernels.attention_cpu import attention_bwd_cpu, attention_fwd_cpu
 from relay_fast.kernels.attention_ref import attention_bwd_ref, attention_fwd_ref
 from relay_fast.kernels.cross_entropy_ref import (
     argmax_ref,
@@ -131,10 +132,20 @@ def attention(qkv: Tensor, lengths: list[int], heads: int, kv_heads: int, causal
     return torch.cat(parts)
 
 
+ATTENTION = {
+    "reference": (attention_fwd_ref, attention_bwd_ref),
+    "cpu": (attention_fwd_cpu, attention_bwd_cpu),
+}
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads, kv_heads", [(3, 3), (4, 2), (3, 1)])
 @pytest.mark.parametrize("which", LENGTHS)
-def test_attention(which: str, heads: int, kv_heads: int, causal: bool) -> None:
+@pytest.mark.parametrize("implementation", ATTENTION)
+def test_attention(
+    implementation: str, which: str, heads: int, kv_heads: int, causal: bool
+) -> None:
+    forward, backward = ATTENTION[implementation]
     lengths, width = LENGTHS[which], 4
     qkv = randn(sum(lengths), (heads + 2 * kv_heads) * width)
     layout = Plan(lengths, [1] * len(lengths)).layout(0, len(lengths))
@@ -143,17 +154,39 @@ def test_attention(which: str, heads: int, kv_heads: int, causal: bool) -> None:
     g = torch.randn_like(out)
     (dqkv,) = gradients((out * g).sum(), qkv)
     with torch.no_grad():
-        o, lse = attention_fwd_ref(qkv, layout, heads, kv_heads, causal)
-        got = attention_bwd_ref(g, qkv, o, lse, layout, heads, kv_heads, causal)
+        o, lse = forward(qkv, layout, heads, kv_heads, causal)
+        got = backward(g, qkv, o, lse, layout, heads, kv_heads, causal)
     assert_close("o", o, out)
     assert_close("dqkv", got, dqkv)
 
 
-def test_attention_log_sum_exp() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_fused_attention_is_as_precise_as_the_reference(causal: bool, dtype) -> None:
+    lengths, heads = LENGTHS["groups"], 3
+    exact = randn(sum(lengths), 3 * heads * 8, grad=False).to(dtype).double()
+    layout = Plan(lengths, [1] * len(lengths)).layout(0, len(lengths))
+    g = randn(sum(lengths), heads * 8, grad=False).to(dtype)
+
+    def both(pair, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        o, lse = pair[0](qkv, layout, heads, heads, causal)
+        return o, pair[1](g.to(qkv), qkv, o, lse, layout, heads, heads, causal)
+
+    true = both(ATTENTION["reference"], exact)
+    plain, fused = (both(ATTENTION[name], exact.to(dtype)) for name in ATTENTION)
+    for name, want, a, b in zip(("o", "dqkv"), true, plain, fused, strict=True):
+        assert b.dtype == dtype
+        error, other = ((part - want).abs().max() for part in (b, a))
+        assert error <= 2 * other + 1e-7, (name, error, other)
+
+
+@pytest.mark.parametrize("implementation", ATTENTION)
+def test_attention_log_sum_exp(implementation: str) -> None:
     lengths, heads = [4, 7], 2
     qkv = randn(11, 3 * heads * 4, grad=False)
     layout = Plan(lengths, [1, 1]).layout(0, 2)
-    _, lse = attention_fwd_ref(qkv, layout, heads, heads, False, with_lse=True)
+    options = {"with_lse": True} if implementation == "reference" else {}
+    _, lse = ATTENTION[implementation][0](qkv, layout, heads, heads, False, **options)
     q, k, _ = qkv.unflatten(1, (3, heads, 4)).unbind(1)
     for rows in (slice(0, 4), slice(4, 11)):
         scores = torch.einsum("qhd,khd->qhk", q[rows], k[rows]) / 2

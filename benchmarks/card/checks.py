@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.card.cases import Case, Draw, Named, upcast
 from benchmarks.card.device import ROOT, poisoned
 from benchmarks.card.session import Row, Skip
-from relay_fast.functional import TORCH, select
+from relay_fast.functional import REFERENCE, select
 
 SANITIZER_SECONDS = 75.0
 
@@ -59,8 +59,8 @@ def check(case: Case, dtype: torch.dtype, seed: int, device: str) -> list[Row]:
     with poisoned():
         value, again = outputs(kernels, inputs), outputs(kernels, inputs)
     with torch.no_grad():
-        truth = outputs(TORCH, upcast(inputs))
-        eager = outputs(TORCH, inputs)  # last: a reference may overwrite what it is given
+        truth = outputs(REFERENCE, upcast(inputs))
+        eager = outputs(REFERENCE, inputs)  # last: a reference may overwrite what it is given
     names = [name for name in truth if name in value]  # the reference may leave lse to autograd
     reasons = [wrong(n, value[n], eager[n], truth[n], dtype) for n in names]
     reasons += [f"{n} differs between two runs" for n, v in value.items() if not v.equal(again[n])]
