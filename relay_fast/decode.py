@@ -178,7 +178,11 @@ class _Texts:
         return self.prompts[ragged_index(self.offsets[sequences], lengths)], lengths
 
     def add(
-        self, sequence: np.ndarray, written: np.ndarray, tokens: np.ndarray, scores: np.ndarray
+        self,
+        sequence: np.ndarray,
+        written: np.ndarray,
+        tokens: np.ndarray,
+        scores: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Takes in tokens and scores (steps, n) of n sequences that had `written` (n,) tokens.
 
@@ -240,8 +244,8 @@ class _Part:
         return slice(self.first, self.first + len(self))
 
     def group(self, steps: int) -> Group:
-        """The rows after `steps` more steps."""
-        return Group(self.first, self.first + len(self), int(self.position.max()) + steps + 1)
+        """The rows during the next `steps` steps."""
+        return Group(self.first, self.first + len(self), int(self.position.max()) + steps)
 
 
 def _parts(
@@ -278,16 +282,18 @@ class _Scheduler:
         remaining = max(
             int((self._texts.limits[part.sequence] - part.written).max()) for part in self._parts
         )
-        steps = min(self._sync_every, remaining)
-        tokens, scores = [], []
-        for k in range(steps):
-            self._stepper.step([part.group(k) for part in self._parts])
-            tokens.append(self._stepper.tokens.clone())
-            scores.append(self._stepper.scores.clone())
+        number = min(self._sync_every, remaining)
+        groups = [part.group(number) for part in self._parts]
+        written = [self._written() for _ in self._stepper.steps(groups, number)]
         for part in self._parts:
-            part.position = part.position + steps
-        self._settle(self._parts, torch.stack(tokens), torch.stack(scores))
+            part.position = part.position + number
+        self._settle(self._parts, written)
         return True
+
+    def _written(self) -> list[torch.Tensor]:
+        """What all cache rows wrote last: tokens, and scores if they are asked for."""
+        last = (self._stepper.tokens, self._stepper.scores)
+        return [state.clone() for state in last if state is not None]
 
     def _refill(self, free: int) -> None:
         new, self._waiting = self._waiting[:free], self._waiting[free:]
@@ -298,14 +304,14 @@ class _Scheduler:
         self._stepper.prefill(prompts, lengths, first)
         added = _parts(first, new, lengths, np.zeros_like(new))
         self._parts += added
-        self._settle(added, self._stepper.tokens.clone()[None], self._stepper.scores.clone()[None])
+        self._settle(added, [self._written()])
 
-    def _settle(self, parts: list[_Part], tokens: torch.Tensor, scores: torch.Tensor) -> None:
-        """Takes in what all cache rows wrote, (steps, batch), and compacts out what has ended."""
-        tokens, scores = tokens.cpu().numpy(), scores.cpu().numpy()
+    def _settle(self, parts: list[_Part], written: list[list[torch.Tensor]]) -> None:
+        """Takes in what all cache rows wrote in some steps, and compacts out what has ended."""
+        columns = [torch.stack(steps).cpu().numpy() for steps in zip(*written, strict=True)]
         for part in parts:
-            written = tokens[:, part.rows], scores[:, part.rows]
-            counts, goes_on = self._texts.add(part.sequence, part.written, *written)
+            own = [column[:, part.rows] for column in columns]
+            counts, goes_on = self._texts.add(part.sequence, part.written, *own)
             part.written = part.written + counts
             self._compact(part, goes_on)
         self._parts = [part for part in self._parts if len(part)]

@@ -7,9 +7,7 @@ function as it is. No CUDA graph of it has run on a GPU yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,33 +15,24 @@ from torch import Tensor
 
 from relay_fast._inference import pieces
 from relay_fast.block import BlockBody
-from relay_fast.functional import Ops
+from relay_fast.functional import TORCH
 from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.kernels.norm_ref import wide
 from relay_fast.kv_cache import Group, KVCache, join
 from relay_fast.modules import AutoregressiveTransformer
 from relay_fast.plan import Plan, Segment
+from relay_fast.step_body import LeanStepBody, StepBody, by_columns, lean_argmax
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 1 << 16}  # prompt tokens in one pass
 LENGTH_STEP = 256  # captured steps see the cache in multiples of this
-
-
-@dataclass(frozen=True)
-class _StepPlan:
-    """What BlockBody asks of a plan, for one token a sequence."""
-
-    positions: Tensor  # (A,) int32
-    static = False
-
-    def layout_of(self, segment: Segment) -> None:
-        return None
 
 
 class Stepper:
     """The model over a cache of `batch` rows of `length` positions.
 
     On the device, by cache row: tokens (batch,) int64, the last token written; positions (batch,)
-    int64, where it goes when it is fed; scores (batch,) fp32, its log-probability (if `scored`).
+    int64, where it goes when it is fed; scores (batch,) fp32, its log-probability (None unless
+    `scored`).
     """
 
     def __init__(
@@ -66,11 +55,18 @@ class Stepper:
         self._ops, self._dtype = run.ops, run.compute_dtype
         self._parameters = dict(model.block.named_parameters())
         self._head = model.chain_head.weight.to(self._dtype)
+        of_step = (c, self._parameters, length, self._ops, self._dtype, self.device)
+        if self._ops is TORCH:
+            self._body, self._argmax = LeanStepBody(*of_step), lean_argmax
+            self._head = by_columns(self._head)
+        else:
+            self._body, self._argmax = StepBody(*of_step), self._ops.argmax
         shape = (loops * c.n_layers, batch, c.kv_heads, length, c.head_dim)
         self.cache = KVCache(shape, self._dtype, self.device)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.positions = torch.zeros_like(self.tokens)
-        self.scores = torch.zeros(batch, device=self.device)
+        self.scores = torch.zeros(batch, device=self.device) if scored else None
+        self._states = [self.tokens, self.positions] + ([self.scores] if scored else [])
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._captured: dict[Group, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
@@ -87,36 +83,41 @@ class Stepper:
         plan = Plan(lengths, np.full(len(lengths), self.loops), self.device)
         owner = torch.from_numpy(np.repeat(np.arange(rows.start, rows.stop), lengths))
         ops = self.cache.prefill(self._ops, owner.to(self.device), plan.positions.long())
-        tokens = torch.from_numpy(prompts.astype(np.int64)).to(self.device)
-        state = self._block(tokens, plan, ops)
-        self._choose(state[plan.last_rows], [Group(rows.start, rows.stop, 0)])
+        x = self._embed(torch.from_numpy(prompts.astype(np.int64)).to(self.device))
+        body = BlockBody(self.config, self._parameters, plan, x, ops, self._dtype)
+        state = self._loop(body, x, len(lengths))[plan.last_rows]
+        self._choose(state, [Group(rows.start, rows.stop, 0)])
         self.positions[rows] = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
 
-    def step(self, groups: Sequence[Group]) -> None:
-        """Feeds the groups' rows their last token, and writes the next."""
+    def steps(self, groups: Sequence[Group], number: int) -> Iterator[None]:
+        """Feeds the groups' rows their last token and writes the next, so many times."""
         if not self.captures:
-            self._step(groups)
+            yield from self._steps(groups, number)
             return
         group = self._static(groups)
         if group not in self._captured:
             self._captured[group] = self._capture(group)
-        self._captured[group]()
+        for _ in range(number):
+            yield self._captured[group]()
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copies rows with the first `length` positions of their cache; none may be both."""
         from_, to = (torch.as_tensor(rows, device=self.device) for rows in (sources, targets))
         self.cache.move(from_, to, length)
-        for state in (self.tokens, self.positions, self.scores):
+        for state in self._states:
             state[to] = state[from_]
 
-    def _step(self, groups: Sequence[Group]) -> None:
-        positions = join(self.positions, groups)
-        ops = self.cache.step(self._ops, groups, positions)
-        state = self._block(join(self.tokens, groups), _StepPlan(positions.int()), ops)
-        self._choose(state, groups)
-        for group in groups:
-            # Rows without a sequence run along in a captured step: they stay inside the cache.
-            self.positions[group.rows].add_(1).clamp_(max=self.cache.length - 1)
+    def _steps(self, groups: Sequence[Group], number: int) -> Iterator[None]:
+        places = join(self.positions, groups) + torch.arange(number, device=self.device)[:, None]
+        for positions, ops in zip(places, self.cache.steps(self._ops, groups, places), strict=True):
+            x = self._embed(join(self.tokens, groups))
+            self._body.turn_to(x, positions, ops)
+            self._choose(self._loop(self._body, x, len(x)), groups)
+            for group in groups:
+                self.positions[group.rows].add_(1)
+            if self.captures:  # rows without a sequence run along: they stay inside the cache
+                self.positions.clamp_(max=self.cache.length - 1)
+            yield
 
     def _static(self, groups: Sequence[Group]) -> Group:
         """One group that holds all, of few different shapes."""
@@ -127,30 +128,30 @@ class Stepper:
 
     def _capture(self, group: Group) -> Callable[[], None]:
         """The step of this shape as a CUDA graph."""
-        states = (self.tokens, self.positions, self.scores)
-        before = [state.clone() for state in states]
+        before = [state.clone() for state in self._states]
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):  # what is set up at the first call must not be captured
-            self._step([group])
+            next(self._steps([group], 1))
         here.wait_stream(aside)
-        for state, value in zip(states, before, strict=True):
+        for state, value in zip(self._states, before, strict=True):
             state.copy_(value)
         graph = torch.cuda.CUDAGraph()
         if self.temperature:
             graph.register_generator_state(self._generator)
         with torch.cuda.graph(graph, pool=self._pool):  # nothing of one graph outlives its replay
-            self._step([group])
+            next(self._steps([group], 1))
         return graph.replay
 
-    def _block(self, tokens: Tensor, plan: Any, ops: Ops) -> Tensor:
-        x = h = torch.nn.functional.embedding(tokens, self.model.embedding.weight)
-        body = BlockBody(self.config, self._parameters, plan, x, ops, self._dtype)
-        rows = len(tokens)
-        sequences = rows if isinstance(plan, _StepPlan) else plan.sequences
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(tokens, self.model.embedding.weight)
+
+    def _loop(self, body: BlockBody, x: Tensor, sequences: int) -> Tensor:
+        """States (rows, d) after the last iteration."""
+        h = x
         for t in range(1, self.loops + 1):
             out = torch.empty_like(x)
-            body.forward(h, Segment(t, 0, sequences, 0, rows), out, keep=False)
+            body.forward(h, Segment(t, 0, sequences, 0, len(x)), out, keep=False)
             h = out
         return h
 
@@ -167,7 +168,7 @@ class Stepper:
                 own = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
                 scores = (own - logits.logsumexp(-1)).float()
         else:
-            chosen = self._ops.argmax(*readout)
+            chosen = self._argmax(*readout)
         for group, own in zip(groups, chosen.split(sizes), strict=True):
             self.tokens[group.rows] = own
         if scores is not None:

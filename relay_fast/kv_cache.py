@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,36 +36,33 @@ def join(tensor: Tensor, groups: Sequence[Group]) -> Tensor:
 class KVCache:
     """One slot for each (iteration, layer), one row for each sequence.
 
-    keys, values: (slots, batch, kv_heads, length, head_dim). The calls of a pass are counted to
-    know which slot is meant.
+    shape: (slots, batch, kv_heads, length, head_dim). The calls of a pass are counted to know which
+    slot is meant.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        # Zeros, not empty: what is masked gets weight 0, and 0 · NaN would be NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self._rows = torch.arange(shape[1], device=device)
-        self._heads = torch.arange(shape[2], device=device)
-        self._columns = torch.arange(shape[3], device=device)
+        slots, batch, kv_heads, self.length, head_dim = shape
+        # Keys, then values. Zeros, not empty: what is masked gets weight 0, and 0 · NaN would be
+        # NaN.
+        self._both = torch.zeros(slots, 2, *shape[1:], dtype=dtype, device=device)
+        self._vectors = self._both.view(slots, -1, head_dim)
+        # (batch, 2 · kv_heads): where the first head vectors of a row lie in a slot of them.
+        first = torch.arange(2 * batch * kv_heads, device=device) * self.length
+        self._first = first.view(2, batch, kv_heads).transpose(0, 1).flatten(1).contiguous()
+        self._columns = torch.arange(self.length, device=device)
         self._slot = 0
-
-    @property
-    def length(self) -> int:
-        return len(self._columns)
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Copies the first `length` positions of cache rows."""
-        for part in (self.keys, self.values):
-            part[:, targets, :, :length] = part[:, sources, :, :length]
+        self._both[:, :, targets, :, :length] = self._both[:, :, sources, :, :length]
 
     def repeat(self, rows: Tensor, positions: Tensor, first: int, last: int) -> None:
         """Copies what slots first..last − 1 hold at these places (A,) to all later slots, in turn:
         an iteration's keys and values stand for those of iterations that do not run."""
-        for part in (self.keys, self.values):
-            iterations = part.view(-1, last - first, *part.shape[1:])
-            t = last // (last - first)
-            own = iterations[t - 1][:, rows, :, positions]
-            iterations[t:, :, rows, :, positions] = own.unsqueeze(1)
+        iterations = self._both.view(-1, last - first, *self._both.shape[1:])
+        t = last // (last - first)
+        own = iterations[t - 1][:, :, rows, :, positions]
+        iterations[t:, :, :, rows, :, positions] = own.unsqueeze(1)
 
     def prefill(self, ops: Ops, rows: Tensor, positions: Tensor) -> Ops:
         """`ops`, whose attention also stores keys and values of the packed tokens.
@@ -73,11 +70,10 @@ class KVCache:
         rows, positions (N,): where each token goes.
         """
         self._slot = 0
-        targets = self._targets(rows, positions)
+        targets = self._targets(self._first[rows], positions)
 
         def attention(qkv, layout, heads, kv_heads, causal):
-            _, k, v = _split(qkv, heads, kv_heads)
-            self._store(k, v, targets)
+            self._store(_apart(qkv, heads, kv_heads)[1], targets)
             self._slot += 1
             return ops.attention_fwd(qkv, layout, heads, kv_heads, causal)
 
@@ -91,51 +87,74 @@ class KVCache:
         positions (A,): where the new tokens of the groups' rows go. first_slot: that of the first
         call.
         """
-        self._slot = first_slot
+        return next(self.steps(ops, groups, positions.unsqueeze(0), first_slot))
+
+    def steps(
+        self, ops: Ops, groups: Sequence[Group], positions: Tensor, first_slot: int = 0
+    ) -> Iterator[Ops]:
+        """What `step` gives for each row of positions (steps, A), in turn."""
         sizes = [group.last - group.first for group in groups]
-        targets = self._targets(join(self._rows, groups), positions)
-        masks = [
+        targets = self._targets(join(self._first, groups), positions)
+        pasts = [self._past(group) for group in groups]
+        futures = [
             self._future(own, group.length)
-            for group, own in zip(groups, positions.split(sizes), strict=True)
+            for group, own in zip(groups, positions.split(sizes, 1), strict=True)
         ]
+        for targets_k, *futures_k in zip(targets, *futures, strict=True):
+            self._slot = first_slot
+            attention = self._attention(targets_k, sizes, pasts, futures_k)
+            yield ops._replace(attention_fwd=attention)
+
+    def _attention(
+        self,
+        targets: Tensor,
+        sizes: Sequence[int],
+        pasts: Sequence[Tensor],
+        futures: Sequence[Tensor],
+    ) -> Callable[..., tuple[Tensor, None]]:
+        """The attention of new tokens that go to `targets`, groups of `sizes` apart."""
 
         def attention(qkv, layout, heads, kv_heads, causal):
-            q, k, v = _split(qkv, heads, kv_heads)
-            self._store(k, v, targets)
-            q = (q * q.shape[-1] ** -0.5).unflatten(1, (kv_heads, -1))
-            parts = [
-                self._attend(own, group, mask)
-                for own, group, mask in zip(q.split(sizes), groups, masks, strict=True)
+            q, new = _apart(qkv, heads, kv_heads)
+            self._store(new, targets)
+            q = (q * q.shape[-1] ** -0.5).view(-1, heads // kv_heads, q.shape[-1])
+            parts = [q] if len(sizes) == 1 else q.split([n * kv_heads for n in sizes])
+            out = [
+                _attend(own, past[self._slot], future)
+                for own, past, future in zip(parts, pasts, futures, strict=True)
             ]
             self._slot += 1
-            return (parts[0] if len(parts) == 1 else torch.cat(parts)), None
+            return (out[0] if len(out) == 1 else torch.cat(out)).view(len(qkv), -1), None
 
-        return ops._replace(attention_fwd=attention)
+        return attention
+
+    def _past(self, group: Group) -> Tensor:
+        """(slots, 2, A · kv_heads, group.length, head_dim): a view of the group's rows."""
+        return self._both[:, :, group.rows, :, : group.length].flatten(2, 3)
 
     def _future(self, positions: Tensor, length: int) -> Tensor:
-        """(A, 1, 1, length): −∞ behind each row's new token."""
-        mask = torch.zeros(len(positions), 1, 1, length, device=positions.device)
-        future = self._columns[:length] > positions.unsqueeze(1)
-        return mask.masked_fill_(future[:, None, None], float("-inf"))
+        """(steps, A · kv_heads, 1, length): −∞ behind each row's new token, else 0."""
+        steps, kv_heads = len(positions), self._both.shape[3]
+        mask = self._both.new_zeros(steps, positions.shape[1], kv_heads, length)
+        future = self._columns[:length] > positions.unsqueeze(2)
+        return mask.masked_fill_(future.unsqueeze(2), float("-inf")).view(steps, -1, 1, length)
 
-    def _attend(self, q: Tensor, group: Group, mask: Tensor) -> Tensor:
-        """(A, heads · head_dim), given q (A, kv_heads, heads / kv_heads, head_dim), scaled."""
-        keys = self.keys[self._slot, group.rows, :, : group.length]
-        values = self.values[self._slot, group.rows, :, : group.length]
-        scores = wide(torch.matmul(q, keys.transpose(-1, -2))).add_(mask)
-        return torch.matmul(scores.softmax(-1).to(q.dtype), values).flatten(1)
+    def _targets(self, first: Tensor, positions: Tensor) -> Tensor:
+        """(…, N · 2 · kv_heads): where the head vectors of tokens at positions (…, N) go."""
+        return (first + positions.unsqueeze(-1)).flatten(-2)
 
-    def _targets(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """(N · kv_heads,): where the head vectors of the tokens go in a slot of head vectors."""
-        first = (rows.unsqueeze(1) * len(self._heads) + self._heads) * self.length
-        return (first + positions.unsqueeze(1)).view(-1)
-
-    def _store(self, k: Tensor, v: Tensor, targets: Tensor) -> None:
-        for part, new in ((self.keys, k), (self.values, v)):
-            vectors = part[self._slot].view(-1, part.shape[-1])
-            vectors.index_copy_(0, targets, new.reshape(-1, part.shape[-1]))
+    def _store(self, new: Tensor, targets: Tensor) -> None:
+        """Puts keys and values of tokens (N, 2 · kv_heads, head_dim) where they go."""
+        self._vectors[self._slot].index_copy_(0, targets, new.reshape(-1, new.shape[-1]))
 
 
-def _split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q (rows, heads, head_dim), k and v (rows, kv_heads, head_dim)."""
-    return qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
+def _apart(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """q (rows, heads, head_dim), and k and v in one (rows, 2 · kv_heads, head_dim)."""
+    return qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, 2 * kv_heads), 1)
+
+
+def _attend(q: Tensor, past: Tensor, future: Tensor) -> Tensor:
+    """(A · kv_heads, heads / kv_heads, head_dim), given q of this shape, scaled."""
+    keys, values = past
+    scores = wide(torch.baddbmm(future, q, keys.mT))
+    return torch.bmm(scores.softmax(-1).to(q.dtype), values)

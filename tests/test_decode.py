@@ -179,7 +179,7 @@ def test_a_captured_step_does_the_same(monkeypatch):
 
     def capture(self, group):
         shapes.append(group)
-        return lambda: self._step([group])
+        return lambda: next(self._steps([group], 1))
 
     def captures(*args, **options):
         stepper = Stepper(*args, **options)
@@ -208,11 +208,12 @@ def test_out_of_memory_halves_the_batch(monkeypatch, fails):
                 raise torch.OutOfMemoryError("no room")
             super().__init__(model, batch, *args, **options)
 
-        def step(self, groups):
-            steps.append(len(groups))
-            if fails == "writing" and self.batch > 4 and len(steps) % 6 == 0:
-                raise torch.OutOfMemoryError("no room")
-            super().step(groups)
+        def steps(self, groups, number):
+            for _ in super().steps(groups, number):
+                steps.append(len(groups))
+                if fails == "writing" and self.batch > 4 and len(steps) % 6 == 0:
+                    raise torch.OutOfMemoryError("no room")
+                yield
 
     monkeypatch.setattr(decode_module, "Stepper", Small)
     prompts, offsets = make_prompts(MIXED)

@@ -11,8 +11,9 @@ import torch
 
 from relay_fast.batch import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.decode import decode
 from relay_fast.generate import generate_chains
-from relay_fast.modules import LoopedTransformer
+from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
 from relay_fast.whole_loop import block_reason, read_whole_loop
 
@@ -78,6 +79,18 @@ def test_generation_writes_the_same_tokens(options: dict, served: bool) -> None:
         read, truth = (model(impl, **options).eval().read(batch) for impl in ("triton", "torch"))
     assert [len(ids) for ids in read[0]] == list(batch.plan.active_rows)
     assert torch.equal(torch.cat([*read[0], read[1]]), torch.cat([*truth[0], truth[1]]))
+
+
+def test_decoding_writes_the_same_tokens() -> None:
+    """The step of the kernels, and the one of plain torch, which has ops of its own."""
+    prompts = np.array([2, 45, 9, 46, 5, 2, 44]), np.array([0, 5, 7])
+    written = []
+    for impl in ("triton", "torch"):
+        torch.manual_seed(0)
+        config = ModelConfig(BlockConfig(16, 2, 1, causal=True), 60, 64)
+        writer = AutoregressiveTransformer(config, impl=impl).to(DEVICE)
+        written.append(decode(writer, *prompts, max_new=3).tokens.tolist())
+    assert written[0] == written[1] and len(written[0]) == 6
 
 
 def test_why_the_kernel_does_not_serve() -> None:
