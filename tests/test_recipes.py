@@ -253,6 +253,30 @@ def test_every_module_is_listed_and_whole() -> None:
         assert all(hasattr(recipe, part) for part in ("PUBLISHED", "run", "rows", "plot"))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("linear_loop", ["training.steps=20", "training.batch_size=8", "prompts=50"]),
+        ("cot_gd", ["training.steps=20", "training.batch_size=8", "prompts=20"]),
+        ("gd_conditioning", ["draws=5"]),
+    ],
+)
+def test_paper_presets_of_linear_attention(name, changes, tmp_path) -> None:
+    """Those of the other recipes run beside their cpu presets, 20 steps too."""
+    found = command.run_recipe(name, tmp_path, preset="paper", changes=changes)["results"]
+    header, lines = recipes.load_recipe(name).rows(found)
+    assert lines and {len(line) for line in lines} == {len(header)}
+
+
+def test_the_papers_optimiser() -> None:
+    """Saunshi et al. 2025 train with Adafactor, Fan et al. 2024 and Ahn et al. 2023 with AdamW."""
+    trained_by = {"p_hop": "adafactor", "addition": "adafactor", "i_gsm": "adafactor",
+                  "length_generalization": "adamw", "linear_loop": "adamw"}  # fmt: skip
+    for name, optimizer in trained_by.items():
+        training = recipes.load_recipe(name).PRESETS["paper"].training
+        assert training.optimizer == optimizer and training.muon_lr is None, name
+
+
 def test_list_imports_no_torch(capsys) -> None:
     code = """
 import sys

@@ -82,7 +82,7 @@ def test_answers_are_spread() -> None:
 def test_a_short_run(preset, tmp_path) -> None:
     whole = PRESETS[preset]
     settings = replace(
-        whole, training=replace(whole.training, steps=2, batch_size=3), models=("1x1", "2x4"),
+        whole, training=replace(whole.training, steps=20, batch_size=1), models=("1x1", "2x4"),
         problems=2,
     )  # fmt: skip
     with Display() as display:

@@ -138,7 +138,7 @@ def run(folder, settings) -> dict:
 def test_a_short_run(preset, tmp_path) -> None:
     whole = PRESETS[preset]
     settings = replace(
-        whole, training=replace(whole.training, steps=2, batch_size=2), tasks=tuple(DRAWS),
+        whole, training=replace(whole.training, steps=20, batch_size=1), tasks=tuple(DRAWS),
         problems=2, more_loops=0,
     )  # fmt: skip
     settings = replace(

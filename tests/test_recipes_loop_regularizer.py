@@ -38,7 +38,7 @@ def test_the_recipe(tmp_path) -> None:
 
 def test_the_paper_preset(tmp_path) -> None:
     paper = loop_regularizer.PRESETS["paper"]
-    short = replace(paper.training, steps=1, batch_size=1)
+    short = replace(paper.training, steps=20, batch_size=1)
     task = replace(paper, training=short, problems=1, weights=(10.0,), tied_steps=1)
     with Display() as display:
         results = loop_regularizer.run(

@@ -99,7 +99,7 @@ def test_the_paper_preset(tmp_path) -> None:
     )  # fmt: skip
     narrow = replace(
         paper, d_model=32, n_heads=2, d_hidden=80, context=32, windows=2, scored=1, problems=1,
-        shots=0, training=replace(paper.training, steps=1, batch_size=2), test_loops=(4,),
+        shots=0, training=replace(paper.training, steps=20, batch_size=1), test_loops=(4,),
     )  # fmt: skip
     with Display() as display:
         results = looped_lm.run(

@@ -94,7 +94,7 @@ def test_the_paper_preset_shows_the_papers_numbers(tmp_path) -> None:
     header, lines = p_hop.rows({"models": {"2x3": model}, "published": True})
     assert header == ["model", "parameters", "p = 16", "p = 32", "paper 16", "paper 32", "seconds"]
     assert lines == [["2⊗3", 1, 50.0, 25.0, 99.9, 99.8, 1.0]]
-    short = replace(preset.training, steps=2, batch_size=1)
+    short = replace(preset.training, steps=20, batch_size=1)
     task = replace(preset, models=("2x3",), hops=(16,), problems=2, training=short)
     with Display() as display:
         results = p_hop.run(task, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display)

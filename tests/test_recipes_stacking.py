@@ -42,7 +42,7 @@ def test_the_recipe(tmp_path, monkeypatch) -> None:
 def test_the_paper_preset(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(stacking, "TIMED_STEPS", 1)
     paper = stacking.PRESETS["paper"]
-    short = replace(paper.training, steps=12, batch_size=1)
+    short = replace(paper.training, steps=20, batch_size=1)
     task = replace(paper, training=short, problems=1, methods=("middle",))
     with Display() as display:
         results = stacking.run(task, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display)
