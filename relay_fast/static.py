@@ -55,24 +55,32 @@ class Capacity:
         return sum(self.rows)
 
     @staticmethod
-    def of(batches: Iterable[PackedBatch], slack: float = 0.1) -> Capacity:
+    def of(batches: Iterable[PackedBatch], slack: float = 0.1, spread: float = 0.0) -> Capacity:
         """What these batches need, and `slack` more of everything but the longest sequence and the
-        iterations."""
+        iterations.
+
+        spread: of an iteration that k sequences reach also spread / √k more: where lengths are
+        drawn at random, k itself differs from batch to batch by about √k.
+        """
         batches = list(batches)
         if not batches:
             raise ValueError("Capacity.of needs at least one batch to measure")
         loops = max(b.plan.max_loops for b in batches)
-        grow = lambda n: int(np.ceil(n * (1 + slack)))
 
-        def most(of) -> list[int]:
-            return [grow(max(of(b, t) for b in batches)) for t in range(1, loops + 1)]
+        def most(of) -> np.ndarray:
+            return np.array([max(of(b, t) for b in batches) for t in range(1, loops + 1)], int)
 
-        rows = most(lambda b, t: b.plan.rows_at(t) if t > 1 else b.plan.rows)
+        active = most(lambda b, t: _at(b.plan.active_sequences, t))
+        more = 1 + slack + spread / np.sqrt(np.maximum(1, active))
+        grow = lambda values: np.ceil(np.round(values * more, 6)).astype(int)
+        rows = grow(most(lambda b, t: b.plan.rows_at(t) if t > 1 else b.plan.rows))
+        rows = np.maximum.accumulate(rows[::-1])[::-1]  # none may grow with the iteration
+        sequences = int(np.ceil(max(len(b) for b in batches) * (1 + slack)))
         return Capacity(
-            tuple(-(-n // ALIGN) * ALIGN for n in rows),
-            tuple(most(lambda b, t: _at(b.plan.active_sequences, t))),
-            tuple(most(lambda b, t: _at(np.diff(b.row_offsets), t))),
-            grow(max(len(b) for b in batches)),
+            tuple((-(-rows // ALIGN) * ALIGN).tolist()),
+            tuple(np.minimum(grow(active), sequences).tolist()),
+            tuple(grow(most(lambda b, t: _at(np.diff(b.row_offsets), t))).tolist()),
+            sequences,
             max(int(b.plan.lengths.max(initial=1)) for b in batches),
         )
 

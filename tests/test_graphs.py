@@ -198,6 +198,31 @@ def test_capacity_of_batches_by_hand() -> None:
     assert Capacity.of([batch_of([100], [1])], slack=0.3).rows == (192,)
 
 
+def test_a_spread_makes_room_for_other_draws() -> None:
+    rng = np.random.default_rng(0)
+
+    def drawn():
+        loops = rng.choice(30, 256, p=np.arange(1, 31) / 465) + 1  # few sequences loop longest
+        return batch_of((40 + loops).tolist(), loops.tolist())
+
+    measured, others = [drawn() for _ in range(12)], [drawn() for _ in range(60)]
+    larger = lambda capacity: sum(capacity.reason(b) is not None for b in others)
+    tight, roomy = Capacity.of(measured, 0.05), Capacity.of(measured, 0.05, 2.0)
+    assert larger(tight) >= 4 and larger(roomy) == 0
+    assert roomy.token_iterations < 1.3 * tight.token_iterations
+    assert all(a <= roomy.sequences for a in roomy.active)
+    model = make_model()
+    few = [batch_of([100, 60, 50], [3, 2, 1]), batch_of([1, 90], [3, 2])]
+    capacity = Capacity.of(few, 0.0, 2.0)  # fewer sequences, each with much more room: in order
+    assert capacity.rows == tuple(sorted(capacity.rows, reverse=True))
+    static = StaticBatch(capacity, "cpu")
+    for batch in few:
+        truth = gradients(model, batch)
+        static.load(batch)
+        for name, value in gradients(model, static.batch).items():
+            assert_close(name, value, truth[name], 1e-12)
+
+
 def test_what_does_not_fit_is_named() -> None:
     capacity = Capacity((64, 64), (3, 2), (6, 2), 3, 10)
     for lengths, loops, reason in (
