@@ -92,7 +92,7 @@ def generate_chains(
     the model cannot take, torch.OutOfMemoryError where not even one problem fits.
     """
     options = {"batch_tokens": batch_tokens, "progress": progress}
-    return _in_order(list(stream_chains(model, problems, tasks, **options)), problems)
+    return in_callers_order(list(stream_chains(model, problems, tasks, **options)), problems)
 
 
 def generate_scored(
@@ -100,13 +100,13 @@ def generate_scored(
 ) -> tuple[Samples, Scores]:
     """What `generate_chains` gives, and the log-probability of every token of it."""
     parts = list(_stream(model, problems, tasks, True, **options))
-    written = _in_order([(chosen, samples) for chosen, samples, _ in parts], problems)
+    written = in_callers_order([(chosen, samples) for chosen, samples, _ in parts], problems)
     # As samples whose tokens are log-probabilities, so that they are reordered alike.
     scores = [
         (chosen, replace(samples, rounds=own.rounds, answer=own.answer))
         for chosen, samples, own in parts
     ]
-    ordered = _in_order(scores, problems)
+    ordered = in_callers_order(scores, problems)
     return written, Scores(ordered.rounds.astype(np.float32), ordered.answer.astype(np.float32))
 
 
@@ -115,11 +115,17 @@ def stream_chains(
 ) -> Iterator[tuple[np.ndarray, Samples]]:
     """Batches as they are done, as (which of the problems, their chains).
 
-    Only one batch is in memory: batches of the most loops come first. options, errors: those of
+    Only one batch is in memory: they come in `stream_order`. first: how many of the problems in
+    that order to leave out, for a call that continues another. Other options, errors: those of
     `generate_chains`; errors that the problems cause are raised at the first batch.
     """
     for chosen, samples, _ in _stream(model, problems, tasks, **options):
         yield chosen, samples
+
+
+def stream_order(problems: Samples) -> np.ndarray:
+    """(S,) which problem is written when: the most loops, then the longest, come first."""
+    return np.lexsort((-np.diff(problems.problem_offsets), -problems.loops))
 
 
 def _stream(
@@ -129,16 +135,17 @@ def _stream(
     scored: bool = False,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[np.ndarray, Samples, Scores | None]]:
     sizes = np.diff(problems.problem_offsets)
     shortest = [tasks[TASK_NAMES[k]].min_input_tokens for k in problems.task]
     widths = np.maximum(sizes, np.array(shortest, np.int64))
     check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
     batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
-    order = np.lexsort((-sizes, -problems.loops))
+    order = stream_order(problems)
     ends = np.cumsum(sizes[order])
     questions = _without_truth(problems)
-    start = 0
+    start = first
     while start < len(order):
         before = ends[start] - sizes[order[start]]
         stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
@@ -179,8 +186,8 @@ def read_batch(
     return written, Scores(own[: len(ids)][inside], own[len(ids) :])
 
 
-def _in_order(parts: list[tuple[np.ndarray, Samples]], problems: Samples) -> Samples:
-    """The parts' samples in the problems' order."""
+def in_callers_order(parts: list[tuple[np.ndarray, Samples]], problems: Samples) -> Samples:
+    """The samples of parts, each (which of the problems, samples), in the problems' order."""
     if not parts:
         return _without_truth(problems)
     order = np.concatenate([chosen for chosen, _ in parts])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from relay_fast import trust
+from relay_fast.chain_parts import generate_in_parts
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data import Form, SampleStream, TruthStream, mean_cost
 from relay_fast.datasets import load_samples, save_samples
@@ -206,7 +207,8 @@ def _chains(context: Context, report: Report):
         lengths = np.repeat(np.arange(longest + 1, longest + 1 + len(counts)), counts)
         parts.append(task.sample(lengths, context.stream_seed(_CHAINS)))
     problems = Samples.concat(parts)
-    written = generate_chains(model, problems, context.tasks, progress=_reporter(report))
+    stem = context.folder / "checkpoints" / "chains"
+    written = generate_in_parts(model, problems, context.tasks, stem, _reporter(report))
     save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
     return {"trust": trust.to_json(trust.count(written, problems, context.tasks))}
 

@@ -1,0 +1,50 @@
+"""Looped chains written into files as they come, so that an interruption loses next to nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from relay_fast.datasets import load_samples, save_samples
+from relay_fast.generate import Progress, in_callers_order, stream_chains, stream_order
+from relay_fast.modules import LoopedTransformer
+from relay_fast.store import model_hash
+from relay_fast.tasks import Samples, Task
+
+SAVE_EVERY = 20.0  # seconds of writing that an interruption may lose
+PART_TOKENS = 2 << 20  # of a file: machines that are lent return small ones
+
+
+def generate_in_parts(
+    model: LoopedTransformer,
+    problems: Samples,
+    tasks: Mapping[str, Task],
+    stem: Path,
+    progress: Progress | None = None,
+) -> Samples:
+    """What `generate_chains` gives, as far as the files `stem`.MODEL-FIRST.safetensors of earlier
+    calls go from them, the rest written into further ones.
+
+    An interrupted call is thus continued by the same call, to the same chains; files of another
+    model are not read. Raises CheckpointError for a file that cannot be read or written, and what
+    `generate_chains` raises.
+    """
+    name = f"{stem.name}.{model_hash(model)}"
+    path = lambda first: stem.with_name(f"{name}-{first:08d}.safetensors")
+    parts: list[Samples] = []
+    done = 0
+    while path(done).exists():
+        parts.append(load_samples(path(done)))
+        done += len(parts[-1])
+    fresh: list[Samples] = []
+    saved = time.monotonic()
+    for _, written in stream_chains(model, problems, tasks, first=done, progress=progress):
+        fresh.append(written)
+        tokens = sum(len(samples.rounds) for samples in fresh)
+        if time.monotonic() - saved >= SAVE_EVERY or tokens >= PART_TOKENS:
+            parts.append(Samples.concat(fresh))
+            save_samples(path(done), parts[-1], {"model": model_hash(model), "first": done})
+            done += len(parts[-1])
+            fresh, saved = [], time.monotonic()
+    return in_callers_order([(stream_order(problems), Samples.concat(parts + fresh))], problems)
