@@ -34,8 +34,8 @@ BeforeStep = Callable[[int, torch.optim.Optimizer], None]
 LOG_EVERY = 2.0  # seconds between two progress reports (each reads a loss back)
 SAVE_EVERY = 20.0  # seconds between two resume points
 PART_BYTES = 12 << 20  # of a file of the resume point: machines that are lent return small files
-# A CUDA graph's capacity: of so many batches over the whole training, with so much more. None of 400
-# other batches of preset paper-fast was larger (12 % of them without the spread, at slack 0.1).
+# A CUDA graph's capacity: of so many batches over the whole training, with so much more. None of
+# 400 others of preset paper-fast was larger (12 % of them without the spread, at slack 0.1).
 CAPACITY_BATCHES, SLACK, SPREAD = 12, 0.05, 2.0
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
