@@ -1,6 +1,7 @@
 """`python -m relay_fast.recipes`: settings, resuming, what it leaves, what it says to bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ def test_finished_training_is_read_back(tmp_path) -> None:
     [
         ({"steps": 0}, "steps = 0: give at least 1"),
         ({"batch_size": 0}, "batch_size = 0: give at least 1"),
+        ({"lr": -0.1}, "lr = -0.1: give a positive number"),
         ({"decay": "cosin"}, "decay = 'cosin' is unknown: use one of linear, cosine"),
         ({"optimizer": "adam"}, "optimizer = 'adam' is unknown: use one of adamw, adafactor"),
         ({"optimizer": "adafactor", "muon_lr": 0.1}, "muon_lr = 0.1 goes with optimizer = 'adamw'"),
@@ -193,6 +195,7 @@ def test_an_interruption_is_continued(toy, tmp_path, monkeypatch, capsys) -> Non
         (["toy", "--set", "width"], "'width' changes nothing: write NAME=VALUE"),
         (["toy", "--set", "width=wide"], "setting width = wide: give a whole number, like 3"),
         (["toy", "--set", "sizes=1"], "setting sizes = 1: give a list, like [1, 2]"),
+        (["toy", "--set", 'sizes=[1, "a"]'], 'setting sizes = "a": give a whole number, like 1'),
         (["toy", "--set", "training=1"], "setting 'training' has parts: use one of training.steps"),
         (["toy", "--set", "width.x=1"], "setting 'width' has no part 'x': write width=VALUE"),
     ],
@@ -208,6 +211,7 @@ def test_changes_keep_the_kind_of_a_setting() -> None:
     s = command.changed(Settings(), "scale=2")
     assert s.scale == 2.0 and type(s.scale) is float
     assert command.changed(s, "sizes=[4,5]").sizes == (4, 5)
+    assert command.changed(s, "sizes=[]").sizes == ()
     assert command.changed(s, "training.clip=1.0").training.clip == 1.0
 
 
@@ -241,6 +245,16 @@ def test_table_cells() -> None:
 
 
 # The registry
+
+
+def test_help_shows_what_a_recipe_is(capsys) -> None:
+    assert command.main(["p_hop", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--preset" in shown and recipes.load_recipe("p_hop").__doc__ in shown
+    assert re.search(r"training\.steps +700 +200000\n", shown)
+    assert re.search(r"target +\"every\" +\"last\"\n", shown)
+    assert command.main(["--help"]) == 0 and "p-hop" not in capsys.readouterr().out
+    assert command.main([]) == 2
 
 
 def test_every_module_is_listed_and_whole() -> None:

@@ -97,7 +97,8 @@ def _value(name: str, text: str, old: Any) -> Any:
     except ValueError:
         value = text
     if isinstance(old, tuple) and isinstance(value, list):
-        value = tuple(value)
+        # An empty list does not say what it is of.
+        return tuple(_value(name, json.dumps(x), old[0]) if old else x for x in value)
     if isinstance(old, float) and type(value) is int:
         value = float(value)
     if old is not None and value is not None and type(value) is not type(old):
@@ -140,28 +141,56 @@ def _show(name: str, results: dict[str, Any], folder: Path) -> None:
     print(f"results: {folder / 'results.json'}   {results['seconds']:.0f} s")
 
 
+def help_text(name: str) -> str:
+    """What a recipe is, and its settings in each preset. Raises ValueError for an unknown one."""
+    recipe = load_recipe(name)
+    presets = [_flat(dataclasses.asdict(preset)) for preset in recipe.PRESETS.values()]
+    lines = [[key, *(json.dumps(preset[key]) for preset in presets)] for key in presets[0]]
+    return f"{recipe.__doc__}\n{table_text(['setting (--set)', *recipe.PRESETS], lines)}"
+
+
+def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
+    """Dotted name -> value."""
+    found = {}
+    for name, value in settings.items():
+        part = isinstance(value, dict)
+        found |= _flat(value, f"{start}{name}.") if part else {f"{start}{name}": value}
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m relay_fast.recipes", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="a recipe, or: list")
-    parser.add_argument("--preset", default="cpu", help="cpu or paper")
-    parser.add_argument("--out", metavar="RUN", help="default runs/NAME-PRESET")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="so many training steps")
+    parser = argparse.ArgumentParser(
+        "python -m relay_fast.recipes", description=__doc__, add_help=False
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a recipe, or: list")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-        help="another number for a setting, such as training.batch_size=8; may be repeated",
+        "-h", "--help", action="store_true", help="this text; after NAME also what the recipe is"
+    )
+    parser.add_argument("--preset", default="cpu", help="cpu (minutes) or paper (its sizes)")
+    parser.add_argument("--out", metavar="RUN", help="default runs/NAME-PRESET")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--steps", type=int, help="the same as --set training.steps=STEPS")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SETTING=VALUE", dest="changes",
+        help="another value for a setting, such as training.batch_size=8; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for bad input, 130 when interrupted."""
-    a = _parser().parse_args(arguments)
+    parser = _parser()
+    a = parser.parse_args(arguments)
     if a.name == "list":
         width = max(map(len, RECIPES), default=0)
         print("\n".join(f"{name:{width}s}  {summary}" for name, summary in RECIPES.items()))
         return 0
+    if a.help or a.name is None:
+        parser.print_help()
+        if a.name in RECIPES:
+            print(f"\n{a.name}: {help_text(a.name)}")
+        return 0 if a.help else 2
     from relay_fast.checkpoint import CheckpointError
     from relay_fast.runs import RunFolderError
 

@@ -46,6 +46,8 @@ class Training:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
+        if self.lr <= 0:
+            raise ValueError(f"lr = {self.lr}: give a positive number")
         if self.decay not in DECAYS:
             known = ", ".join(DECAYS)
             raise ValueError(f"decay = {self.decay!r} is unknown: use one of {known}")
