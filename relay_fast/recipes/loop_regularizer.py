@@ -19,7 +19,7 @@ from relay_fast.display import Display
 from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, draw_panels, train
-from relay_fast.recipes._models import classifier_loss
+from relay_fast.recipes._models import classifier_loss, parse_shape
 from relay_fast.regularizer import HOW, block_cosines, loop_regularizer, tie
 from relay_fast.runs import RunFolder
 from relay_fast.stack import check_period
@@ -48,13 +48,13 @@ class Settings(p_hop.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.models) != 1 or p_hop.parse_shape(self.models[0])[2] != 1:
+        if len(self.models) != 1 or parse_shape(self.models[0])[2] != 1:
             raise ValueError(
                 f"models = {list(self.models)}: give one stack without loops, like 4x1"
             )
         if not self.weights or min(self.weights) < 0:
             raise ValueError(f"weights = {list(self.weights)}: give numbers of at least 0")
-        check_period(self.period, p_hop.parse_shape(self.models[0])[1])
+        check_period(self.period, parse_shape(self.models[0])[1])
 
 
 PRESETS = {

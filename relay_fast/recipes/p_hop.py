@@ -2,7 +2,8 @@
 
 For characters v_1 … v_n: find_1(v, i) = max({0} ∪ {j ≤ i : v_{j−1} = v_i}), find_p = find_1 ∘
 find_{p−1}, hop_p(v) = v_{find_p(v, n)}: look the last character up in what came before, take its
-successor there, and so on, p times. A looped layer needs about log2 p loops for it.
+successor there, and so on, p times. One layer can do it in ⌊log2 p⌋ + 2 loops (the paper's
+Corollary 5.3, built in tests/test_construction_p_hop.py).
 
 target "last": Saunshi's form, one p a model, one answer a sequence; p hops always exist.
 target "every": the denser form of Sanford et al. 2024 (arXiv 2402.09268): p is written in front, no
@@ -26,6 +27,7 @@ from relay_fast._inference import inference
 from relay_fast.display import Display
 from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._compare import comparison_rows
 from relay_fast.recipes._models import classifier_loss, make_classifier, parse_shape
 from relay_fast.runs import RunFolder
 
@@ -64,8 +66,10 @@ class Settings:
             raise ValueError(f"target = {self.target!r} is unknown: use one of {TARGETS}")
         if self.characters < 3:
             raise ValueError(f"characters = {self.characters}: give at least 3")
-        if not self.hops or min(self.hops) < 1 or self.problems < 1:
-            raise ValueError("hops and problems must be at least 1, and there must be some hops")
+        if min(self.hops, default=0) < 1:
+            raise ValueError(f"hops = {self.hops}: give some numbers of at least 1")
+        if self.problems < 1:
+            raise ValueError(f"problems = {self.problems}: give at least 1")
         check_hops(max(self.hops), self.length, self.target)
         for name in self.models:
             parse_shape(name)
@@ -263,17 +267,9 @@ def run(
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """A line a model: % right for each p, beside the paper's where the task is the paper's."""
-    hops = list(next(iter(results["models"].values()))["accuracy"])
-    shown = hops if results["published"] else []
-    header = ["model", "parameters", *(f"p = {p}" for p in hops), *(f"paper {p}" for p in shown)]
-    lines = []
-    for name, m in results["models"].items():
-        measured = [100 * m["accuracy"][p] for p in hops]
-        paper = [PUBLISHED.get(name, {}).get(int(p)) for p in shown]
-        label = name.replace("x", "⊗")
-        lines.append([label, m["parameters"], *measured, *paper, m["seconds"]])
-    return [*header, "seconds"], lines
+    """% right for each p, beside the paper's where the task is the paper's."""
+    published = PUBLISHED if results["published"] else {}
+    return comparison_rows(results["models"], published, "p")
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:

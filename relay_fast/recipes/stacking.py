@@ -34,6 +34,7 @@ from relay_fast.optim import make_optimizer
 from relay_fast.presets import load_preset
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._models import classifier_loss
 from relay_fast.regularizer import layer_similarity
 from relay_fast.runs import RunFolder
 from relay_fast.schedule import Schedule
@@ -125,7 +126,7 @@ class _Hops:
 
     def train(self, model: nn.Module, name: str, before_step: BeforeStep | None) -> Trained:
         return train(
-            model, p_hop.classifier_loss, self._draw, self.training, self.folder, name,
+            model, classifier_loss, self._draw, self.training, self.folder, name,
             self.display, seed=self.seed, device=self.device, before_step=before_step,
         )  # fmt: skip
 
