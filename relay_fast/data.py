@@ -175,13 +175,17 @@ class SampleStream(Dataset):
         self.samples, self.tasks, self.form, self.schedule = samples, tasks, form, schedule
         self.batch_size, self.seed = min(batch_size, len(samples)), seed
         self.longest_true = dict(longest_true)
+        self._shuffled: tuple[int, np.ndarray] | None = None  # the last epoch, and its order
 
     def __len__(self) -> int:
         return self.schedule.steps
 
     def __getitem__(self, step: int) -> Step:
         epoch, index = divmod(step, len(self.samples) // self.batch_size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+            self._shuffled = epoch, order
+        order = self._shuffled[1]
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
         batch = self.form.pack(self.samples.take(chosen), self.tasks, None)
         return Step(batch, self.longest_true)

@@ -207,6 +207,8 @@ def test_a_set_of_samples_comes_once_an_epoch() -> None:
         assert sorted(seen) == every
         orders.append(seen)
     assert orders[0] != orders[1]
+    back = s[1].batch[0]  # from an epoch that is over
+    assert [back.problem_of(i).tobytes() for i in range(4)] == orders[0][4:8]
     assert s[2].longest_true == {"arithmetic": 5}
     assert len(samples_stream(samples, 1, 100)[0].batch[0]) == 12  # fewer than a batch
     assert len(s) == 6
