@@ -1,0 +1,270 @@
+"""What preset `paper-fast` should take on an H200, written down before the first run.
+
+    python -m benchmarks.card.predict --out benchmarks/results/paper/PREDICTION.md
+
+Training steps are traced on meta tensors as in `benchmarks.card.profile`: every launch with its own
+configuration, FLOPs and bytes, over the preset's own batches. What the host does is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no launches to record
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import common
+from benchmarks.card.profile import ARCH, traced
+from benchmarks.card.table import markdown
+from benchmarks.kernel_costs import CARDS
+from relay_fast._files import replacing
+from relay_fast.batch import PackedBatch
+from relay_fast.data import TruthStream
+from relay_fast.decode_step import LENGTH_STEP
+from relay_fast.presets import load_preset, recipe
+from relay_fast.schedule import Schedule
+from relay_fast.stages import Context
+from relay_fast.static import Capacity, StaticBatch
+from relay_fast.trainer import CAPACITY_BATCHES, SLACK, SPREAD
+
+# Assumed.
+NODE = 1e-6  # seconds that each node of a graph takes beside its work
+HOST = {"looped": 5e-3, "autoregressive": 3e-3}  # seconds a step in which the card has no work yet
+ROWS_AT_WORK = 0.7  # of the decoding cache's, on average
+FP32_SHARE = 0.4  # of the fp32 peak, in the looped model's writing
+BEGIN = 20.0  # seconds until a stage's first step: process, CUDA, compiled kernels, data workers
+
+PLACES = 5  # of the curriculum that are traced
+EXAMPLES = 16  # problems a length that sizes are taken from
+SCRATCH = {
+    "looped_aligned": "looped", "looped_vanilla": "looped", "ar_baseline": "autoregressive",
+}  # fmt: skip
+KIND = {**SCRATCH, "ar_relay": "autoregressive", "ar_self": "autoregressive"}
+
+
+@dataclass
+class Training:
+    """A training stage as predicted; times in seconds."""
+
+    stage: str
+    batch: int
+    steps: int
+    token_iterations: int  # of a step with problems of every length
+    flops: float  # of that step, as launched
+    longest: float  # that step
+    mean: float  # over the curriculum
+    nodes: int
+    memory: float  # bytes
+
+    @property
+    def seconds(self) -> float:
+        return self.mean * self.steps
+
+
+def stream_of(context: Context, stage: str) -> TruthStream:
+    """The stage's batches; those of a fine-tuning stage as if it trained from scratch."""
+    settings = recipe(context.config, stage)
+    names = ("batch_size", "lengths", "curriculum", "pad_probability", "pad_to")
+    options = {name: settings[name] for name in names if name in settings}
+    if stage not in SCRATCH:
+        options["curriculum"] = 0.0
+    return TruthStream(
+        context.tasks, context.ranges, context.form(settings, KIND[stage]),
+        Schedule.by_steps(settings["steps"]), seed=1, **options,
+    )  # fmt: skip
+
+
+def training(context: Context, stage: str) -> Training:
+    stream, steps = stream_of(context, stage), recipe(context.config, stage)["steps"]
+    model = context.new_model(KIND[stage], "answer" if stage == "looped_vanilla" else "chain")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):  # as autocast casts them, once a step
+            module.to(torch.bfloat16)
+    model = model.to("meta")
+
+    def trace(batch: PackedBatch):
+        with traced() as seen:
+            model.loss(batch.to("meta")).loss.backward()
+        return list(seen.parts.values())
+
+    drawn = np.linspace(0, steps - 1, CAPACITY_BATCHES).astype(int).tolist()
+    capacity = Capacity.of((stream[i].batch for i in drawn), SLACK, SPREAD)
+    with traced() as graph:
+        model.loss(StaticBatch(capacity, "meta").batch).loss.backward()
+    nodes = sum(part.launches for part in graph.parts.values())
+    fixed, growth = NODE * nodes + HOST[KIND[stage]], stream.curriculum
+    places = [growth * (k + 0.5) / PLACES for k in range(PLACES)] if growth else []
+    growing = [fixed + sum(p.waves for p in trace(stream[int(x * steps)].batch)) for x in places]
+    last = stream[steps - 1].batch
+    parts = trace(last)
+    longest = fixed + sum(part.waves for part in parts)
+    mean = growth * float(np.mean(growing or [0.0])) + (1 - growth) * longest
+    policy = context.config["training"]["recompute"]
+    memory = peak_bytes(policy) * capacity.token_iterations
+    flops = sum(part.flops for part in parts)
+    return Training(
+        stage, len(last), steps, last.plan.token_iterations, flops, longest, mean, nodes, memory
+    )
+
+
+def peak_bytes(policy: str) -> float:
+    """Peak bytes of a token-iteration in fp32 on a CPU, from the benchmark's file."""
+    with (common.RESULTS / "loop_throughput.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["config"], row["provider"], row["policy"]) == ("relay", "relay_fast", policy):
+                per_sample = float(row["token_iterations_per_s"]) / float(row["samples_per_s"])
+                return float(row["peak_bytes"]) / (per_sample * float(row["batch"]))
+    raise ValueError(f"loop_throughput.csv has no row of policy {policy!r}: run it with --policies")
+
+
+def made_per_second(stream: TruthStream, batches: int = 5) -> float:
+    """Samples that one core of this machine makes in a second, of the longest problems."""
+    first = len(stream) - 1 - batches
+    stream[first]
+    began = time.perf_counter()
+    samples = sum(len(stream[first + 1 + k].batch) for k in range(batches))
+    return samples / (time.perf_counter() - began)
+
+
+@dataclass
+class Writing:
+    """What models write in a stage: chains, tokens, and seconds by kind of model."""
+
+    chains: int = 0
+    tokens: float = 0.0
+    autoregressive: float = 0.0
+    looped: float = 0.0
+
+
+def writing(context: Context, wanted: Iterable[tuple[str, int, int]]) -> Writing:
+    """Of so many chains (task, length, number).
+
+    autoregressive: every step reads the cache, as long as the sequence's end, in fp32; looped:
+    forward FLOPs.
+    """
+    c, card, total = context.new_model("looped").config.block, CARDS[ARCH], Writing()
+    position = 2 * 4 * c.n_layers * c.kv_heads * c.head_dim  # bytes of the cache
+    linear = 2 * c.n_layers * (c.d_model * (4 * c.d_model) + 2 * c.d_model * c.hidden)
+    for name, length, number in wanted:
+        problems = context.tasks[name].sample(np.full(EXAMPLES, length), 7)
+        sizes, prompts = (np.diff(x) for x in (problems.sequences(context.tasks)[1],
+                                               problems.problem_offsets))  # fmt: skip
+        tokens, ends = sizes - prompts, -(-sizes // LENGTH_STEP) * LENGTH_STEP
+        reads = float((tokens * ends).mean()) * position / (card.bandwidth * ROWS_AT_WORK)
+        work = float((prompts * problems.loops).mean()) * linear / (card.flops_fp32 * FP32_SHARE)
+        total.chains += number
+        total.tokens += number * float(tokens.mean())
+        total.autoregressive += number * reads
+        total.looped += number * work
+    return total
+
+
+def sets(context: Context) -> dict[str, Writing]:
+    """What is written: to be evaluated, as chains to learn from, by a control in its phases."""
+    evaluated, beyond, own = [], [], []
+    for name, entry in context.config["tasks"].items():
+        shortest, longest = entry["train"]
+        number = context.config["evaluation"]["problems"]
+        evaluated += [(name, n, number) for n in range(shortest, entry["test"][1] + 1)]
+        beyond += [(name, longest + 1 + k, n) for k, n in enumerate(entry["merge_beyond"])]
+        for phase, count in enumerate(entry["self_counts"]):
+            own += [(name, length, count) for length in entry["self_lengths"][: phase + 1]]
+    wanted = {"evaluation": evaluated, "chains": beyond, "self chains": own}
+    return {what: writing(context, counts) for what, counts in wanted.items()}
+
+
+def page() -> str:
+    context = Context(Path("nowhere"), load_preset("paper-fast"), "cpu", "triton")
+    trained = {stage: training(context, stage) for stage in KIND}
+    written, phases = sets(context), 5
+    made = {KIND[stage]: made_per_second(stream_of(context, stage))
+            for stage in ("looped_aligned", "ar_baseline")}  # fmt: skip
+    rows = [
+        (t.stage, f"{t.batch:,}", f"{t.steps:,}", f"{t.token_iterations:,}",
+         f"{t.flops / 1e12:.3g}", f"{t.nodes:,}", f"{1e3 * t.longest:.3g}", f"{1e3 * t.mean:.3g}",
+         f"{t.seconds / 60:.1f}", f"{t.memory / 1e9:.0f}", f"{t.batch / t.mean:,.0f}",
+         f"{made[KIND[t.stage]]:,.0f}",
+         f"{made[KIND[t.stage]] * context.config['data_workers'] * t.mean / t.batch:.1f}×")
+        for t in trained.values()
+    ]  # fmt: skip
+    columns = ("stage", "batch", "steps", "token-iterations", "TFLOP", "nodes", "longest step, ms",
+               "mean step, ms", "minutes", "memory, GB", "samples/s", "made a core/s",
+               "headroom")  # fmt: skip
+    whole = stages(trained, written, phases)
+    card, t = CARDS[ARCH], trained["looped_aligned"]
+    return (
+        "# What `paper-fast` should take on an H200\n\n"
+        "**Predictions, none measured on a card.** Made by `python -m benchmarks.card.predict`. "
+        f"{card.name}: {card.flops_16_bit / 1e12:.0f} TFLOP/s in bf16, "
+        f"{card.flops_fp32 / 1e12:.0f} in fp32, {card.bandwidth / 1e12:.1f} TB/s.\n\n"
+        "## Training\n\n" + markdown(columns, rows) + "\n"
+        "Step = Σ over its launches of max(FLOPs / peak, bytes / bandwidth) / share of processors "
+        f"at work, + {1e6 * NODE:.0f} µs a node of the CUDA graph, + {1e3 * HOST['looped']:.0f} ms "
+        f"(looped) or {1e3 * HOST['autoregressive']:.0f} ms (autoregressive) in which the host "
+        "copies the next batch; without the optimiser. *Longest step*: problems of every length; "
+        "*mean*: over the curriculum; ar_self: each of its phases. *Memory*: the peak of a "
+        "token-iteration in fp32 (`loop_throughput.csv`) times the graph's capacity; bf16 needs "
+        f"less. *Made a core*: measured on one core of {common.machine('cpu')['machine']}; "
+        f"*headroom*: {context.config['data_workers']} workers over what the step takes.\n\n"
+        f"The looped model's longest step does {t.flops / 1e12 / t.longest:.0f} TFLOP/s, "
+        f"{t.flops / t.longest / card.flops_16_bit:.0%} of the peak.\n\n"
+        "## Writing chains\n\n"
+        + markdown(
+            ("what", "chains", "tokens, M", "autoregressive, s", "looped, s"),
+            [(what, f"{w.chains:,}", f"{w.tokens / 1e6:.0f}", f"{w.autoregressive:.0f}",
+              f"{w.looped:.0f}") for what, w in written.items()],
+        )  # fmt: skip
+        + "\nAutoregressive: every step reads the keys and values of its rows in fp32, "
+        f"{ROWS_AT_WORK:.0%} of them at work. Looped: FLOPs at {FP32_SHARE:.0%} of the fp32 peak.\n"
+        "\n## The whole\n\n"
+        + markdown(("stages", "minutes"), [(k, f"{v / 60:.1f}") for k, v in whole.items()])
+        + f"\n{BEGIN:.0f} s are counted for the start of each stage.\n"
+    )  # fmt: skip
+
+
+def stages(
+    trained: dict[str, Training], written: dict[str, Writing], phases: int
+) -> dict[str, float]:
+    """Seconds of every stage with its evaluation, and of all."""
+    evaluated = written["evaluation"]
+    looped = evaluated.looped + 2 * BEGIN
+    autoregressive = evaluated.autoregressive + 2 * BEGIN
+    own = phases * trained["ar_self"].seconds + written["self chains"].autoregressive
+    result = {
+        "looped_aligned": trained["looped_aligned"].seconds + looped,
+        "chains": written["chains"].looped + BEGIN,
+        "ar_baseline": trained["ar_baseline"].seconds + autoregressive,
+        "ar_relay": trained["ar_relay"].seconds + autoregressive,
+        "looped_vanilla": trained["looped_vanilla"].seconds + looped,
+        "ar_self_truth": own + autoregressive,
+        "ar_self_loop": own + written["self chains"].looped + autoregressive,
+    }
+    result["all"] = sum(result.values())
+    result["looped model, second seed"] = result["looped_aligned"]
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "paper" / "PREDICTION.md")
+    options = parser.parse_args(argv)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(options.out) as partial:
+        partial.write_text(page())
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
