@@ -1,4 +1,4 @@
-"""Models by shape, (k⊗L) with or without independent ends, and what is read out of them."""
+"""Models by shape, (k⊗L) with or without independent ends."""
 
 from __future__ import annotations
 
@@ -42,9 +42,3 @@ def classifier_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss and share right, as `relay_fast.recipes._common.train` wants them."""
     return model.loss(tokens, rows, targets, cu_seqlens=cu_seqlens)
-
-
-def last_rows(tokens: Tensor) -> Tensor:
-    """(B,) rows of the last token of each sequence of a padded batch (B, n)."""
-    batch, n = tokens.shape
-    return torch.arange(1, batch + 1, device=tokens.device) * n - 1
