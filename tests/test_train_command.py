@@ -370,6 +370,8 @@ def test_the_paper_preset_says_what_the_paper_does() -> None:
 
 def test_paper_fast_changes_the_recipe_only() -> None:
     paper, fast = load_preset("paper"), load_preset("paper-fast")
+    for task in paper["tasks"].values():  # the controls write a fifth of the chains
+        task["self_counts"] = [n // 5 for n in task["self_counts"]]
     for part in ("tasks", "vocabulary", "evaluation"):
         assert fast[part] == paper[part]
     assert {**paper["model"], "dropout": 0.0} == fast["model"]  # data that never repeats
