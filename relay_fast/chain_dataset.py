@@ -31,11 +31,12 @@ from torch.utils.data import Dataset
 from relay_fast import trust
 from relay_fast._files import differences, first_differences, write_json
 from relay_fast.checkpoint import load_checkpoint, save_checkpoint
-from relay_fast.generate import decode_chains, generate_chains, read_chains, verify_chains
+from relay_fast.generate import decode_chains, generate_chains, read_chains
 from relay_fast.modules import AutoregressiveTransformer
 from relay_fast.ragged import offsets_of
 from relay_fast.store import Model, model_hash
 from relay_fast.tasks import Samples, Task, Vocabulary, make_task
+from relay_fast.verify import check_verify, right_chains, verify_chains
 
 KIND = "relay_fast chains"
 SHARD_CHAINS = 2048
@@ -62,7 +63,7 @@ def write_dataset(
     """Lets a model write chains into a folder, or continues that; returns the manifest.
 
     counts: {task: {length: how many}}. Each shard has its share of every task and length, in random
-    order. verify: as in `relay_fast.generate.verify_chains`; all chains are kept, and which passed
+    order. verify: as in `relay_fast.verify.verify_chains`; all chains are kept, and which passed
     is recorded. progress is called with (shards done, shards).
 
     Raises ValueError for what the model or a task cannot do, DatasetError for a folder of other
@@ -198,8 +199,7 @@ class ChainDataset(Dataset):
 def _check(
     model: Model, tasks: Mapping[str, Task], counts: Counts, verify: str | None, shard_chains: int
 ) -> None:
-    if verify not in ("task", "self", None):
-        raise ValueError(f'verify = {verify!r} is unknown: use "task", "self" or None')
+    check_verify(verify)
     if shard_chains < 1:
         raise ValueError(f"shard_chains = {shard_chains}: give at least 1")
     if getattr(model, "supervise", "chain") == "answer":
@@ -319,7 +319,7 @@ def _write_shard(
     else:
         written = generate_chains(model, problems, tasks)
     if verify == "task":  # the problems are solved already
-        passed = trust.right_chains(written, problems)
+        passed = right_chains(written, problems)
     else:
         passed = verify_chains(written, tasks, verify)
     tensors = {f.name: torch.from_numpy(getattr(written, f.name)) for f in fields(written)}

@@ -25,13 +25,12 @@ from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.plan import Plan
 from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.scores import read_scored
-from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 
 # Problem tokens in a batch, by device: what a CPU's caches hold (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
 UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they never meet
-NO_ANSWER = -1  # where what was written cannot be read as an answer
 NO_TOKENS = np.zeros(0, np.int32)
 
 Model = LoopedTransformer | AutoregressiveTransformer
@@ -286,28 +285,6 @@ def read_answers(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task])
     """(S,) int32 answers of what was decoded, NO_ANSWER where there is none to read."""
     texts = _read_texts(decoded, problems, tasks)
     return np.fromiter((answer for _, answer in texts), np.int32, len(problems))
-
-
-def verify_chains(
-    written: Samples, tasks: Mapping[str, Task], verify: str | None = "task"
-) -> np.ndarray:
-    """(S,) bool: which chains pass.
-
-    verify="task": every round is what the problem's rules demand, and the answer is the one that
-    the rounds imply. It solves each problem, which takes a fraction of a millisecond; where they
-    are solved already, `relay_fast.trust.right_chains` says the same far faster. "self": the answer
-    is the one that the rounds imply (needs no solver and no label). None: all pass. Raises
-    ValueError for another name.
-    """
-    if verify not in ("task", "self", None):
-        raise ValueError(f'verify = {verify!r} is unknown: use "task", "self" or None')
-    passed = np.ones(len(written), bool)
-    for i in range(len(written) if verify else 0):
-        task, rounds = tasks[TASK_NAMES[written.task[i]]], written.rounds_of(i)
-        passed[i] = task.answer_of(rounds) == written.answer[i]
-        if passed[i] and verify == "task":
-            passed[i] = all(task.check(written.problem_of(i), rounds))
-    return passed
 
 
 def _present(problems: Samples, tasks: Mapping[str, Task]) -> dict[str, Task]:

@@ -21,7 +21,6 @@ from relay_fast.chain_dataset import (
 from relay_fast.checkpoint import CheckpointError
 from relay_fast.evaluate import parse_lengths
 from relay_fast.generate import (
-    NO_ANSWER,
     decode_chains,
     fitting_problems,
     generate_chains,
@@ -31,7 +30,7 @@ from relay_fast.modules import LoopedTransformer
 from relay_fast.report import MODEL_NAMES
 from relay_fast.runs import RunFolder, RunFolderError
 from relay_fast.store import Model, load_run_model, run_tasks
-from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
 
 MOST_PRINTED = 10_000
 CHECKS = {"self": "self", "task": "task", "none": None}

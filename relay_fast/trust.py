@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from relay_fast.generate import verify_chains
-from relay_fast.ragged import ragged_index
 from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.verify import right_chains, verify_chains
 
 Table = dict[str, dict[str, "Counts"]]  # by task and length (a string, as in JSON)
 
@@ -49,28 +48,6 @@ class Counts:
     @property
     def share(self) -> float | None:
         return self.agreeing / self.written if self.written else None
-
-
-def right_chains(written: Samples, truth: Samples) -> np.ndarray:
-    """(S,) bool: every round and the answer are those of `truth`, the same problems solved.
-
-    What `relay_fast.generate.verify_chains` finds by the tasks' rules, many times faster.
-    """
-    both = (written, truth)
-    index = np.flatnonzero((written.loops == truth.loops) & (written.answer == truth.answer))
-    loops = truth.loops[index]
-    a, b = (np.diff(s.round_offsets)[ragged_index(s.first_round[index], loops)] for s in both)
-    index = index[_without(np.repeat(np.arange(len(index)), loops), a != b, len(index))]
-    sizes = np.diff(truth.round_offsets[truth.first_round])[index]
-    a, b = (s.rounds[ragged_index(s.round_offsets[s.first_round[index]], sizes)] for s in both)
-    right = np.zeros(len(written), bool)
-    right[index[_without(np.repeat(np.arange(len(index)), sizes), a != b, len(index))]] = True
-    return right
-
-
-def _without(owner: np.ndarray, wrong: np.ndarray, owners: int) -> np.ndarray:
-    """(owners,) bool: owns nothing that is wrong."""
-    return np.bincount(owner[wrong], minlength=owners) == 0
 
 
 def count(

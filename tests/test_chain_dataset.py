@@ -30,11 +30,12 @@ from relay_fast.chain_dataset import (
 from relay_fast.checkpoint import CheckpointError
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data import Form, SampleStream
-from relay_fast.generate import generate_chains, verify_chains
+from relay_fast.generate import generate_chains
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.schedule import Schedule
 from relay_fast.store import save_model
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
+from relay_fast.verify import verify_chains
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
 TASKS = build_tasks(

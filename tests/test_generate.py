@@ -14,22 +14,21 @@ from relay_fast.batch import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decode import Decoded
 from relay_fast.generate import (
-    NO_ANSWER,
     UNSEEN,
     generate_chains,
     generate_scored,
     main,
     stream_chains,
     unseen_problems,
-    verify_chains,
     write_chains,
 )
 from relay_fast.generate_command import chain_text
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.ragged import offsets_of
 from relay_fast.store import model_path, save_model
-from relay_fast.tasks import Samples, Vocabulary, build_tasks
+from relay_fast.tasks import NO_ANSWER, Samples, Vocabulary, build_tasks
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD
+from relay_fast.verify import verify_chains
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
 TASKS = build_tasks(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from relay_fast import trust
-from relay_fast.generate import verify_chains
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
 from relay_fast.tasks.vocabulary import NUMBER0
 from relay_fast.trust import Counts
+from relay_fast.verify import right_chains, verify_chains
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
 TASKS = build_tasks(
@@ -44,17 +44,17 @@ def test_right_is_right_in_everything(case):
         for i in range(len(truth))
     ]
     assert 0 < sum(same) < len(same)
-    assert trust.right_chains(written, truth).tolist() == same
+    assert right_chains(written, truth).tolist() == same
     assert verify_chains(written, TASKS, "task").tolist() == same
-    assert trust.right_chains(truth, truth).all()
+    assert right_chains(truth, truth).all()
 
 
 def test_another_number_of_rounds_is_wrong():
     truth = TASKS["arithmetic"].sample([2, 2], 0)
     short = replace(truth, loops=np.array([2, 1], np.int32), round_offsets=truth.round_offsets[:-1])
-    assert trust.right_chains(short, truth).tolist() == [True, False]
+    assert right_chains(short, truth).tolist() == [True, False]
     assert verify_chains(short, TASKS, "task").tolist() == [True, False]
-    assert trust.right_chains(truth, short).tolist() == [True, False]  # a surplus round
+    assert right_chains(truth, short).tolist() == [True, False]  # a surplus round
 
 
 def test_counts_by_task_and_length():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from relay_fast.tasks.arithmetic import Arithmetic
-from relay_fast.tasks.base import Task
+from relay_fast.tasks.base import NO_ANSWER, Task
 from relay_fast.tasks.edit_distance import EditDistance
 from relay_fast.tasks.lis import LIS
 from relay_fast.tasks.samples import TASK_NAMES, Samples
@@ -15,6 +15,7 @@ from relay_fast.tasks.vocabulary import Vocabulary
 
 __all__ = [
     "LIS",
+    "NO_ANSWER",
     "TASK_NAMES",
     "Arithmetic",
     "EditDistance",

@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from relay_fast.tasks.base import Rounds, Task, split_after, until_eos
+from relay_fast.tasks.base import (
+    NO_ANSWER,
+    Rounds,
+    Task,
+    last_rounds,
+    split_after,
+    until_eos,
+)
+from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import (
     ARITHMETIC,
     DIVIDE,
@@ -97,12 +105,12 @@ class Arithmetic(Task):
     def length_of(self, problem: Iterable[int]) -> int:
         return sum(PLUS <= token <= DIVIDE for token in self._expression(problem))
 
-    def solve(self, problem: Iterable[int]) -> tuple[list[list[int]], int]:
+    def _solve(self, problem: Iterable[int]) -> tuple[np.ndarray, np.ndarray, int]:
         from relay_fast.tasks import _arithmetic_jit
 
         expression = np.array(self._expression(problem), np.int32)
         size = len(expression)
-        length = int(np.sum((expression >= PLUS) & (expression <= DIVIDE)))
+        length = np.count_nonzero((expression >= PLUS) & (expression <= DIVIDE))
         rounds = np.empty(length * size, np.int32)
         offsets = np.zeros(length + 1, np.int64)
         count = _arithmetic_jit.solve(
@@ -113,14 +121,21 @@ class Arithmetic(Task):
                 f"arithmetic problem {self.decode(expression)!r} divides by zero modulo "
                 f"{self.prime}; change the divisor."
             )
-        ends = offsets.tolist()
-        chain = [rounds[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        return chain, chain[-1][0]
+        rounds = rounds[: offsets[-1]]
+        return rounds, offsets, int(rounds[-1])
 
     def answer_of(self, rounds: Rounds) -> int | None:
         if len(rounds) and len(rounds[-1]) == 1 and self.vocabulary.is_number(rounds[-1][0]):
             return int(rounds[-1][0])
         return None
+
+    def answers_of(self, samples: Samples) -> np.ndarray:
+        answers = np.full(len(samples), NO_ANSWER, np.int32)
+        rows, sizes, ends = last_rounds(samples)
+        rows, tokens = rows[sizes == 1], samples.rounds[ends[sizes == 1] - 1]
+        read = self._are_numbers(tokens)
+        answers[rows[read]] = tokens[read]
+        return answers
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         rounds, tail = split_after(until_eos(ids), EQUALS)
@@ -139,6 +154,7 @@ class Arithmetic(Task):
     def _expression(self, problem: Iterable[int]) -> list[int]:
         """The expression of a problem, checked."""
         body = self._body(problem)
+        known = self._operator_ids.tolist()
         depth, operand_next = 0, True
         for k, token in enumerate(body):
             if NUMBER0 <= token < NUMBER0 + self.prime:
@@ -152,7 +168,7 @@ class Arithmetic(Task):
                 fits = not operand_next and depth > 0
                 depth -= 1
             else:
-                fits = not operand_next and token in self._operator_ids
+                fits = not operand_next and token in known
                 operand_next = True
             if not fits:
                 shown = self.vocabulary.decode([token])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
+from relay_fast.ragged import offsets_of
 from relay_fast.tasks.samples import TASK_NAMES, Samples
-from relay_fast.tasks.vocabulary import EOS, PAD, Vocabulary
+from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
 
 Rounds = Sequence[Sequence[int]]
+NO_ANSWER = -1  # where there is none to read
 
 
 class Task(ABC):
@@ -148,13 +151,38 @@ class Task(ABC):
     def length_of(self, problem: Iterable[int]) -> int:
         """Length (complexity) of a problem."""
 
-    @abstractmethod
     def solve(self, problem: Iterable[int]) -> tuple[list[list[int]], int]:
         """The true rounds and the answer's id. Raises ValueError saying what is wrong."""
+        rounds, offsets, answer = self._solve(problem)
+        bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        return [rounds[a:b].tolist() for a, b in bounds], answer
+
+    def solve_samples(self, problems: Samples) -> Samples:
+        """The same problems, all of this task, with their true rounds and answers.
+
+        Raises ValueError as `solve` does.
+        """
+        solved = [self._solve(problems.problem_of(i)) for i in range(len(problems))]
+        sizes = [np.diff(offsets) for _, offsets, _ in solved]
+        return replace(
+            problems,
+            rounds=np.concatenate([np.zeros(0, np.int32), *(rounds for rounds, _, _ in solved)]),
+            round_offsets=offsets_of(np.concatenate([np.zeros(0, np.int64), *sizes])),
+            loops=np.array([len(own) for own in sizes], np.int32),
+            answer=np.array([answer for _, _, answer in solved], np.int32),
+        )
+
+    @abstractmethod
+    def _solve(self, problem: Iterable[int]) -> tuple[np.ndarray, np.ndarray, int]:
+        """`solve`, its rounds as tokens (flat, int32) and offsets (rounds + 1,) int64."""
 
     @abstractmethod
     def answer_of(self, rounds: Rounds) -> int | None:
         """The answer that the rounds imply, None where they cannot be read."""
+
+    @abstractmethod
+    def answers_of(self, samples: Samples) -> np.ndarray:
+        """(S,) int32: `answer_of` of the rounds of samples of this task, NO_ANSWER for None."""
 
     @abstractmethod
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
@@ -194,15 +222,20 @@ class Task(ABC):
         """Readable text of a problem or a round; task token and `<pad>` are left out."""
         return self.vocabulary.decode(t for t in map(int, ids) if t not in (self.token, PAD))
 
+    def _are_numbers(self, tokens: np.ndarray) -> np.ndarray:
+        return (tokens >= NUMBER0) & (tokens < self.vocabulary.n_tokens)
+
     def _spaced(self, text: str) -> str:
         """`text` with spaces between the tokens."""
         return text
 
     def _body(self, problem: Iterable[int]) -> list[int]:
         """The problem between task token and end token."""
-        ids = [int(token) for token in problem]
-        known = [token for token in ids if 0 <= token < self.vocabulary.size]
-        if len(ids) < 2 or ids[0] != self.token or ids[-1] != self.end or len(known) < len(ids):
+        ids = problem.tolist() if isinstance(problem, np.ndarray) else list(map(int, problem))
+        size = self.vocabulary.size
+        whole = len(ids) >= 2 and ids[0] == self.token and ids[-1] == self.end
+        if not whole or min(ids) < 0 or max(ids) >= size:
+            known = [token for token in ids if 0 <= token < size]
             first, last = self.vocabulary.decode([self.token, self.end]).split()
             shown = self.vocabulary.decode(known)
             raise ValueError(
@@ -210,6 +243,14 @@ class Task(ABC):
                 f"begin with {first} and end with {last}."
             )
         return ids[1:-1]
+
+
+def last_rounds(samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The samples that have rounds, and of the last: how many tokens, and where they end."""
+    rows = np.flatnonzero(samples.loops > 0)
+    last = samples.first_round[1:][rows] - 1
+    ends = samples.round_offsets[last + 1]
+    return rows, ends - samples.round_offsets[last], ends
 
 
 def until_eos(ids: Iterable[int]) -> list[int]:

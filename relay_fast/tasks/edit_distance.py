@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from relay_fast.tasks.base import Rounds, Task, split_after, until_eos
+from relay_fast.tasks.base import (
+    NO_ANSWER,
+    Rounds,
+    Task,
+    last_rounds,
+    split_after,
+    until_eos,
+)
+from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import (
     BAR,
     COMMA,
@@ -155,7 +163,7 @@ class EditDistance(Task):
     def length_of(self, problem: Iterable[int]) -> int:
         return len(self._strings(problem)[0])
 
-    def solve(self, problem: Iterable[int]) -> tuple[list[list[int]], int]:
+    def _solve(self, problem: Iterable[int]) -> tuple[np.ndarray, np.ndarray, int]:
         from relay_fast.tasks import _edit_distance_jit
 
         first, second = (np.array(string, np.int32) for string in self._strings(problem))
@@ -170,8 +178,7 @@ class EditDistance(Task):
                 f"{largest}, the vocabulary ends at {self.vocabulary.max_number}; use shorter "
                 f"strings or a Vocabulary with a larger max_number."
             )
-        chain = rounds.reshape(len(first), -1).tolist()
-        return chain, chain[-1][-2]
+        return rounds, offsets, int(rounds[-2])
 
     def answer_of(self, rounds: Rounds) -> int | None:
         """The last cell of the last row."""
@@ -179,6 +186,15 @@ class EditDistance(Task):
             return None
         cell = int(rounds[-1][-2])
         return cell if self.vocabulary.is_number(cell) else None
+
+    def answers_of(self, samples: Samples) -> np.ndarray:
+        answers = np.full(len(samples), NO_ANSWER, np.int32)
+        rows, sizes, ends = last_rounds(samples)
+        rows, ends = rows[sizes >= 2], ends[sizes >= 2]
+        cells = samples.rounds[ends - 2]
+        read = (samples.rounds[ends - 1] == COMMA) & self._are_numbers(cells)
+        answers[rows[read]] = cells[read]
+        return answers
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         chains, tail = split_after(until_eos(ids), SEP)
@@ -197,23 +213,22 @@ class EditDistance(Task):
     def _strings(self, problem: Iterable[int]) -> tuple[list[int], list[int]]:
         """Both strings of a problem, checked."""
         body = self._body(problem)
-        shown = self.vocabulary.decode(body)
         if body.count(BAR) != 1:
-            raise ValueError(
-                f"edit_distance problem {shown!r} needs two strings; put one | between them."
-            )
+            self._reject(body, "needs two strings; put one | between them")
         bar = body.index(BAR)
         first, second = body[:bar], body[bar + 1 :]
         for k, token in enumerate(body):
             if k != bar and not LETTER0 <= token < LETTER0 + self.letters:
                 last = chr(ord("a") + self.letters - 1)
-                raise ValueError(
-                    f"edit_distance problem {shown!r} holds {self.vocabulary.decode([token])!r} at "
-                    f"position {k}; use the letters a..{last}."
-                )
+                held = self.vocabulary.decode([token])
+                self._reject(body, f"holds {held!r} at position {k}; use the letters a..{last}")
         if not first or len(second) < len(first):
-            raise ValueError(
-                f"edit_distance problem {shown!r} has strings of {len(first)} and {len(second)} "
-                f"letters; put the shorter string first and leave none empty."
+            self._reject(
+                body,
+                f"has strings of {len(first)} and {len(second)} letters; put the shorter string "
+                f"first and leave none empty",
             )
         return first, second
+
+    def _reject(self, body: list[int], reason: str) -> None:
+        raise ValueError(f"edit_distance problem {self.vocabulary.decode(body)!r} {reason}.")

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from relay_fast.tasks.base import Rounds, Task, split_after, until_eos
+from relay_fast.ragged import offsets_of
+from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, split_after, until_eos
+from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
 from relay_fast.tasks.vocabulary import NUMBER0, SEP, Vocabulary
 
@@ -115,14 +117,14 @@ class LIS(Task):
     def length_of(self, problem: Iterable[int]) -> int:
         return len(self._values(problem))
 
-    def solve(self, problem: Iterable[int]) -> tuple[list[list[int]], int]:
+    def _solve(self, problem: Iterable[int]) -> tuple[np.ndarray, np.ndarray, int]:
         from relay_fast.tasks import _lis_jit
 
         values = np.array(self._values(problem), np.int64)
         rounds = np.empty(self.max_chain_tokens(len(values)), np.int32)
         offsets = np.zeros(self.loops(len(values)) + 1, np.int64)
         _, best = _lis_jit.solve(values, self.group, rounds, offsets, 0)
-        return rounds.reshape(-1, self.group + 1).tolist(), NUMBER0 + best
+        return rounds, offsets, NUMBER0 + int(best)
 
     def answer_of(self, rounds: Rounds) -> int | None:
         """The maximum over all rounds."""
@@ -135,6 +137,17 @@ class LIS(Task):
                 return None
             best = max(best, *lengths)
         return best if best >= 0 else None
+
+    def answers_of(self, samples: Samples) -> np.ndarray:
+        answers = np.full(len(samples), NO_ANSWER, np.int32)
+        tokens, offsets = samples.rounds, samples.round_offsets
+        sizes, numbers = np.diff(offsets), self._are_numbers(tokens)
+        right = (sizes >= 2) & (np.diff(offsets_of(numbers)[offsets]) == sizes - 1)
+        right[right] = tokens[offsets[1:][right] - 1] == SEP  # so it is the one that is no number
+        owner = np.repeat(np.arange(len(samples)), samples.loops)
+        np.maximum.at(answers, np.repeat(owner, sizes)[numbers], tokens[numbers])
+        answers[owner[~right]] = NO_ANSWER
+        return answers
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         rounds, tail = split_after(until_eos(ids), SEP)
@@ -149,8 +162,9 @@ class LIS(Task):
         body = self._body(problem)
         if not body:
             raise ValueError("lis problem has no values; give at least one number before <sep>.")
+        last = self.vocabulary.n_tokens
         for k, token in enumerate(body):
-            if not self.vocabulary.is_number(token):
+            if not NUMBER0 <= token < last:
                 raise ValueError(
                     f"lis problem holds {self.vocabulary.decode([token])!r} at position {k}; "
                     f"use numbers only."
