@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from relay_fast._files import write_json
 from relay_fast._inference import inference
 from relay_fast.batch import PackedBatch
 from relay_fast.checkpoint import CheckpointError
+from relay_fast.display import Display, Problems
 from relay_fast.generate import (
     decode_chains,
     fitting_problems,
@@ -198,12 +200,14 @@ def evaluate_run(
     number: int = 500,
     seed: int | None = None,
     device: str = "cpu",
+    display: Display | None = None,
 ) -> dict[str, Any]:
-    """Evaluates models of a run folder again and writes RUN/evaluation.json, which it returns.
+    """Evaluates models of a run folder again and writes RUN/evaluation.json, which it returns; as
+    far as it is after each model, so that an interruption loses one model's numbers at most.
 
     models: default all that are there. lengths: default from the shortest trained to the longest
-    test length of each task. seed: default the run's. Raises RunFolderError, CheckpointError,
-    ValueError.
+    test length of each task. seed: default the run's. display: told how far each model is. Raises
+    RunFolderError, CheckpointError, ValueError.
     """
     folder = RunFolder.open(run, write=True)
     config = folder.config
@@ -212,25 +216,34 @@ def evaluate_run(
     there = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
     if not models and not there:
         raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
-    accuracy: dict[str, dict[str, dict[str, Metrics]]] = {}
-    for model_name in models or there:
-        model = load_run_model(run, model_name, device)
-        looped = isinstance(model, LoopedTransformer)
-        evaluate = evaluate_looped if looped else evaluate_autoregressive
-        accuracy[model_name] = {}
-        for name in tasks:
-            entry = config["tasks"][name]
-            chosen = lengths or range(entry["train"][0], entry["test"][1] + 1)
-            by_length = evaluate(model, tasks, name, chosen, number, seed)
-            accuracy[model_name][name] = {str(length): row for length, row in by_length.items()}
     results = {
         "config": config,
         "seed": seed,
         "versions": versions(device),
         "train_lengths": {name: config["tasks"][name]["train"] for name in tasks},
-        "accuracy": accuracy,
+        "accuracy": {},
     }
-    write_json(folder.path / "evaluation.json", results)
+    # All of them first: what cannot be loaded is said before any work.
+    loaded = {name: load_run_model(run, name, device) for name in models or there}
+    for model_name, model in loaded.items():
+        looped = isinstance(model, LoopedTransformer)
+        evaluate = evaluate_looped if looped else evaluate_autoregressive
+        accuracy, started = {}, time.monotonic()
+        options = {}
+        if display is not None:
+            display.start(model_name)
+            options["progress"] = lambda done, total, name=model_name: display.progress(
+                name, Problems(done, total)
+            )
+        for name in tasks:
+            entry = config["tasks"][name]
+            chosen = lengths or range(entry["train"][0], entry["test"][1] + 1)
+            by_length = evaluate(model, tasks, name, chosen, number, seed, **options)
+            accuracy[name] = {str(length): row for length, row in by_length.items()}
+        results["accuracy"][model_name] = accuracy
+        write_json(folder.path / "evaluation.json", results)
+        if display is not None:
+            display.finish(model_name, time.monotonic() - started)
     return results
 
 
@@ -258,7 +271,7 @@ def parse_lengths(text: str | None) -> range | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 for bad input."""
+    """Exit status 0, 2 for bad input, 130 when interrupted."""
     from relay_fast.report import print_report
 
     a = _parser().parse_args(arguments)
@@ -266,15 +279,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if a.problems < 1:
             raise ValueError(f"--problems is {a.problems}; give at least 1.")
         models = a.models.split(",") if a.models else None
-        results = evaluate_run(
-            a.out, models, parse_lengths(a.lengths), a.problems, a.seed, a.device
-        )
+        lengths = parse_lengths(a.lengths)
+        with Display() as display:
+            results = evaluate_run(
+                a.out, models, lengths, a.problems, a.seed, a.device, display=display
+            )
     except (ValueError, RunFolderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except MemoryError:
         print(f"error: no memory for {a.problems} problems a length: give fewer", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; the models finished by then are in {Path(a.out) / 'evaluation.json'}, "
+            f"the same command begins anew",
+            file=sys.stderr,
+        )
+        return 130
     print_report(results, metrics=("answer", "chain", "bit"))
     print(f"results: {Path(a.out) / 'evaluation.json'}")
     return 0

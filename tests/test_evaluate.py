@@ -12,7 +12,7 @@ import pytest
 import torch
 from users import as_nobody, open_folder
 
-from relay_fast import evaluate
+from relay_fast import display, evaluate
 from relay_fast.batch import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decode import Decoded, decode
@@ -275,9 +275,36 @@ def test_command(run, capsys, trained):
     assert results["accuracy"].keys() == {"ar_baseline"}
 
 
+def test_the_command_says_how_far_it_is(run, capsys, monkeypatch):
+    monkeypatch.setattr(display, "PLAIN_EVERY", 0.0)
+    assert main(["--out", str(run), "--problems", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("looped_aligned", "ar_baseline"):
+        own = [line.split() for line in lines if line.startswith(f"{name} ")]
+        assert own[0][1] == "started" and own[-1][1:3] == ["done", "in"]
+        counts = [int(words[2].removesuffix("/60")) for words in own[1:-1]]
+        assert counts == sorted(counts) and counts[-1] == 60
+
+
+def test_an_interruption_keeps_the_finished_models(run, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    whole = evaluate.evaluate_run(str(run), ["looped_aligned"], number=5)
+    (run / "evaluation.json").unlink()
+    monkeypatch.setattr(evaluate, "evaluate_autoregressive", interrupted)
+    assert main(["--out", str(run), "--problems", "5"]) == 130
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("interrupted; the models finished by then are in")
+    assert error.endswith("evaluation.json, the same command begins anew") and "\n" not in error
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert kept["accuracy"] == whole["accuracy"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--models", "looped_aligned,ar_relay"], "there is no checkpoint"),
         (["--models", "ar_relay"], "there is no checkpoint"),
         (["--models", "gpt"], "unknown model 'gpt'"),
         (["--lengths", "3-2"], "--lengths '3-2' is not understood; give a range like 10-13."),
