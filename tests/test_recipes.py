@@ -208,11 +208,19 @@ def test_bad_input_is_one_sentence(toy, tmp_path, capsys, arguments, message) ->
 
 
 def test_changes_keep_the_kind_of_a_setting() -> None:
-    s = command.changed(Settings(), "scale=2")
+    s = command.changed(Settings(), ["scale=2"])
     assert s.scale == 2.0 and type(s.scale) is float
-    assert command.changed(s, "sizes=[4,5]").sizes == (4, 5)
-    assert command.changed(s, "sizes=[]").sizes == ()
-    assert command.changed(s, "training.clip=1.0").training.clip == 1.0
+    assert command.changed(s, ["sizes=[4,5]"]).sizes == (4, 5)
+    assert command.changed(s, ["sizes=[]"]).sizes == ()
+
+
+def test_changes_are_checked_together() -> None:
+    muon = replace(Settings(), training=replace(TRAINING, muon_lr=0.1))
+    changes = ["training.optimizer=adafactor", "width=4", "training.muon_lr=null"]
+    t = command.changed(muon, changes).training
+    assert (t.optimizer, t.muon_lr) == ("adafactor", None)
+    with pytest.raises(ValueError, match="muon_lr = 0.1 goes with optimizer = 'adamw'"):
+        command.changed(muon, changes[:2])
 
 
 def test_a_recipe_without_training_takes_no_steps(toy, tmp_path, monkeypatch, capsys) -> None:

@@ -47,9 +47,7 @@ def run_recipe(
     if seed < 0:
         raise ValueError(f"seed = {seed}: give at least 0")
     check_device(device)
-    settings = recipe.PRESETS[preset]
-    for change in changes:
-        settings = changed(settings, change)
+    settings = changed(recipe.PRESETS[preset], changes)
     config = {
         "recipe": name, "preset": preset, "seed": seed, "settings": dataclasses.asdict(settings)
     }  # fmt: skip
@@ -68,27 +66,35 @@ def run_recipe(
     return folder.results()
 
 
-def changed(settings: Any, change: str) -> Any:
-    """The dataclass `settings` with `change`, "name=value" or "part.name=value", put in.
+def changed(settings: Any, changes: Sequence[str]) -> Any:
+    """The dataclass `settings` with the `changes`, "name=value" or "part.name=value", put in.
 
-    The value is JSON of the old one's kind. Raises ValueError for anything else.
+    A value is JSON of the old one's kind; the settings are checked once all are in. Raises
+    ValueError for anything else.
     """
-    path, equals, text = change.partition("=")
-    if not equals:
-        raise ValueError(f"{change!r} changes nothing: write NAME=VALUE")
-    name, _, rest = path.partition(".")
-    known = [field.name for field in dataclasses.fields(settings)]
-    if name not in known:
-        raise ValueError(f"setting {name!r} is unknown: use one of {', '.join(known)}")
-    old = getattr(settings, name)
-    if dataclasses.is_dataclass(old):
-        if not rest:
+    values: dict[str, Any] = {}
+    parts: dict[str, list[str]] = {}
+    for change in changes:
+        path, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"{change!r} changes nothing: write NAME=VALUE")
+        name, _, rest = path.partition(".")
+        known = [field.name for field in dataclasses.fields(settings)]
+        if name not in known:
+            raise ValueError(f"setting {name!r} is unknown: use one of {', '.join(known)}")
+        old = getattr(settings, name)
+        if not dataclasses.is_dataclass(old):
+            if rest:
+                raise ValueError(f"setting {name!r} has no part {rest!r}: write {name}=VALUE")
+            values[name] = _value(path, text, old)
+        elif rest:
+            parts.setdefault(name, []).append(f"{rest}={text}")
+        else:
             names = ", ".join(f"{name}.{field.name}" for field in dataclasses.fields(old))
             raise ValueError(f"setting {name!r} has parts: use one of {names}")
-        return dataclasses.replace(settings, **{name: changed(old, f"{rest}={text}")})
-    if rest:
-        raise ValueError(f"setting {name!r} has no part {rest!r}: write {name}=VALUE")
-    return dataclasses.replace(settings, **{name: _value(path, text, old)})
+    for name, inner in parts.items():
+        values[name] = changed(getattr(settings, name), inner)
+    return dataclasses.replace(settings, **values)
 
 
 def _value(name: str, text: str, old: Any) -> Any:
