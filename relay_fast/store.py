@@ -26,11 +26,17 @@ from relay_fast.tasks import Task, Vocabulary, make_task
 Model = LoopedTransformer | AutoregressiveTransformer
 
 
-def save_model(path: str | os.PathLike, model: Model, info: Mapping[str, Any]) -> None:
+def save_model(
+    path: str | os.PathLike,
+    model: Model,
+    info: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write the model, and what is needed to build it again, to `path`.
 
-    info: anything JSON can hold (seed, steps, task names). Raises CheckpointError if the file
-    cannot be written.
+    info: anything JSON can hold (seed, steps, task names). dtype: what the weights are rounded to
+    in the file (bf16 is half as large), by default their own; loading restores their type. Raises
+    CheckpointError if the file cannot be written.
     """
     looped = isinstance(model, LoopedTransformer)
     metadata = {
@@ -39,7 +45,10 @@ def save_model(path: str | os.PathLike, model: Model, info: Mapping[str, Any]) -
         "supervise": model.supervise if looped else None,
         "info": dict(info),
     }
-    save_checkpoint(path, pack_training_state(model), metadata)
+    tensors = pack_training_state(model)
+    if dtype is not None:
+        tensors = {name: value.to(dtype) for name, value in tensors.items()}
+    save_checkpoint(path, tensors, metadata)
 
 
 def load_model(

@@ -5,11 +5,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.card import paper
+from relay_fast.presets import load_preset
 from relay_fast.runs import RunFolder
-from relay_fast.stages import NEEDS
-from relay_fast.store import model_path
+from relay_fast.stages import NEEDS, Context
+from relay_fast.store import load_run_model, model_path, save_model
 
 
 def put(folder, name: str, size: int = 100, age: float = 0.0) -> None:
@@ -142,3 +144,19 @@ def test_every_model_is_in_the_plan_and_the_looped_one_twice() -> None:
     assert paper.PLAN[0].stages[0] == "evaluate.looped_aligned"
     (second,) = [share for share in paper.PLAN if share.folder]
     assert second.stages == ("evaluate.looped_aligned",) and second.flags == ("--seed", "1")
+
+
+def test_two_models_are_released_in_twelve_megabytes(tmp_path, capsys) -> None:
+    config = load_preset("paper-fast")
+    run = RunFolder(tmp_path / "run", config)
+    context = Context(run.path, config, "cpu", "auto")
+    for name, kind in (("looped_aligned", "looped"), ("ar_relay", "autoregressive")):
+        save_model(model_path(run.path, name), context.new_model(kind), {"stage": name})
+    out = tmp_path / "release"
+    assert paper.main(["--run", str(run.path), "--release", str(out)]) == 0
+    assert RunFolder.open(out).config == run.config
+    assert sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) < 12e6
+    for name in ("looped_aligned", "ar_relay"):
+        pairs = (load_run_model(folder, name).state_dict() for folder in (run.path, out))
+        for a, b in zip(*(models.values() for models in pairs), strict=True):
+            assert torch.equal(a.bfloat16(), b.bfloat16()) and b.dtype == torch.float32

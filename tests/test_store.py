@@ -36,6 +36,19 @@ def test_a_model_comes_back(tmp_path, kind):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+def test_a_model_in_half_the_size(tmp_path):
+    model = make_model("looped")
+    for name, dtype in (("whole", None), ("half", torch.bfloat16)):
+        save_model(tmp_path / name, model, {}, dtype)
+    weights = sum(4 * p.numel() for p in model.parameters())
+    sizes = [(tmp_path / name).stat().st_size for name in ("whole", "half")]
+    assert sizes[0] - sizes[1] == pytest.approx(weights / 2, rel=0.02)
+    loaded, _ = load_model(tmp_path / "half")
+    for name, value in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == value.dtype == torch.float32
+        assert torch.equal(loaded.state_dict()[name], value.bfloat16().float()), name
+
+
 def test_a_loaded_model_writes_the_same(tmp_path):
     model = make_model("looped").eval()
     vocabulary, tasks = run_tasks(

@@ -20,10 +20,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from relay_fast import train
 from relay_fast.pipeline import with_needs
 from relay_fast.runs import RunFolder
 from relay_fast.stages import MODELS, NEEDS, scratch_files, stage_files
+from relay_fast.store import load_model, model_path, save_model
 
 PART_BYTES = 15 << 20  # of a file that travels
 TRAVEL_BYTES = 56 << 20  # of all of them
@@ -140,15 +143,29 @@ def unpack(carried: Path, run: Path) -> None:
             tar.extractall(run, filter="data")
 
 
+def release(run: Path, to: Path) -> None:
+    """A run folder of two models alone, in bf16: for `relay_fast.generate` and `evaluate`."""
+    folder = RunFolder(to, RunFolder.open(run).config)
+    for name in ("looped_aligned", "ar_relay"):
+        model, info = load_model(model_path(run, name))
+        save_model(model_path(folder.path, name), model, info, torch.bfloat16)
+        print(f"released: {model_path(folder.path, name)}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit status of `relay_fast.train`; what was reached is packed whatever it is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, required=True, help="the time it may take")
+    parser.add_argument("--minutes", type=float, default=9.0, help="the time it may take (9)")
     parser.add_argument("--run", type=Path, default=Path("runs/paper-fast"))
     parser.add_argument("--carried", type=Path, help="folder of what the last call sent back")
     parser.add_argument("--back", type=Path, help="folder for what is to be sent back")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--release", type=Path, metavar="DIR", help="do nothing but write the "
+                        "looped and the RELAY-enhanced model to DIR, in half the size")  # fmt: skip
     options, flags = parser.parse_known_args(argv)
+    if options.release is not None:
+        release(options.run, options.release)
+        return 0
     began, since = time.monotonic(), time.time()
     if options.carried is not None:
         unpack(options.carried, options.run)
