@@ -48,6 +48,14 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(text + "\n")
 
 
+def cannot_write(path: Path, error: OSError) -> str:
+    """The sentence about it."""
+    return (
+        f"{path} cannot be written ({error.strerror}); check that its folder is writable and that "
+        f"the disk is not full."
+    )
+
+
 def differences(
     ours: Any, theirs: Any, here: str = "here", there: str = "in the file"
 ) -> list[str]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relay_fast import trust
-from relay_fast._files import differences, first_differences, write_json
+from relay_fast._files import cannot_write, differences, first_differences, write_json
 from relay_fast.checkpoint import load_checkpoint, save_checkpoint
 from relay_fast.generate import decode_chains, generate_chains, read_chains
 from relay_fast.modules import AutoregressiveTransformer
@@ -89,7 +89,7 @@ def write_dataset(
             if progress is not None:
                 progress(index + 1, shards)
         manifest |= {"complete": True, "counts": trust.to_json(trust.add(tables))}
-        write_json(folder / "manifest.json", manifest)
+        _write_manifest(folder, manifest)
     return manifest
 
 
@@ -280,7 +280,7 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> None:
                 f"{folder} is not empty and holds no chains (no manifest.json); give another "
                 f"--dataset."
             )
-        write_json(folder / "manifest.json", manifest)
+        _write_manifest(folder, manifest)
         return
     found = differences(manifest["identity"], read_manifest(folder)["identity"], there="there")
     if found:
@@ -288,6 +288,14 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"the folder {folder} holds other chains: {first_differences(found)}; give another "
             f"--dataset, or the same command and model to continue it."
         )
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    path = folder / "manifest.json"
+    try:
+        write_json(path, manifest)
+    except OSError as error:
+        raise DatasetError(cannot_write(path, error)) from error
 
 
 def _problems(

@@ -67,16 +67,30 @@ def decode(
     sequences ended. loops: iterations of the block. scored: also give log-probabilities. progress
     is called with (sequences done, S).
 
-    Raises ValueError for empty prompts, tokens outside the vocabulary, prompts longer than the
-    model takes, and a negative temperature or limit; torch.OutOfMemoryError where not even one
-    sequence fits.
+    Raises ValueError for a model that is not causal, empty prompts, tokens outside the vocabulary,
+    prompts longer than the model takes, and numbers out of range; TypeError for tokens that are no
+    integers; torch.OutOfMemoryError where not even one sequence fits.
     """
     prompts, offsets = np.asarray(prompts), np.asarray(offsets, np.int64)
     lengths = np.diff(offsets)
     check_prompts(model, prompts, offsets)
+    if not model.config.block.causal:
+        raise ValueError(
+            "the model is not causal, so it cannot continue a text: a looped model writes chains "
+            "with relay_fast.generate.generate_chains"
+        )
     if temperature < 0:
         raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more")
-    limits = np.broadcast_to(np.asarray(max_new, np.int64), lengths.shape)
+    for name, value in (("batch", batch), ("sync_every", sync_every), ("loops", loops)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value}: it must be 1 or more")
+    limits = np.asarray(max_new, np.int64)
+    if limits.ndim and limits.shape != lengths.shape:
+        raise ValueError(
+            f"max_new has shape {limits.shape} but there are {len(lengths)} prompts: give an int "
+            f"or one for each"
+        )
+    limits = np.broadcast_to(limits, lengths.shape)
     if np.any(limits < 0):
         raise ValueError(f"max_new = {limits.min()}: it must be 0 or more")
     # The last token is written but never read.
@@ -110,10 +124,19 @@ def decode(
 def check_prompts(
     model: torch.nn.Module, prompts: np.ndarray, offsets: np.ndarray, extra: int | np.ndarray = 0
 ) -> None:
-    """Raises ValueError, naming the prompt, where a model cannot take prompts.
+    """Raises ValueError, naming the prompt, where a model cannot take prompts; TypeError for tokens
+    that are no integers.
 
     extra: tokens that the model puts into each of them.
     """
+    if prompts.size and not np.issubdtype(prompts.dtype, np.integer):
+        raise TypeError(f"prompts are {prompts.dtype}: give token ids, which are integers")
+    if not len(offsets) or (offsets[0], offsets[-1]) != (0, len(prompts)):
+        ends = offsets[[0, -1]].tolist() if len(offsets) else "nowhere"
+        raise ValueError(
+            f"offsets go from and to {ends}, there are {len(prompts)} tokens: give where each "
+            f"prompt begins, and last their number"
+        )
     lengths = np.diff(offsets)
     if np.any(lengths < 1):
         raise ValueError(f"prompt {int(lengths.argmin())} is empty: give at least one token")

@@ -136,9 +136,17 @@ def _stream(
     progress: Progress | None = None,
     first: int = 0,
 ) -> Iterator[tuple[np.ndarray, Samples, Scores | None]]:
-    sizes = np.diff(problems.problem_offsets)
-    shortest = [tasks[TASK_NAMES[k]].min_input_tokens for k in problems.task]
-    widths = np.maximum(sizes, np.array(shortest, np.int64))
+    if isinstance(model, AutoregressiveTransformer):
+        raise TypeError(
+            "an autoregressive model writes chains with relay_fast.generate.write_chains, "
+            "generate_chains takes a looped one"
+        )
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
+    sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)
+    for name, task in _present(problems, tasks).items():
+        of_task = problems.task == TASK_NAMES.index(name)
+        widths[of_task] = np.maximum(sizes[of_task], task.min_input_tokens)
     check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
     batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
     order = stream_order(problems)
@@ -288,8 +296,13 @@ def read_answers(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task])
 
 
 def _present(problems: Samples, tasks: Mapping[str, Task]) -> dict[str, Task]:
-    """The tasks that occur."""
+    """The tasks that occur. Raises ValueError where one is not among those given."""
     names = [TASK_NAMES[k] for k in np.unique(problems.task)]
+    if missing := [name for name in names if name not in tasks]:
+        raise ValueError(
+            f"the problems hold {missing[0]!r}, which is not among the tasks given; add it to the "
+            f"mapping."
+        )
     return {name: tasks[name] for name in names}
 
 

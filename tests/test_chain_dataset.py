@@ -226,6 +226,19 @@ def test_disk_full(tmp_path, monkeypatch):
     assert content(tmp_path / "set") == content(whole)
 
 
+def test_disk_full_at_the_manifest(tmp_path, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chain_dataset, "write_json", full)
+    with pytest.raises(DatasetError, match="manifest.json cannot be written .No space left on dev"):
+        write(tmp_path / "set")
+    monkeypatch.undo()
+    write(tmp_path / "set")
+    write(tmp_path / "whole")
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("use", ["continue", "read"])
 @pytest.mark.parametrize(
     ("harm", "message"),

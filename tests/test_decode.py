@@ -11,7 +11,7 @@ from relay_fast import decode_step
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decode import decode
 from relay_fast.decode_step import Stepper
-from relay_fast.modules import AutoregressiveTransformer
+from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.plan import Plan
 from relay_fast.ragged import offsets_of
 from relay_fast.tasks.vocabulary import EOS
@@ -262,6 +262,10 @@ def test_log_probabilities_are_those_of_the_whole_text(temperature):
         ([3], {1: -2}, {}, "token -2 of prompt 0 is outside"),
         ([3], {}, {"temperature": -1.0}, "temperature = -1.0"),
         ([3], {}, {"max_new": -4}, "max_new = -4"),
+        ([3], {}, {"max_new": [1, 2]}, r"max_new has shape \(2,\) but there are 1 prompts"),
+        ([3], {}, {"batch": 0}, "batch = 0: it must be 1 or more"),
+        ([3], {}, {"sync_every": 0}, "sync_every = 0: it must be 1 or more"),
+        ([3], {}, {"loops": 0}, "loops = 0: it must be 1 or more"),
     ],
 )
 def test_bad_input_gets_one_sentence(lengths, change, options, message):
@@ -270,3 +274,16 @@ def test_bad_input_gets_one_sentence(lengths, change, options, message):
         prompts[position] = token
     with pytest.raises(ValueError, match=message):
         decode(make_model(), prompts, offsets, **{"max_new": 3, **options})
+
+
+def test_what_is_no_prompt_and_no_causal_model():
+    model, (prompts, offsets) = make_model(), make_prompts([3])
+    for wrong in ([0, 5], [0, 2], [1, 3], []):
+        with pytest.raises(ValueError, match="offsets go from and to .*, there are 3 tokens"):
+            decode(model, prompts, wrong, max_new=2)
+    with pytest.raises(TypeError, match="prompts are float64: give token ids"):
+        decode(model, prompts + 0.5, offsets, max_new=2)
+    block = BlockConfig(32, 4, 2)
+    looped = LoopedTransformer(ModelConfig(block, VOCABULARY, max_tokens=64))
+    with pytest.raises(ValueError, match="the model is not causal.* with .*generate_chains"):
+        decode(looped, prompts, offsets, max_new=2)

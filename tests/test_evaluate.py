@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -334,6 +335,17 @@ def test_a_run_that_cannot_be_written(run, capsys, monkeypatch):
             assert main(["--out", str(top / "run")]) == 2
         os.chmod(top / "run", 0o755)
     assert "no permission to write the run folder" in capsys.readouterr().err
+
+
+def test_a_full_disk(run, capsys, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_json", full)
+    assert main(["--out", str(run), "--problems", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "evaluation.json cannot be written (No space left on device); check that" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_a_run_without_models(run, capsys):

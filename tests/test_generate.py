@@ -177,6 +177,21 @@ def test_a_problem_with_an_unknown_token(token):
         generate_chains(looped_model(), problems, TASKS)
 
 
+def test_another_kind_of_model_a_missing_task_and_no_batch():
+    problems = mixed_problems(2)
+    with pytest.raises(
+        TypeError, match="writes chains with .*write_chains, generate_chains takes a looped"
+    ):
+        generate_chains(ar_model(), problems, TASKS)
+    with pytest.raises(ValueError, match="the model is not causal"):
+        write_chains(looped_model(), problems, TASKS)
+    for write, model in ((generate_chains, looped_model()), (write_chains, ar_model())):
+        with pytest.raises(ValueError, match="hold 'edit_distance', which is not among the tasks"):
+            write(model, problems, {k: TASKS[k] for k in ("arithmetic", "lis")})
+    with pytest.raises(ValueError, match="batch_tokens = 0: it must be 1 or more"):
+        generate_chains(looped_model(), problems, TASKS, batch_tokens=0)
+
+
 def test_batches_come_as_they_are_done():
     problems = mixed_problems()
     model = looped_model()
