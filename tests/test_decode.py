@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_generate import peak_bytes
 
 from relay_fast import decode as decode_module
 from relay_fast import decode_step
@@ -229,6 +230,20 @@ def test_out_of_memory_halves_the_batch(monkeypatch, fails):
     monkeypatch.setattr(decode_module, "Stepper", Never)
     with pytest.raises(torch.OutOfMemoryError):
         decode(model, prompts, offsets, max_new=2, batch=4)
+
+
+def test_memory_is_flat_in_the_number_of_sequences():
+    """Of equal lengths: the first batch is then as large as any."""
+    model = make_model()
+
+    def peak(number: int) -> int:
+        prompts, offsets = make_prompts([20] * number)
+        return peak_bytes(lambda: decode(model, prompts, offsets, max_new=12, batch=16))
+
+    base = peak(16)
+    cache = 2 * 2 * 16 * 4 * (20 + 12) * 8  # layers, keys and values, rows, heads, length, width
+    assert base > 4 * cache, "the cache should be seen"
+    assert peak(8 * 16) < 1.1 * base
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
