@@ -160,7 +160,12 @@ def iterate(
     run: Run, x: Tensor, parameters: Sequence[Tensor | None]
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (t, state t of the active prefix) without gradients; two buffers in all, so a state is
-    valid until the next but one is asked for."""
+    valid until the next but one is asked for.
+
+    Raises ValueError for a static plan: which of its rows are live is known on the device alone.
+    """
+    if run.plan.static:
+        raise ValueError("a static batch is for training: read chains off the batch it was given")
     with torch.no_grad(), _no_autocast(x):
         body = run.make_body(x, parameters)
         buffers = [torch.empty_like(x), torch.empty_like(x)]

@@ -65,6 +65,8 @@ def read_whole_loop(
     plan = run.plan
     if run.ops.loop_fwd is None:
         return "plain torch runs the loop iteration by iteration"
+    if plan.static:
+        return "the whole-loop kernel takes its layout from the host, which a static plan has not"
     reason = block_reason(config, training)
     if reason:
         return reason

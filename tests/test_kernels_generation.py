@@ -14,6 +14,8 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decode import decode
 from relay_fast.generate import generate_chains
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.scores import read_scored
+from relay_fast.static import Capacity, StaticBatch
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
 from relay_fast.whole_loop import block_reason, read_whole_loop
 
@@ -115,3 +117,24 @@ def test_why_the_kernel_does_not_serve() -> None:
 
     assert read("torch") == "plain torch runs the loop iteration by iteration"
     assert "takes sequences of up to 32 rows, not" in read("triton")
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_static_batch_is_refused(impl) -> None:
+    """Its plan's sizes are a capacity's: chains of them would be wrong."""
+    looped = model(impl).eval()
+    batch = PackedBatch.looped(problems(), TASKS, device=DEVICE)
+    static = StaticBatch(Capacity.of([batch], 0.5), DEVICE)
+    static.load(batch)
+    for read in (looped.read, lambda batch: read_scored(looped, batch)):
+        with pytest.raises(ValueError, match="a static batch is for training: read chains off"):
+            read(static.batch)
+    run = looped.block.run(static.plan)
+    if run.ops.loop_fwd is not None:
+        weights = (
+            dict(looped.block.named_parameters()),
+            looped.norm.weight,
+            looped.chain_head.weight,
+        )
+        reason = read_whole_loop(looped.config.block, run, looped.embed(static.batch), *weights)
+        assert reason.startswith("the whole-loop kernel takes its layout from the host")
