@@ -21,7 +21,7 @@ from relay_fast.kernels.norm_ref import wide
 from relay_fast.kv_cache import Group, KVCache, join
 from relay_fast.modules import AutoregressiveTransformer
 from relay_fast.plan import Plan, Segment
-from relay_fast.step_body import LeanStepBody, StepBody, by_columns, lean_argmax
+from relay_fast.step_body import LeanStepBody, StepBody, lean_argmax
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 1 << 16}  # prompt tokens in one pass
 LENGTH_STEP = 256  # captured steps see the cache in multiples of this
@@ -58,7 +58,6 @@ class Stepper:
         of_step = (c, self._parameters, length, self._ops, self._dtype, self.device)
         if self._ops is TORCH:
             self._body, self._argmax = LeanStepBody(*of_step), lean_argmax
-            self._head = by_columns(self._head)
         else:
             self._body, self._argmax = StepBody(*of_step), self._ops.argmax
         shape = (loops * c.n_layers, batch, c.kv_heads, length, c.head_dim)

@@ -19,6 +19,8 @@ from relay_fast.kernels.mlp_ref import activation_fwd_ref
 from relay_fast.kernels.norm_ref import norm_fwd_ref, wide
 from relay_fast.plan import Segment
 
+COLUMNS_AFTER = 8  # steps
+
 
 @dataclass(frozen=True)
 class _StepPlan:
@@ -65,7 +67,8 @@ class LeanStepBody(StepBody):
     """The same in plain torch. Few rows cost as many kernels as are called: a layer is half as many
     as the references' ops, which keep what a backward needs.
 
-    Weights lie by columns: that is up to twice as fast for few rows.
+    From the COLUMNS_AFTER-th step on weights lie by columns: with few rows that is up to twice as
+    fast, and costs about as much as two steps.
     """
 
     def __init__(self, config: BlockConfig, *args):
@@ -74,10 +77,18 @@ class LeanStepBody(StepBody):
         for name, value in self.cast.items():
             if name.startswith("layers."):
                 _, i, own = name.split(".", 2)
-                self._layers[int(i)][own] = by_columns(value) if value.ndim == 2 else value
+                self._layers[int(i)][own] = value
+        self._steps = 0
         if self.cos is not None:  # a head turned is head · cos + (its halves exchanged) · sin
             tables = torch.cat((self.cos, self.cos), -1), torch.cat((-self.sin, self.sin), -1)
             self.cos, self.sin = (t.unsqueeze(1).to(self._layers[0]["qkv.weight"]) for t in tables)
+
+    def turn_to(self, x: Tensor, positions: Tensor, ops: Ops) -> None:
+        super().turn_to(x, positions, ops)
+        self._steps += 1
+        if self._steps == COLUMNS_AFTER:
+            for w in self._layers:
+                w |= {name: by_columns(value) for name, value in w.items() if value.ndim == 2}
 
     def _layer(
         self, u: Tensor, i: int, segment: Segment, out: Tensor | None, keep: bool
@@ -111,7 +122,7 @@ class LeanStepBody(StepBody):
 
 
 def by_columns(weight: Tensor) -> Tensor:
-    """The same matrix, its columns one after the other in memory."""
+    """The same matrix, its columns one after the other."""
     return weight.t().contiguous().t()
 
 
