@@ -64,7 +64,7 @@ def write_dataset(
 
     counts: {task: {length: how many}}. Each shard has its share of every task and length, in random
     order. verify: as in `relay_fast.verify.verify_chains`; all chains are kept, and which passed
-    is recorded. progress is called with (shards done, shards).
+    is recorded. progress is called with (chains done, all of them) as chains are written.
 
     Raises ValueError for what the model or a task cannot do, DatasetError for a folder of other
     chains or with a damaged shard, CheckpointError where a file cannot be read or written.
@@ -72,22 +72,24 @@ def write_dataset(
     folder = Path(folder)
     _check(model, tasks, counts, verify, shard_chains)
     identity = _identity(model, tasks, counts, seed, verify, shard_chains)
-    shards = -(-sum(sum(own.values()) for own in counts.values()) // shard_chains)
+    chains = sum(sum(own.values()) for own in counts.values())
+    shards = -(-chains // shard_chains)
     manifest = {"kind": KIND, "identity": identity, "shards": shards, "complete": False}
     with _locked(folder):
         _open(folder, manifest)
-        fingerprint, tables = _fingerprint(identity), []
+        fingerprint, tables, done = _fingerprint(identity), [], 0
         for index in range(shards):
             path = shard_path(folder, index)
             if path.exists():
-                _, metadata = _read_shard(path, fingerprint, index)
+                tensors, metadata = _read_shard(path, fingerprint, index)
+                done += len(tensors["task"])
             else:
                 problems = _problems(tasks, counts, seed, index, shards)
                 metadata = {"dataset": fingerprint, "index": index}
-                _write_shard(path, model, problems, tasks, verify, metadata)
+                report = progress and (lambda k, _, done=done: progress(done + k, chains))
+                _write_shard(path, model, problems, tasks, verify, metadata, report)
+                done += len(problems)
             tables.append(trust.from_json(metadata["counts"]))
-            if progress is not None:
-                progress(index + 1, shards)
         manifest |= {"complete": True, "counts": trust.to_json(trust.add(tables))}
         _write_manifest(folder, manifest)
     return manifest
@@ -318,14 +320,15 @@ def _write_shard(
     tasks: Mapping[str, Task],
     verify: str | None,
     metadata: dict[str, Any],
+    progress: Callable[[int, int], Any] | None,
 ) -> None:
     """Writes the shard, and into `metadata` what its header says."""
     ended = None
     if isinstance(model, AutoregressiveTransformer):
-        decoded = decode_chains(model, problems, tasks)
+        decoded = decode_chains(model, problems, tasks, progress=progress)
         written, ended = read_chains(decoded, problems, tasks), decoded.ended
     else:
-        written = generate_chains(model, problems, tasks)
+        written = generate_chains(model, problems, tasks, progress=progress)
     if verify == "task":  # the problems are solved already
         passed = right_chains(written, problems)
     else:

@@ -19,6 +19,7 @@ from relay_fast.chain_dataset import (
     write_dataset,
 )
 from relay_fast.checkpoint import CheckpointError
+from relay_fast.display import Display, Problems
 from relay_fast.evaluate import parse_lengths
 from relay_fast.generate import (
     decode_chains,
@@ -107,20 +108,15 @@ def _write(a: argparse.Namespace) -> None:
     numbers[: a.number % len(lengths)] += 1
     counts = dict(zip(lengths.tolist(), numbers.tolist(), strict=True))
     print(f"{a.model} writes {a.number} chains of {a.task} into {a.dataset}", flush=True)
-    manifest = write_dataset(
-        a.dataset, model, tasks, {a.task: counts}, seed=a.seed, verify=CHECKS[a.verify],
-        shard_chains=a.shard, progress=_progress_lines(),
-    )  # fmt: skip
-    print(_summary(a.dataset, manifest))
-
-
-def _progress_lines() -> Callable[[int, int], None]:
     started = time.monotonic()
-
-    def show(done: int, shards: int) -> None:
-        print(f"shard {done} of {shards}  {time.monotonic() - started:.0f} s", flush=True)
-
-    return show
+    with Display() as display:
+        display.start(a.model)
+        manifest = write_dataset(
+            a.dataset, model, tasks, {a.task: counts}, seed=a.seed, verify=CHECKS[a.verify],
+            shard_chains=a.shard, progress=lambda *done: display.progress(a.model, Problems(*done)),
+        )  # fmt: skip
+        display.finish(a.model, time.monotonic() - started)
+    print(_summary(a.dataset, manifest))
 
 
 def _show(a: argparse.Namespace) -> None:

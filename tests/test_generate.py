@@ -460,7 +460,9 @@ def test_command_writes_continues_and_shows_a_folder(run, capsys):
     arguments = f"--out {run} --task edit_distance --lengths 1-3 --number 8 --shard 3".split()
     assert main([*arguments, "--dataset", str(folder), "--verify", "task"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:4]] == [f"shard {i} of 3" for i in (1, 2, 3)]
+    assert lines[1].split() == ["looped_aligned", "started"]
+    assert lines[2].split()[:3] == ["looped_aligned", "problem", "2/8"]
+    assert lines[3].split()[:3] == ["looped_aligned", "done", "in"]
     cells = [line.split() for line in lines if line.startswith("edit_distance")]
     assert [row[1:3] for row in cells] == [["1", "3"], ["2", "3"], ["3", "2"], ["all", "8"]]
 
