@@ -67,7 +67,7 @@ CHANGES: dict[str, Callable[[Config], None]] = {
     "adamw": _without("muon_lr"),
     "adamw_lr_3e-3": _both(_without("muon_lr"), _with(lr=3e-3)),
     "no_loop_norm": _plain_state,
-    "adamw_no_loop_norm": _both(_without("muon_lr"), _plain_state),
+    "adamw_lr_3e-3_no_loop_norm": _both(_without("muon_lr"), _with(lr=3e-3), _plain_state),
     "no_noise": _looped(state_noise=0.0),
     "no_padding": _without("pad_probability", "pad_to"),
     "no_curriculum": _with(curriculum=0.0),
