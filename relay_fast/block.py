@@ -172,15 +172,20 @@ class BlockBody:
         """Gradient of state t − 1 (rows, d) from that of state t; parameters' go into `grads`."""
         c = self.config
         if c.loop_norm == "post":
-            g = self._norm_backward(g, saved[-1], "loop_norm", grads)
+            g = self._norm_backward(g, saved[-1], "loop_norm", segment, grads)
         width = len(LayerSaved._fields)
         for i in reversed(range(c.n_layers)):
             layer = LayerSaved(*saved[i * width : (i + 1) * width])
             g = self._layer_backward(g, layer, i, segment, grads)
         return self._enter_backward(g, h, segment, grads)
 
-    def _norm_backward(self, g: Tensor, x: Tensor, name: str, grads: GradientBuffers) -> Tensor:
+    def _norm_backward(
+        self, g: Tensor, x: Tensor, name: str, segment: Segment, grads: GradientBuffers
+    ) -> Tensor:
         c = self.config
+        if self.counting:  # dead rows hold anything, NaN too, and the weight's gradient sums over x
+            dead = ~self.plan.live(segment.iteration)
+            g, x = g.masked_fill(dead, 0), x.masked_fill(dead, 1)
         weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
         dx, dweight, dbias, _ = norm_bwd_ref(g, x, weight, bias, c.eps, c.norm)
         grads.vector(self.index.get(f"{name}.weight"), dweight)
@@ -256,7 +261,7 @@ class BlockBody:
             g, dx = (dy @ weight).to(g.dtype).chunk(2, dim=-1)
             self._add_dx(dx, segment)
         if c.loop_norm == "pre":
-            g = self._norm_backward(g, h, "loop_norm", grads)
+            g = self._norm_backward(g, h, "loop_norm", segment, grads)
         return g
 
     def _add_dx(self, g: Tensor, segment: Segment) -> None:
@@ -305,9 +310,10 @@ def uncounted_reason(config: BlockConfig) -> str | None:
     """Why the kernels cannot leave dead rows out in this block: a part of it that is plain torch
     sums over rows."""
     parts = {
-        "biases": config.bias, "loop_norm": config.loop_norm != "none",
-        "injection": config.injection != "none", "a loop-index embedding": config.max_loops > 0,
-    }  # fmt: skip
+        "biases": config.bias,
+        "injection": config.injection != "none",
+        "a loop-index embedding": config.max_loops > 0,
+    }
     found = " and ".join(name for name, there in parts.items() if there)
     return f"a static batch takes no block with {found}" if found else None
 

@@ -94,9 +94,12 @@ def test_the_papers_mix_and_the_autoregressive_model() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_kernels_leave_dead_rows_out() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"loop_norm": "post", "state_noise": 0.1}, {"loop_norm": "pre"}], ids=str
+)
+def test_kernels_leave_dead_rows_out(options: dict) -> None:
     """What a kernel does not write stays NaN here, and none of it comes through."""
-    model = make_model("triton", d_model=16, n_heads=1, n_layers=1)
+    model = make_model("triton", d_model=16, n_heads=1, n_layers=1, **options)
     static = StaticBatch(Capacity.of([batch_of([3, 2], [2, 1]), batch_of([6], [1])], 0.5), "cpu")
     static.load(batch_of([6], [1]))
     batch = batch_of([3, 2], [2, 1], seed=3)
