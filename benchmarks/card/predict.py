@@ -41,6 +41,7 @@ from relay_fast.trainer import CAPACITY_BATCHES, SLACK, SPREAD
 # Assumed.
 NODE = 1e-6  # seconds that each node of a graph takes beside its work
 HOST = {"looped": 5e-3, "autoregressive": 3e-3}  # seconds a step in which the card has no work yet
+MUON = 2e-3  # seconds a step: small fp32 products that leave most of the card idle
 ROWS_AT_WORK = 0.7  # of the decoding cache's, on average
 FP32_SHARE = 0.4  # of the fp32 peak, in the looped model's writing
 BEGIN = 20.0  # seconds until a stage's first step: process, CUDA, compiled kernels, data workers
@@ -104,6 +105,7 @@ def training(context: Context, stage: str) -> Training:
         model.loss(StaticBatch(capacity, "meta").batch).loss.backward()
     nodes = sum(part.launches for part in graph.parts.values())
     fixed, growth = NODE * nodes + HOST[KIND[stage]], stream.curriculum
+    fixed += MUON * ("muon_lr" in recipe(context.config, stage))
     places = [growth * (k + 0.5) / PLACES for k in range(PLACES)] if growth else []
     growing = [fixed + sum(p.waves for p in trace(stream[int(x * steps)].batch)) for x in places]
     last = stream[steps - 1].batch
@@ -129,12 +131,13 @@ def peak_bytes(policy: str) -> float:
 
 
 def made_per_second(stream: TruthStream, batches: int = 5) -> float:
-    """Samples that one core of this machine makes in a second, of the longest problems."""
+    """Samples that one core of this machine makes in a second of its own time, of the longest
+    problems."""
     first = len(stream) - 1 - batches
     stream[first]
-    began = time.perf_counter()
+    began = time.process_time()
     samples = sum(len(stream[first + 1 + k].batch) for k in range(batches))
-    return samples / (time.perf_counter() - began)
+    return samples / (time.process_time() - began)
 
 
 @dataclass
@@ -212,7 +215,8 @@ def page() -> str:
         "Step = Σ over its launches of max(FLOPs / peak, bytes / bandwidth) / share of processors "
         f"at work, + {1e6 * NODE:.0f} µs a node of the CUDA graph, + {1e3 * HOST['looped']:.0f} ms "
         f"(looped) or {1e3 * HOST['autoregressive']:.0f} ms (autoregressive) in which the host "
-        "copies the next batch; without the optimiser. *Longest step*: problems of every length; "
+        f"copies the next batch, + {1e3 * MUON:.0f} ms where Muon is used; AdamW not counted. "
+        "*Longest step*: problems of every length; "
         "*mean*: over the curriculum; ar_self: each of its phases. *Memory*: the peak of a "
         "token-iteration in fp32 (`loop_throughput.csv`) times the graph's capacity; bf16 needs "
         f"less. *Made a core*: measured on one core of {common.machine('cpu')['machine']}; "
