@@ -18,14 +18,16 @@ UNKNOWN_BYTES = 4 << 30  # taken as free where the system does not say
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; training mode comes back at the end."""
-    was_training = model.training
-    model.eval()
+    """Eval mode and no gradients; the modules that were in training mode are so again at the end."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def free_bytes(device: torch.device) -> int:

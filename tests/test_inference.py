@@ -48,3 +48,13 @@ def test_pieces(most):
     assert np.concatenate(cut).tolist() == list(range(8))
     assert all(len(piece) == 1 or sizes[piece].sum() < most + sizes.max() for piece in cut)
     assert len(cut) == {1: 8, 5: 5, 100: 1}[most]
+
+
+def test_each_module_gets_its_mode_back():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(), torch.nn.Dropout())
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), inference(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == before == [True, True, False, True]
