@@ -18,7 +18,7 @@ UNKNOWN_BYTES = 4 << 30  # taken as free where the system does not say
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; the modules that were in training mode are so again at the end."""
+    """Eval mode and no gradients; modules that were in training mode are so again at the end."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
