@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from relay_fast._files import cannot_write, write_json
 from relay_fast._inference import inference
 from relay_fast.batch import PackedBatch
 from relay_fast.checkpoint import CheckpointError
@@ -241,10 +240,7 @@ def evaluate_run(
             by_length = evaluate(model, tasks, name, chosen, number, seed, **options)
             accuracy[name] = {str(length): row for length, row in by_length.items()}
         results["accuracy"][model_name] = accuracy
-        try:
-            write_json(folder.path / "evaluation.json", results)
-        except OSError as error:
-            raise RunFolderError(cannot_write(folder.path / "evaluation.json", error)) from error
+        folder.write("evaluation.json", results)
         if display is not None:
             display.finish(model_name, time.monotonic() - started)
     return results

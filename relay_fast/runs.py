@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from relay_fast._files import differences, first_differences, write_json
+from relay_fast._files import cannot_write, differences, first_differences, write_json
 
 
 class RunFolderError(RuntimeError):
@@ -114,6 +114,13 @@ class RunFolder:
         """Where the checkpoint called `name` is, or will be."""
         return self.path / "checkpoints" / f"{name}.safetensors"
 
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write the JSON file called `name`; raises RunFolderError where that cannot be."""
+        try:
+            write_json(self.path / name, value)
+        except OSError as error:
+            raise RunFolderError(cannot_write(self.path / name, error)) from error
+
     def results(self) -> dict[str, Any]:
         """The content of results.json; empty if there is none yet."""
         file = self.path / "results.json"
@@ -125,7 +132,7 @@ class RunFolder:
         Dictionaries merge key by key, anything else replaces what was there.
         """
         whole = _merged(self.results(), json.loads(json.dumps(part)))
-        write_json(self.path / "results.json", whole)
+        self.write("results.json", whole)
         return whole
 
     def stage_done(self, name: str) -> bool:
@@ -135,7 +142,7 @@ class RunFolder:
         """Record that a stage is finished, after all that it leaves is on disk."""
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         stages = {**self._stages(), name: {"finished": finished, **(info or {})}}
-        write_json(self.path / "stages.json", stages)
+        self.write("stages.json", stages)
 
     def _stages(self) -> dict[str, dict[str, Any]]:
         file = self.path / "stages.json"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from users import as_nobody, open_folder
 
-from relay_fast import display, evaluate
+from relay_fast import display, evaluate, runs
 from relay_fast.batch import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decode import Decoded, decode
@@ -341,7 +341,7 @@ def test_a_full_disk(run, capsys, monkeypatch):
     def full(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(evaluate, "write_json", full)
+    monkeypatch.setattr(runs, "write_json", full)
     assert main(["--out", str(run), "--problems", "2"]) == 2
     error = capsys.readouterr().err
     assert "evaluation.json cannot be written (No space left on device); check that" in error

@@ -1,6 +1,7 @@
 """The run folder: made, continued, refused; the results in it and the table made of them."""
 
 import builtins
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from users import as_nobody, open_folder
 
+from relay_fast import runs
 from relay_fast._files import replacing
 from relay_fast.report import print_report, table_text
 from relay_fast.runs import RunFolder, RunFolderError, versions
@@ -35,6 +37,23 @@ def test_a_run_is_made_and_continued(tmp_path):
     opened = RunFolder.open(run.path)
     assert opened.config == again.config == json.loads(json.dumps(CONFIG))
     assert RunFolder.open(run.path, write=True).stage_done("looped")
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "a", CONFIG)
+    run.update_results({"seed": 0})
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    for write, name in (
+        (lambda: run.update_results({"seed": 1}), "results.json"),
+        (lambda: run.mark_done("looped"), "stages.json"),
+    ):
+        with pytest.raises(RunFolderError, match=f"{name} cannot be written .No space.* not full"):
+            write()
+    assert run.results() == {"seed": 0}
 
 
 def test_results_merge(tmp_path):
