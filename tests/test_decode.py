@@ -12,6 +12,7 @@ from relay_fast import decode_step
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decode import decode
 from relay_fast.decode_step import Stepper
+from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.plan import Plan
 from relay_fast.ragged import offsets_of
@@ -73,22 +74,43 @@ def test_tokens_are_those_of_uncached_decoding(batch, sync_every):
     assert 0 < decoded.ended.sum() < len(lengths), "the case should hold both kinds of end"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"n_kv_heads": 2},
-        {"norm": "layer", "bias": True, "activation": "swiglu"},
-        {"rope_base": None},
-        {"injection": "add", "loop_norm": "pre", "max_loops": 2},
-        {"injection": "concat", "loop_norm": "post"},
-    ],
-)
+BLOCKS = [
+    {"n_kv_heads": 2},
+    {"norm": "layer", "bias": True, "activation": "swiglu"},
+    {"rope_base": None},
+    {"injection": "add", "loop_norm": "pre", "max_loops": 2},
+    {"injection": "concat", "loop_norm": "post"},
+]
+
+
+@pytest.mark.parametrize("options", BLOCKS)
 def test_every_block_and_two_iterations(options):
     model = make_model(**options)
     prompts, offsets = make_prompts([4, 7, 1, 12])
     decoded = decode(model, prompts, offsets, max_new=12, batch=3, loops=2)
     expected = [uncached(model, p, 12, loops=2) for p in np.split(prompts, offsets[1:-1])]
     assert texts(decoded) == expected
+
+
+@pytest.mark.parametrize("options", BLOCKS)
+def test_a_step_computes_what_a_pass_over_the_whole_text_does(options):
+    """In fp64, before and after the weights are laid out anew: any slip would show."""
+    model = make_model(**options).double().eval()
+    prompts, offsets = make_prompts([4, 7, 1])
+    settings = {"max_new": 12, "batch": 3, "loops": 2, "temperature": 1.0, "scored": True}
+    decoded = decode(model, prompts, offsets, **settings)
+    for i, text in enumerate(texts(decoded)):
+        prompt = prompts[offsets[i] : offsets[i + 1]].tolist()
+        tokens = torch.tensor(prompt + text[:-1])
+        with torch.no_grad():
+            h = model.block(model.embedding(tokens), 2, cu_seqlens=[0, len(tokens)])
+            c, norm = model.config.block, model.norm
+            logits = readout_ref(h, norm.weight, norm.bias, model.chain_head.weight, c.eps, c.norm)[
+                len(prompt) - 1 :
+            ]
+        own = logits.log_softmax(-1)[torch.arange(len(text)), text]
+        given = decoded.log_probability[decoded.offsets[i] : decoded.offsets[i + 1]]
+        np.testing.assert_allclose(given, own.numpy(), rtol=1e-6, atol=1e-6)  # given as fp32
 
 
 def test_limits_of_each_sequence_and_of_the_model():
