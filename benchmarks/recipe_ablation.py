@@ -69,6 +69,7 @@ CHANGES: dict[str, Callable[[Config], None]] = {
     "no_loop_norm": _plain_state,
     "adamw_lr_3e-3_no_loop_norm": _both(_without("muon_lr"), _with(lr=3e-3), _plain_state),
     "no_noise": _looped(state_noise=0.0),
+    "adamw_lr_3e-3_no_noise": _both(_without("muon_lr"), _with(lr=3e-3), _looped(state_noise=0.0)),
     "no_padding": _without("pad_probability", "pad_to"),
     "no_curriculum": _with(curriculum=0.0),
     "ema": _with(ema=0.99),
