@@ -31,12 +31,14 @@ def train(
     device: str = "cpu",
     impl: str = "auto",
     minutes: float | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Runs RELAY (or the given stages and what they need) in the run folder `out`.
 
-    config: a preset from `relay_fast.presets`, overridden or not. Returns the content of
-    results.json. Raises RunFolderError, ValueError, CheckpointError with one clear sentence,
-    WorkerDied for a worker that was killed, and OutOfTime after `minutes`, with everything saved.
+    config: a preset from `relay_fast.presets`, overridden or not. report: print the table and draw
+    the plots in the end. Returns the content of results.json. Raises RunFolderError, ValueError,
+    CheckpointError with one clear sentence, WorkerDied for a worker that was killed, and OutOfTime
+    after `minutes`, with everything saved.
 
     Stages run in processes of their own, which import the caller's script: there, call this under
     `if __name__ == "__main__":`.
@@ -68,7 +70,8 @@ def train(
         call.record()
         raise
     results = folder.results()
-    _show(results, folder.path)
+    if report:
+        _show(results, folder.path)
     return results
 
 
@@ -130,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="another value in the preset (model.d_model=64)")  # fmt: skip
     parser.add_argument("--seed", type=int)
     parser.add_argument("--minutes", type=float, help="stop and save after so many")
+    parser.add_argument("--no-report", action="store_true", help="no table and plots in the end")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"))
     return parser
@@ -148,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         stages = a.stages.split(",") if a.stages else None
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
+        options["report"] = not a.no_report
         train(config, a.out, stages=stages, **options)
     except (ValueError, RunFolderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -106,7 +106,8 @@ def test_shares_are_taken_up_in_turn_until_the_time_is_over(tmp_path, monkeypatc
     calls, most = [], 3
 
     def train(arguments) -> int:
-        flags = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        assert arguments[-1] == "--no-report"  # which takes the card's time
+        flags = dict(zip(arguments[:-1:2], arguments[1:-1:2], strict=True))
         calls.append(flags)
         folder = RunFolder(flags["--out"], {"seed": 0})
         for name in paper.with_needs(flags["--stages"].split(",")):
@@ -130,7 +131,9 @@ def test_shares_are_taken_up_in_turn_until_the_time_is_over(tmp_path, monkeypatc
     assert left.endswith("seed1/looped_aligned, seed1/evaluate.looped_aligned")
 
     most = 100
+    del calls[:]
     assert paper.main(command) == 0
+    assert len(calls) == len(paper.PLAN) - 3  # what is done is not taken up again
     assert (calls[-1]["--out"], calls[-1]["--seed"]) == (str(run / "seed1"), "1")
     assert capsys.readouterr().out.splitlines()[-1] == "everything is done"
     del calls[:]

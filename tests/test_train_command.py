@@ -126,6 +126,8 @@ def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
     out = capsys.readouterr().out
     assert "started" not in out
     assert "whole chain right" in out and "results:" in out  # the table is shown again
+    assert main([*SMALL, "--no-report", "--out", str(finished)]) == 0
+    assert not capsys.readouterr().out
 
 
 def test_another_config_in_the_same_folder_is_refused(finished, capsys) -> None:

@@ -58,9 +58,11 @@ def go_on(run: Path, deadline: float, flags: list[str]) -> int:
         if minutes < LEAST_MINUTES:
             break
         out = run / share.folder
+        if not unfinished(out, share.stages):
+            continue
         status = train.main(
             ["--preset", "paper-fast", *flags, *share.flags, "--stages", ",".join(share.stages),
-             "--minutes", f"{minutes:.3f}", "--out", str(out)]
+             "--minutes", f"{minutes:.3f}", "--out", str(out), "--no-report"]
         )  # fmt: skip
         if status or unfinished(out, share.stages):
             return status
