@@ -376,11 +376,12 @@ def test_paper_fast_changes_the_recipe_only() -> None:
         task["self_counts"] = [n // 5 for n in task["self_counts"]]
     for part in ("tasks", "vocabulary", "evaluation"):
         assert fast[part] == paper[part]
+    assert fast["model"].pop("looped") == {"loop_norm": "post"}
     assert {**paper["model"], "dropout": 0.0} == fast["model"]  # data that never repeats
     for stage in fast["stages"]:
         settings = recipe(fast, stage)
         assert settings["graph"] and settings["autocast"] == "bf16"
-        assert "dataset_size" not in settings and "muon_lr" not in settings
+        assert "dataset_size" not in settings
 
 
 def test_overrides() -> None:
