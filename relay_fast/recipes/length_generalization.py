@@ -201,8 +201,8 @@ def evaluate(
 
 PRESETS = {
     "cpu": Settings(
-        Training(steps=1500, batch_size=64, lr=1e-3, warmup=0.02, clip=1.0, muon_lr=0.01),
-        tasks=("parity",),
+        Training(steps=5000, batch_size=64, lr=1e-3, warmup=0.02, clip=1.0, muon_lr=0.01),
+        tasks=("parity", "copy", "addition"),
         parity=Task(1, 4, longest=10, grow_every=80, tests=(5, 10, 12, 15, 20)),
         copy=Task(2, 4, longest=8, grow_every=200, tests=(4, 8, 10, 12)),
         addition=Task(3, 4, longest=6, grow_every=300, tests=(3, 6, 7, 8)),
