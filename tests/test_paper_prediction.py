@@ -62,6 +62,32 @@ def test_the_whole_is_the_sum_of_its_stages() -> None:
     assert found.pop("all") == pytest.approx(sum(found.values()))
 
 
+def test_what_was_measured_stands_beside_it() -> None:
+    entry = lambda step, seconds: {"step": step, "seconds": seconds}
+    results = {
+        "history": {
+            "looped_aligned": [entry(1, 30.0), entry(51, 31.0), entry(101, 34.0)],  # 30 s to begin
+            "ar_self_loop": [entry(1, 5.0), entry(3, 5.2), entry(1, 9.0), entry(3, 9.2)],
+            "ar_relay": [entry(1, 9.0)],  # nothing to tell yet
+        },
+        "training": {
+            name: {"data_wait_share": 0.125, "cuda_graph": "replayed"}
+            for name in ("looped_aligned", "ar_self_loop", "ar_relay")
+        },
+        "versions": {"device_name": "NVIDIA H200", "commit": "abc"},
+    }
+    found = predict.measured_steps(results)
+    assert found == {
+        "looped_aligned": (pytest.approx(0.04), 0.125), "ar_self_loop": (pytest.approx(0.1), 0.125),
+    }  # fmt: skip
+    training = {name: Training(name, 8, 10, 1, 2e12, 0.04, 0.02, 1, 1.0) for name in predict.KIND}
+    text = predict.compared(training, results)
+    (line,) = (row for row in text.splitlines() if row.startswith("| looped_aligned"))
+    # Of 2 TFLOP half, in 0.04 s: 25 TFLOP/s of 790.
+    assert line == "| looped_aligned | 20 | 40 | 2.00× | 25 | 3.2% | 12.5% | replayed |"
+    assert "NVIDIA H200, commit abc" in text
+
+
 SMALL = """
 from benchmarks.card import predict
 from relay_fast.presets import load_preset, override

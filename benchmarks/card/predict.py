@@ -1,6 +1,7 @@
 """What preset `paper-fast` should take on an H200, written down before the first run.
 
     python -m benchmarks.card.predict --out benchmarks/results/paper/PREDICTION.md
+    python -m benchmarks.card.predict --measured runs/paper-fast/results.json --out COMPARED.md
 
 Training steps are traced on meta tensors as in `benchmarks.card.profile`: every launch with its own
 configuration, FLOPs and bytes, over the preset's own batches. What the host does is measured here.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import sys
 import time
@@ -187,7 +189,39 @@ def sets(context: Context) -> dict[str, Writing]:
     return {what: writing(context, counts) for what, counts in wanted.items()}
 
 
-def page() -> str:
+def measured_steps(results: dict) -> dict[str, tuple[float, float]]:
+    """Seconds of a step, the start apart, and the share of waiting for data, by training stage."""
+    found = {}
+    for stage, history in results.get("history", {}).items():
+        steps = [(e["step"], e["seconds"]) for e in history]
+        forward = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(steps, steps[1:], strict=False)
+                   if b[0] > a[0]]  # fmt: skip  # a phase counts anew
+        if taken := sum(step for step, _ in forward):
+            share = results["training"][stage]["data_wait_share"]
+            found[stage] = sum(seconds for _, seconds in forward) / taken, share
+    return found
+
+
+def compared(trained: dict[str, Training], results: dict) -> str:
+    """Predicted beside measured, of the stages that have been trained."""
+    rows = []
+    for stage, (seconds, waited) in measured_steps(results).items():
+        t = trained["ar_self" if stage.startswith("ar_self") else stage]
+        share = t.flops * t.mean / t.longest / seconds / CARDS[ARCH].flops_16_bit
+        graph = results["training"][stage]["cuda_graph"]
+        rows.append((stage, f"{1e3 * t.mean:.3g}", f"{1e3 * seconds:.3g}",
+                     f"{seconds / t.mean:.2f}×", f"{1 / seconds:.3g}", f"{share:.1%}",
+                     f"{waited:.1%}", graph))  # fmt: skip
+    columns = ("stage", "predicted mean step, ms", "measured, ms", "ratio", "steps/s",
+               "share of peak", "waiting for data", "CUDA graph")  # fmt: skip
+    where = f"{results['versions']['device_name']}, commit {results['versions']['commit']}"
+    return (
+        f"\n## Measured: {where}\n\n" + markdown(columns, rows) + "\nShare of peak: the FLOPs "
+        "that were predicted for the mean step, over the time measured and the bf16 peak.\n"
+    )
+
+
+def page(results: dict | None = None) -> str:
     context = Context(Path("nowhere"), load_preset("paper-fast"), "cpu", "triton")
     trained = {stage: training(context, stage) for stage in KIND}
     written, phases = sets(context), 5
@@ -234,6 +268,7 @@ def page() -> str:
         "\n## The whole\n\n"
         + markdown(("stages", "minutes"), [(k, f"{v / 60:.1f}") for k, v in whole.items()])
         + f"\n{BEGIN:.0f} s are counted for the start of each stage.\n"
+        + (compared(trained, results) if results else "")
     )  # fmt: skip
 
 
@@ -262,10 +297,12 @@ def stages(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=common.RESULTS / "paper" / "PREDICTION.md")
+    parser.add_argument("--measured", type=Path, help="results.json of a run on a card")
     options = parser.parse_args(argv)
+    results = json.loads(options.measured.read_text()) if options.measured else None
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.out) as partial:
-        partial.write_text(page())
+        partial.write_text(page(results))
     print(options.out)
     return 0
 
