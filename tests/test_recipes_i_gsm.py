@@ -5,19 +5,29 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from relay_fast.display import Display
 from relay_fast.recipes import i_gsm
 from relay_fast.recipes.i_gsm import PRESETS, SYMBOLS, Settings, draw_problems
 from relay_fast.runs import RunFolder
 
+NAME = r"[A-Z]#[A-Z]|v\d+"
 
-def texts(count: int, variables: int, width: int, seed: int = 0) -> list[tuple[str, int]]:
-    tokens, answers, cu = draw_problems(np.random.default_rng(seed), count, variables, width)
-    assert cu[0] == 0 and cu[-1] == len(tokens) and len(cu) == count + 1
+
+def sampler(variables: int, width: int, **options) -> Settings:
+    """The paper's format: letters, and one question a problem."""
+    return replace(PRESETS["paper"], variables=(variables,), width=width, **options)
+
+
+def texts(count: int, variables: int, width: int) -> list[tuple[str, int]]:
+    p = draw_problems(np.random.default_rng(0), sampler(variables, width), count, variables)
+    cu = p.cu_seqlens
+    assert cu[0] == 0 and cu[-1] == len(p.tokens) and len(cu) == count + 1
+    assert p.rows.tolist() == [last - 1 for last in cu[1:]]
     return [
-        ("".join(SYMBOLS[t] for t in tokens[first:last]), int(answer))
-        for first, last, answer in zip(cu[:-1], cu[1:], answers, strict=True)
+        ("".join(SYMBOLS[t] for t in p.tokens[first:last]), int(answer))
+        for first, last, answer in zip(cu[:-1], cu[1:], p.answers, strict=True)
     ]
 
 
@@ -29,26 +39,84 @@ def formulas(text: str) -> tuple[dict[str, str], str]:
     return dict(parts), question[:-1]
 
 
-def solve(known: dict[str, str], name: str) -> int:
-    """Raises RecursionError on a cycle, KeyError for a variable without a statement."""
-    total = 0
+def solve(known: dict[str, str], name: str) -> tuple[int, int]:
+    """Value and depth. Raises RecursionError on a cycle, KeyError for a variable without a
+    statement."""
+    total = depth = 0
     for term in known[name].split("+"):
-        found = re.fullmatch(r"(?:([2-6])\*)?([A-Z]#[A-Z])|([0-6])", term)
+        found = re.fullmatch(rf"(?:([2-6])\*)?({NAME})|([0-6])", term)
         factor, parent, constant = found.groups()
-        total += int(constant) if constant else int(factor or 1) * solve(known, parent)
-    return total % 7
+        value, below = (int(constant), -1) if constant else solve(known, parent)
+        total, depth = total + int(factor or 1) * value, max(depth, below + 1)
+    return total % 7, depth
 
 
 @pytest.mark.parametrize(("variables", "width"), [(2, 1), (3, 1), (5, 3), (12, 2), (16, 4)])
 def test_problems_have_their_answer(variables, width) -> None:
     for text, answer in texts(60, variables, width):
         known, asked = formulas(text)
-        assert len(known) == variables and solve(known, asked) == answer
+        assert len(known) == variables and solve(known, asked)[0] == answer
         for formula in known.values():
             parents = re.findall(r"[A-Z]#[A-Z]", formula)
             assert len(set(parents)) == len(parents) <= 3
             assert not re.search(r"\+[2-6]\*", formula)  # the first parent only has a factor
         assert "#" in known[asked]
+
+
+def test_every_variable_is_asked_for_by_its_whole_name() -> None:
+    settings = sampler(7, 3, asked="every", names="whole", parents=2)
+    p = draw_problems(np.random.default_rng(0), settings, 40, 7)
+    symbol = lambda t: SYMBOLS[t] if t < i_gsm.LETTERS else f"v{t - i_gsm.LETTERS}"
+    answered = iter(zip(p.rows.tolist(), p.answers, p.depths, strict=True))
+    orders = set()
+    for first, last in zip(p.cu_seqlens[:-1], p.cu_seqlens[1:], strict=True):
+        *statements, questions = "".join(map(symbol, p.tokens[first:last])).split(".")
+        known = dict(statement.split(":=") for statement in statements)
+        assert questions[0] == "?"
+        asked = re.findall(r"v\d+", questions)
+        assert sorted(asked) == sorted(known) and len(known) == 7
+        orders.add(tuple(list(known).index(name) for name in asked))
+        for k, name in enumerate(asked):
+            row, answer, depth = next(answered)
+            assert row == last - 7 + k and (answer, depth) == solve(known, name)
+    assert next(answered, None) is None and len(orders) > 35 and p.depths.max() > 2
+    assert max(p.tokens) < settings.vocabulary_size == i_gsm.LETTERS + 27
+
+
+def test_accuracy_is_by_depth() -> None:
+    """A model that knows constants only is right on depth 0, and on the others by chance."""
+
+    class Oracle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(1, 1)
+
+        def predict(self, tokens, rows, cu_seqlens):
+            tokens, answers = tokens.tolist(), []
+            for row in rows.tolist():
+                i = row  # back to the statement of the variable that is asked for
+                while tokens[i : i + 2] != [tokens[row], i_gsm.IS]:
+                    i -= 1
+                answers.append(tokens[i + 2] if tokens[i + 3] == i_gsm.STOP else -1)
+            return torch.tensor(answers)
+
+    settings = replace(PRESETS["cpu"], problems=100)
+    found = i_gsm.accuracy(Oracle(), settings, seed=0)
+    assert found.pop("0") == 1.0 and len(found) > 1 and set(found.values()) == {0.0}
+
+
+@pytest.mark.parametrize("names", i_gsm.NAMES)
+def test_fewer_formulas_and_smaller_factors(names) -> None:
+    draw = lambda **options: draw_problems(
+        np.random.default_rng(0), sampler(6, 2, asked="every", names=names, **options), 500, 6, 0.5
+    )
+    half = draw(factor=1)
+    assert 0.55 < (half.depths == 0).mean() < 0.75 and not (half.tokens == i_gsm.TIMES).any()
+    p = draw(factor=3)
+    (at,) = np.nonzero(p.tokens == i_gsm.TIMES)
+    assert set(p.tokens[at - 1]) == {2, 3} and len(p.rows) == 3000 == len(p.answers)
+    none = draw_problems(np.random.default_rng(0), sampler(6, 2, asked="every"), 50, 6, 0.0)
+    assert none.depths.max() == 0
 
 
 def test_variables_are_edges_between_neighbouring_levels() -> None:
@@ -73,7 +141,7 @@ def test_statements_come_shuffled_and_names_differ() -> None:
 
 
 def test_answers_are_spread() -> None:
-    _, answers, _ = draw_problems(np.random.default_rng(0), 20_000, 8, 3)
+    answers = draw_problems(np.random.default_rng(0), sampler(8, 3), 20_000, 8).answers
     shares = np.bincount(answers, minlength=7) / 20_000
     assert 0.12 < shares.min() and shares.max() < 0.2  # chance is 1/7; zero is a little likelier
 
@@ -105,9 +173,14 @@ def test_the_papers_sizes() -> None:
     ("options", "message"),
     [
         ({"variables": (1,)}, "variables = (1,): give some numbers of at least 2"),
-        ({"test_variables": ()}, "test_variables = (): give some numbers of at least 2"),
+        ({"variables": ()}, "variables = (): give some numbers of at least 2"),
+        ({"factor": 7}, "factor = 7: give 1 to 6"),
+        ({"curriculum": 2.0}, "curriculum = 2.0: give 0 to 1"),
+        ({"parents": 0}, "parents = 0: give at least 1"),
+        ({"asked": "first"}, "asked = 'first' is unknown: use one of ('last', 'every')"),
+        ({"names": "long"}, "names = 'long' is unknown: use one of ('letters', 'whole')"),
         ({"width": 7}, "width = 7: give 1 to 6, there are 26 letters"),
-        ({"width": 1}, "4 variables do not fit into 4 levels of 1 entities, which have 3 edges"),
+        ({"width": 1}, "5 variables do not fit into 4 levels of 1 entities, which have 3 edges"),
         ({"problems": 0}, "problems = 0: give at least 1"),
         ({"models": ("0x1",)}, "model '0x1' is unknown: write layers x loops like 1x4"),
     ],

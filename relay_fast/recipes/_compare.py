@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,17 +29,16 @@ def compare(
     settings: Sizes,
     vocabulary_size: int,
     draw: Draw,
-    accuracy: Callable[[LoopedClassifier, int], float],
-    sizes: Sequence[int],
+    accuracy: Callable[[LoopedClassifier], dict[str, float]],
     folder: RunFolder,
     display: Display,
     *,
     seed: int,
     device: str,
 ) -> dict[str, Any]:
-    """For each shape: parameters, accuracy(model, size) by size, history, seconds.
+    """For each shape: parameters, accuracy, history, seconds.
 
-    draw: the arguments of `classifier_loss`.
+    draw: the arguments of `classifier_loss`. accuracy(model): size of the problem -> share right.
     """
     results = {}
     for name in settings.models:
@@ -53,7 +52,7 @@ def compare(
         )  # fmt: skip
         results[name] = {
             "parameters": model.parameter_count(),
-            "accuracy": {str(size): accuracy(model, size) for size in sizes},
+            "accuracy": accuracy(model),
             "history": trained.history,
             "seconds": round(trained.seconds, 2),
         }

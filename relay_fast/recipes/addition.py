@@ -146,10 +146,12 @@ def run(
         counts = rng.choice(settings.counts, settings.training.batch_size)
         return draw_sums(rng, counts, settings.digits)
 
+    def measure(model: LoopedClassifier) -> dict[str, float]:
+        return {str(n): accuracy(model, settings, n, seed) for n in settings.test_counts}
+
     models = compare(
-        settings, VOCABULARY_SIZE, draw, lambda model, n: accuracy(model, settings, n, seed),
-        settings.test_counts, folder, display, seed=seed, device=device,
-    )  # fmt: skip
+        settings, VOCABULARY_SIZE, draw, measure, folder, display, seed=seed, device=device
+    )
     return {"models": models, "published": settings.digits == 3}
 
 
