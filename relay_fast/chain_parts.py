@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+
+import numpy as np
 
 from relay_fast.datasets import load_samples, save_samples
 from relay_fast.generate import Progress, in_callers_order, stream_chains, stream_order
@@ -23,14 +27,14 @@ def generate_in_parts(
     stem: Path,
     progress: Progress | None = None,
 ) -> Samples:
-    """What `generate_chains` gives, as far as the files `stem`.MODEL-FIRST.safetensors of earlier
+    """What `generate_chains` gives, as far as the files `stem`.WHAT-FIRST.safetensors of earlier
     calls go from them, the rest written into further ones.
 
-    An interrupted call is thus continued by the same call, to the same chains; files of another
-    model are not read. Raises CheckpointError for a file that cannot be read or written, and what
+    An interrupted call is thus continued by the same call, to the same chains. WHAT stands for the
+    model and the problems: files of others are not read. Raises CheckpointError for a file that cannot be read or written, and what
     `generate_chains` raises.
     """
-    name = f"{stem.name}.{model_hash(model)}"
+    name = f"{stem.name}.{_digest(model, problems)}"
     path = lambda first: stem.with_name(f"{name}-{first:08d}.safetensors")
     parts: list[Samples] = []
     done = 0
@@ -48,3 +52,11 @@ def generate_in_parts(
             done += len(parts[-1])
             fresh, saved = [], time.monotonic()
     return in_callers_order([(stream_order(problems), Samples.concat(parts + fresh))], problems)
+
+
+def _digest(model: LoopedTransformer, problems: Samples) -> str:
+    """16 hexadecimal digits that stand for the model and the problems."""
+    digest = hashlib.sha256(model_hash(model).encode())
+    for field in fields(problems):
+        digest.update(np.ascontiguousarray(getattr(problems, field.name)).tobytes())
+    return digest.hexdigest()[:16]

@@ -220,6 +220,7 @@ def evaluate_run(
         "seed": seed,
         "versions": versions(device),
         "train_lengths": {name: config["tasks"][name]["train"] for name in tasks},
+        "complete": False,
         "accuracy": {},
     }
     # All of them first: what cannot be loaded is said before any work.
@@ -240,6 +241,7 @@ def evaluate_run(
             by_length = evaluate(model, tasks, name, chosen, number, seed, **options)
             accuracy[name] = {str(length): row for length, row in by_length.items()}
         results["accuracy"][model_name] = accuracy
+        results["complete"] = len(results["accuracy"]) == len(loaded)
         folder.write("evaluation.json", results)
         if display is not None:
             display.finish(model_name, time.monotonic() - started)
@@ -274,6 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from relay_fast.report import print_report
 
     a = _parser().parse_args(arguments)
+    file = Path(a.out) / "evaluation.json"
+    before = file.stat().st_mtime_ns if file.is_file() else None
     try:
         if a.problems < 1:
             raise ValueError(f"--problems is {a.problems}; give at least 1.")
@@ -290,14 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: no memory for {a.problems} problems a length: give fewer", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; the models finished by then are in {Path(a.out) / 'evaluation.json'}, "
-            f"the same command begins anew",
-            file=sys.stderr,
-        )
+        written = file.is_file() and file.stat().st_mtime_ns != before
+        kept = f"the models finished by then are in {file}" if written else "no model was finished"
+        print(f"\ninterrupted; {kept}, the same command begins anew", file=sys.stderr)
         return 130
     print_report(results, metrics=("answer", "chain", "bit"))
-    print(f"results: {Path(a.out) / 'evaluation.json'}")
+    print(f"results: {file}")
     return 0
 
 

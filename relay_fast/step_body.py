@@ -67,8 +67,8 @@ class LeanStepBody(StepBody):
     """The same in plain torch. Few rows cost as many kernels as are called: a layer is half as many
     as the references' ops, which keep what a backward needs.
 
-    From the COLUMNS_AFTER-th step on weights lie by columns: with few rows that is up to twice as
-    fast, and costs about as much as two steps.
+    From the COLUMNS_AFTER-th step on a CPU weights lie by columns: with few rows that is up to
+    twice as fast, and costs about as much as two steps.
     """
 
     def __init__(self, config: BlockConfig, *args):
@@ -86,7 +86,7 @@ class LeanStepBody(StepBody):
     def turn_to(self, x: Tensor, positions: Tensor, ops: Ops) -> None:
         super().turn_to(x, positions, ops)
         self._steps += 1
-        if self._steps == COLUMNS_AFTER:
+        if self._steps == COLUMNS_AFTER and x.is_cpu:
             for w in self._layers:
                 w |= {name: by_columns(value) for name, value in w.items() if value.ndim == 2}
 

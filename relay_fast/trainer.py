@@ -72,7 +72,9 @@ class Trained(NamedTuple):
         longest_true: dict[str, int] = {}
         seconds = 0.0
         for phase in phases:
-            history += [{**e, "seconds": round(e["seconds"] + seconds, 3)} for e in phase.history]
+            history += [
+                {**e, "seconds": round(e.get("seconds", 0.0) + seconds, 3)} for e in phase.history
+            ]
             _raise_to(longest_true, phase.longest_true)
             seconds += phase.seconds
         samples, waited = sum(p.samples for p in phases), sum(p.waited for p in phases)
@@ -276,6 +278,7 @@ class _Training:
         unpack_training_state(
             tensors, self.model, self.optimizer, self.ema, self._generators, self.path
         )
-        self.step, self.samples = metadata["step"], metadata["samples"]
-        self.seconds, self.waited = metadata["seconds"], metadata["waited"]
+        self.step, self.seconds = metadata["step"], metadata["seconds"]
+        # A state written before these were counted goes on all the same.
+        self.samples, self.waited = metadata.get("samples", 0), metadata.get("waited", 0.0)
         self.history, self.longest_true = metadata["history"], metadata["longest_true"]

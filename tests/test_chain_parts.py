@@ -98,6 +98,14 @@ def test_another_model_begins_anew(tmp_path, often):
     assert same(written, generate_chains(other, problems, TASKS))
 
 
+def test_other_problems_begin_anew(tmp_path, often):
+    model, problems = make_model(), make_problems()
+    generate_in_parts(model, problems, TASKS, tmp_path / "chains")
+    others = problems.take(slice(1, None))
+    written = generate_in_parts(model, others, TASKS, tmp_path / "chains")
+    assert same(written, generate_chains(model, others, TASKS))
+
+
 def test_few_chains_and_none_leave_no_file(tmp_path):
     problems = make_problems()
     for some in (problems.take(slice(0, 5)), problems.take(slice(0, 0))):

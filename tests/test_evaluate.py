@@ -300,6 +300,12 @@ def test_an_interruption_keeps_the_finished_models(run, capsys, monkeypatch):
     assert error.endswith("evaluation.json, the same command begins anew") and "\n" not in error
     kept = json.loads((run / "evaluation.json").read_text())
     assert kept["accuracy"] == whole["accuracy"]
+    assert whole["complete"] and not kept["complete"]
+
+    monkeypatch.setattr(evaluate, "evaluate_looped", interrupted)
+    assert main(["--out", str(run), "--problems", "5"]) == 130
+    error = capsys.readouterr().err.strip()
+    assert error == "interrupted; no model was finished, the same command begins anew"
 
 
 @pytest.mark.parametrize(
