@@ -31,8 +31,8 @@ def generate_in_parts(
     calls go from them, the rest written into further ones.
 
     An interrupted call is thus continued by the same call, to the same chains. WHAT stands for the
-    model and the problems: files of others are not read. Raises CheckpointError for a file that cannot be read or written, and what
-    `generate_chains` raises.
+    model and the problems: files of others are not read. Raises CheckpointError for a file that
+    cannot be read or written, and what `generate_chains` raises.
     """
     name = f"{stem.name}.{_digest(model, problems)}"
     path = lambda first: stem.with_name(f"{name}-{first:08d}.safetensors")
