@@ -295,3 +295,28 @@ def test_models_refuse_what_does_not_fit() -> None:
         AutoregressiveTransformer(model_config())
     with pytest.raises(ValueError, match="supervise = 'rounds' is unknown"):
         LoopedTransformer(model_config(), supervise="rounds")
+
+
+def test_grad_scaling() -> None:
+    torch.manual_seed(0)
+    block, x = LoopedBlock(16, 2, 1), torch.randn(3, 5, 16)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    loss = lambda x: block(x, 3).square().mean()
+    loss(x).backward()
+    plain = [p.grad.clone() for p in block.parameters()]
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss(x)).backward()
+    scaler.unscale_(optimizer)
+    for want, p in zip(plain, block.parameters(), strict=True):
+        assert torch.equal(p.grad, want)  # a power of two costs no bit
+    scaler.step(optimizer)
+    scaler.update()
+
+    before = [p.detach().clone() for p in block.parameters()]
+    optimizer.zero_grad()
+    scaler.scale(loss(torch.full_like(x, float("inf")))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert all(torch.equal(a, b) for a, b in zip(before, block.parameters(), strict=True))
