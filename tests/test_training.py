@@ -13,6 +13,7 @@ from relay_fast.checkpoint import (
     CheckpointError,
     load_checkpoint,
     pack_training_state,
+    save_checkpoint,
     unpack_training_state,
 )
 from relay_fast.config import BlockConfig, ModelConfig
@@ -256,6 +257,20 @@ def test_interrupted_and_continued_is_bitwise_the_same(tmp_path, monkeypatch, em
     assert times[-1] == pytest.approx(continued.seconds, abs=1e-3)
     other, _ = run(tmp_path / "other.safetensors", ema=ema, lr=1e-3)
     assert any(not torch.equal(value, other[name]) for name, value in whole.items())
+
+
+def test_a_state_that_counts_neither_samples_nor_waiting_continues(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("relay_fast.trainer.LOG_EVERY", 0.0)
+    path = tmp_path / "state.safetensors"
+    assert run(path, stop_at=3) is None
+    tensors, metadata = load_checkpoint(path)
+    for name in ("samples", "waited", "parts"):
+        metadata.pop(name, None)
+    metadata["history"] = [{"step": h["step"], "loss": h["loss"]} for h in metadata["history"]]
+    save_checkpoint(path, tensors, metadata)
+    _, trained = run(path)
+    assert trained.samples == 5 * 8 and trained.history[-1]["step"] == 8
+    assert len(type(trained).of_phases([trained]).history) == 8
 
 
 def test_what_phases_took_together() -> None:
