@@ -27,8 +27,6 @@ def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str 
     """Why a step cannot be captured at all; None if it may be tried."""
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device, the model is on {device.type!r}"
-    if any(group.get("muon") for group in optimizer.param_groups):
-        return "Muon reads its learning rate on the host: train with AdamW alone (muon_lr = None)"
     if not all("capturable" in group for group in optimizer.param_groups):
         return f"{type(optimizer).__name__} has no capturable form: use AdamW"
     return None
@@ -65,10 +63,11 @@ class GraphedStep:
         step = GraphedStep(model, optimizer, Capacity.of(some_batches), clip=1.0)
         losses = step(batch)
 
-    optimizer: an AdamW; on CUDA its learning rates become tensors (`relay_fast.optim.set_factor`
-    fills them). clip: largest norm of all gradients. autocast: dtype of the GEMMs. A batch beyond
-    the capacity takes an eager step, after which graphs go on. Every step counts, the first ones
-    too: no batch is taken twice. A model put into eval() or another mode needs a new one.
+    optimizer: an AdamW, with Muon beside it or not; on CUDA its learning rates become tensors
+    (`relay_fast.optim.set_factor` fills them). clip: largest norm of all gradients. autocast: dtype
+    of the GEMMs. A batch beyond the capacity takes an eager step, after which graphs go on. Every
+    step counts, the first ones too: no batch is taken twice. A model put into eval() or another
+    mode needs a new one.
     """
 
     def __init__(

@@ -58,8 +58,12 @@ class MuonAdamW(torch.optim.AdamW):
         update = p.grad.lerp(momentum, group["momentum"])
         stacked = update.view(group["parts"], -1, p.shape[1])
         scale = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(orthogonalize(stacked).reshape(p.shape), alpha=-group["lr"] * scale)
+        lr, change = group["lr"], orthogonalize(stacked).reshape(p.shape)
+        p.mul_(1 - lr * group["weight_decay"])
+        if isinstance(lr, Tensor):  # as for a CUDA graph: it may not be read back
+            p.sub_(change * (lr * scale))
+        else:
+            p.add_(change, alpha=-lr * scale)
 
 
 def make_optimizer(

@@ -1,5 +1,6 @@
 """The paper's experiment in leases: what travels from one machine to the next, what does not."""
 
+import json
 import os
 import time
 
@@ -64,6 +65,19 @@ def test_what_is_needed_travels_whole(run, tmp_path) -> None:
     assert paper.unfinished(tmp_path / "there", ["evaluate.ar_relay"]) == [
         "ar_relay", "evaluate.ar_relay",
     ]  # fmt: skip
+
+
+def test_parts_of_interrupted_chains_travel(run, tmp_path) -> None:
+    stages = run.path / "stages.json"
+    done = {k: v for k, v in json.loads(stages.read_text()).items() if k != "chains"}
+    stages.write_text(json.dumps(done))
+    (run.path / "chains.safetensors").unlink()
+    part = "checkpoints/chains.0123456789abcdef-00000000.safetensors"
+    put(run.path, part)
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "run.tar.7").write_bytes(b"of an earlier call")
+    assert part in carried(run, tmp_path / "back")
+    assert not (tmp_path / "back" / "run.tar.7").exists()
 
 
 def test_finished_models_that_nothing_needs_stay_once_they_were_sent(run, tmp_path) -> None:

@@ -166,6 +166,34 @@ def test_groups(muon_lr) -> None:
     assert optimizer.param_groups[0]["lr"] == 1e-3  # of the base, not of the last
 
 
+def test_muon_takes_its_learning_rate_from_a_tensor_without_reading_it() -> None:
+    steps = []
+    for on_device in (False, True):
+        model = make_model()
+        optimizer = make_optimizer(model, lr=1e-2, muon_lr=0.02)
+        for group in optimizer.param_groups:
+            if on_device and group.get("muon"):
+                group["lr"] = torch.tensor(group["lr"])
+        for p in model.parameters():
+            p.grad = torch.sin(torch.arange(p.numel()).view_as(p))
+        set_factor(optimizer, 0.5)
+        optimizer.step()
+        steps.append({name: p.detach() for name, p in model.named_parameters()})
+    for name, value in steps[0].items():
+        assert torch.allclose(value, steps[1][name], rtol=1e-6, atol=1e-7), name
+
+    model = make_model().to("meta")  # where reading anything back fails
+    optimizer = make_optimizer(model, lr=1e-2, muon_lr=0.02)
+    muon = [group for group in optimizer.param_groups if group.get("muon")]
+    assert len(muon) == 2
+    for group in muon:
+        group["lr"] = torch.tensor(group["lr"], device="meta")
+        for p in group["params"]:
+            p.grad = torch.empty_like(p)
+            with torch.no_grad():
+                optimizer._muon_step(p, group)
+
+
 def test_optimizer_state_survives_packing() -> None:
     def step(model, optimizer, batch):
         optimizer.zero_grad()

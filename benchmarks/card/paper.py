@@ -112,7 +112,7 @@ def what_travels(run: Path, since: float) -> Iterator[list[Path]]:
     for folder, names in left.items():
         if any("chains" in NEEDS[name] for name in names):
             yield [file for file in stage_files(folder, "chains") if file.exists()]
-    yield from ([file] for file in scratch if file.name.endswith(".chains.safetensors"))
+    yield from ([file] for file in scratch if ".state." not in file.name)  # parts of chains
 
 
 def pack(run: Path, back: Path, since: float) -> None:
@@ -129,6 +129,8 @@ def pack(run: Path, back: Path, since: float) -> None:
                 tar.add(file, file.relative_to(run))
     packed = buffer.getvalue()
     back.mkdir(parents=True, exist_ok=True)
+    for old in back.glob("run.tar.*"):
+        old.unlink()
     for k in range(0, len(packed), PART_BYTES):
         (back / f"run.tar.{k // PART_BYTES}").write_bytes(packed[k : k + PART_BYTES])
     print(f"packed: {len(packed) / 2**20:.1f} MiB in {-(-len(packed) // PART_BYTES)} files")
