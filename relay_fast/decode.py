@@ -8,8 +8,10 @@ Sequences that end are compacted out of their part, and waiting prompts take the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,11 +63,13 @@ def decode(
 
     prompts: flat token ids; offsets (S + 1,): prompt i is prompts[offsets[i] : offsets[i + 1]].
     max_new: an int, or one (S,) per sequence; the expected order of lengths is taken from it.
-    temperature 0 is greedy: exactly the tokens that decoding without a cache gives. Above 0, tokens
-    are drawn with `seed`. batch: sequences at a time, by default as many as free memory holds; it
-    is halved where memory runs out all the same. sync_every: steps between two looks at which
-    sequences ended. loops: iterations of the block. scored: also give log-probabilities. progress
-    is called with (sequences done, S).
+    temperature 0 is greedy: in fp32 and fp64 exactly the tokens that decoding without a cache
+    gives; in bf16 and fp16 rounding depends on how many rows are decoded together, and near ties
+    may fall the other way. Above 0, tokens are drawn with `seed`; the draws depend on `batch`.
+    batch: sequences at a time, by default as many as free memory holds; it is halved where memory
+    runs out all the same. sync_every: steps between two looks at which sequences ended. loops:
+    iterations of the block. scored: also give log-probabilities. progress is called with (sequences
+    done, S).
 
     Raises ValueError for a model that is not causal, empty prompts, tokens outside the vocabulary,
     prompts longer than the model takes, and numbers out of range; TypeError for tokens that are no
@@ -79,12 +83,17 @@ def decode(
             "the model is not causal, so it cannot continue a text: a looped model writes chains "
             "with relay_fast.generate.generate_chains"
         )
-    if temperature < 0:
-        raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more, and finite")
     for name, value in (("batch", batch), ("sync_every", sync_every), ("loops", loops)):
+        if value is not None and not isinstance(value, Integral):
+            raise ValueError(f"{name} = {value}: it must be a whole number")
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: it must be 1 or more")
-    limits = np.asarray(max_new, np.int64)
+    limits = np.asarray(max_new)
+    if not np.issubdtype(limits.dtype, np.integer) and limits.size:
+        raise ValueError(f"max_new = {max_new}: it must be a whole number, or one for each prompt")
+    limits = limits.astype(np.int64)
     if limits.ndim and limits.shape != lengths.shape:
         raise ValueError(
             f"max_new has shape {limits.shape} but there are {len(lengths)} prompts: give an int "
@@ -138,6 +147,12 @@ def check_prompts(
             f"prompt begins, and last their number"
         )
     lengths = np.diff(offsets)
+    if np.any(lengths < 0):
+        fall = int((lengths < 0).argmax())
+        raise ValueError(
+            f"offsets fall from {offsets[fall]} to {offsets[fall + 1]} in prompt {fall}: give "
+            f"where each prompt begins, in order"
+        )
     if np.any(lengths < 1):
         raise ValueError(f"prompt {int(lengths.argmin())} is empty: give at least one token")
     limit, size = model.config.max_tokens, model.config.vocabulary_size

@@ -298,6 +298,13 @@ def test_log_probabilities_are_those_of_the_whole_text(temperature):
         ([3], {0: VOCABULARY}, {}, "token 24 of prompt 0 is outside the model's vocabulary of 24"),
         ([3], {1: -2}, {}, "token -2 of prompt 0 is outside"),
         ([3], {}, {"temperature": -1.0}, "temperature = -1.0"),
+        ([3], {}, {"temperature": float("nan")}, "temperature = nan: it must be 0"),
+        ([3], {}, {"temperature": float("inf")}, "temperature = inf: it must be .* and finite"),
+        ([3], {}, {"max_new": 2.7}, "max_new = 2.7: it must be a whole number, or one for each"),
+        ([3], {}, {"max_new": [2.7]}, r"max_new = \[2.7\]: it must be a whole number"),
+        ([3], {}, {"batch": 2.5}, "batch = 2.5: it must be a whole number"),
+        ([3], {}, {"sync_every": 1.5}, "sync_every = 1.5: it must be a whole number"),
+        ([3], {}, {"loops": 1.5}, "loops = 1.5: it must be a whole number"),
         ([3], {}, {"max_new": -4}, "max_new = -4"),
         ([3], {}, {"max_new": [1, 2]}, r"max_new has shape \(2,\) but there are 1 prompts"),
         ([3], {}, {"batch": 0}, "batch = 0: it must be 1 or more"),
@@ -318,6 +325,8 @@ def test_what_is_no_prompt_and_no_causal_model():
     for wrong in ([0, 5], [0, 2], [1, 3], []):
         with pytest.raises(ValueError, match="offsets go from and to .*, there are 3 tokens"):
             decode(model, prompts, wrong, max_new=2)
+    with pytest.raises(ValueError, match="offsets fall from 5 to 3 in prompt 1: give where each"):
+        decode(model, prompts, [0, 5, 3], max_new=2)
     with pytest.raises(TypeError, match="prompts are float64: give token ids"):
         decode(model, prompts + 0.5, offsets, max_new=2)
     block = BlockConfig(32, 4, 2)
