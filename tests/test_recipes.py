@@ -118,6 +118,14 @@ def test_finished_training_is_read_back(tmp_path) -> None:
         ({"steps": 0}, "steps = 0: give at least 1"),
         ({"batch_size": 0}, "batch_size = 0: give at least 1"),
         ({"lr": -0.1}, "lr = -0.1: give a positive number"),
+        ({"lr": float("nan")}, "lr = nan: give a positive number"),
+        ({"muon_lr": 0.0}, "muon_lr = 0.0: give a positive number"),
+        ({"clip": -1.0}, "clip = -1.0: give a positive number"),
+        ({"weight_decay": -1.0}, "weight_decay = -1.0: give at least 0"),
+        ({"warmup": 7.0}, "warmup = 7.0: give a share of the steps, 0 to 1"),
+        ({"betas": (0.9,)}, r"betas = \(0.9,\): give two numbers of at least 0, less than 1"),
+        ({"betas": (0.9, 1.0)}, r"betas = \(0.9, 1.0\): give two numbers"),
+        ({"ema": 2.0}, "ema = 2.0: give at least 0 and less than 1"),
         ({"decay": "cosin"}, "decay = 'cosin' is unknown: use one of linear, cosine"),
         ({"optimizer": "adam"}, "optimizer = 'adam' is unknown: use one of adamw, adafactor"),
         ({"optimizer": "adafactor", "muon_lr": 0.1}, "muon_lr = 0.1 goes with optimizer = 'adamw'"),
@@ -184,6 +192,7 @@ def test_an_interruption_is_continued(toy, tmp_path, monkeypatch, capsys) -> Non
     ("arguments", "message"),
     [
         (["p_hops"], "recipe 'p_hops' is unknown: use one of toy"),
+        (["p_hops", "--help"], "recipe 'p_hops' is unknown: use one of toy"),
         (
             ["toy", "--preset", "gpu"],
             "preset 'gpu' of recipe toy is unknown: use one of cpu, paper",
@@ -196,6 +205,16 @@ def test_an_interruption_is_continued(toy, tmp_path, monkeypatch, capsys) -> Non
         (["toy", "--set", "width=wide"], "setting width = wide: give a whole number, like 3"),
         (["toy", "--set", "sizes=1"], "setting sizes = 1: give a list, like [1, 2]"),
         (["toy", "--set", 'sizes=[1, "a"]'], 'setting sizes = "a": give a whole number, like 1'),
+        (["toy", "--set", "training.steps=null"], "setting steps = null: give a whole number, li"),
+        (["toy", "--set", "training.lr=null"], "setting lr = null: give a number, like 0.1"),
+        (["toy", "--set", "training.lr=NaN"], "setting lr = NaN: give a number, like 0.1"),
+        (["toy", "--set", "training.clip=hard"], "setting clip = hard: give a number, or null"),
+        (["toy", "--set", "training.betas=[0.9]"], "setting betas = [0.9]: give 2 values, like"),
+        (
+            ["toy", "--set", "training.betas=[0, null]"],
+            "setting betas = null: give a number, like",
+        ),
+        (["toy", "--set", "training.clip=-1"], "clip = -1.0: give a positive number"),
         (["toy", "--set", "training=1"], "setting 'training' has parts: use one of training.steps"),
         (["toy", "--set", "width.x=1"], "setting 'width' has no part 'x': write width=VALUE"),
     ],
@@ -212,6 +231,13 @@ def test_changes_keep_the_kind_of_a_setting() -> None:
     assert s.scale == 2.0 and type(s.scale) is float
     assert command.changed(s, ["sizes=[4,5]"]).sizes == (4, 5)
     assert command.changed(s, ["sizes=[]"]).sizes == ()
+
+
+@pytest.mark.parametrize("name", ["p_hop", "addition", "i_gsm"])
+def test_recipes_need_a_model(name) -> None:
+    with pytest.raises(ValueError, match=r"models = \[\]: give at least one, like 1x4"):
+        command.changed(recipes.load_recipe(name).PRESETS["cpu"], ["models=[]"])
+    assert recipes.load_recipe("stacking").PRESETS["cpu"].models == ()  # it builds on p_hop
 
 
 def test_changes_are_checked_together() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from relay_fast.recipes import RECIPES, load_recipe
 
@@ -69,9 +70,10 @@ def run_recipe(
 def changed(settings: Any, changes: Sequence[str]) -> Any:
     """The dataclass `settings` with the `changes`, "name=value" or "part.name=value", put in.
 
-    A value is JSON of the old one's kind; the settings are checked once all are in. Raises
-    ValueError for anything else.
+    A value is JSON of the kind that its field is annotated with; the settings are checked once all
+    are in. Raises ValueError for anything else.
     """
+    hints = get_type_hints(type(settings))
     values: dict[str, Any] = {}
     parts: dict[str, list[str]] = {}
     for change in changes:
@@ -86,7 +88,7 @@ def changed(settings: Any, changes: Sequence[str]) -> Any:
         if not dataclasses.is_dataclass(old):
             if rest:
                 raise ValueError(f"setting {name!r} has no part {rest!r}: write {name}=VALUE")
-            values[name] = _value(path, text, old)
+            values[name] = _value(path, text, hints[name], old)
         elif rest:
             parts.setdefault(name, []).append(f"{rest}={text}")
         else:
@@ -97,19 +99,34 @@ def changed(settings: Any, changes: Sequence[str]) -> Any:
     return dataclasses.replace(settings, **values)
 
 
-def _value(name: str, text: str, old: Any) -> Any:
+def _value(name: str, text: str, hint: Any, old: Any) -> Any:
+    """The JSON `text` as what `hint` annotates; `old` is an example."""
     try:
         value = json.loads(text)
     except ValueError:
         value = text
-    if isinstance(old, tuple) and isinstance(value, list):
-        # An empty list does not say what it is of.
-        return tuple(_value(name, json.dumps(x), old[0]) if old else x for x in value)
-    if isinstance(old, float) and type(value) is int:
+    optional = type(None) in get_args(hint)
+    if optional:
+        hint = next(part for part in get_args(hint) if part is not type(None))
+        if value is None:
+            return None
+    kind = get_origin(hint) or hint
+    like = ", or null" if optional else ""
+    like += "" if old is None or old == () else f", like {json.dumps(old)}"
+    if kind is tuple and isinstance(value, list):
+        parts = get_args(hint)
+        if parts[-1] is ...:
+            parts = parts[:1] * len(value)
+        if len(parts) != len(value):
+            raise ValueError(f"setting {name} = {text}: give {len(parts)} values{like}")
+        example = old[0] if old else None
+        return tuple(
+            _value(name, json.dumps(x), part, example) for x, part in zip(value, parts, strict=True)
+        )
+    if kind is float and type(value) is int:
         value = float(value)
-    if old is not None and value is not None and type(value) is not type(old):
-        kind = _KINDS[type(old)]
-        raise ValueError(f"setting {name} = {text}: give {kind}, like {json.dumps(old)}")
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"setting {name} = {text}: give {_KINDS[kind]}{like}")
     return value
 
 
@@ -192,11 +209,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         width = max(map(len, RECIPES), default=0)
         print("\n".join(f"{name:{width}s}  {summary}" for name, summary in RECIPES.items()))
         return 0
-    if a.help or a.name is None:
+    if a.name is None:
         parser.print_help()
-        if a.name in RECIPES:
-            print(f"\n{a.name}: {help_text(a.name)}")
         return 0 if a.help else 2
+    if a.help:
+        try:
+            text = help_text(a.name)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        parser.print_help()
+        print(f"\n{a.name}: {text}")
+        return 0
     from relay_fast.checkpoint import CheckpointError
     from relay_fast.runs import RunFolderError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,8 +47,18 @@ class Training:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
-        if self.lr <= 0:
-            raise ValueError(f"lr = {self.lr}: give a positive number")
+        for name in ("lr", "muon_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value}: give a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay = {self.weight_decay}: give at least 0")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup = {self.warmup}: give a share of the steps, 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {self.betas}: give two numbers of at least 0, less than 1")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema = {self.ema}: give at least 0 and less than 1")
         if self.decay not in DECAYS:
             known = ", ".join(DECAYS)
             raise ValueError(f"decay = {self.decay!r} is unknown: use one of {known}")

@@ -67,6 +67,8 @@ class Settings:
                 raise ValueError(f"{name} = {getattr(self, name)}: give some numbers of at least 1")
         if self.problems < 1:
             raise ValueError(f"problems = {self.problems}: give at least 1")
+        if not self.models:
+            raise ValueError("models = []: give at least one, like 1x4")
         for name in self.models:
             parse_shape(name)
 

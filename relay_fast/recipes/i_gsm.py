@@ -94,6 +94,8 @@ class Settings:
                 f"{max(self.variables)} variables do not fit into {LEVELS} levels of {self.width} "
                 f"entities, which have {self.edges} edges: give fewer, or a larger width"
             )
+        if not self.models:
+            raise ValueError("models = []: give at least one, like 1x4")
         for name in self.models:
             parse_shape(name)
 

@@ -71,6 +71,8 @@ class Settings:
         if self.problems < 1:
             raise ValueError(f"problems = {self.problems}: give at least 1")
         check_hops(max(self.hops), self.length, self.target)
+        if type(self).models and not self.models:  # recipes that build on this may have none
+            raise ValueError("models = []: give at least one, like 1x4")
         for name in self.models:
             parse_shape(name)
 
