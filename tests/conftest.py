@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 IN_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IN_XDIST_WORKER:
@@ -19,6 +20,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SEED = 0
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Whatever a shell starts in the background ignores Ctrl-C, which some tests send themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
