@@ -48,7 +48,7 @@ def generate_in_parts(
         tokens = sum(len(samples.rounds) for samples in fresh)
         if time.monotonic() - saved >= SAVE_EVERY or tokens >= PART_TOKENS:
             parts.append(Samples.concat(fresh))
-            save_samples(path(done), parts[-1], {"model": model_hash(model), "first": done})
+            save_samples(path(done), parts[-1], {})  # its name says what it is of
             done += len(parts[-1])
             fresh, saved = [], time.monotonic()
     return in_callers_order([(stream_order(problems), Samples.concat(parts + fresh))], problems)
