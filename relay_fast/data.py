@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,10 +17,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from relay_fast._cores import usable_cores
 from relay_fast.batch import PackedBatch
-from relay_fast.schedule import Schedule, curriculum_length
+from relay_fast.schedule import curriculum_length
 from relay_fast.tasks import TASK_NAMES, Samples, Task
 
 _FRESH = 0x5EED  # salt of the length draws, apart from the problems' own seed
+
+
+class Schedule(Protocol):
+    """What a stream reads of its stage's schedule (see `relay_fast.schedule.Schedule`)."""
+
+    progress: np.ndarray
+
+    @property
+    def steps(self) -> int: ...
 
 
 class Step(NamedTuple):

@@ -57,9 +57,10 @@ def decode(
     sync_every: int = 4,
     loops: int = 1,
     scored: bool = False,
+    eos: int = EOS,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Decoded:
-    """Continues every prompt until `<eos>`, `max_new` tokens or the model's limit.
+    """Continues every prompt until `eos`, `max_new` tokens or the model's limit.
 
     prompts: flat token ids; offsets (S + 1,): prompt i is prompts[offsets[i] : offsets[i + 1]].
     max_new: an int, or one (S,) per sequence; the expected order of lengths is taken from it.
@@ -68,8 +69,8 @@ def decode(
     may fall the other way. Above 0, tokens are drawn with `seed`; the draws depend on `batch`.
     batch: sequences at a time, by default as many as free memory holds; it is halved where memory
     runs out all the same. sync_every: steps between two looks at which sequences ended. loops:
-    iterations of the block. scored: also give log-probabilities. progress is called with (sequences
-    done, S).
+    iterations of the block. scored: also give log-probabilities. eos: the token that ends a
+    sequence. progress is called with (sequences done, S).
 
     Raises ValueError for a model that is not causal, empty prompts, tokens outside the vocabulary,
     prompts longer than the model takes, and numbers out of range; TypeError for tokens that are no
@@ -104,7 +105,7 @@ def decode(
         raise ValueError(f"max_new = {limits.min()}: it must be 0 or more")
     # The last token is written but never read.
     limits = np.minimum(limits, model.config.max_tokens + 1 - lengths)
-    texts = _Texts(prompts, offsets, limits)
+    texts = _Texts(prompts, offsets, limits, eos)
     options = {"loops": loops, "temperature": temperature, "seed": seed, "scored": scored}
     with inference(model), torch.autocast(model.device.type, enabled=False):
         totals = lengths + limits
@@ -200,8 +201,8 @@ def _rows_that_fit(model: AutoregressiveTransformer, length: int, loops: int) ->
 class _Texts:
     """Prompts and limits of S sequences, and what was written after each so far."""
 
-    def __init__(self, prompts: np.ndarray, offsets: np.ndarray, limits: np.ndarray):
-        self.prompts, self.offsets, self.limits = prompts, offsets, limits
+    def __init__(self, prompts: np.ndarray, offsets: np.ndarray, limits: np.ndarray, eos: int):
+        self.prompts, self.offsets, self.limits, self.eos = prompts, offsets, limits, eos
         self.ended = np.zeros(len(limits), bool)
         self.finished = limits == 0
         self._records: list[tuple[np.ndarray, ...]] = []
@@ -226,7 +227,7 @@ class _Texts:
 
         Returns how many of the steps count (n,), and which of the sequences go on (n,).
         """
-        is_end = tokens == EOS
+        is_end = tokens == self.eos
         first_end = np.where(is_end.any(0), is_end.argmax(0), len(tokens))
         counts = np.minimum(np.minimum(first_end + 1, len(tokens)), self.limits[sequence] - written)
         self._records.append((sequence, written, counts, tokens.astype(np.int32), scores))

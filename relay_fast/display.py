@@ -6,9 +6,17 @@ import sys
 import time
 from typing import NamedTuple
 
-from relay_fast.trainer import Progress
-
 PLAIN_EVERY = 10.0  # seconds between two lines of a stage where there is no terminal
+
+
+class Progress(NamedTuple):
+    """What a training stage reports now and then."""
+
+    step: int
+    steps: int
+    samples_per_s: float
+    loss: float
+    chain_accuracy: float
 
 
 class Problems(NamedTuple):

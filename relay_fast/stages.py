@@ -20,7 +20,7 @@ from relay_fast.chain_parts import generate_in_parts
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data import Form, SampleStream, TruthStream, mean_cost
 from relay_fast.datasets import load_samples, save_samples
-from relay_fast.display import Problems
+from relay_fast.display import Problems, Progress
 from relay_fast.evaluate import evaluate_autoregressive, evaluate_looped, hit_matrix
 from relay_fast.generate import generate_chains, write_chains
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
@@ -28,7 +28,7 @@ from relay_fast.presets import recipe
 from relay_fast.schedule import Schedule
 from relay_fast.store import load_run_model, model_path, run_tasks, save_model
 from relay_fast.tasks import Samples
-from relay_fast.trainer import LOG_EVERY, Progress, Trained, train_model
+from relay_fast.trainer import LOG_EVERY, Trained, train_model
 
 Report = Callable[[Progress | Problems], None]
 

@@ -20,10 +20,19 @@ from relay_fast.checkpoint import (
 )
 from relay_fast.config import ModelConfig
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
-from relay_fast.report import MODEL_NAMES
 from relay_fast.tasks import Task, Vocabulary, make_task
 
 Model = LoopedTransformer | AutoregressiveTransformer
+
+# The models that a run leaves in its folder.
+RUN_MODELS = (
+    "looped_aligned",
+    "ar_relay",
+    "ar_baseline",
+    "looped_vanilla",
+    "ar_self_truth",
+    "ar_self_loop",
+)
 
 
 def save_model(
@@ -93,12 +102,12 @@ def model_path(run: str | os.PathLike, name: str) -> Path:
 def load_run_model(
     run: str | os.PathLike, name: str, device: torch.device | str = "cpu", impl: str = "auto"
 ) -> Model:
-    """The model called `name` (one of MODEL_NAMES) of a run folder.
+    """The model called `name` (one of RUN_MODELS) of a run folder.
 
     Raises ValueError for an unknown name, CheckpointError as `load_model` does.
     """
-    if name not in MODEL_NAMES:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(MODEL_NAMES)}.")
+    if name not in RUN_MODELS:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(RUN_MODELS)}.")
     return load_model(model_path(run, name), device, impl)[0]
 
 

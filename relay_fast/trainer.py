@@ -23,6 +23,7 @@ from relay_fast.checkpoint import (
     unpack_training_state,
 )
 from relay_fast.data import Step, run_ahead
+from relay_fast.display import Progress
 from relay_fast.graphs import GraphedStep, graph_reason, take_step
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.optim import make_optimizer, set_factor
@@ -38,16 +39,6 @@ PART_BYTES = 12 << 20  # of a file of the resume point: machines that are lent r
 # 400 others of preset paper-fast was larger (12 % of them without the spread, at slack 0.1).
 CAPACITY_BATCHES, SLACK, SPREAD = 12, 0.05, 2.0
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-
-
-class Progress(NamedTuple):
-    """What a training stage reports now and then."""
-
-    step: int
-    steps: int
-    samples_per_s: float
-    loss: float
-    chain_accuracy: float
 
 
 class Trained(NamedTuple):

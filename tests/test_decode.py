@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_generate import peak_bytes
+from memory import peak_bytes
 
 from relay_fast import decode as decode_module
 from relay_fast import decode_step
@@ -72,6 +72,19 @@ def test_tokens_are_those_of_uncached_decoding(batch, sync_every):
     assert texts(decoded) == expected
     assert decoded.ended.tolist() == [text[-1] == EOS for text in expected]
     assert 0 < decoded.ended.sum() < len(lengths), "the case should hold both kinds of end"
+
+
+def test_any_token_may_end_a_sequence():
+    """Tokens of the vocabulary in RELAY's numbering, or in a model's own."""
+    model = make_model()
+    prompts, offsets = make_prompts([5, 9, 3])
+    free = decode(model, prompts, offsets, max_new=12, eos=-1)
+    assert np.diff(free.offsets).tolist() == [12, 12, 12] and not free.ended.any()
+    own = int(free.tokens[5])  # met in the first text
+    stopped = decode(model, prompts, offsets, max_new=12, eos=own)
+    for text, whole, ended in zip(texts(stopped), texts(free), stopped.ended, strict=True):
+        assert ended == (own in whole)
+        assert text == (whole[: whole.index(own) + 1] if ended else whole)
 
 
 BLOCKS = [

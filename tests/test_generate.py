@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from memory import peak_bytes
 
 from relay_fast import generate
 from relay_fast.batch import PackedBatch
@@ -269,16 +270,6 @@ def test_log_probabilities_of_looped_chains():
         a, b = written.round_offsets[written.first_round[i : i + 2]]
         np.testing.assert_allclose(scores.rounds[a:b], own, atol=1e-5)
         np.testing.assert_allclose(scores.answer[i], float(answer), atol=1e-5)
-
-
-def peak_bytes(call) -> int:
-    """Most memory that tensors take at any moment of the call."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = profile.profiler.kineto_results.events()
-    sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return int(np.cumsum([size for _, size in sizes]).max(initial=0))
 
 
 def test_memory_is_flat_in_loops_and_in_problems():

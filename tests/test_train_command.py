@@ -13,16 +13,15 @@ import time
 import pytest
 import torch
 
-from relay_fast.display import Display, Problems
+from relay_fast.display import Display, Problems, Progress
 from relay_fast.pipeline import _unfinished, with_needs
 from relay_fast.presets import load_preset, override, preset_names, recipe
 from relay_fast.report import MODEL_NAMES
 from relay_fast.runs import RunFolder
 from relay_fast.stages import MODELS, NEEDS, Context, run_stage
-from relay_fast.store import load_run_model
+from relay_fast.store import RUN_MODELS, load_run_model
 from relay_fast.tasks import TASK_NAMES
 from relay_fast.train import main, train
-from relay_fast.trainer import Progress
 
 SMALL = ["--preset", "cpu", "--steps", "2", "--batch-size", "8", "--eval-problems", "4"]
 
@@ -50,7 +49,7 @@ def test_results_have_their_form(finished) -> None:
     results, config = results_of(finished), small()
     assert results["config"] == config and results["seed"] == config["seed"]
     assert results["versions"]["torch"] == torch.__version__
-    assert set(results["accuracy"]) == set(MODEL_NAMES) == set(MODELS)
+    assert set(results["accuracy"]) == set(MODEL_NAMES) == set(MODELS) == set(RUN_MODELS)
     for model, tasks in results["accuracy"].items():
         assert set(tasks) == set(config["tasks"])
         for task, by_length in tasks.items():

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks.vocabulary import EOS
 
-if TYPE_CHECKING:
-    from relay_fast.tasks.base import Task
-
 TASK_NAMES = ("arithmetic", "edit_distance", "lis")
+
+
+class WritesAnswers(Protocol):
+    """What `Samples.sequences` reads of a task."""
+
+    @property
+    def answer_suffix(self) -> tuple[int, ...] | None:
+        """Tokens between the last round and the answer; None where no answer is written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +99,9 @@ class Samples:
                 columns[field.name] = np.concatenate([np.zeros(0, np.int32), *arrays])
         return Samples(**columns)
 
-    def sequences(self, tasks: Mapping[str, Task]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def sequences(
+        self, tasks: Mapping[str, WritesAnswers]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Autoregressive sequences `[TASK] problem round_1 … round_T (suffix answer) <eos>`.
 
         tasks: by name, at least those that occur; their `answer_suffix` says how the answer is
