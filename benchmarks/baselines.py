@@ -85,12 +85,12 @@ class EagerBlock(nn.Module):
             self.loop_embedding = nn.Embedding(c.max_loops, c.d_model)
 
     def rope(self, n: int, device: torch.device, dtype: torch.dtype):
-        """cos and sin (n, head_dim / 2), fp32 angles; None without RoPE."""
+        """cos and sin (n, head_dim / 2), fp64 angles; None without RoPE."""
         c = self.config
         if c.rope_base is None:
             return None
-        half = torch.arange(c.head_dim // 2, device=device, dtype=torch.float32)
-        positions = torch.arange(n, device=device, dtype=torch.float32)
+        half = torch.arange(c.head_dim // 2, device=device, dtype=torch.float64)
+        positions = torch.arange(n, device=device, dtype=torch.float64)
         angle = positions[:, None] * c.rope_base ** (-half / (c.head_dim // 2))
         return angle.cos().to(dtype), angle.sin().to(dtype)
 

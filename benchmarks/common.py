@@ -76,7 +76,7 @@ def synthetic_batch(
     rng = np.random.default_rng(seed)
     order = np.argsort(-loops, kind="stable")
     plan = Plan(lengths[order], loops[order], device)
-    rows, weights = [], []
+    rows, weights = [np.zeros(0, np.int64)], [np.zeros(0)]  # for batches that do not loop at all
     for t in range(1, plan.max_loops + 1):
         for i in range(plan.active_sequences[t - 1]):
             a, b = plan.offsets[i : i + 2]
@@ -88,7 +88,7 @@ def synthetic_batch(
             share = 1.0 if targets_per_sequence is None else 1 / plan.loops[i]
             weights.append(np.full(b - a, share / max(1, b - a) / len(lengths)))
     per_iteration = np.zeros(plan.max_loops, np.int64)
-    start = 0
+    start = 1
     for t, active in enumerate(plan.active_sequences):
         per_iteration[t] = sum(len(r) for r in rows[start : start + active])
         start += active

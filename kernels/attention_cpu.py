@@ -18,9 +18,22 @@ _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def _fused(qkv: Tensor, heads: int, kv_heads: int) -> bool:
+def _fused(qkv: Tensor, layout: PaddedLayout, heads: int, kv_heads: int) -> bool:
+    """Whether PyTorch's kernels take the call. Raises ValueError for a layout of another device:
+    they would read its masks as if they were in this device's memory."""
+    if layout.cu_seqlens.device != qkv.device:
+        raise ValueError(
+            f"the layout lies on {layout.cu_seqlens.device} and qkv on {qkv.device}: make the "
+            "layout on qkv's device"
+        )
     there = _FORWARD is not None and _BACKWARD is not None
     return there and qkv.is_cpu and heads == kv_heads and qkv.dtype in _DTYPES
+
+
+def _by_rows(t: Tensor) -> Tensor:
+    """t with contiguous columns. The fused kernels are called past the dispatcher that sees to it:
+    they take any stride of rows and heads, but that of a head's columns for 1."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _heads(padded: Tensor, group: Group, heads: int) -> Tensor:
@@ -34,9 +47,8 @@ def _bias(group: Group, dtype: torch.dtype, causal: bool) -> Tensor | None:
     token sees the padding, which lies on the right."""
     if group.pad_mask is None or causal:
         return None
-    none = torch.zeros(group.pad_mask.shape, dtype=dtype).masked_fill_(
-        group.pad_mask, float("-inf")
-    )
+    none = torch.zeros_like(group.pad_mask, dtype=dtype, memory_format=torch.contiguous_format)
+    none.masked_fill_(group.pad_mask, float("-inf"))
     return none.unsqueeze(1).expand(-1, 1, group.length, -1)
 
 
@@ -49,9 +61,9 @@ def attention_fwd_cpu(
 ) -> tuple[Tensor, Tensor | None]:
     """o (rows, heads * head_dim) in qkv's dtype and lse (rows, heads), wide; lse is None where the
     reference was taken, whose backward needs none."""
-    if not _fused(qkv, heads, kv_heads):
+    if not _fused(qkv, layout, heads, kv_heads):
         return attention_fwd_ref(qkv, layout, heads, kv_heads, causal)
-    padded = layout.pad(qkv)
+    padded = layout.pad(_by_rows(qkv))
     o = qkv.new_empty(layout.slots, qkv.shape[1] // 3)
     lse = wide(qkv[:0]).new_empty(layout.slots, heads)
     for group in layout.groups:
@@ -74,10 +86,10 @@ def attention_bwd_cpu(
     causal: bool,
 ) -> Tensor:
     """dqkv, of qkv's shape and dtype, in one buffer."""
-    if lse is None or not _fused(qkv, heads, kv_heads):
+    if lse is None or not _fused(qkv, layout, heads, kv_heads):
         return attention_bwd_ref(do, qkv, o, lse, layout, heads, kv_heads, causal)
-    padded, do, o, lse = (layout.pad(part) for part in (qkv, do, o, lse))
-    dqkv = torch.empty_like(padded)
+    padded, do, o, lse = (layout.pad(_by_rows(part)) for part in (qkv, do, o, lse))
+    dqkv = padded.new_empty(padded.shape)
     for group in layout.groups:
         q, k, v = _heads(padded, group, 3 * heads).chunk(3, dim=1)
         do_heads, o_heads, sums = (_heads(part, group, heads) for part in (do, o, lse))

@@ -165,7 +165,7 @@ def attention_bwd_ref(
 ) -> Tensor:
     """dqkv, of qkv's shape and dtype, in one buffer. o and lse are not used: see the forward."""
     padded, do = layout.pad(qkv), layout.pad(do)
-    dqkv = torch.empty_like(padded)
+    dqkv = padded.new_empty(padded.shape)
     for group in layout.groups:
         packed = _heads_first(padded, group, heads + 2 * kv_heads)
         q, k, v = _queries_and_keys(packed, heads, kv_heads)

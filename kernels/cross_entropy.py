@@ -7,6 +7,8 @@ Shapes: h (rows, d) or with `index` (rows,) the buffer that holds them, W (V, d)
 fp32, correct (rows,) bool. A program keeps norm(h) of its rows and walks over the vocabulary in
 tiles with an online log-sum-exp: no logits leave the SM. Where rows are few and the vocabulary is
 large, the vocabulary is split over programs and the parts are joined afterwards. Only lse is saved.
+Rows with target < 0 are not read. A target at or beyond V gives a loss and gradients of NaN: to
+raise an error would take a look from the host.
 
 FLOPs a row: 2 · d · V. Bytes a row (fp32 state): 4 · d + 16; at d = 256, V = 320: 160 FLOP a byte,
 near the ridge; the head (164 kB) stays in L2. Above d = 512 (fp32: 256) the logits of a chunk of
@@ -23,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._runtime import Config, block_of, cdiv, counted_rows, dot, facts, readable
-from .cross_entropy_ref import argmax_ref, cross_entropy_fwd_ref
+from .cross_entropy_ref import argmax_ref, check_lists, cross_entropy_fwd_ref
 from .norm import normalize, scale_shift
 from .supports import (
     list_reason,
@@ -40,13 +42,13 @@ from .tuning import pick
 
 @triton.jit
 def load_states(
-    h_ptr, index_ptr, stride_hm, at, M, columns, D: tl.constexpr,
+    h_ptr, index_ptr, stride_hm, at, wanted, columns, D: tl.constexpr,
 ):  # fmt: skip
-    """The states [BLOCK_M, BLOCK_D] of list entries `at`, fp32, zeros outside."""
+    """The states [BLOCK_M, BLOCK_D] of list entries `at`, fp32, zeros where not wanted."""
     rows = at
     if index_ptr is not None:
-        rows = tl.load(index_ptr + at, mask=at < M, other=0).to(tl.int64)
-    mask = (at < M)[:, None] & (columns < D)[None, :]
+        rows = tl.load(index_ptr + at, mask=wanted, other=0).to(tl.int64)
+    mask = wanted[:, None] & (columns < D)[None, :]
     h = tl.load(h_ptr + rows[:, None] * stride_hm + columns[None, :], mask=mask, other=0.0)
     return h.to(tl.float32)
 
@@ -75,13 +77,15 @@ def _cross_entropy_fwd_kernel(
         return
     row_mask = at < M
     inside = tl.arange(0, BLOCK_D)
-    h = load_states(h_ptr, index_ptr, stride_hm, at, M, inside, D)
-    x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
-    y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
-    y = y.to(head_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
+    wanted = row_mask
     target = tl.full((BLOCK_M,), -1, tl.int64)
     if target_ptr is not None:
         target = tl.load(target_ptr + at, mask=row_mask, other=-1).to(tl.int64)
+        wanted = target >= 0
+    h = load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D)
+    x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
+    y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
+    y = y.to(head_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     ids = tl.zeros((BLOCK_M,), tl.int32)
     summed = tl.zeros((BLOCK_M,), tl.float32)
@@ -109,6 +113,7 @@ def _cross_entropy_fwd_kernel(
     if loss_ptr is not None:
         lse = best + tl.log(summed)
         loss = lse - (1.0 - SMOOTHING) * chosen - SMOOTHING * (total / V) + Z_LOSS * lse * lse
+        loss = tl.where(target < V, loss, float("nan"))
         tl.store(loss_ptr + at, tl.where(target >= 0, loss, 0.0), mask=row_mask)
         tl.store(lse_ptr + at, lse, mask=row_mask)
         correct = (ids == target) & (target >= 0)
@@ -131,7 +136,8 @@ def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) 
 def check_readout(
     h, norm_weight, norm_bias, head, kind, row_count, targets=None, index=None, *per_row
 ) -> None:
-    """Raises Unsupported where the kernels do not take the call; per_row: (rows,) like targets."""
+    """Raises Unsupported where the kernels do not take the call, ValueError for lists on the host
+    that hold targets or rows out of range; per_row: (rows,) like targets."""
     require(norm_reason(h, norm_weight, norm_bias, head, *per_row, kind=kind))
     d = h.shape[1]
     reason = row_count_reason(row_count, h)
@@ -152,6 +158,8 @@ def check_readout(
         require(list_reason("targets", targets, rows, h) or list_reason("index", index, rows, h))
         wrong = [tuple(t.shape) for t in per_row if t.shape != rows]
         require(f"grad or lse is {wrong[0]} instead of {tuple(rows)}" if wrong else None)
+        if targets.is_cpu:
+            check_lists(targets, head.shape[0], index, h.shape[0])
 
 
 def _splits(rows: int, vocabulary: int, config: Config, device: torch.device) -> tuple[int, int]:
@@ -262,4 +270,5 @@ def cross_entropy_fwd(
     loss = lse - (1 - label_smoothing) * chosen.sum(0) + z_loss * lse.square()
     if label_smoothing:
         loss = loss - label_smoothing / vocabulary * total.sum(0)
-    return loss * valid, lse, (ids == targets) & valid
+    loss = loss.masked_fill(targets >= vocabulary, float("nan")).masked_fill(~valid, 0)
+    return loss, lse, (ids == targets) & valid

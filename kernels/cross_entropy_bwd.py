@@ -60,16 +60,17 @@ def _cross_entropy_bwd_kernel(
     at = base + tl.arange(0, BLOCK_M)
     row_mask = at < M
     mask = row_mask[:, None] & (inside < D)[None, :]
-    h = load_states(h_ptr, index_ptr, stride_hm, at, M, inside, D)
+    target = tl.load(target_ptr + at, mask=row_mask, other=-1).to(tl.int64)
+    wanted = target >= 0
+    h = load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D)
     x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
     y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
     y = y.to(head_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
     if y_ptr is not None:
         tl.store(y_ptr + at[:, None] * D + inside[None, :], y, mask=mask)
-    target = tl.load(target_ptr + at, mask=row_mask, other=-1).to(tl.int64)
-    lse = tl.load(lse_ptr + at, mask=row_mask, other=0.0)
-    grad = tl.load(grad_ptr + at * stride_g, mask=row_mask, other=0.0).to(tl.float32)
-    grad = tl.where(target >= 0, grad, 0.0)
+    lse = tl.load(lse_ptr + at, mask=wanted, other=0.0)
+    grad = tl.load(grad_ptr + at * stride_g, mask=wanted, other=0.0).to(tl.float32)
+    grad = tl.where(target < V, grad, float("nan"))
     soft = grad * (1.0 + 2.0 * Z_LOSS * lse)
     dy = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -84,8 +85,8 @@ def _cross_entropy_bwd_kernel(
         dlogits -= tl.where(hit, ((1.0 - SMOOTHING) * grad)[:, None], 0.0)
         if SMOOTHING != 0.0:
             dlogits -= (SMOOTHING / V * grad)[:, None]
-        # Rows outside hold whatever exp gave; columns outside meet a zero head row.
-        dlogits = tl.where(row_mask[:, None], dlogits, 0.0).to(y.dtype)
+        # Ignored rows hold whatever exp gave; columns outside meet a zero head row.
+        dlogits = tl.where(wanted[:, None], dlogits, 0.0).to(y.dtype)
         if dlogits_ptr is not None:
             tl.store(
                 dlogits_ptr + at[:, None] * V + tokens[None, :], dlogits,
@@ -93,7 +94,7 @@ def _cross_entropy_bwd_kernel(
             )  # fmt: skip
         dy = dot(dlogits, head, dy)
     x_hat, rstd = normalize(
-        load_states(h_ptr, index_ptr, stride_hm, at, M, inside, D), inside, D, EPS, IS_LAYER
+        load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D), inside, D, EPS, IS_LAYER
     )
     store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
     dh = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)

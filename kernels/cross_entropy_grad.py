@@ -1,8 +1,12 @@
 """Final norm + head + cross-entropy where each row's gradient is known before the forward: loss and
 gradient from one pass over the logits, for large vocabularies.
 
-    y = norm(h);  l = y · Wᵀ;  loss as in `cross_entropy`;  dl as in `cross_entropy_bwd`
-    dy = dl · W;  dW += dlᵀ · y
+    y = norm(h);  l = y · Wᵀ;  loss as in `cross_entropy`;  dl as in `cross_entropy_bwd`, for g = 1
+    dy = g · (dl · W);  dW += dlᵀ · (g · y)
+
+dl is what 16 bits hold of it for a gradient of 1 (in fp16 `UNIT` of it, against underflow): the
+rows' own gradients, which may be small, are applied to dy in fp32 and to y. In fp16 the largest of
+them is taken out of y and put back into dW.
 
 A chunk of rows at a time (`CHUNK_LOGITS` logits, 128 MB in 16 bits) has its logits in memory: one
 GEMM makes them, a row kernel turns them into dl where they lie and writes the loss, two GEMMs
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from ._runtime import block_of, readable
 from .cross_entropy import check_readout
+from .cross_entropy_ref import UNIT, masked_states
 from .norm import norm_bwd, norm_fwd
 from .weight_grad import weight_grad
 
@@ -30,18 +35,19 @@ CHUNK_LOGITS = 1 << 26
 @triton.jit
 def _logit_grad_kernel(
     # pointers
-    logits_ptr, target_ptr, grad_ptr, loss_ptr,
-    # strides, sizes
-    stride_g, V,
+    logits_ptr, target_ptr, loss_ptr,
+    # sizes
+    V,
     # flags and blocks
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     target = tl.load(target_ptr + row).to(tl.int64)
-    grad = tl.load(grad_ptr + row * stride_g).to(tl.float32)
-    grad = tl.where(target >= 0, grad, 0.0)
-    chosen = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)
+    grad = tl.where(target < V, UNIT, float("nan"))
+    chosen = tl.load(
+        logits_ptr + tl.maximum(target, 0), mask=target < V, other=float("nan")
+    ).to(tl.float32)  # fmt: skip
     best = float("-inf")
     summed = 0.0
     total = 0.0
@@ -62,6 +68,7 @@ def _logit_grad_kernel(
         logits = tl.load(logits_ptr + at, mask=at < V, other=float("-inf")).to(tl.float32)
         dlogits = soft * tl.exp(logits - lse) - SMOOTHING / V * grad
         dlogits -= tl.where(at == target, (1.0 - SMOOTHING) * grad, 0.0)
+        dlogits = tl.where(target >= 0, dlogits, 0.0)
         tl.store(logits_ptr + at, dlogits.to(logits_ptr.dtype.element_ty), mask=at < V)
 
 
@@ -72,7 +79,7 @@ def cross_entropy_grad(
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     head: Tensor,  # (V, d)
-    head_grad: Tensor | None,  # (V, d) fp32 accumulator, or None if the head is frozen
+    head_grad: Tensor | None,  # (V, d) fp32, zeros, or None if the head is frozen
     norm_grad: Tensor | None,  # (d,) fp32 accumulator
     norm_bias_grad: Tensor | None,
     index: Tensor | None = None,  # (rows,) which rows of h
@@ -87,24 +94,32 @@ def cross_entropy_grad(
     rows, (vocabulary, d) = targets.shape[0], head.shape
     loss = torch.empty(rows, dtype=torch.float32, device=h.device)
     dh = torch.empty(rows, d, dtype=torch.float32, device=h.device)
-    step = max(1, CHUNK_LOGITS // vocabulary)
+    step, unit = max(1, CHUNK_LOGITS // vocabulary), UNIT.get(head.dtype, 1.0)
+    weights = (grad.float() / unit).masked_fill_(targets < 0, 0).unsqueeze(1)
+    largest = None
+    if head.dtype == torch.float16 and rows:
+        largest = weights.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny)
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
-        states = h[part] if index is None else h.index_select(0, index[part])
+        states = masked_states(h, index, part, targets[part])
         y = norm_fwd(states, norm_weight, norm_bias, eps, kind, head.dtype)
         logits = y @ head.t()
         _logit_grad_kernel[(part.stop - start,)](
-            logits, targets[part], grad[part], loss[part], stride_g=grad.stride(0), V=vocabulary,
+            logits, targets[part], loss[part], V=vocabulary, UNIT=unit,
             SMOOTHING=label_smoothing, Z_LOSS=z_loss, BLOCK=min(4096, block_of(vocabulary)),
             num_warps=8,
         )  # fmt: skip
+        weight = weights[part]
         if head_grad is not None:
-            weight_grad(head_grad, logits, y)
+            share = weight if largest is None else weight / largest
+            weight_grad(head_grad, logits, (y * share).to(y.dtype))
         dh[part], dweight, dbias = norm_bwd(
-            logits @ head, states, norm_weight, eps, kind, norm_bias_grad is not None
+            (logits @ head) * weight, states, norm_weight, eps, kind, norm_bias_grad is not None
         )
         if norm_grad is not None:
             norm_grad.add_(dweight)
         if norm_bias_grad is not None:
             norm_bias_grad.add_(dbias)
+    if head_grad is not None and largest is not None:
+        head_grad.mul_(largest)
     return loss, dh

@@ -7,19 +7,28 @@ backward.
 
 Only lse is saved; the backward recomputes the logits. Where each row's g is known beforehand, one
 pass forms loss and gradient from the same logits. Rows are taken in chunks, so that no more than
-`CHUNK_LOGITS` logits exist at a time. Rows with target < 0 are ignored: loss 0, gradient 0,
-never correct.
+`CHUNK_LOGITS` logits exist at a time.
+
+Rows with target < 0 are ignored: loss 0, gradient 0, never correct, whatever their states hold (rows
+that nobody wrote may be NaN): they are taken as zeros, their losses and gradients selected away.
+Losses, lse and dh are fp32, or fp64 where the states or the head are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from .norm_ref import norm_bwd_ref, norm_fwd_ref, wide
+from .norm_ref import norm_bwd_ref, norm_fwd_ref, wide, wide_dtype
 from .weight_grad_ref import weight_grad_ref
 
 CHUNK_LOGITS = 1 << 22  # logits alive at once
+# dl for a row's gradient of 1 is small where the vocabulary is large: what it is multiplied by in
+# fp16, whose smallest numbers are 6e-8.
+UNIT = {torch.float16: 64.0}
 
 
 def _chunk_rows(vocabulary: int) -> int:
@@ -45,11 +54,53 @@ def argmax_ref(h, norm_weight, norm_bias, head, eps=1e-6, kind="rms") -> Tensor:
     return torch.cat(ids)
 
 
+def check_lists(
+    targets: Tensor, vocabulary: int, index: Tensor | None = None, states: int = 0
+) -> None:
+    """Raises ValueError for targets at or beyond the vocabulary, and for entries of `index` that
+    name none of the `states`. Reads the lists, which have to be on the host."""
+    largest = int(targets.max()) if targets.numel() else -1
+    if largest >= vocabulary:
+        raise ValueError(
+            f"target {largest} is outside of the vocabulary of {vocabulary}: targets are below it, "
+            "negative ones are ignored"
+        )
+    if index is not None and index.numel():
+        low, high = (int(t) for t in index.aminmax())
+        if low < 0 or high >= states:
+            raise ValueError(
+                f"row {low if low < 0 else high} is none of the {states} states: rows are "
+                f"0..{states - 1}"
+            )
+
+
+@contextmanager
+def _named_ranges(
+    targets: Tensor, head: Tensor, index: Tensor | None, h: Tensor
+) -> Iterator[None]:
+    """Says which target or row was out of range where PyTorch has found one. On other devices it
+    fails there by itself."""
+    try:
+        yield
+    except (IndexError, RuntimeError):
+        if targets.is_cpu:
+            check_lists(targets, head.shape[0], index, h.shape[0])
+        raise
+
+
+def masked_states(h: Tensor, index: Tensor | None, part: slice, target: Tensor) -> Tensor:
+    """The states of a part of the list, zeros where the target is ignored."""
+    ignored = (target < 0).unsqueeze(1)
+    if index is None:
+        return h[part].masked_fill(ignored, 0)
+    return h.index_select(0, index[part]).masked_fill_(ignored, 0)
+
+
 def _row_losses(
     logits: Tensor, target: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, lse and correct of rows of logits in the wide dtype."""
-    valid = target >= 0
+    ignored = target < 0
     chosen = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
     lse = logits.logsumexp(-1)
     loss = lse - chosen
@@ -57,14 +108,14 @@ def _row_losses(
         loss = loss + label_smoothing * (chosen - logits.mean(-1))
     if z_loss:
         loss = loss + z_loss * lse.square()
-    return loss * valid, lse, (logits.argmax(-1) == target) & valid
+    return loss.masked_fill(ignored, 0), lse, (logits.argmax(-1) == target) & ~ignored
 
 
 def _logit_grads_(
     logits: Tensor, lse: Tensor, target: Tensor, g: Tensor, label_smoothing: float, z_loss: float
 ) -> Tensor:
     """dl in the place of the logits."""
-    weight = wide(g) * (target >= 0)
+    weight = g.to(logits.dtype).masked_fill(target < 0, 0)
     dlogits = logits.sub_(lse.unsqueeze(1)).exp_()
     dlogits.mul_((weight * (1 + 2 * z_loss * lse)).unsqueeze(1))
     chosen = (-(1 - label_smoothing) * weight).unsqueeze(1)
@@ -72,21 +123,6 @@ def _logit_grads_(
     if label_smoothing:
         dlogits.sub_((label_smoothing / logits.shape[1] * weight).unsqueeze(1))
     return dlogits
-
-
-def _input_grad(
-    dlogits, y, states, norm_weight, norm_bias, head, head_grad, norm_grad, norm_bias_grad, eps,
-    kind,
-) -> Tensor:  # fmt: skip
-    """dh of the rows of dl (in the head's dtype); the parameters' gradients are added up."""
-    if head_grad is not None:
-        weight_grad_ref(head_grad, dlogits, y)
-    dx, dweight, dbias, _ = norm_bwd_ref(dlogits @ head, states, norm_weight, norm_bias, eps, kind)
-    if norm_grad is not None:
-        norm_grad.add_(dweight)
-    if norm_bias_grad is not None:
-        norm_bias_grad.add_(dbias)
-    return dx
 
 
 def cross_entropy_fwd_ref(
@@ -102,19 +138,20 @@ def cross_entropy_fwd_ref(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (rows,), lse (rows,) in the wide dtype, and correct (rows,) bool (argmax equals
-    target)."""
+    target). Raises ValueError for targets and rows out of range, where they are on the host."""
     rows = targets.shape[0]
-    loss = torch.empty(rows, dtype=wide(h[:0]).dtype, device=h.device)
+    loss = torch.empty(rows, dtype=wide_dtype(h, head), device=h.device)
     lse = torch.empty_like(loss)
     correct = torch.empty(rows, dtype=torch.bool, device=h.device)
     step = _chunk_rows(head.shape[0])
-    for start in range(0, rows, step):
-        part = slice(start, min(rows, start + step))
-        states = h[part] if index is None else h.index_select(0, index[part])
-        logits = wide(readout_ref(states, norm_weight, norm_bias, head, eps, kind))
-        loss[part], lse[part], correct[part] = _row_losses(
-            logits, targets[part], label_smoothing, z_loss
-        )
+    with _named_ranges(targets, head, index, h):
+        for start in range(0, rows, step):
+            part = slice(start, min(rows, start + step))
+            states = masked_states(h, index, part, targets[part])
+            logits = readout_ref(states, norm_weight, norm_bias, head, eps, kind).to(loss.dtype)
+            loss[part], lse[part], correct[part] = _row_losses(
+                logits, targets[part], label_smoothing, z_loss
+            )
     return loss, lse, correct
 
 
@@ -141,15 +178,22 @@ def cross_entropy_bwd_ref(
     step = _chunk_rows(vocabulary)
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
-        states = h[part] if index is None else h.index_select(0, index[part])
+        states = masked_states(h, index, part, targets[part])
         y = norm_fwd_ref(states, norm_weight, norm_bias, eps, kind, head.dtype)
         dlogits = _logit_grads_(
-            wide(y @ head.t()), lse[part], targets[part], grad[part], label_smoothing, z_loss
-        )
-        dh[part] = _input_grad(
-            dlogits.to(head.dtype), y, states, norm_weight, norm_bias, head, head_grad, norm_grad,
-            norm_bias_grad, eps, kind,
+            (y @ head.t()).to(lse.dtype), lse[part], targets[part], grad[part], label_smoothing,
+            z_loss,
         )  # fmt: skip
+        dlogits = dlogits.to(head.dtype)
+        if head_grad is not None:
+            weight_grad_ref(head_grad, dlogits, y)
+        dh[part], dweight, dbias, _ = norm_bwd_ref(
+            dlogits @ head, states, norm_weight, norm_bias, eps, kind
+        )
+        if norm_grad is not None:
+            norm_grad.add_(dweight)
+        if norm_bias_grad is not None:
+            norm_bias_grad.add_(dbias)
     return dh
 
 
@@ -169,20 +213,34 @@ def cross_entropy_grad_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """loss (rows,) and dh (rows, d), forward and backward from one pass over the logits."""
+    """loss (rows,) and dh (rows, d), forward and backward from one pass over the logits.
+
+    dl is formed for a gradient of 1 and each row's own applied in the wide dtype behind the GEMMs:
+    in 16 bits small ones would be lost."""
     rows = targets.shape[0]
-    loss = torch.empty(rows, dtype=wide(h[:0]).dtype, device=h.device)
+    loss = torch.empty(rows, dtype=wide_dtype(h, head), device=h.device)
     dh = torch.empty(rows, h.shape[1], dtype=loss.dtype, device=h.device)
+    unit = UNIT.get(head.dtype, 1.0)
     step = _chunk_rows(head.shape[0])
-    for start in range(0, rows, step):
-        part = slice(start, min(rows, start + step))
-        states = h[part] if index is None else h.index_select(0, index[part])
-        y = norm_fwd_ref(states, norm_weight, norm_bias, eps, kind, head.dtype)
-        logits = wide(y @ head.t())
-        loss[part], lse, _ = _row_losses(logits, targets[part], label_smoothing, z_loss)
-        dlogits = _logit_grads_(logits, lse, targets[part], grad[part], label_smoothing, z_loss)
-        dh[part] = _input_grad(
-            dlogits.to(head.dtype), y, states, norm_weight, norm_bias, head, head_grad, norm_grad,
-            norm_bias_grad, eps, kind,
-        )  # fmt: skip
+    with _named_ranges(targets, head, index, h):
+        for start in range(0, rows, step):
+            part = slice(start, min(rows, start + step))
+            target = targets[part]
+            states = masked_states(h, index, part, target)
+            y = norm_fwd_ref(states, norm_weight, norm_bias, eps, kind, head.dtype)
+            logits = (y @ head.t()).to(loss.dtype)
+            loss[part], lse, _ = _row_losses(logits, target, label_smoothing, z_loss)
+            units = torch.full_like(lse, unit)
+            dlogits = _logit_grads_(logits, lse, target, units, label_smoothing, z_loss)
+            dlogits = dlogits.to(head.dtype)
+            weight = (grad[part].to(loss.dtype) / unit).masked_fill_(target < 0, 0).unsqueeze(1)
+            if head_grad is not None:
+                weight_grad_ref(head_grad, dlogits, y * weight)
+            dh[part], dweight, dbias, _ = norm_bwd_ref(
+                (dlogits @ head) * weight, states, norm_weight, norm_bias, eps, kind
+            )
+            if norm_grad is not None:
+                norm_grad.add_(dweight)
+            if norm_bias_grad is not None:
+                norm_bias_grad.add_(dbias)
     return loss, dh

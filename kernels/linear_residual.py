@@ -109,8 +109,9 @@ def linear_residual_fwd(
             ("residual", residual, (rows, d)),
             ("out", out, (rows, d)),
         )  # fmt: skip
-        or weights_reason(weight, a[:0])
+        or weights_reason(weight)
         or row_count_reason(row_count, a)
+        or (None if a.dtype == weight.dtype else f"a is {a.dtype} and the weight {weight.dtype}")
     )
     if d > FUSED_WIDTH:
         return linear_residual_fwd_ref(a, weight, bias, residual, dropout, out)

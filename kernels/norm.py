@@ -27,6 +27,8 @@ def normalize(x, columns, D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.const
     if IS_LAYER:
         x = tl.where(columns[None, :] < D, x - (tl.sum(x, 1) / D)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
+    if EPS == 0.0:  # rows of zeros, those outside too
+        rstd = tl.where(rstd == float("inf"), 0.0, rstd)
     return x * rstd[:, None], rstd
 
 

@@ -22,13 +22,22 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype in which sums over all of these are taken: fp32, or fp64 where one of them is."""
+    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
 def normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
-    """x̂ (rows, d) and r (rows, 1) of the rows of x."""
+    """x̂ (rows, d) and r (rows, 1) of the rows of x. With eps = 0 both are 0 for a row that has
+    nothing to norm."""
     x = wide(x)
     if kind == "layer":
         x = x - x.mean(-1, keepdim=True)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    if eps == 0:
+        rstd.masked_fill_(rstd == float("inf"), 0)
     return x * rstd, rstd
 
 
@@ -61,13 +70,14 @@ def norm_bwd_ref(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (rows, d), dweight (d,), dbias (d,) (zeros without a bias) in the wide dtype, and y again
     in `dtype` (default: x's), which the weight gradient of the projection behind it needs."""
-    dy = wide(dy)
-    x_hat, rstd = normalize(x, eps, kind)
+    sums = wide_dtype(dy, x, weight)
+    dy, scale = dy.to(sums), weight.to(sums)
+    x_hat, rstd = normalize(x.to(sums), eps, kind)
     y = _scale(x_hat, weight, bias).to(dtype or x.dtype)
     product = dy * x_hat
     dweight = product.sum(0)
-    inner = (product @ wide(weight)).div_(-x.shape[-1]).unsqueeze(-1)  # −mean(g · x̂)
-    g = dy * wide(weight)
+    inner = (product @ scale).div_(-x.shape[-1]).unsqueeze(-1)  # −mean(g · x̂)
+    g = dy * scale
     if kind == "layer":
         g.sub_(g.mean(-1, keepdim=True))
     dx = g.addcmul_(x_hat, inner).mul_(rstd)

@@ -3,6 +3,8 @@ implementation (`relay_fast.dispatch`)."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -45,11 +47,12 @@ class _RowCrossEntropy(torch.autograd.Function):
     """Row losses of a flat list of state rows; saves the log-sum-exp only."""
 
     @staticmethod
-    def forward(ctx, ops, options, rows, targets, states, norm_weight, norm_bias, head):
-        loss, lse, correct = ops.cross_entropy_fwd(
-            states, targets, norm_weight, norm_bias, head, rows, **options
-        )
-        ctx.ops, ctx.options = ops, options
+    def forward(ctx, ops, options, dtype, rows, targets, states, norm_weight, norm_bias, head):
+        with _no_autocast(states):
+            loss, lse, correct = ops.cross_entropy_fwd(
+                states, targets, norm_weight, norm_bias, head.to(dtype), rows, **options
+            )
+        ctx.ops, ctx.options, ctx.dtype = ops, options, dtype
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(correct)
         ctx.save_for_backward(rows, targets, lse, states, norm_weight, norm_bias, head)
@@ -60,48 +63,78 @@ class _RowCrossEntropy(torch.autograd.Function):
     def backward(ctx, g_loss, _):
         rows, targets, lse, states, norm_weight, norm_bias, head = ctx.saved_tensors
         parameters = (norm_weight, norm_bias, head)
-        grads = GradientBuffers(parameters, ctx.needs_input_grad[5:], ctx.ops.weight_grad)
+        grads = GradientBuffers(parameters, ctx.needs_input_grad[6:], ctx.ops.weight_grad)
         dstates = None
         if g_loss is not None:
-            dh = ctx.ops.cross_entropy_bwd(
-                g_loss, states, targets, lse, *parameters,
-                grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
-            )  # fmt: skip
-            if ctx.needs_input_grad[4]:
-                dstates = torch.zeros_like(states)
-                dstates.index_add_(0, rows, dh.to(states.dtype))
-        return None, None, None, None, dstates, *grads.results()
+            with _no_autocast(states):
+                dh = ctx.ops.cross_entropy_bwd(
+                    g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
+                    grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
+                )  # fmt: skip
+            if ctx.needs_input_grad[5]:
+                dstates = _scatter(rows, dh, states.shape, states.dtype)
+        return None, None, None, None, None, dstates, *grads.results()
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """Σ weights · row losses; the gradient is formed in forward, from the same logits."""
+    """Σ weights · row losses; the gradient is formed in forward, from the same logits, and kept in
+    the wide dtype until backward has scaled it: before that 16 bits may not hold it."""
 
     @staticmethod
-    def forward(ctx, ops, options, rows, targets, weights, states, norm_weight, norm_bias, head):
+    def forward(
+        ctx, ops, options, dtype, rows, targets, weights, states, norm_weight, norm_bias, head
+    ):
         parameters = (norm_weight, norm_bias, head)
-        grads = GradientBuffers(parameters, ctx.needs_input_grad[6:], ops.weight_grad)
-        loss, dh = ops.cross_entropy_grad(
-            weights, states, targets, *parameters,
-            grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **options,
-        )  # fmt: skip
-        if not ctx.needs_input_grad[5]:
+        grads = GradientBuffers(parameters, ctx.needs_input_grad[7:], ops.weight_grad)
+        wide = [grads.buffer(i) for i in range(3)]
+        with _no_autocast(states):
+            loss, dh = ops.cross_entropy_grad(
+                weights, states, targets, norm_weight, norm_bias, head.to(dtype),
+                wide[2], wide[0], wide[1], rows, **options,
+            )  # fmt: skip
+        if not ctx.needs_input_grad[6]:
             dh = None
-        ctx.shape, ctx.dtype = states.shape, states.dtype
-        ctx.save_for_backward(rows, loss, dh, *grads.results())
-        return (loss * weights).sum()
+        ctx.shape = states.shape
+        inputs = (weights, states, *parameters)
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
+        ctx.save_for_backward(rows, loss, dh, *wide)
+        return weighted_losses(loss, weights, targets).sum()
 
     @staticmethod
     @differentiable_once
     def backward(ctx, g):
         rows, loss, dh, *parameters = ctx.saved_tensors
         dstates = dweights = None
+        of_weights, of_states, *dtypes = ctx.dtypes
         if dh is not None:
-            dstates = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dh.device)
-            dstates.index_add_(0, rows, (dh * g).to(ctx.dtype))
-        if ctx.needs_input_grad[4]:
-            dweights = loss * g
-        scaled = (None if p is None else p * g.to(p.dtype) for p in parameters)
-        return None, None, None, None, dweights, dstates, *scaled
+            dstates = _scatter(rows, dh * g, ctx.shape, of_states)
+        if ctx.needs_input_grad[5]:
+            dweights = (loss * g).to(of_weights)
+        scaled = (
+            None if p is None else (p * g).to(dtype)
+            for p, dtype in zip(parameters, dtypes, strict=True)
+        )
+        return None, None, None, None, None, dweights, dstates, *scaled
+
+
+def _scatter(rows: Tensor, dh: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Gradient of all states from that of some rows."""
+    dstates = torch.zeros(shape, dtype=dtype, device=dh.device)
+    return dstates.index_add_(0, rows, dh.to(dtype))
+
+
+def _no_autocast(t: Tensor):
+    """What the kernels are given is in the dtype it is meant to be in, and stays in it."""
+    kind = t.device.type
+    if not torch.amp.is_autocast_available(kind):  # meta
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def weighted_losses(loss: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
+    """loss · weights (R,) in the losses' dtype; 0 where the target is ignored, whatever the
+    weight."""
+    return (loss * weights.to(loss.dtype)).masked_fill(targets < 0, 0)
 
 
 def _check_rows(states: Tensor, rows: Tensor, targets: Tensor, head: Tensor) -> None:
@@ -135,20 +168,27 @@ def row_cross_entropy(
     states (N, d): for all iterations at once, the states of every iteration end to end; rows (R,)
     int64, each at most once; targets (R,) int64, negative ones are ignored; head (V, d). No
     logits of more than a chunk of rows ever exist. Returns loss (R,) and correct (R,) bool (the
-    argmax is the target). Raises ValueError where shapes do not fit together.
+    argmax is the target). Losses are fp32, or fp64 where the states or the head are; each gradient
+    has its tensor's dtype. What an ignored row's state holds does not matter, NaN neither.
+
+    Raises ValueError where shapes do not fit together, and for targets at or beyond V and rows that
+    are no states where they are on the host; on a GPU, where a look would wait for it, such a target
+    fails on the device or makes its loss and the gradients NaN.
     """
     _check_rows(states, rows, targets, head)
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    head = head.to(compute_dtype(head))
+    dtype = compute_dtype(head)
     if torch.compiler.is_compiling():
         from relay_fast.compiled_loss import row_cross_entropy_fwd
 
         loss, _, correct = row_cross_entropy_fwd(
-            states, rows, targets, norm_weight, norm_bias, head, *options.values(), impl
+            states, rows, targets, norm_weight, norm_bias, head.to(dtype), *options.values(), impl
         )
         return loss, correct
-    ops = select(impl, states.device)
-    return _RowCrossEntropy.apply(ops, options, rows, targets, states, norm_weight, norm_bias, head)
+    return _RowCrossEntropy.apply(
+        select(impl, states.device), options, dtype, rows, targets, states, norm_weight, norm_bias,
+        head,
+    )  # fmt: skip
 
 
 def iteration_cross_entropy(
@@ -169,10 +209,14 @@ def iteration_cross_entropy(
     """Weighted sum of `row_cross_entropy` over all iterations' rows: one call for the whole loop.
 
     weights (R,): w_task · λ / (B · T_i · |M_t|) of each row gives RELAY's loss
-    (`PackedBatch.weights`). Returns a scalar. The weights being known beforehand, the gradient of a
+    (`PackedBatch.weights`); of any dtype, they are taken in that of the losses. Returns a scalar. The weights being known beforehand, the gradient of a
     vocabulary over SMALL_VOCABULARY is formed in forward, where one is wanted: the logits, a chunk
     of rows at a time, are computed once.
     """
+    if weights.shape != rows.shape:
+        raise ValueError(
+            f"weights {tuple(weights.shape)} must be (R,) like rows {tuple(rows.shape)}"
+        )
     wanted = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (states, norm_weight, norm_bias, head)
     )
@@ -181,14 +225,10 @@ def iteration_cross_entropy(
             states, rows, targets, norm_weight, head, norm_bias, eps=eps, norm=norm,
             label_smoothing=label_smoothing, z_loss=z_loss, impl=impl,
         )  # fmt: skip
-        return (loss * weights).sum()
+        return weighted_losses(loss, weights, targets).sum()
     _check_rows(states, rows, targets, head)
-    if weights.shape != rows.shape:
-        raise ValueError(
-            f"weights {tuple(weights.shape)} must be (R,) like rows {tuple(rows.shape)}"
-        )
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
     return _WeightedCrossEntropy.apply(
-        select(impl, states.device), options, rows, targets, weights, states, norm_weight,
-        norm_bias, head.to(compute_dtype(head)),
+        select(impl, states.device), options, compute_dtype(head), rows, targets, weights, states,
+        norm_weight, norm_bias, head,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relay_fast.functional import row_cross_entropy
+from relay_fast.functional import row_cross_entropy, weighted_losses
 from relay_fast.kernels.norm_ref import NORMS
 
 
@@ -81,7 +81,6 @@ class IterationCrossEntropy(nn.Module):
         if iteration is not None and iterations is None:
             raise ValueError("iteration says which of the iterations: give their number too")
         iterations = 1 if iterations is None else iterations
-        self._check_targets(targets)
         if isinstance(states, list):
             states = torch.cat([s.flatten(0, -2) for s in states])
         if weights is None:
@@ -95,7 +94,7 @@ class IterationCrossEntropy(nn.Module):
             states, rows, targets, self.norm.weight, self.head.weight, self.norm.bias,
             **self.options,
         )  # fmt: skip
-        weighted = loss * weights
+        weighted = weighted_losses(loss, weights, targets)
         if iteration is None:
             iteration = torch.zeros_like(rows)
         per_iteration = lambda values: torch.zeros(
@@ -106,12 +105,3 @@ class IterationCrossEntropy(nn.Module):
         return IterationLoss(
             weighted.sum(), per_iteration(weighted.detach()), right / counts.clamp(min=1), counts
         )
-
-    def _check_targets(self, targets: Tensor) -> None:
-        if targets.device.type != "cpu" or not targets.numel() or torch.compiler.is_compiling():
-            return
-        largest = int(targets.max())
-        if largest >= self.head.out_features:
-            raise ValueError(
-                f"target {largest} is outside of the vocabulary of {self.head.out_features}"
-            )

@@ -20,7 +20,7 @@ from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.compiled import describe
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.engine import Readout, Run, check_truncate, iterate, run_loop
-from relay_fast.functional import compute_dtype, row_cross_entropy, select
+from relay_fast.functional import compute_dtype, row_cross_entropy, select, weighted_losses
 from relay_fast.gradients import GATHER_ROWS
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
@@ -337,8 +337,8 @@ class LoopedTransformer(_Transformer):
             final, batch.plan.last_rows, batch.answers, self.norm.weight, self.answer_head.weight,
             self.norm.bias, eps=c.eps, norm=c.norm, impl=self.block.impl,
         )  # fmt: skip
-        chain = (row_loss * batch.weights).sum() if row_loss.numel() else final.new_zeros(())
-        answer = (answer_loss * batch.answer_weights).sum()
+        chain = _chain_loss(row_loss, batch) if row_loss.numel() else final.new_zeros(())
+        answer = weighted_losses(answer_loss, batch.answer_weights, batch.answers).sum()
         return Losses(
             chain + answer, chain.detach(), answer.detach(), _share(correct), _share(answer_correct)
         )
@@ -388,7 +388,7 @@ class AutoregressiveTransformer(_Transformer):
     def loss(self, batch: PackedBatch) -> Losses:
         """Weighted next-token cross-entropy of everything after the problem."""
         final, row_loss, correct = self._pass(batch, True)
-        loss = (row_loss * batch.weights).sum() if row_loss.numel() else final.sum() * 0
+        loss = _chain_loss(row_loss, batch) if row_loss.numel() else final[:0].sum()
         zero = loss.new_zeros(())
         return Losses(loss, loss.detach(), zero, _share(correct), zero)
 
@@ -396,6 +396,10 @@ class AutoregressiveTransformer(_Transformer):
     def forced(self, batch: PackedBatch) -> Tensor:
         """correct (R,) bool: whether each target is the argmax, given the true tokens before it."""
         return self._pass(batch, True)[2]
+
+
+def _chain_loss(row_loss: Tensor, batch: PackedBatch) -> Tensor:
+    return weighted_losses(row_loss, batch.weights, batch.targets).sum()
 
 
 def _share(correct: Tensor) -> Tensor:

@@ -241,7 +241,7 @@ class StaticBatch:
         self.plan.load(batch.plan)
         _fill(into.tokens, batch.tokens)
         counts = np.diff(batch.row_offsets)
-        starts = np.asarray(into.row_offsets[: len(counts)])
+        starts = np.asarray(into.row_offsets[: len(counts)], np.int64)
         place = torch.from_numpy(ragged_index(starts, counts)).to(into.rows.device)
         for buffer, values, beyond in (
             (into.rows, batch.rows, 0), (into.targets, batch.targets, -1),

@@ -32,11 +32,11 @@ def exits(model: LoopedClassifier, tokens: Tensor, loops: int, below: float, lea
     """(logits (n, V), loops (n,)) of one text, without a cache: all tokens at once, iteration by
     iteration, those that have left keep state, keys and values."""
     layers, c = list(model.block.layers), CONFIG
-    cos, sin = rope_table(torch.arange(len(tokens)), c.head_dim, c.rope_base)
+    cos, sin = rope_table(torch.arange(len(tokens)), c.head_dim, c.rope_base, torch.float64)
 
     def rotate(x):  # (n, heads, head_dim)
         a, b = x.chunk(2, -1)
-        cs, sn = cos[:, None].double(), sin[:, None].double()
+        cs, sn = cos[:, None], sin[:, None]
         return torch.cat((a * cs - b * sn, b * cs + a * sn), -1)
 
     norm = lambda x, w: F.rms_norm(x, (16,), w.weight, c.eps)
