@@ -74,15 +74,12 @@ def loop(
     call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
     call.redraws = torch.is_grad_enabled() and policy.kind != "none"
     wanted = plan.chosen_states(return_states)
-    run = Run(plan, call.body, select("torch"), policy, wanted, truncate)
+    inner = tuple(t for t in wanted if t < plan.max_loops)
+    run = Run(plan, call.body, select("torch"), policy, inner, truncate)
     final, states, _, _ = run_loop(run, x, call.tensors)
     if return_states is False:
         return final if plan.to_caller is None else final[plan.to_caller]
-    result = []
-    for t, span in run.state_spans().items():
-        index = plan.active_to_caller(t)
-        result.append(states[span] if index is None else states[span][index])
-    return result
+    return run.collect(wanted, final, states)
 
 
 def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:

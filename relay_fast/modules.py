@@ -145,17 +145,14 @@ class LoopedBlock(nn.Module):
         wanted = plan.chosen_states(return_states)
         if plan.to_sorted is not None:
             packed = packed[plan.to_sorted]
-        run = self.run(plan, states=wanted, truncate=truncate)
+        inner = tuple(t for t in wanted if t < plan.max_loops)
+        run = self.run(plan, states=inner, truncate=truncate)
         final, states, _, _ = run_loop(run, packed, list(self.parameters()))
         if return_states is False:
             final = final if plan.to_caller is None else final[plan.to_caller]
             return final.view(shape)
-        result = []
-        for t, span in run.state_spans().items():
-            index = plan.active_to_caller(t)
-            state = states[span] if index is None else states[span][index]
-            result.append(state if len(shape) == 2 else state.view(-1, *shape[1:]))
-        return result
+        result = run.collect(wanted, final, states)
+        return result if len(shape) == 2 else [state.view(-1, *shape[1:]) for state in result]
 
     def _as_op(
         self, x: Tensor, shape: torch.Size, loops, cu_seqlens, positions, return_states, truncate
