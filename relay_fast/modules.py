@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from relay_fast.batch import PackedBatch
 from relay_fast.block import BlockBody, check_max_loops, parameter_names
-from relay_fast.compiled import describe
+from relay_fast.compiled import describe, skip_frame
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.engine import Readout, Run, check_truncate, iterate, run_loop
 from relay_fast.functional import compute_dtype, row_cross_entropy, select
@@ -120,6 +120,15 @@ class LoopedBlock(nn.Module):
             )
         return named
 
+    @skip_frame
+    def __call__(self, *args, **options):
+        """See `forward`. Lists become tensors before torch.compile sees them: it would compile
+        again for every length of a list."""
+        for name in ("loops", "cu_seqlens"):
+            if name in options:
+                options[name] = _listed(options[name])
+        return super().__call__(*map(_listed, args), **options)
+
     def forward(
         self,
         x: Tensor,
@@ -162,7 +171,7 @@ class LoopedBlock(nn.Module):
         States are returned where `loops` is an int; otherwise their sizes depend on data.
         """
         count = loops if isinstance(loops, int) else 0
-        tensor = lambda t: t if t is None or isinstance(t, Tensor) else torch.tensor(t)
+        tensor = lambda t: t if t is None or isinstance(t, Tensor) else torch.tensor(t, device="cpu")
         if return_states is not False and not isinstance(loops, int):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
         wanted = list(chosen_states(return_states, count))
@@ -222,6 +231,14 @@ class LoopedBlock(nn.Module):
         if flat is not None:
             flat = flat.cpu().numpy()
         return Plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
+
+
+@skip_frame
+def _listed(values):
+    """A list of ints as a tensor on the host; anything else as it is."""
+    if isinstance(values, list | tuple) and set(map(type, values)) == {int}:
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+    return values
 
 
 def _flat_positions(positions: Tensor | None, shape: torch.Size) -> Tensor | None:
