@@ -30,6 +30,7 @@ from relay_fast.kernels.norm_ref import wide
 from relay_fast.plan import Plan, Segment, check_cu_seqlens, check_floating, check_loops
 from relay_fast.policy import Policy
 from relay_fast.side_graphs import graphs_left
+from relay_fast.wrappers import refuse_wrapped
 
 
 @torch.compiler.disable
@@ -68,10 +69,11 @@ def loop(
     offloading), "none" keeps what "state" keeps.
     """
     check_floating(x)
+    refuse_wrapped(module)
     _refuse_batch_norm(module)
     plan = _make_plan(x, loops, cu_seqlens)
     per_row = dict(per_row or {})
-    _check_rows(per_row, plan.rows)
+    _check_rows(per_row, plan.rows, x.device)
     if plan.to_sorted is not None:
         x = x[plan.to_sorted]
         per_row = tree_map(lambda value: value[plan.to_sorted], per_row)
@@ -100,12 +102,16 @@ def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:
     return Plan(lengths, check_loops(loops, len(lengths)), x.device)
 
 
-def _check_rows(per_row: Mapping[str, object], rows: int) -> None:
+def _check_rows(per_row: Mapping[str, object], rows: int, device: torch.device) -> None:
     for path, value in tree_flatten_with_path(per_row)[0]:
         name = f"per_row{keystr(path)}"
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} is of type {type(value).__name__}, not a tensor: pass it in `shared`"
+            )
+        if value.device != device:
+            raise ValueError(
+                f"x is on {device} and {name} on {value.device}: move them to one device"
             )
         if value.shape[:1] != (rows,):
             raise ValueError(

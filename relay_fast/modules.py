@@ -26,6 +26,7 @@ from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.policy import Policy
 from relay_fast.whole_loop import read_whole_loop
+from relay_fast.wrappers import flattened, refuse_wrapped
 
 
 class Norm(nn.Module):
@@ -112,6 +113,12 @@ class LoopedBlock(nn.Module):
         if named.keys() != set(self._names):
             missing = sorted(set(self._names).difference(named))
             others = sorted(set(named).difference(self._names))
+            refuse_wrapped(self)
+            if not others and flattened(self, missing):
+                raise RuntimeError(
+                    "the block's parameters are plain tensors, as FullyShardedDataParallel makes "
+                    "them: use fully_shard on the whole model, or DistributedDataParallel"
+                )
             raise RuntimeError(
                 f"the block's parameters are not those of its config (missing: {missing}, unknown: "
                 f"{others}): it reads them by name, so parametrized, pruned, tied or exchanged "
@@ -195,7 +202,11 @@ class LoopedBlock(nn.Module):
         """The engine's description of a pass of this block over a plan (see
         `relay_fast.engine.Run`)."""
         check_max_loops(self.config, plan)
-        names = list(self._named())
+        named = self._named()
+        _check_devices(plan.device, named)
+        if any(type(p) is not nn.Parameter for p in named.values()):
+            refuse_wrapped(self)
+        names = list(named)
         weight = self.layers[0].qkv.weight
         dtype = compute_dtype(weight)
         ops = select(self.impl, weight.device)
@@ -231,6 +242,15 @@ class LoopedBlock(nn.Module):
         if flat is not None:
             flat = flat.cpu().numpy()
         return Plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
+
+
+def _check_devices(device: torch.device, named: dict[str, Tensor]) -> None:
+    """Raises ValueError where a parameter lies elsewhere than the rows."""
+    for name, p in named.items():
+        if p.device.type != device.type or device.index not in (None, p.device.index):
+            raise ValueError(
+                f"x is on {device} and the parameter {name} on {p.device}: move them to one device"
+            )
 
 
 @skip_frame
