@@ -51,8 +51,8 @@ NOISE_ROWS = 8192
 
 def noise_table(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(NOISE_ROWS, columns) standard normal, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(NOISE_ROWS, columns, generator=generator).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(NOISE_ROWS, columns, generator=generator, device="cpu").to(device, dtype)
 
 
 def state_noise_ref(dropout: Dropout, h: Tensor, table: Tensor) -> Tensor:

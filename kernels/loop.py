@@ -18,6 +18,7 @@ bytes(weights) / BLOCK_M a row and iteration: 9.4 kB at d = 128, so L2 bandwidth
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -206,7 +207,7 @@ def loop_fwd(
     if x.shape[0] == 0:
         return final, ids
     _loop_fwd_kernel[(bins.shape[0] - 1,)](
-        x, final, ids, bins, layout.per_row(torch.arange(len(layout.lengths)).numpy()),
+        x, final, ids, bins, layout.per_row(np.arange(len(layout.lengths))),
         layout.per_row(layout.loops), layout.tensor(layout.state_offsets, torch.int64), cos, sin,
         w.norm1, w.qkv, w.out, w.norm2, w.up, w.gate, w.down, w.loop_norm, w.norm, w.head,
         stride_xm=x.stride(0), H=w.up.shape[1], V=w.head.shape[0], layers=w.qkv.shape[0],

@@ -79,7 +79,7 @@ class LoopLayout:
         return self.tensor(np.repeat(values, self.lengths), torch.int32)
 
     def tensor(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(values).to(self.device, dtype)
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
 
 
 def loop_fwd_ref(

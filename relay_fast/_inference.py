@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from relay_fast.config import BlockConfig
+from relay_fast.dispatch import on_device
 
 MEMINFO = Path("/proc/meminfo")
 UNKNOWN_BYTES = 4 << 30  # taken as free where the system does not say
@@ -18,12 +19,17 @@ UNKNOWN_BYTES = 4 << 30  # taken as free where the system does not say
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; modules that were in training mode are so again at the end."""
+    """Eval mode, no gradients, the model's device as the current one; modules that were in training
+    mode are so again at the end."""
+    parameter = next(model.parameters(), None)
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with torch.inference_mode():
+        with (
+            torch.inference_mode(),
+            nullcontext() if parameter is None else on_device(parameter.device),
+        ):
             yield
     finally:
         for module in training:

@@ -23,7 +23,7 @@ from relay_fast.kernels.supports import require
 from relay_fast.plan import Plan, Segment
 
 NOISE_SITE = 0xFFFF
-_noise_table = functools.cache(noise_table)
+_noise_table = functools.cache(torch.inference_mode(False)(noise_table))
 
 
 class LayerSaved(NamedTuple):

@@ -8,19 +8,27 @@ keeps: the inside of an iteration cannot leave an op.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import skip_code
 
 from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.config import BlockConfig
+from relay_fast.dispatch import select, undisturbed
 from relay_fast.engine import Run, backward_pass, forward_pass, kept_states
-from relay_fast.functional import select
 from relay_fast.plan import Plan, check_cu_seqlens, check_loops
 from relay_fast.policy import Policy
+
+
+def skip_frame(function: Callable) -> Callable:
+    """Lets torch.compile begin in what a function calls, where it would begin in the function."""
+    skip_code(function.__code__)
+    return function
 
 
 def describe(config: BlockConfig) -> str:
@@ -88,7 +96,7 @@ def _reordered(run: Run, flat: Tensor, to_caller: bool) -> Tensor:
     """Returned states between the engine's order and the caller's."""
     if run.plan.to_caller is None:
         return flat
-    result = torch.empty_like(flat)
+    result = flat.new_empty(flat.shape)
     for t, span in run.state_spans().items():
         index = run.plan.active_to_caller(t)
         if to_caller:
@@ -120,7 +128,7 @@ def loop_fwd(
         x, spec, options, dtype, batch, cu_seqlens, count, loops, positions, seed, states, truncate
     )
     plan = run.plan
-    with torch.no_grad():
+    with torch.no_grad(), undisturbed(x):
         h = x if plan.to_sorted is None else x[plan.to_sorted]
         done = forward_pass(run, h, parameters, keep)
         final, chosen, _, _ = done.outputs
@@ -137,11 +145,11 @@ def _(
     rows = x.shape[0]
     if loops is not None:  # then nobody may ask for states, see LoopedBlock
         size = lambda: torch.library.get_ctx().new_dynamic_size()
-        return torch.empty_like(x), x.new_empty(0, *x.shape[1:]), x.new_empty(size(), *x.shape[1:])
+        return x.new_empty(x.shape), x.new_empty(0, *x.shape[1:]), x.new_empty(size(), *x.shape[1:])
     policy = _policy(json.loads(options)[0])
     kept = 0
-    if policy.kind == "budget" and keep:
-        kept_rows = torch.library.get_ctx().new_dynamic_size()
+    if keep and (policy.kind == "budget" or isinstance(count, torch.SymInt)):
+        kept_rows = torch.library.get_ctx().new_dynamic_size()  # no guard on the number of loops
     else:
         if keep:
             between = policy.kept(count, [0] * count)
@@ -150,7 +158,7 @@ def _(
             )
         kept_rows = kept * rows
     return (
-        torch.empty_like(x),
+        x.new_empty(x.shape),
         x.new_empty(len(states) * rows, *x.shape[1:]),
         x.new_empty(kept_rows, *x.shape[1:]),
     )
@@ -161,7 +169,6 @@ def loop_bwd(
     g_final: Tensor,
     g_states: Tensor,
     x: Tensor,
-    final: Tensor,
     chosen: Tensor,
     kept: Tensor,
     parameters: list[Tensor],
@@ -192,7 +199,7 @@ def loop_bwd(
             SimpleNamespace(
                 run=run,
                 saved_tensors=(
-                    to_sorted(x), to_sorted(final), _reordered(run, chosen, to_caller=False),
+                    to_sorted(x), None, _reordered(run, chosen, to_caller=False),
                     x.new_empty(0), *parameters, *parts,
                 ),
                 kept=tuple(names),
@@ -205,12 +212,12 @@ def loop_bwd(
         )[1:]  # fmt: skip
         if dx is not None:
             dx = dx.clone() if plan.to_caller is None else dx[plan.to_caller]
-    return [g for g in (dx, *grads) if g is not None]
+    return [g.contiguous() for g in (dx, *grads) if g is not None]
 
 
 @loop_bwd.register_fake
-def _(g_final, g_states, x, final, chosen, kept, parameters, needed, *_):
-    return [torch.empty_like(t) for t, need in zip((x, *parameters), needed, strict=True) if need]
+def _(g_final, g_states, x, chosen, kept, parameters, needed, *_):
+    return [t.new_empty(t.shape) for t, need in zip((x, *parameters), needed, strict=True) if need]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -219,11 +226,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.rest = [None if isinstance(t, Tensor) else t for t in rest[:-1]]
     ctx.where = [i for i, t in enumerate(rest[:-1]) if isinstance(t, Tensor)]
     ctx.needed = [x.requires_grad, *(p.requires_grad for p in parameters)]
-    ctx.save_for_backward(x, *output, *parameters, *tensors)
+    ctx.save_for_backward(x, *output[1:], *parameters, *tensors)  # backward reads no last state
 
 
 def _backward(ctx, g_final, g_states, _):
-    x, final, chosen, kept, *others = ctx.saved_tensors
+    x, chosen, kept, *others = ctx.saved_tensors
     size = len(ctx.needed) - 1
     parameters, tensors = others[:size], others[size:]
     rest = list(ctx.rest)
@@ -231,9 +238,9 @@ def _backward(ctx, g_final, g_states, _):
         rest[i] = tensor
     grads = iter(
         loop_bwd(
-            torch.zeros_like(final) if g_final is None else g_final.contiguous(),
-            torch.zeros_like(chosen) if g_states is None else g_states.contiguous(),
-            x, final, chosen, kept, parameters, ctx.needed, *rest,
+            x.new_zeros(x.shape) if g_final is None else g_final.contiguous(),
+            chosen.new_zeros(chosen.shape) if g_states is None else g_states.contiguous(),
+            x, chosen, kept, parameters, ctx.needed, *rest,
         )
     )  # fmt: skip
     dx, *others = (next(grads) if need else None for need in ctx.needed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relay_fast.functional import select
+from relay_fast.dispatch import select, undisturbed
 from relay_fast.gradients import GradientBuffers
 from relay_fast.kernels.norm_ref import wide
 
@@ -35,7 +35,8 @@ def row_cross_entropy_fwd(
     """loss, lse (R,) wide and correct (R,) bool."""
     options = _options(eps, kind, label_smoothing, z_loss)
     ops = select(impl, states.device)
-    return ops.cross_entropy_fwd(states, targets, norm_weight, norm_bias, head, rows, **options)
+    with undisturbed(states):
+        return ops.cross_entropy_fwd(states, targets, norm_weight, norm_bias, head, rows, **options)
 
 
 @row_cross_entropy_fwd.register_fake
@@ -64,20 +65,22 @@ def row_cross_entropy_bwd(
     """Gradients of states, norm weight, norm bias and head, as far as they are needed."""
     ops, parameters = select(impl, states.device), (norm_weight, norm_bias, head)
     grads = GradientBuffers(parameters, needed[1:], ops.weight_grad)
-    dh = ops.cross_entropy_bwd(
-        grad, states, targets, lse, *parameters, grads.buffer(2), grads.buffer(0), grads.buffer(1),
-        rows, **_options(eps, kind, label_smoothing, z_loss),
-    )  # fmt: skip
-    dstates = []
-    if needed[0]:
-        dstates = [torch.zeros_like(states).index_add_(0, rows, dh.to(states.dtype))]
-    return dstates + [g for g in grads.results() if g is not None]
+    with undisturbed(states):
+        dh = ops.cross_entropy_bwd(
+            grad, states, targets, lse, *parameters,
+            grads.buffer(2), grads.buffer(0), grads.buffer(1),
+            rows, **_options(eps, kind, label_smoothing, z_loss),
+        )  # fmt: skip
+        dstates = []
+        if needed[0]:
+            dstates = [states.new_zeros(states.shape).index_add_(0, rows, dh.to(states.dtype))]
+        return dstates + [g.contiguous() for g in grads.results() if g is not None]
 
 
 @row_cross_entropy_bwd.register_fake
 def _(grad, states, rows, targets, lse, norm_weight, norm_bias, head, e, k, s, z, impl, needed):
     inputs = (states, norm_weight, norm_bias, head)
-    return [torch.empty_like(t) for t, wanted in zip(inputs, needed, strict=True) if wanted]
+    return [t.new_empty(t.shape) for t, wanted in zip(inputs, needed, strict=True) if wanted]
 
 
 def _save(ctx, inputs, output) -> None:

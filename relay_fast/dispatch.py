@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from relay_fast.kernels.attention_cpu import attention_bwd_cpu, attention_fwd_cpu
 from relay_fast.kernels.attention_ref import attention_bwd_ref, attention_fwd_ref
@@ -151,11 +153,34 @@ def _triton_ops() -> Ops:
         weight_grad,
         loop_fwd,
     )
-    if os.environ.get("RELAY_FAST_AUTOTUNE") != "1":
-        return ops
-    from relay_fast.kernels.autotune import searching
+    if os.environ.get("RELAY_FAST_AUTOTUNE") == "1":
+        from relay_fast.kernels.autotune import searching
 
-    return Ops(*map(searching, ops))
+        ops = Ops(*map(searching, ops))
+    return Ops(*map(_on_its_device, ops))
+
+
+def _on_its_device(launcher: Callable) -> Callable:
+    """The launcher with its first tensor's device as the current one: Triton launches there."""
+
+    @wraps(launcher)
+    def op(*args, **kwargs):
+        if _is_current(args[0].device):
+            return launcher(*args, **kwargs)
+        with torch.cuda.device(args[0].device):
+            return launcher(*args, **kwargs)
+
+    return op
+
+
+def _is_current(device: torch.device) -> bool:
+    """Whether kernels launched now would run on `device`, or it has no notion of a current one."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes a CUDA device the current one, where it is not."""
+    return nullcontext() if _is_current(device) else torch.cuda.device(device)
 
 
 @cache
@@ -201,9 +226,23 @@ def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
     return _triton_ops()
 
 
+def undisturbed(x: Tensor) -> AbstractContextManager:
+    """What every hand-written pass over x runs in, wherever it is called: x's device is the current
+    one and autocast is off, since the pass chooses the dtype of each product itself."""
+    kind = x.device.type
+    known = torch.amp.is_autocast_available(kind)  # not for meta
+    if not (known and torch.is_autocast_enabled(kind)):
+        return on_device(x.device)
+    stack = ExitStack()
+    stack.enter_context(on_device(x.device))
+    stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
 def differentiable_once(backward: Callable) -> Callable:
-    """Marks the backward of an autograd.Function that cannot itself be differentiated: where that
-    is asked for it raises RuntimeError, instead of handing out gradients that look constant."""
+    """Marks the hand-written backward of an autograd.Function: it runs `undisturbed` by where
+    `backward()` is called, and raises RuntimeError where it is asked for a graph of its own,
+    instead of handing out gradients that look constant."""
 
     @wraps(backward)
     def checked(ctx, *grads):
@@ -212,9 +251,28 @@ def differentiable_once(backward: Callable) -> Callable:
                 "relay_fast computes its gradients by hand, so they cannot be differentiated "
                 "again: call backward without create_graph=True"
             )
-        return backward(ctx, *grads)
+        given = next((g for g in grads if g is not None), None)
+        with nullcontext() if given is None else undisturbed(given):
+            return backward(ctx, *grads)
 
     return checked
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError where a forward-mode tangent or a torch.func transform would be lost."""
+    forward = forward_ad._current_level >= 0
+    if not (forward or torch._C._are_functorch_transforms_active()):
+        return
+    for t in tensors:
+        if t is None:
+            continue
+        dual = forward and forward_ad.unpack_dual(t).tangent is not None
+        if dual or torch._C._functorch.is_functorch_wrapped_tensor(t):
+            raise RuntimeError(
+                "relay_fast computes its gradients by hand, backward only: forward-mode AD and the "
+                "transforms of torch.func (jvp, grad, vmap, …) do not see them, so use backward() "
+                "or torch.autograd.grad"
+            )
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

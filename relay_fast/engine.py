@@ -12,7 +12,6 @@ losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from relay_fast.functional import Ops, differentiable_once
+from relay_fast.dispatch import Ops, differentiable_once, refuse_transforms, undisturbed
 from relay_fast.gradients import GATHER_ROWS, GradientBuffers
 from relay_fast.kernels.norm_ref import wide
 from relay_fast.plan import Plan, Segment
@@ -123,6 +122,15 @@ class Run:
     def __post_init__(self) -> None:
         check_truncate(self.truncate)
 
+    def collect(self, wanted: Sequence[int], final: Tensor, states: Tensor) -> list[Tensor]:
+        """The wanted states of a pass, in the caller's order; the last one lies in `final`."""
+        spans, result = self.state_spans(), []
+        for t in wanted:
+            state = states[spans[t]] if t in spans else final[: self.plan.rows_at(t)]
+            index = self.plan.active_to_caller(t)
+            result.append(state if index is None else state[index])
+        return result
+
     def state_spans(self) -> dict[int, slice]:
         """Where each returned state lies in the flat buffer of returned states."""
         spans, start = {}, 0
@@ -150,9 +158,10 @@ def run_loop(
     Returns final (rows, …): each sequence's state after its own last iteration; states: the chosen
     states end to end; loss (R,) and correct (R,) of the readout's rows (empty without a readout).
     """
+    refuse_transforms(x, *parameters)
     if torch.is_grad_enabled():
         return _Loop.apply(run, x, *parameters)
-    with _no_autocast(x):
+    with undisturbed(x):
         return forward_pass(run, x, parameters, keep=False).outputs
 
 
@@ -166,9 +175,9 @@ def iterate(
     """
     if run.plan.static:
         raise ValueError("a static batch is for training: read chains off the batch it was given")
-    with torch.no_grad(), _no_autocast(x):
+    with torch.no_grad(), undisturbed(x):
         body = run.make_body(x, parameters)
-        buffers = [torch.empty_like(x), torch.empty_like(x)]
+        buffers = [x.new_empty(x.shape), x.new_empty(x.shape)]
         h = x
         for t in range(1, run.plan.max_loops + 1):
             out = buffers[t % 2][: run.plan.rows_at(t)]
@@ -176,13 +185,6 @@ def iterate(
                 body.forward(h[segment.rows], segment, out[segment.rows], keep=False)
             yield t, out
             h = out
-
-
-def _no_autocast(x: Tensor):
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):  # meta
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 class _States:
@@ -314,38 +316,48 @@ def _readout_parameters(run: Run, parameters: Sequence[Tensor | None]):
 class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: Run, x: Tensor, *parameters: Tensor | None):
-        with _no_autocast(x):
+        with undisturbed(x):
             done = forward_pass(run, x, parameters, keep=any(ctx.needs_input_grad))
-        final, states, _, correct = done.outputs
+        correct = done.outputs[-1]
         ctx.run, ctx.kept, ctx.parameters = run, tuple(done.kept), len(parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(correct)
         ctx.save_for_backward(
-            x, final, states, done.lse, *parameters, *done.kept.values(), *done.saved
+            x, *_read_again(run, done), done.lse, *parameters, *done.kept.values(), *done.saved
         )
         return done.outputs
 
     @staticmethod
     @differentiable_once
     def backward(ctx, g_final, g_states, g_loss, _):
-        with _no_autocast(ctx.saved_tensors[0]):
-            return backward_pass(ctx, g_final, g_states, g_loss)
+        return backward_pass(ctx, g_final, g_states, g_loss)
+
+
+def _read_again(run: Run, done: _Pass) -> tuple[Tensor | None, Tensor | None]:
+    """final and states, where the backward reads them: what it does not read the caller may change
+    in place or drop. The last state is read by the readout alone."""
+    final, states, _, _ = done.outputs
+    last = run.plan.max_loops
+    inner = any(t < last for t in run.states) or (run.readout is not None and last in run.states)
+    return final if run.readout is not None else None, states if inner else None
 
 
 def backward_pass(
     ctx, g_final: Tensor | None, g_states: Tensor | None, g_loss: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `_Loop.apply`'s arguments, given what its forward left in `ctx`."""
-    return _Backward(ctx).run_all(g_final, g_states, g_loss)
+    saved = ctx.saved_tensors  # once: hooks may let it be unpacked only once
+    with undisturbed(saved[0]):
+        return _Backward(ctx, saved).run_all(g_final, g_states, g_loss)
 
 
 class _Backward:
     """One backward sweep over the iterations, last to first."""
 
-    def __init__(self, ctx):
+    def __init__(self, ctx, saved: Sequence[Tensor | None]):
         self.run: Run = ctx.run
         self.plan = self.run.plan
-        x, final, output, lse, *rest = ctx.saved_tensors
+        x, final, output, lse, *rest = saved
         parameters, rest = rest[: ctx.parameters], rest[ctx.parameters :]
         kept, self.saved = rest[: len(ctx.kept)], rest[len(ctx.kept) :]
         self.x, self.lse, self.parameters = x, lse, parameters
@@ -358,8 +370,9 @@ class _Backward:
         self.x_needed = ctx.needs_input_grad[1]
         self.body_needed = self.x_needed or any(body_needed)
         self.states = {0: x, **dict(zip(ctx.kept, kept, strict=True))}
-        self.states |= {t: output[span] for t, span in self.run.state_spans().items()}
-        if self.plan.max_loops:
+        if output is not None:
+            self.states |= {t: output[span] for t, span in self.run.state_spans().items()}
+        if final is not None and self.plan.max_loops:
             last = self.plan.max_loops
             self.states[last] = final[: self.plan.rows_at(last)]
 
@@ -390,7 +403,7 @@ class _Backward:
         if self.run.policy.kind == "none":
             inside = self._pop_saved()
         else:
-            inside = self.body.forward(h, segment, torch.empty_like(h))
+            inside = self.body.forward(h, segment, h.new_empty(h.shape))
         live = self.plan.live(t)
         if live is None:
             return self.body.backward(g, h, inside, segment, self.grads)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.batch import PackedBatch
+from relay_fast.dispatch import on_device
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.static import Capacity, StaticBatch
@@ -95,6 +96,10 @@ class GraphedStep:
 
     def __call__(self, batch: PackedBatch) -> Losses:
         """Takes one step. The losses are the batch's own, on the device."""
+        with on_device(self.model.device):  # streams and captures are the current device's
+            return self._step(batch)
+
+    def _step(self, batch: PackedBatch) -> Losses:
         self.model._check(batch)
         self.reason = self._never or self.capacity.reason(batch)
         if self.reason is not None:

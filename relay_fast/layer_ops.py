@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relay_fast.dispatch import Ops, compute_dtype, select
+from relay_fast.dispatch import Ops, compute_dtype, refuse_transforms, select, undisturbed
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.kernels.norm_ref import wide
 from relay_fast.plan import Plan, check_cu_seqlens
@@ -31,6 +31,8 @@ class _LayerOp(NamedTuple):
     forward: Callable[[Ops, Any, Any], list[Tensor]]  # the result, then what backward needs
     allocate: Callable[[Any, Any], list[Tensor]]  # buffers like those
     backward: Callable[[Ops, Tensor, Any, Any, list[Tensor]], Gradients]  # by tensor name
+    unread: frozenset[str]  # tensors whose values backward does not read
+    keeps_result: bool  # whether it reads the result
 
 
 def _weight_grad(ops: Ops, dy: Tensor, x: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ def _mlp_buffers(t: Any, o: Any) -> list[Tensor]:
 
 
 def _mlp_bwd(ops: Ops, g: Tensor, t: Any, o: Any, saved: list[Tensor]) -> Gradients:
-    _, up, hidden, *gate = saved
+    up, hidden, *gate = saved
     dx, dnorm_weight, dnorm_bias, y, dup, dgate, dbranch = ops.mlp_bwd(
         g, t.x, up, gate[0] if gate else None, t.norm_weight, t.norm_bias, t.up_weight,
         t.gate_weight, t.down_weight, o.activation, o.eps, o.norm,
@@ -257,14 +259,26 @@ _OPS = {
         _norm_linear_fwd,
         lambda t, o: [t.weight.new_empty(len(t.x), len(t.weight))],
         _norm_linear_bwd,
+        frozenset({"bias"}),
+        keeps_result=False,
     ),
-    "attention": _LayerOp(_attention_fwd, _attention_buffers, _attention_bwd),
+    "attention": _LayerOp(
+        _attention_fwd, _attention_buffers, _attention_bwd, frozenset(), keeps_result=True
+    ),
     "linear_residual": _LayerOp(
         _linear_residual_fwd,
         lambda t, o: [t.residual.new_empty(t.residual.shape)],
         _linear_residual_bwd,
+        frozenset({"residual", "bias"}),
+        keeps_result=False,
     ),
-    "mlp": _LayerOp(_mlp_fwd, _mlp_buffers, _mlp_bwd),
+    "mlp": _LayerOp(
+        _mlp_fwd,
+        _mlp_buffers,
+        _mlp_bwd,
+        frozenset({"up_bias", "gate_bias", "down_bias"}),
+        keeps_result=False,
+    ),
 }
 
 
@@ -284,6 +298,15 @@ def _cast(**tensors: Tensor | None) -> dict[str, Tensor | None]:
 
 def _call(name: str, tensors: dict[str, Tensor | None], impl: str, **options) -> Tensor:
     present = {n: t for n, t in tensors.items() if t is not None}
+    first, *others = (n for n in present if n != "cu_seqlens")  # offsets are read on the host
+    for n in others:
+        if present[n].device != present[first].device:
+            raise ValueError(
+                f"{first} is on {present[first].device} and {n} on {present[n].device}: move them "
+                "to one device"
+            )
+    if not torch.compiler.is_compiling():
+        refuse_transforms(*present.values())
     texts = [f"{n}={v!r}" for n, v in options.items()]
     return layer_op_fwd(list(present.values()), " ".join([name, impl, ",".join(present), *texts]))[
         0
@@ -312,7 +335,8 @@ def layer_op_fwd(tensors: list[Tensor], spec: str) -> list[Tensor]:
     spec: the op, impl, the tensors' names with commas between, then options as name=value.
     """
     op, ops, t, o = _open(tensors, spec)
-    return [made.contiguous() for made in op.forward(ops, t, o)]
+    with undisturbed(tensors[0]):
+        return [made.contiguous() for made in op.forward(ops, t, o)]
 
 
 @layer_op_fwd.register_fake
@@ -327,9 +351,10 @@ def layer_op_bwd(
 ) -> list[Tensor]:
     """Gradients of those tensors that need one, in their dtypes."""
     op, ops, t, o = _open(tensors, spec)
-    gradients = op.backward(ops, grad, t, o, saved)
     wanted = (n for n, need in zip(t, needed, strict=True) if need)
-    return [gradients[n]().to(t[n].dtype).contiguous() for n in wanted]
+    with undisturbed(grad):
+        gradients = op.backward(ops, grad, t, o, saved)
+        return [gradients[n]().to(t[n].dtype).contiguous() for n in wanted]
 
 
 @layer_op_bwd.register_fake
@@ -338,15 +363,24 @@ def _(grad, tensors, saved, needed, spec):
 
 
 def _save(ctx, inputs, output) -> None:
+    """What backward does not read is left out: it may be changed in place, and holds no memory."""
     tensors, ctx.spec = inputs
+    name, _, names, *_ = ctx.spec.split(" ")
+    op = _OPS[name]
     ctx.needed = [t.requires_grad for t in tensors]
-    ctx.save_for_backward(*tensors, *output)
+    unread = [n in op.unread for n in names.split(",")]
+    ctx.unread = [(t.shape, t.dtype) if u else None for t, u in zip(tensors, unread, strict=True)]
+    read = (None if u else t for t, u in zip(tensors, unread, strict=True))
+    ctx.save_for_backward(*read, *(output if op.keeps_result else output[1:]))
 
 
 def _backward(ctx, grads):
-    count = len(ctx.needed)
-    tensors, saved = list(ctx.saved_tensors[:count]), list(ctx.saved_tensors[count:])
-    found = iter(layer_op_bwd(grads[0], tensors, saved, ctx.needed, ctx.spec))
+    count, kept, g = len(ctx.needed), ctx.saved_tensors, grads[0]
+    tensors = [
+        t if like is None else g.new_zeros((), dtype=like[1]).expand(like[0])
+        for t, like in zip(kept[:count], ctx.unread, strict=True)
+    ]
+    found = iter(layer_op_bwd(g, tensors, list(kept[count:]), ctx.needed, ctx.spec))
     return [next(found) if need else None for need in ctx.needed], None
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import (
     keystr,
     tree_flatten,
@@ -28,6 +29,8 @@ from relay_fast.gradients import GradientBuffers
 from relay_fast.kernels.norm_ref import wide
 from relay_fast.plan import Plan, Segment, check_cu_seqlens, check_floating, check_loops
 from relay_fast.policy import Policy
+from relay_fast.side_graphs import graphs_left
+from relay_fast.wrappers import refuse_wrapped
 
 
 @torch.compiler.disable
@@ -55,34 +58,40 @@ def loop(
     drawn again as in forward. Returns what `LoopedBlock.forward` does.
 
     A module whose buffers change in forward (batch norm in training) is refused with RuntimeError,
-    and so is one that changes its input in place, and, by the backward at the latest, one that
-    holds a tensor that needs a gradient but is not registered as a parameter.
+    and so is one that changes its input in place, one that holds a tensor that needs a gradient but
+    is not registered as a parameter, and one that leaves a tensor with a gradient graph behind
+    (an auxiliary loss on itself), whose gradient would not come through. To see that, the first
+    iteration runs with gradients under every policy.
     A forward that is non-deterministic otherwise than through torch's generators gives wrong
     gradients when recomputed: use recompute="none".
     Under torch.compile this call is a graph break (the module itself may be compiled); weight
-    gradients are summed per iteration.
+    gradients are summed per iteration. Under hooks on saved tensors (checkpointing around the call,
+    offloading), "none" keeps what "state" keeps.
     """
     check_floating(x)
+    refuse_wrapped(module)
     _refuse_batch_norm(module)
     plan = _make_plan(x, loops, cu_seqlens)
     per_row = dict(per_row or {})
-    _check_rows(per_row, plan.rows)
+    _check_rows(per_row, plan.rows, x.device)
     if plan.to_sorted is not None:
         x = x[plan.to_sorted]
         per_row = tree_map(lambda value: value[plan.to_sorted], per_row)
     policy = Policy.parse(recompute)
+    if policy.kind == "none" and _hooked():  # graphs do not pass through hooks on saved tensors
+        policy = Policy("state")
     call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
     call.redraws = torch.is_grad_enabled() and policy.kind != "none"
+    call.checked = not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (x, *call.tensors))
+    )
     wanted = plan.chosen_states(return_states)
-    run = Run(plan, call.body, select("torch"), policy, wanted, truncate)
+    inner = tuple(t for t in wanted if t < plan.max_loops)
+    run = Run(plan, call.body, select("torch"), policy, inner, truncate)
     final, states, _, _ = run_loop(run, x, call.tensors)
     if return_states is False:
         return final if plan.to_caller is None else final[plan.to_caller]
-    result = []
-    for t, span in run.state_spans().items():
-        index = plan.active_to_caller(t)
-        result.append(states[span] if index is None else states[span][index])
-    return result
+    return run.collect(wanted, final, states)
 
 
 def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:
@@ -93,12 +102,16 @@ def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:
     return Plan(lengths, check_loops(loops, len(lengths)), x.device)
 
 
-def _check_rows(per_row: Mapping[str, object], rows: int) -> None:
+def _check_rows(per_row: Mapping[str, object], rows: int, device: torch.device) -> None:
     for path, value in tree_flatten_with_path(per_row)[0]:
         name = f"per_row{keystr(path)}"
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} is of type {type(value).__name__}, not a tensor: pass it in `shared`"
+            )
+        if value.device != device:
+            raise ValueError(
+                f"x is on {device} and {name} on {value.device}: move them to one device"
             )
         if value.shape[:1] != (rows,):
             raise ValueError(
@@ -134,7 +147,7 @@ class _Call:
         leaves = iter(self.shared_leaves)
         self.shared = {k: _with_tensors(v, leaves) for k, v in shared.items()}
         self.redraws = False
-        self.checked = False  # whether a graph of the module has been looked at
+        self.checked = True  # whether a graph of the module has been looked at, or none is wanted
         self.random: dict[tuple[int, int], _Random] = {}
         kind = x.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -166,6 +179,22 @@ def _refuse_strangers(new: Tensor, known: Iterable[Tensor]) -> None:
                 "gradient, but the loop does not know it: register it as an nn.Parameter, or pass "
                 "it in `shared`"
             )
+
+
+def _refuse_side_graphs(module: nn.Module, before: Mapping[int, tuple[str, Tensor]]) -> None:
+    """Raises RuntimeError where the module holds other tensors with a graph than `before`."""
+    for key, (where, _) in graphs_left(module).items():
+        if key not in before:
+            raise RuntimeError(
+                f"the module left a tensor that needs a gradient in {where!r} (an auxiliary loss?) "
+                "and the loop hands gradients through the state alone: detach() it if it is only "
+                "looked at, or compute it outside of the module from return_states=True"
+            )
+
+
+def _hooked() -> bool:
+    """Whether hooks on saved tensors are active."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _accepts(module: nn.Module, name: str) -> bool:
@@ -212,7 +241,7 @@ class _ModuleBody:
         else:
             if call.redraws:
                 call.random[key] = _Random(self.device)
-            saved = self._run(h, segment, keep)
+            saved = self._run(h, segment, keep) if call.checked else self._first(h, segment)
         new = saved[1]
         if new.shape != h.shape:
             raise ValueError(
@@ -221,6 +250,18 @@ class _ModuleBody:
             )
         out.copy_(new.detach())
         return saved if keep else []
+
+    def _first(self, h: Tensor, segment: Segment) -> list[Tensor]:
+        """The first iteration of a call, with its graph, which is looked at."""
+        call, same = self.call, lambda t: t
+        before = graphs_left(call.module)
+        # Hooks of the caller's would store what is dropped soon.
+        with saved_tensors_hooks(same, same) if _hooked() else nullcontext():
+            entered, new, *cut = self._run(h, segment, keep=True)
+        _refuse_strangers(new, [entered, *cut, *call.weights.values(), *call.shared_leaves])
+        _refuse_side_graphs(call.module, before)
+        call.checked = True
+        return [entered, new, *cut]
 
     def _run(self, h: Tensor, segment: Segment, keep: bool) -> list[Tensor]:
         call = self.call
@@ -243,9 +284,6 @@ class _ModuleBody:
                 f"the module returned a value of type {type(new).__name__}: a looped module must "
                 "return the next state alone, so wrap it in one that does"
             )
-        if keep and not call.checked:
-            _refuse_strangers(new, [entered, *cut, *call.weights.values(), *call.shared_leaves])
-            call.checked = True
         now = dict(call.module.named_buffers())
         for name, buffer, before in buffers:
             if now.get(name) is not buffer or buffer._version != before:
@@ -271,16 +309,17 @@ class _ModuleBody:
         call = self.call
         entered, new, *cut = saved
         if not new.requires_grad:
-            return torch.zeros_like(g)
+            return g.new_zeros(g.shape)
         leaves = [*call.weights.values(), *cut, *call.shared_leaves]
         needed = [i for i in range(len(leaves)) if grads.needs(i)]
-        # The graph of policy "none" may be asked for again; the engine drops it with its tensors.
+        # A recomputed graph serves once. One of policy "none" serves as often as the caller's.
+        again = not call.redraws and torch._C._autograd._get_current_graph_task_keep_graph()
         dh, *values = torch.autograd.grad(
             new,
             [entered, *(leaves[i] for i in needed)],
             g.to(new.dtype),
             allow_unused=True,
-            retain_graph=True,
+            retain_graph=again,
         )
         first_cut = len(call.weights)
         for i, value in zip(needed, values, strict=True):
@@ -290,4 +329,4 @@ class _ModuleBody:
                 grads.buffer(i)[segment.rows] += value
             else:
                 grads.vector(i, value)
-        return torch.zeros_like(g) if dh is None else wide(dh)
+        return g.new_zeros(g.shape) if dh is None else wide(dh)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from relay_fast.batch import PackedBatch
 from relay_fast.block import BlockBody, check_max_loops, parameter_names
-from relay_fast.compiled import describe
+from relay_fast.compiled import describe, skip_frame
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.engine import Readout, Run, check_truncate, iterate, run_loop
 from relay_fast.functional import compute_dtype, row_cross_entropy, select, weighted_losses
@@ -26,6 +26,7 @@ from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.policy import Policy
 from relay_fast.whole_loop import read_whole_loop
+from relay_fast.wrappers import flattened, refuse_wrapped
 
 
 class Norm(nn.Module):
@@ -112,6 +113,12 @@ class LoopedBlock(nn.Module):
         if named.keys() != set(self._names):
             missing = sorted(set(self._names).difference(named))
             others = sorted(set(named).difference(self._names))
+            refuse_wrapped(self)
+            if not others and flattened(self, missing):
+                raise RuntimeError(
+                    "the block's parameters are plain tensors, as FullyShardedDataParallel makes "
+                    "them: use fully_shard on the whole model, or DistributedDataParallel"
+                )
             raise RuntimeError(
                 f"the block's parameters are not those of its config (missing: {missing}, unknown: "
                 f"{others}): it reads them by name, so parametrized, pruned, tied or exchanged "
@@ -119,6 +126,15 @@ class LoopedBlock(nn.Module):
                 "remove_parametrizations, torch.nn.utils.prune.remove)"
             )
         return named
+
+    @skip_frame
+    def __call__(self, *args, **options):
+        """See `forward`. Lists become tensors before torch.compile sees them: it would compile
+        again for every length of a list."""
+        for name in ("loops", "cu_seqlens"):
+            if name in options:
+                options[name] = _listed(options[name])
+        return super().__call__(*map(_listed, args), **options)
 
     def forward(
         self,
@@ -145,17 +161,14 @@ class LoopedBlock(nn.Module):
         wanted = plan.chosen_states(return_states)
         if plan.to_sorted is not None:
             packed = packed[plan.to_sorted]
-        run = self.run(plan, states=wanted, truncate=truncate)
+        inner = tuple(t for t in wanted if t < plan.max_loops)
+        run = self.run(plan, states=inner, truncate=truncate)
         final, states, _, _ = run_loop(run, packed, list(self.parameters()))
         if return_states is False:
             final = final if plan.to_caller is None else final[plan.to_caller]
             return final.view(shape)
-        result = []
-        for t, span in run.state_spans().items():
-            index = plan.active_to_caller(t)
-            state = states[span] if index is None else states[span][index]
-            result.append(state if len(shape) == 2 else state.view(-1, *shape[1:]))
-        return result
+        result = run.collect(wanted, final, states)
+        return result if len(shape) == 2 else [state.view(-1, *shape[1:]) for state in result]
 
     def _as_op(
         self, x: Tensor, shape: torch.Size, loops, cu_seqlens, positions, return_states, truncate
@@ -165,7 +178,7 @@ class LoopedBlock(nn.Module):
         States are returned where `loops` is an int; otherwise their sizes depend on data.
         """
         count = loops if isinstance(loops, int) else 0
-        tensor = lambda t: t if t is None or isinstance(t, Tensor) else torch.tensor(t)
+        tensor = lambda t: t if t is None or isinstance(t, Tensor) else torch.tensor(t, device="cpu")
         if return_states is not False and not isinstance(loops, int):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
         wanted = list(chosen_states(return_states, count))
@@ -189,7 +202,11 @@ class LoopedBlock(nn.Module):
         """The engine's description of a pass of this block over a plan (see
         `relay_fast.engine.Run`)."""
         check_max_loops(self.config, plan)
-        names = list(self._named())
+        named = self._named()
+        _check_devices(plan.device, named)
+        if any(type(p) is not nn.Parameter for p in named.values()):
+            refuse_wrapped(self)
+        names = list(named)
         weight = self.layers[0].qkv.weight
         dtype = compute_dtype(weight)
         ops = select(self.impl, weight.device)
@@ -225,6 +242,23 @@ class LoopedBlock(nn.Module):
         if flat is not None:
             flat = flat.cpu().numpy()
         return Plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
+
+
+def _check_devices(device: torch.device, named: dict[str, Tensor]) -> None:
+    """Raises ValueError where a parameter lies elsewhere than the rows."""
+    for name, p in named.items():
+        if p.device.type != device.type or device.index not in (None, p.device.index):
+            raise ValueError(
+                f"x is on {device} and the parameter {name} on {p.device}: move them to one device"
+            )
+
+
+@skip_frame
+def _listed(values):
+    """A list of ints as a tensor on the host; anything else as it is."""
+    if isinstance(values, list | tuple) and set(map(type, values)) == {int}:
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+    return values
 
 
 def _flat_positions(positions: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -140,10 +140,12 @@ class Plan:
         """See the function of this name."""
         return chosen_states(return_states, self.max_loops)
 
-    # Index tensors, each made once on the host and copied to the device.
+    # Index tensors, each made once on the host and copied to the device. A batch that is evaluated
+    # under inference_mode may be trained on afterwards: they are never inference tensors.
 
+    @torch.inference_mode(False)
     def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.ascontiguousarray(array)).to(self.device, dtype)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, dtype)
 
     @cached_property
     def row_order(self) -> np.ndarray | None:
@@ -237,9 +239,11 @@ class Plan:
         key = (first, last)
         if key not in self._layouts:
             lengths = self.lengths[first:last]
-            cu_seqlens = self.cu_seqlens[first : last + 1]
+            with torch.inference_mode(False):
+                cu_seqlens = self.cu_seqlens[first : last + 1]
+                cu_seqlens = cu_seqlens - cu_seqlens[:1] if first else cu_seqlens
             self._layouts[key] = PaddedLayout(
-                cu_seqlens - cu_seqlens[:1] if first else cu_seqlens,
+                cu_seqlens,
                 int(lengths.max(initial=0)),
                 lambda: self._make_padding(lengths),
                 int(lengths.sum()),
@@ -261,7 +265,7 @@ class Plan:
             mask = None
             if inner.min() < width:
                 mask = np.arange(width)[None, :] >= inner[:, None]
-                mask = self._tensor(mask, torch.bool).unsqueeze(1)
+                mask = self._tensor(mask[:, None], torch.bool)
             groups.append(Group(slot, len(inside), width, mask))
             slot += len(inside) * width
         if len(groups) <= 1 and slot == rows:

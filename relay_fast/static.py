@@ -172,6 +172,10 @@ class StaticPlan(Plan):
         """(1,) int32: live rows of an iteration."""
         return self.active_counts[iteration - 1, 1:]
 
+    # What is remembered below must serve training too, also where it is first asked for in
+    # evaluation.
+
+    @torch.inference_mode(False)
     def live(self, iteration: int) -> Tensor:
         """(N_t, 1) bool: which of the capacity's rows are live."""
         if iteration not in self._live:
@@ -179,6 +183,7 @@ class StaticPlan(Plan):
             self._live[iteration] = (rows < self.row_count(iteration)).unsqueeze(1)
         return self._live[iteration]
 
+    @torch.inference_mode(False)
     def layout_of(self, segment: Segment) -> PaddedLayout:
         """Offsets of the sequences that loop in this iteration, the others being empty."""
         t, last = segment.iteration, segment.last_sequence
@@ -187,6 +192,7 @@ class StaticPlan(Plan):
         offsets, longest = self._offsets[t], self.capacity.longest
         return PaddedLayout(offsets, longest, lambda: self._make_static_padding(t, offsets), 0)
 
+    @torch.inference_mode(False)
     def _make_static_padding(
         self, iteration: int, offsets: Tensor
     ) -> tuple[int, Tensor, tuple[Group, ...]]:

@@ -515,17 +515,30 @@ def test_double_backward_is_refused() -> None:
         torch.autograd.grad(loss, inputs.x, create_graph=True)
 
 
-def test_an_output_changed_in_place_is_noticed() -> None:
-    # The last state is not copied: backward reads it from the output.
-    case = Case(readout=True)
+@pytest.mark.parametrize("policy", ["none", "state", "sqrt"])
+def test_outputs_that_backward_does_not_read_may_be_changed_in_place(policy: str) -> None:
+    case = Case(policy=policy, states=(len(Case().plan.active_rows),))
     inputs = make_inputs(case)
-    run = inputs.block.run(case.plan)
-    final, *_ = run_loop(run, inputs.x, list(inputs.block.parameters()))
-    y = final * 1.0
-    final.data_ptr()
-    final.detach().add_(1)
+    run = inputs.block.run(case.plan, states=case.states)
+    parameters = list(inputs.block.parameters())
+    grads = []
+    for edit in (Tensor.mul, Tensor.mul_):
+        final, states, *_ = run_loop(run, inputs.x, parameters)
+        total = edit(final, inputs.g_final).square().sum() + edit(states, 3.0).square().sum()
+        grads.append(gradients(total, {"x": inputs.x, **dict(inputs.block.named_parameters())}))
+    for name, value in grads[1].items():
+        assert_close(name, value, grads[0][name], 1e-13)
+
+
+@pytest.mark.parametrize("read", ["the last state, by the readout", "a state before it"])
+def test_an_output_that_backward_reads_changed_in_place_is_noticed(read: str) -> None:
+    case = Case(readout="readout" in read, states=() if "readout" in read else (1,))
+    inputs = make_inputs(case)
+    total, outputs = relay(case, inputs)
+    with torch.no_grad():
+        outputs["final" if case.readout else "state 1"].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+        total.backward()
 
 
 @pytest.mark.parametrize("policy", ["none", "state", "sqrt"])

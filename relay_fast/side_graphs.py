@@ -1,0 +1,100 @@
+"""What a module's forward leaves behind that needs a gradient: auxiliary losses, kept activations.
+
+Looked for where modules keep such things: in attributes of the module and its class, in containers
+and plain objects there, and in what methods and hooks hold (closures, defaults, bound objects,
+containers among the globals that they name).
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+DEPTH = 5  # of containers in containers; beyond the first levels, of nothing else
+CONTAINERS_ONLY = 2
+ENTRIES = 1000  # of one container, the newest: vocabularies and logs are long
+_OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, type(None))
+
+
+def graphs_left(module: nn.Module) -> dict[int, tuple[str, Tensor]]:
+    """The tensors with a gradient graph that a module and its parts hold: by id, where and what."""
+    parts = dict(module.named_modules())
+    seen, found = {id(part) for part in parts.values()}, {}
+    for name, part in parts.items():
+        # Old-style reparametrizations leave the weight that forward reads, made from parameters.
+        remade = {
+            hook.name
+            for hook in part._forward_pre_hooks.values()
+            if isinstance(hook, WeightNorm | SpectralNorm)
+        }
+        skipped = {"_parameters", "_modules", *remade}
+        for owner in (part, *type(part).__mro__):
+            if owner is not part and owner.__module__.startswith(("torch.", "builtins")):
+                break
+            for key, value in vars(owner).items():
+                if key in skipped or key.startswith("__"):
+                    continue
+                for where, tensor in _walk(f"{name}.{key}" if name else key, value, DEPTH, seen):
+                    found[id(tensor)] = where, tensor
+    return found
+
+
+def _walk(where: str, value: object, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            yield where, value
+        return
+    if isinstance(value, _OPAQUE) or not depth or id(value) in seen:
+        return
+    if depth <= CONTAINERS_ONLY and not isinstance(value, CONTAINERS):
+        return
+    seen.add(id(value))
+    for name, part in _parts(where, value):
+        yield from _walk(name, part, depth - 1, seen)
+
+
+def _parts(where: str, value: object) -> Iterator[tuple[str, object]]:
+    """What an object holds, and where."""
+    if isinstance(value, dict):
+        for key in list(islice(reversed(value), ENTRIES)):
+            yield f"{where}[{key!r}]", value[key]
+    elif isinstance(value, list | tuple | deque):
+        last = len(value) - 1
+        for i, part in enumerate(islice(reversed(value), ENTRIES)):
+            yield f"{where}[{last - i}]", part
+    elif isinstance(value, CONTAINERS):
+        for part in islice(value, ENTRIES):
+            yield where, part
+    elif isinstance(value, partial):
+        yield where, value.func
+        yield from ((where, part) for part in (*value.args, *value.keywords.values()))
+    elif isinstance(value, types.MethodType):
+        yield where, value.__func__
+        yield where, value.__self__
+    elif isinstance(value, types.FunctionType):
+        yield from _of_function(where, value)
+    elif not type(value).__module__.startswith("torch."):
+        yield from ((f"{where}.{key}", part) for key, part in getattr(value, "__dict__", {}).items())
+
+
+def _of_function(where: str, function: types.FunctionType) -> Iterator[tuple[str, object]]:
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield f"{name} (in {where})", cell.cell_contents
+        except ValueError:  # a cell that was never filled
+            continue
+    for part in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        yield where, part
+    for name in code.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, (Tensor, *CONTAINERS)):
+            yield f"{name} (in {where})", value

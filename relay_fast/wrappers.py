@@ -1,0 +1,35 @@
+"""Wrappers for several devices that a module may run under, as far as they cannot work here."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def refuse_wrapped(module: nn.Module) -> None:
+    """Raises RuntimeError where a wrapper keeps the parameters of a module away from it: its
+    gradients would be lost."""
+    for name, part in module.named_modules():
+        if getattr(part, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel runs replicas without parameters, which cannot be looped: "
+                "use torch.nn.parallel.DistributedDataParallel, one process for each device"
+            )
+        if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
+            if any(type(p).__name__ == "DTensor" for p in part.parameters()):
+                raise RuntimeError(
+                    f"the parameters of {name or 'the module'} are sharded still (DTensor): "
+                    "fully_shard gathers them when that part is called, and here it is not, so "
+                    "apply fully_shard to the whole model alone, or use DistributedDataParallel"
+                )
+
+
+def flattened(module: nn.Module, names: list[str]) -> bool:
+    """Whether these parameters are there as plain tensors, as FullyShardedDataParallel makes
+    them."""
+
+    def plain(name: str) -> bool:
+        path, _, last = name.rpartition(".")
+        found = getattr(module.get_submodule(path), last, None)
+        return isinstance(found, Tensor) and not isinstance(found, nn.Parameter)
+
+    return bool(names) and all(map(plain, names))
