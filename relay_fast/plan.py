@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ class Plan:
     # Index tensors, each made once on the host and copied to the device.
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.ascontiguousarray(array)).to(self.device, dtype)
+        return _tensor(array, dtype, self.device)
 
     @cached_property
     def row_order(self) -> np.ndarray | None:
@@ -203,7 +203,35 @@ class Plan:
         row before)."""
         return self._tensor(self.offsets[1:] - 1, torch.int64)
 
-    # Attention is the one op that the torch path pads; sequences of similar length share a group.
+    @cached_property
+    def _paddings(self) -> _Paddings:
+        return _Paddings(self.lengths, self.device)
+
+    def layout(self, first: int, last: int) -> PaddedLayout:
+        """Row offsets of sequences first..last − 1, and their padding for the torch attention."""
+        key = (first, last)
+        if key not in self._layouts:
+            lengths = self.lengths[first:last]
+            cu_seqlens = self.cu_seqlens[first : last + 1]
+            self._layouts[key] = PaddedLayout(
+                cu_seqlens - cu_seqlens[:1] if first else cu_seqlens,
+                int(lengths.max(initial=0)),
+                partial(self._paddings.make, first, last),
+                int(lengths.sum()),
+            )
+        return self._layouts[key]
+
+
+class _Paddings:
+    """How some of a plan's sequences are padded for the torch attention, the one op that pads;
+    sequences of similar length share a group.
+
+    Apart from the plan, which holds the layouts that ask for it: a batch that is dropped is freed
+    at once, and one that was used can be pickled.
+    """
+
+    def __init__(self, lengths: np.ndarray, device: torch.device):
+        self.lengths, self.device = lengths, device
 
     @cached_property
     def _group_bounds(self) -> np.ndarray:
@@ -232,21 +260,9 @@ class Plan:
             end = int(chosen[depth][end])
         return np.array(bounds[::-1])
 
-    def layout(self, first: int, last: int) -> PaddedLayout:
-        """Row offsets of sequences first..last − 1, and their padding for the torch attention."""
-        key = (first, last)
-        if key not in self._layouts:
-            lengths = self.lengths[first:last]
-            cu_seqlens = self.cu_seqlens[first : last + 1]
-            self._layouts[key] = PaddedLayout(
-                cu_seqlens - cu_seqlens[:1] if first else cu_seqlens,
-                int(lengths.max(initial=0)),
-                lambda: self._make_padding(lengths),
-                int(lengths.sum()),
-            )
-        return self._layouts[key]
-
-    def _make_padding(self, lengths: np.ndarray) -> tuple[int, Tensor | None, tuple[Group, ...]]:
+    def make(self, first: int, last: int) -> tuple[int, Tensor | None, tuple[Group, ...]]:
+        """Slots, slot and groups (see `PaddedLayout`) of sequences first..last − 1."""
+        lengths = self.lengths[first:last]
         rows = int(lengths.sum())
         member = np.searchsorted(self._group_bounds, lengths)
         base = np.zeros(len(lengths), dtype=np.int64)
@@ -261,14 +277,18 @@ class Plan:
             mask = None
             if inner.min() < width:
                 mask = np.arange(width)[None, :] >= inner[:, None]
-                mask = self._tensor(mask, torch.bool).unsqueeze(1)
+                mask = _tensor(mask, torch.bool, self.device).unsqueeze(1)
             groups.append(Group(slot, len(inside), width, mask))
             slot += len(inside) * width
         if len(groups) <= 1 and slot == rows:
             return slot, None, tuple(groups)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         slots = np.arange(rows) + np.repeat(base - starts, lengths)
-        return slot, self._tensor(slots, torch.int64), tuple(groups)
+        return slot, _tensor(slots, torch.int64, self.device), tuple(groups)
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.as_tensor(np.ascontiguousarray(array)).to(device, dtype)
 
 
 def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:
