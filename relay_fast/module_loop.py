@@ -22,6 +22,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from relay_fast._numbers import is_truth
 from relay_fast.engine import Run, run_loop
 from relay_fast.functional import select
 from relay_fast.gradients import GradientBuffers
@@ -73,6 +74,7 @@ def loop(
     policy = Policy.parse(recompute)
     call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
     call.redraws = torch.is_grad_enabled() and policy.kind != "none"
+    return_states = bool(return_states) if is_truth(return_states) else return_states
     wanted = plan.chosen_states(return_states)
     run = Run(plan, call.body, select("torch"), policy, wanted, truncate)
     final, states, _, _ = run_loop(run, x, call.tensors)

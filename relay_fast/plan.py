@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast._numbers import is_truth, whole
 from relay_fast.kernels.attention_ref import Group, PaddedLayout
 
 GROUP_COST = 16_000  # what one more attention group costs, in score elements (measured on a CPU)
@@ -296,13 +297,15 @@ def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int,
 
     Raises ValueError for an iteration that the batch does not reach, and for a single int.
     """
-    if isinstance(return_states, bool):
+    if is_truth(return_states):
         return tuple(range(1, loops + 1)) if return_states else ()
-    if isinstance(return_states, int):
+    if isinstance(return_states, Tensor | np.ndarray):
+        return_states = return_states.tolist()
+    if not hasattr(return_states, "__iter__"):
         raise ValueError(
             f"return_states = {return_states}: pass True for all states, or a list of iterations"
         )
-    wanted = tuple(sorted(set(return_states)))
+    wanted = tuple(sorted({whole("an iteration in return_states", t) for t in return_states}))
     if wanted and not 1 <= wanted[0] <= wanted[-1] <= loops:
         raise ValueError(
             f"return_states asks for iterations {list(wanted)} but the batch loops 1..{loops}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from relay_fast._numbers import whole
 from relay_fast.config import ModelConfig
 from relay_fast.modules import LoopedBlock
 
@@ -36,10 +37,12 @@ def set_stack(model: nn.Module, layers: Sequence[nn.Module]) -> None:
         model.config = replace(model.config, block=block.config)
 
 
-def check_period(period: int, depth: int) -> None:
-    """Raises ValueError unless `depth` layers are several whole blocks of `period`."""
+def check_period(period: int, depth: int) -> int:
+    """period as an int. Raises ValueError unless `depth` layers are several whole blocks of it."""
+    period = whole("period", period)
     if period < 1 or depth % period or depth == period:
         raise ValueError(
             f"period = {period} does not cut a stack of {depth} layers into equal blocks, two at "
             "least: choose a smaller divisor"
         )
+    return period
