@@ -85,9 +85,8 @@ def decode(
         )
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more, and finite")
-    for name, value in (("batch", batch), ("sync_every", sync_every), ("loops", loops)):
-        if value is not None and whole(name, value) < 1:
-            raise ValueError(f"{name} = {value}: it must be 1 or more")
+    batch = None if batch is None else _count("batch", batch)
+    sync_every, loops = _count("sync_every", sync_every), _count("loops", loops)
     seed, temperature = whole("seed", seed), float(temperature)
     limits = np.asarray(max_new)
     if not np.issubdtype(limits.dtype, np.integer) and limits.size:
@@ -127,6 +126,13 @@ def decode(
                     if model.device.type == "cuda":
                         torch.cuda.empty_cache()
     return texts.result(scored)
+
+
+def _count(name: str, value: int) -> int:
+    value = whole(name, value)
+    if value < 1:
+        raise ValueError(f"{name} = {value}: it must be 1 or more")
+    return value
 
 
 def check_prompts(

@@ -1,4 +1,4 @@
-"""Numbers of numpy and tensors count as numbers, and bools, text and fractions do not, everywhere."""
+"""Numbers of numpy and tensors count as numbers everywhere; bools, text and fractions do not."""
 
 from __future__ import annotations
 
