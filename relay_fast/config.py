@@ -103,6 +103,11 @@ class BlockConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @staticmethod
+    def of(config: BlockConfig | Mapping[str, Any]) -> BlockConfig:
+        """The config itself, or that of what `to_dict` gave."""
+        return BlockConfig(**config) if isinstance(config, Mapping) else config
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -119,8 +124,7 @@ class ModelConfig:
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if isinstance(self.block, Mapping):
-            object.__setattr__(self, "block", BlockConfig(**self.block))
+        object.__setattr__(self, "block", BlockConfig.of(self.block))
         for name in ("vocabulary_size", "max_tokens"):
             object.__setattr__(self, name, whole(name, getattr(self, name), least=1))
 
@@ -128,5 +132,17 @@ class ModelConfig:
         return asdict(self)
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> ModelConfig:
+    def from_dict(values: Mapping[str, Any]) -> ModelConfig:
         return ModelConfig(**values)
+
+    @staticmethod
+    def of(config: ModelConfig | Mapping[str, Any]) -> ModelConfig:
+        """The config itself, or that of what `to_dict` gave."""
+        return ModelConfig(**config) if isinstance(config, Mapping) else config
+
+
+def tell_hub(module: Any, **arguments: Any) -> None:
+    """Notes the arguments of a module's constructor for huggingface_hub's mixin, where a subclass
+    has it and a `config` argument: beside a config, the mixin would forget all others."""
+    if "config" in getattr(module, "_hub_mixin_init_parameters", ()):
+        module._hub_mixin_config = {"config": module.config.to_dict(), **arguments}

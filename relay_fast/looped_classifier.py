@@ -44,6 +44,7 @@ class LoopedClassifier(nn.Module):
             raise ValueError(f"loops = {loops}: give at least 1")
         prelude, coda = whole("prelude", prelude, least=0), whole("coda", coda, least=0)
         vocabulary_size = whole("vocabulary_size", vocabulary_size, least=1)
+        block = BlockConfig.of(block)
         options = {"recompute": recompute, "impl": impl}
         # The ends run once: what concerns iterations is the block's alone.
         end = replace(block, loop_norm="none", injection="none", max_loops=0, state_noise=0.0)

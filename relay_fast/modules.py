@@ -19,7 +19,7 @@ from relay_fast._numbers import is_truth, whole
 from relay_fast.batch import PackedBatch
 from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.compiled import describe
-from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.config import BlockConfig, ModelConfig, tell_hub
 from relay_fast.engine import Readout, Run, check_truncate, iterate, run_loop
 from relay_fast.functional import compute_dtype, row_cross_entropy, select
 from relay_fast.gradients import GATHER_ROWS
@@ -91,7 +91,8 @@ class LoopedBlock(nn.Module):
     """A block of transformer layers applied `loops` times with shared weights: a drop-in module.
 
     Constructor arguments are those of `BlockConfig` (d_model, n_heads, n_layers, causal, norm,
-    activation, dropout, injection, loop_norm, …), or one as `config`, not both. `recompute` is the
+    activation, dropout, injection, loop_norm, …), or one as `config` (or what its `to_dict` gave),
+    not both. `recompute` is the
     policy of `relay_fast.policy`; `impl` is "auto", "triton" or "torch". The parameters are read by
     name and the modules inside are not called: those that would do more than their weights say
     (a forward of their own, hooks, parametrized, pruned) are refused. Hooks on the block work.
@@ -116,7 +117,7 @@ class LoopedBlock(nn.Module):
             config = BlockConfig(**sizes, **options)
         elif given:
             raise ValueError(f"config and {', '.join(given)} are both given: put all into config")
-        c = self.config = config
+        c = self.config = BlockConfig.of(config)
         gather_rows = whole("gather_rows", gather_rows, least=0)
         self.recompute, self.gather_rows, self.impl = recompute, gather_rows, impl
         Policy.parse(recompute)
@@ -127,7 +128,12 @@ class LoopedBlock(nn.Module):
             self.injection = nn.Linear(2 * c.d_model, c.d_model, bias=False)
         if c.max_loops:
             self.loop_embedding = ZeroEmbedding(c.max_loops, c.d_model)
-        self._spec, self._names = describe(c), parameter_names(c)
+        self._describe()
+
+    def _describe(self) -> None:
+        """What follows from the config: for torch.compile, for `_named` and for the Hub."""
+        self._spec, self._names = describe(self.config), parameter_names(self.config)
+        tell_hub(self, recompute=self.recompute, gather_rows=self.gather_rows, impl=self.impl)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
@@ -140,7 +146,7 @@ class LoopedBlock(nn.Module):
         """Exchanges the layers for others of the same sizes; `config.n_layers` follows."""
         self.layers = nn.ModuleList(layers)
         self.config = replace(self.config, n_layers=len(self.layers))
-        self._spec, self._names = describe(self.config), parameter_names(self.config)
+        self._describe()
 
     def _named(self) -> dict[str, Tensor]:
         """The parameters by name. Raises RuntimeError where they are not those of the config, and
@@ -296,12 +302,13 @@ class _Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, recompute: str, impl: str):
         super().__init__()
-        c = self.config = config
+        c = self.config = ModelConfig.of(config)
         self.embedding = nn.Embedding(c.vocabulary_size, c.block.d_model)
         nn.init.normal_(self.embedding.weight, std=1.0)
         self.block = LoopedBlock(config=c.block, recompute=recompute, impl=impl)
         self.norm = Norm(c.block.d_model, c.block.bias and c.block.norm == "layer")
         self.chain_head = nn.Linear(c.block.d_model, c.vocabulary_size, bias=False)
+        tell_hub(self, recompute=recompute, impl=impl)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
@@ -380,9 +387,11 @@ class LoopedTransformer(_Transformer):
         impl: str = "auto",
     ):
         super().__init__(config, recompute, impl)
+        config = self.config
         if supervise not in ("chain", "answer"):
             raise ValueError(f'supervise = {supervise!r} is unknown: use "chain" or "answer"')
         self.supervise = supervise
+        tell_hub(self, supervise=supervise, recompute=recompute, impl=impl)
         self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
 
     def check_parts(self) -> None:
@@ -444,6 +453,7 @@ class AutoregressiveTransformer(_Transformer):
     """The autoregressive model: the same block, causal, one iteration."""
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", impl: str = "auto"):
+        config = ModelConfig.of(config)
         if not config.block.causal:
             raise ValueError("an autoregressive model needs BlockConfig(causal=True)")
         super().__init__(config, recompute, impl)

@@ -70,6 +70,8 @@ def tie(model: nn.Module, period: int = 1, how: str = "mean") -> nn.Module:
     set_stack(looped, chosen)
     if isinstance(getattr(looped, "loops", None), Integral):
         looped.loops = int(looped.loops) * (len(layers) // period)
+        if "loops" in (noted := getattr(looped, "_hub_mixin_config", None) or {}):
+            noted["loops"] = looped.loops
     return looped
 
 

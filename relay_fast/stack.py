@@ -35,6 +35,11 @@ def set_stack(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     block.set_layers(layers)
     if isinstance(getattr(model, "config", None), ModelConfig):
         model.config = replace(model.config, block=block.config)
+    noted = getattr(model, "_hub_mixin_config", None)  # for huggingface_hub's mixin
+    if model is not block and isinstance(noted, dict):
+        for name, config in (("config", getattr(model, "config", None)), ("block", block.config)):
+            if name in noted:
+                noted[name] = config.to_dict()
 
 
 def check_period(period: int, depth: int) -> int:
