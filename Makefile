@@ -1,6 +1,7 @@
 # make demo   train and evaluate the `cpu` preset into runs/cpu
 # make test   lint and test
-# Both make their own virtual environment in $(VENV) and need nothing but Python >= 3.11.
+# make test-interop   test beside Lightning, accelerate, transformers and the Hub (large installs)
+# All make their own virtual environment in $(VENV) and need nothing but Python >= 3.11.
 PYTHON ?= python3
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -10,7 +11,7 @@ endif
 PIP_INSTALL = $(VENV)/bin/python -m pip install --no-input --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test
+.PHONY: demo test test-interop
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -21,11 +22,17 @@ test: $(VENV)/.with-test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/python -m pytest tests/ -n 2 -q
 
+test-interop: $(VENV)/.with-interop
+	$(VENV)/bin/python -m pytest tests/interop -q
+
 $(VENV)/.with-train: $(SOURCES)
 	$(call make_venv,train)
 
 $(VENV)/.with-test: $(SOURCES)
 	$(call make_venv,train$(comma)test)
+
+$(VENV)/.with-interop: $(SOURCES)
+	$(call make_venv,train$(comma)test$(comma)interop)
 
 comma := ,
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .norm_ref import norm_bwd_ref, norm_fwd_ref, wide, wide_dtype
+from .norm_ref import norm_bwd_ref, norm_fwd_ref, wide_dtype
 from .weight_grad_ref import weight_grad_ref
 
 CHUNK_LOGITS = 1 << 22  # logits alive at once

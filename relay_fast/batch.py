@@ -3,7 +3,7 @@ targets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -50,12 +50,16 @@ class PackedBatch:
         device = torch.device(device)
         if device.type == self.plan.device.type and device.index in (None, self.plan.device.index):
             return self
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
+        moved = self._tensors(lambda t: t.to(device, non_blocking=True))
         return replace(self, plan=self.plan.to(device), **moved)
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in pinned memory, as a DataLoader with `pin_memory=True` asks for it."""
+        return replace(self, **self._tensors(Tensor.pin_memory))
+
+    def _tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: change(t) for name, t in values.items() if isinstance(t, Tensor)}
 
     @staticmethod
     def looped(

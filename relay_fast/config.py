@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from relay_fast._numbers import real, truth, whole
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
 
@@ -41,15 +43,25 @@ class BlockConfig:
     state_noise: float = 0.0
 
     def __post_init__(self) -> None:
+        # Numbers of numpy and tensors become Python's: a config goes through JSON.
         for name in ("d_model", "n_heads", "n_layers", "n_kv_heads", "d_hidden"):
             value = getattr(self, name)
-            if value is None and name not in ("n_kv_heads", "d_hidden"):
+            if value is not None:
+                self._set(name, whole(name, value, least=1))
+            elif name not in ("n_kv_heads", "d_hidden"):
                 raise ValueError(f"{name} is missing: a block needs d_model, n_heads and n_layers")
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}: it must be at least 1")
-        for name in ("max_loops", "state_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more")
+        self._set("max_loops", whole("max_loops", self.max_loops, least=0))
+        for name in ("eps", "state_noise"):
+            self._set(name, real(name, getattr(self, name), least=0))
+        self._set("dropout", real("dropout", self.dropout))
+        if self.rope_base is not None:
+            self._set("rope_base", real("rope_base", self.rope_base))
+        for name in ("bias", "causal"):
+            self._set(name, truth(name, getattr(self, name)))
+        if self.rope_base is not None and self.rope_base <= 0:
+            raise ValueError(
+                f"rope_base = {self.rope_base}: it must be more than 0 (None for no positions)"
+            )
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model = {self.d_model} is not divisible by n_heads = {self.n_heads}: "
@@ -91,18 +103,46 @@ class BlockConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @staticmethod
+    def of(config: BlockConfig | Mapping[str, Any]) -> BlockConfig:
+        """The config itself, or that of what `to_dict` gave."""
+        return BlockConfig(**config) if isinstance(config, Mapping) else config
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model: its block, vocabulary and the longest sequence (tokens) that it takes."""
+    """A model: its block, vocabulary and the longest sequence (tokens) that it takes.
+
+    block: also what its `to_dict` gave. Raises ValueError for sizes that are not 1 or more.
+    """
 
     block: BlockConfig
     vocabulary_size: int
     max_tokens: int = 4096
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", BlockConfig.of(self.block))
+        for name in ("vocabulary_size", "max_tokens"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least=1))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> ModelConfig:
-        return ModelConfig(**{**values, "block": BlockConfig(**values["block"])})
+    def from_dict(values: Mapping[str, Any]) -> ModelConfig:
+        return ModelConfig(**values)
+
+    @staticmethod
+    def of(config: ModelConfig | Mapping[str, Any]) -> ModelConfig:
+        """The config itself, or that of what `to_dict` gave."""
+        return ModelConfig(**config) if isinstance(config, Mapping) else config
+
+
+def tell_hub(module: Any, **arguments: Any) -> None:
+    """Notes the arguments of a module's constructor for huggingface_hub's mixin, where a subclass
+    has it and a `config` argument: beside a config, the mixin would forget all others."""
+    if "config" in getattr(module, "_hub_mixin_init_parameters", ()):
+        module._hub_mixin_config = {"config": module.config.to_dict(), **arguments}

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from relay_fast._inference import free_bytes, inference
+from relay_fast._numbers import whole
 from relay_fast.decode_step import Stepper
 from relay_fast.kv_cache import Group
 from relay_fast.modules import AutoregressiveTransformer
@@ -86,11 +86,9 @@ def decode(
         )
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more, and finite")
-    for name, value in (("batch", batch), ("sync_every", sync_every), ("loops", loops)):
-        if value is not None and not isinstance(value, Integral):
-            raise ValueError(f"{name} = {value}: it must be a whole number")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} = {value}: it must be 1 or more")
+    batch = None if batch is None else _count("batch", batch)
+    sync_every, loops = _count("sync_every", sync_every), _count("loops", loops)
+    seed, temperature = whole("seed", seed), float(temperature)
     limits = np.asarray(max_new)
     if not np.issubdtype(limits.dtype, np.integer) and limits.size:
         raise ValueError(f"max_new = {max_new}: it must be a whole number, or one for each prompt")
@@ -129,6 +127,13 @@ def decode(
                     if model.device.type == "cuda":
                         torch.cuda.empty_cache()
     return texts.result(scored)
+
+
+def _count(name: str, value: int) -> int:
+    value = whole(name, value)
+    if value < 1:
+        raise ValueError(f"{name} = {value}: it must be 1 or more")
+    return value
 
 
 def check_prompts(

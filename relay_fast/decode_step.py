@@ -20,6 +20,7 @@ from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.kernels.norm_ref import wide
 from relay_fast.kv_cache import Group, KVCache, join
 from relay_fast.modules import AutoregressiveTransformer
+from relay_fast.plain import check_pass
 from relay_fast.plan import Plan, Segment
 from relay_fast.step_body import LeanStepBody, StepBody, lean_argmax
 
@@ -46,6 +47,8 @@ class Stepper:
         seed: int = 0,
         scored: bool = False,
     ):
+        check_pass(model, AutoregressiveTransformer, "forward", "loss", "_pass", "embed")
+        model.check_parts()
         c = self.config = model.config.block
         self.model, self.batch, self.loops = model, batch, loops
         self.temperature, self.scored = temperature, scored
@@ -143,7 +146,7 @@ class Stepper:
         return graph.replay
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(tokens, self.model.embedding.weight)
+        return self.model.embedding(tokens)
 
     def _loop(self, body: BlockBody, x: Tensor, sequences: int) -> Tensor:
         """States (rows, d) after the last iteration."""

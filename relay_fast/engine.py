@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from relay_fast._numbers import whole
 from relay_fast.dispatch import Ops, differentiable_once, refuse_transforms, undisturbed
 from relay_fast.gradients import GATHER_ROWS, GradientBuffers
 from relay_fast.kernels.norm_ref import wide
@@ -120,7 +121,7 @@ class Run:
     compute_dtype: torch.dtype | None = None  # of the readout's head; None: the parameter's own
 
     def __post_init__(self) -> None:
-        check_truncate(self.truncate)
+        object.__setattr__(self, "truncate", check_truncate(self.truncate))
 
     def collect(self, wanted: Sequence[int], final: Tensor, states: Tensor) -> list[Tensor]:
         """The wanted states of a pass, in the caller's order; the last one lies in `final`."""
@@ -141,13 +142,15 @@ class Run:
         return spans
 
 
-def check_truncate(truncate: int | None) -> None:
-    """Raises ValueError for what is no number of iterations."""
-    if truncate is not None and (not isinstance(truncate, int) or truncate < 1):
+def check_truncate(truncate: int | None) -> int | None:
+    """truncate as an int. Raises ValueError for what is no number of iterations."""
+    try:
+        return None if truncate is None else whole("truncate", truncate, least=1)
+    except ValueError:
         raise ValueError(
             f"truncate = {truncate}: gradients flow through a whole number of iterations, at least "
             "1; use None for all, or torch.no_grad() for none"
-        )
+        ) from None
 
 
 def run_loop(

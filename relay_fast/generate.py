@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from relay_fast._inference import bytes_a_token, free_bytes, inference
+from relay_fast._numbers import whole
 from relay_fast.batch import PackedBatch
 from relay_fast.decode import Decoded, check_prompts, decode
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
@@ -141,8 +142,10 @@ def _stream(
             "an autoregressive model writes chains with relay_fast.generate.write_chains, "
             "generate_chains takes a looped one"
         )
-    if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
+    if batch_tokens is not None:
+        batch_tokens = whole("batch_tokens", batch_tokens)
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
     sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)
     for name, task in _present(problems, tasks).items():
         of_task = problems.task == TASK_NAMES.index(name)

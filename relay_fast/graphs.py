@@ -41,7 +41,7 @@ def take_step(
     clip: float | None = None,
     autocast: torch.dtype | None = None,
 ) -> Any:
-    """One eager training step; returns what `model.loss(batch)` does.
+    """One eager training step; returns what `model(batch)` does, which has a `loss`.
 
     clip: largest norm of all gradients. autocast: dtype of the GEMMs, None for the parameters'.
     """
@@ -50,7 +50,7 @@ def take_step(
     with torch.autocast(
         model.device.type, autocast, enabled=autocast is not None, cache_enabled=False
     ):
-        losses = model.loss(batch)
+        losses = model(batch)
     losses.loss.backward()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)

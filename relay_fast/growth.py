@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from relay_fast._numbers import real, whole
 from relay_fast.stack import set_stack, stack_of
 
 WHERE = ("middle", "last")
@@ -42,6 +43,7 @@ def grow(
     for name, value, known in (("where", where, WHERE), ("state", state, STATE)):
         if value not in known:
             raise ValueError(f"{name} = {value!r} is unknown: use one of {known}")
+    layers = whole("layers", layers)
     stack = list(stack_of(model).layers)
     if layers < 1 or len(stack) % layers:
         raise ValueError(
@@ -84,6 +86,10 @@ class GrowthSchedule:
     stages: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("steps", "depth", "layers", "stages"):
+            if name != "stages" or self.stages is not None:
+                object.__setattr__(self, name, whole(name, getattr(self, name)))
+        object.__setattr__(self, "alpha", real("alpha", self.alpha))
         if self.layers < 1 or self.depth < self.layers or self.depth % self.layers:
             raise ValueError(
                 f"blocks of {self.layers} layers do not make a stack of {self.depth}: choose a "

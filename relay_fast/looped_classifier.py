@@ -12,9 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from relay_fast._numbers import whole
 from relay_fast.config import BlockConfig
 from relay_fast.functional import row_cross_entropy, select
 from relay_fast.modules import LoopedBlock, Norm
+from relay_fast.plain import check_parts, reset_inside
 
 
 class LoopedClassifier(nn.Module):
@@ -37,8 +39,12 @@ class LoopedClassifier(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
+        loops = whole("loops", loops)
         if loops < 1:
             raise ValueError(f"loops = {loops}: give at least 1")
+        prelude, coda = whole("prelude", prelude, least=0), whole("coda", coda, least=0)
+        vocabulary_size = whole("vocabulary_size", vocabulary_size, least=1)
+        block = BlockConfig.of(block)
         options = {"recompute": recompute, "impl": impl}
         # The ends run once: what concerns iterations is the block's alone.
         end = replace(block, loop_norm="none", injection="none", max_loops=0, state_noise=0.0)
@@ -51,19 +57,32 @@ class LoopedClassifier(nn.Module):
         self.norm = Norm(block.d_model, block.bias and block.norm == "layer")
         self.head = nn.Linear(block.d_model, vocabulary_size, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the constructor does."""
+        reset_inside(self)
+
     def forward(
         self,
         tokens: Tensor,
+        rows: Tensor | None = None,
+        targets: Tensor | None = None,
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
         loops: int | None = None,
         truncate: int | None = None,
-    ) -> Tensor:
-        """Last states before the final norm, (B, n, d) or packed (N, d).
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Last states before the final norm, (B, n, d) or packed (N, d); with rows and targets,
+        what `loss` gives, as what wraps a module (DistributedDataParallel) trains it.
 
         tokens: (B, n) or, with cu_seqlens (B + 1,), packed (N,). loops: default those of the model.
-        truncate: gradient through the block's last so many iterations only.
+        truncate: gradient through the block's last so many iterations only. Raises TypeError for
+        rows without targets, and the other way round.
         """
+        options = {"cu_seqlens": cu_seqlens, "loops": loops, "truncate": truncate}
+        if (rows is None) != (targets is None):
+            raise TypeError("rows and targets go together: give both for the loss, or neither")
+        if rows is not None:
+            return self.loss(tokens, rows, targets, **options)
         h = self.embedding(tokens)
         if self.prelude is not None:
             h = self.prelude(h, 1, cu_seqlens=cu_seqlens)
@@ -87,7 +106,7 @@ class LoopedClassifier(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy (R,) and whether the argmax is the target (R,); otherwise as `loss`."""
         c = self.block.config
-        states = self(tokens, **options).flatten(0, -2)
+        states = self._states(tokens, **options)
         loss, correct = row_cross_entropy(
             states, rows, targets, self.norm.weight, self.head.weight, self.norm.bias,
             eps=c.eps, norm=c.norm, impl=self.block.impl,
@@ -98,10 +117,15 @@ class LoopedClassifier(nn.Module):
     def predict(self, tokens: Tensor, rows: Tensor, **options) -> Tensor:
         """Token ids (R,) read out at the rows of the flat states; options: of `forward`."""
         c = self.block.config
-        states = self(tokens, **options).flatten(0, -2)[rows]
+        states = self._states(tokens, **options)[rows]
         ops = select(self.block.impl, states.device)
         head = self.head.weight.to(states.dtype)
         return ops.argmax(states, self.norm.weight, self.norm.bias, head, c.eps, c.norm)
+
+    def _states(self, tokens: Tensor, **options) -> Tensor:
+        """Flat states (rows, d); norm and head, whose weights are read, are plain."""
+        check_parts(self, norm=Norm, head=nn.Linear)
+        return self(tokens, **options).flatten(0, -2)
 
     def parameter_count(self) -> int:
         """All parameters, embedding and head included."""

@@ -1,8 +1,9 @@
 """Writing and scoring text with a looped language model: key/value cache and early exit.
 
-A model has `embedding`, `prelude`, `block`, `coda` (LoopedBlocks; the ends may be None), `norm`,
-`head` and `loops`, as `relay_fast.looped_classifier.LoopedClassifier` does. Each (iteration, layer)
-has a slot of its own in the cache.
+A model is a `relay_fast.looped_classifier.LoopedClassifier`, or has its parts and no forward of
+its own: `embedding`, `prelude`, `block`, `coda` (LoopedBlocks; the ends may be None), `norm`,
+`head` and `loops`. The passes here are over these parts: other models are refused.
+Each (iteration, layer) has a slot of its own in the cache.
 
 Early exit: a token leaves the loop after the first iteration (from `least_loops` on) that changes
 its state by less than `exit_below` of the state's length. Later iterations do not compute it; to
@@ -20,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast._inference import inference
+from relay_fast._numbers import whole
 from relay_fast.block import BlockBody
 from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.kernels.norm_ref import wide
 from relay_fast.kv_cache import Group, KVCache
-from relay_fast.modules import LoopedBlock
+from relay_fast.looped_classifier import LoopedClassifier
+from relay_fast.modules import LoopedBlock, Norm
+from relay_fast.plain import check_parts, check_pass
 from relay_fast.plan import Plan, Segment
 
 
@@ -64,9 +68,10 @@ def generate(
 
     loops: of the block, default the model's; prompts always get all of them. exit_below: 0 for no
     early exit. temperature 0 is greedy. Raises ValueError for empty prompts and numbers out of
-    range.
+    range; TypeError for a model with a forward of its own, RuntimeError for parts with one.
     """
-    _check(model, loops, exit_below, least_loops)
+    loops, least_loops = _check(model, loops, exit_below, least_loops)
+    new, seed = whole("new", new), whole("seed", seed)
     if not prompts or min(map(len, prompts)) < 1:
         raise ValueError("a prompt is empty: give at least one token each, and one prompt")
     if new < 1 or temperature < 0:
@@ -100,9 +105,10 @@ def score(
 ) -> Scores:
     """Losses of given texts (B, n), read token by token, with early exit.
 
-    Without early exit it is what the model gives for whole texts at once, only slower.
+    Without early exit it is what the model gives for whole texts at once, only slower. Options and
+    errors are those of `generate`.
     """
-    _check(model, loops, exit_below, least_loops)
+    loops, least_loops = _check(model, loops, exit_below, least_loops)
     batch, n = tokens.shape
     losses, taken = [], []
     with inference(model):
@@ -116,7 +122,19 @@ def score(
         return Scores(torch.stack(losses, 1).cpu().numpy(), np.stack(taken, 1))
 
 
-def _check(model: nn.Module, loops: int | None, exit_below: float, least_loops: int) -> None:
+def _check(
+    model: nn.Module, loops: int | None, exit_below: float, least_loops: int
+) -> tuple[int | None, int]:
+    """loops and least_loops, where all is well."""
+    check_pass(model, LoopedClassifier, "forward", "loss", "row_losses", "predict", "_states")
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise RuntimeError(
+            f"{type(model).__name__} has a forward hook, which would be ignored here: remove it"
+        )
+    parts = {"prelude": LoopedBlock, "block": LoopedBlock, "coda": LoopedBlock, "head": nn.Linear}
+    check_parts(model, norm=Norm, **parts)
+    loops = None if loops is None else whole("loops", loops)
+    least_loops = whole("least_loops", least_loops)
     if loops is not None and loops < 1:
         raise ValueError(f"loops = {loops}: give at least 1")
     if exit_below < 0 or least_loops < 1:
@@ -126,6 +144,7 @@ def _check(model: nn.Module, loops: int | None, exit_below: float, least_loops: 
     for part in (model.prelude, model.block, model.coda):
         if part is not None and not part.config.causal:
             raise ValueError("a language model needs BlockConfig(causal=True)")
+    return loops, least_loops
 
 
 class _Reader:

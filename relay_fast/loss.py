@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from relay_fast._numbers import real, whole
 from relay_fast.functional import row_cross_entropy, weighted_losses
 from relay_fast.kernels.norm_ref import NORMS
+from relay_fast.modules import Norm
+from relay_fast.plain import check_parts, reset_inside
 
 
 class IterationLoss(NamedTuple):
@@ -45,18 +48,24 @@ class IterationCrossEntropy(nn.Module):
             raise ValueError(f"norm = {norm!r} is unknown: use one of {NORMS}")
         if bias and norm != "layer":
             raise ValueError(f'a bias goes with norm = "layer", not with norm = {norm!r}')
+        d_model = whole("d_model", d_model, least=1)
+        vocabulary_size = whole("vocabulary_size", vocabulary_size, least=1)
+        eps, z_loss = real("eps", eps), real("z_loss", z_loss)
+        label_smoothing = real("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing = {label_smoothing}: it must lie in [0, 1)")
         if z_loss < 0:
             raise ValueError(f"z_loss = {z_loss}: it must be 0 or more")
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.ones(d_model))
-        self.norm.register_parameter("bias", nn.Parameter(torch.zeros(d_model)) if bias else None)
+        self.norm = Norm(d_model, bias)
         self.head = nn.Linear(d_model, vocabulary_size, bias=False)
         self.options = {
             "eps": eps, "norm": norm, "label_smoothing": label_smoothing, "z_loss": z_loss,
             "impl": impl,
         }  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the constructor does."""
+        reset_inside(self)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
@@ -80,7 +89,8 @@ class IterationCrossEntropy(nn.Module):
         """
         if iteration is not None and iterations is None:
             raise ValueError("iteration says which of the iterations: give their number too")
-        iterations = 1 if iterations is None else iterations
+        iterations = 1 if iterations is None else whole("iterations", iterations)
+        check_parts(self, norm=Norm, head=nn.Linear)
         if isinstance(states, list):
             states = torch.cat([s.flatten(0, -2) for s in states])
         if weights is None:

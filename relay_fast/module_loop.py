@@ -23,6 +23,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from relay_fast._numbers import is_truth
 from relay_fast.engine import Run, run_loop
 from relay_fast.functional import select
 from relay_fast.gradients import GradientBuffers
@@ -85,6 +86,7 @@ def loop(
     call.checked = not (
         torch.is_grad_enabled() and any(t.requires_grad for t in (x, *call.tensors))
     )
+    return_states = bool(return_states) if is_truth(return_states) else return_states
     wanted = plan.chosen_states(return_states)
     inner = tuple(t for t in wanted if t < plan.max_loops)
     run = Run(plan, call.body, select("torch"), policy, inner, truncate)

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from relay_fast._numbers import is_truth, whole
 from relay_fast.batch import PackedBatch
 from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.compiled import describe, skip_frame
-from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.config import BlockConfig, ModelConfig, tell_hub
 from relay_fast.engine import Readout, Run, check_truncate, iterate, run_loop
 from relay_fast.functional import compute_dtype, row_cross_entropy, select, weighted_losses
 from relay_fast.gradients import GATHER_ROWS
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
+from relay_fast.plain import check_inside, check_parts, check_pass, reset_inside
 from relay_fast.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.policy import Policy
 from relay_fast.whole_loop import read_whole_loop
@@ -34,8 +36,33 @@ class Norm(nn.Module):
 
     def __init__(self, d: int, bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+        self.weight = nn.Parameter(torch.empty(d))
+        self.bias = nn.Parameter(torch.empty(d)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class ResidualLinear(nn.Linear):
+    """The last linear of a residual branch: its weight is drawn with `std` where that is set."""
+
+    std: float | None = None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.std is not None:
+            nn.init.normal_(self.weight, std=self.std)
+
+
+class ZeroEmbedding(nn.Embedding):
+    """An embedding that starts at zero: it changes nothing until it is trained."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # its draw stays, for seeds to give the models they always gave
+        nn.init.zeros_(self.weight)
 
 
 class Layer(nn.Module):
@@ -46,24 +73,30 @@ class Layer(nn.Module):
         norm_bias = c.bias and c.norm == "layer"
         self.norm1 = Norm(c.d_model, norm_bias)
         self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
+        self.out = ResidualLinear(c.d_model, c.d_model, bias=c.bias)
         self.norm2 = Norm(c.d_model, norm_bias)
         self.up = nn.Linear(c.d_model, c.hidden, bias=c.bias)
         if c.activation == "swiglu":
             self.gate = nn.Linear(c.d_model, c.hidden, bias=c.bias)
-        self.down = nn.Linear(c.hidden, c.d_model, bias=c.bias)
+        self.down = ResidualLinear(c.hidden, c.d_model, bias=c.bias)
         for linear in (self.out, self.down):  # residual branches start small
-            nn.init.normal_(linear.weight, std=(2 * c.n_layers * linear.in_features) ** -0.5)
+            linear.std = (2 * c.n_layers * linear.in_features) ** -0.5
+            nn.init.normal_(linear.weight, std=linear.std)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the constructor does."""
+        reset_inside(self)
 
 
 class LoopedBlock(nn.Module):
     """A block of transformer layers applied `loops` times with shared weights: a drop-in module.
 
     Constructor arguments are those of `BlockConfig` (d_model, n_heads, n_layers, causal, norm,
-    activation, dropout, injection, loop_norm, …), or one as `config`, not both. `recompute` is the
+    activation, dropout, injection, loop_norm, …), or one as `config` (or what its `to_dict` gave),
+    not both. `recompute` is the
     policy of `relay_fast.policy`; `impl` is "auto", "triton" or "torch". The parameters are read by
-    name and the modules inside are not called: hooks on them do not fire, and parametrized or
-    pruned ones are refused.
+    name and the modules inside are not called: those that would do more than their weights say
+    (a forward of their own, hooks, parametrized, pruned) are refused. Hooks on the block work.
     """
 
     def __init__(
@@ -85,7 +118,8 @@ class LoopedBlock(nn.Module):
             config = BlockConfig(**sizes, **options)
         elif given:
             raise ValueError(f"config and {', '.join(given)} are both given: put all into config")
-        c = self.config = config
+        c = self.config = BlockConfig.of(config)
+        gather_rows = whole("gather_rows", gather_rows, least=0)
         self.recompute, self.gather_rows, self.impl = recompute, gather_rows, impl
         Policy.parse(recompute)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
@@ -94,9 +128,17 @@ class LoopedBlock(nn.Module):
         if c.injection == "concat":
             self.injection = nn.Linear(2 * c.d_model, c.d_model, bias=False)
         if c.max_loops:
-            self.loop_embedding = nn.Embedding(c.max_loops, c.d_model)
-            nn.init.zeros_(self.loop_embedding.weight)
-        self._spec, self._names = describe(c), parameter_names(c)
+            self.loop_embedding = ZeroEmbedding(c.max_loops, c.d_model)
+        self._describe()
+
+    def _describe(self) -> None:
+        """What follows from the config: for torch.compile, for `_named` and for the Hub."""
+        self._spec, self._names = describe(self.config), parameter_names(self.config)
+        tell_hub(self, recompute=self.recompute, gather_rows=self.gather_rows, impl=self.impl)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the constructor does."""
+        reset_inside(self)
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
@@ -105,10 +147,11 @@ class LoopedBlock(nn.Module):
         """Exchanges the layers for others of the same sizes; `config.n_layers` follows."""
         self.layers = nn.ModuleList(layers)
         self.config = replace(self.config, n_layers=len(self.layers))
-        self._spec, self._names = describe(self.config), parameter_names(self.config)
+        self._describe()
 
     def _named(self) -> dict[str, Tensor]:
-        """The parameters by name. Raises RuntimeError where they are not those of the config."""
+        """The parameters by name. Raises RuntimeError where they are not those of the config, and
+        for modules inside that would do more than their weights say."""
         named = dict(self.named_parameters())
         if named.keys() != set(self._names):
             missing = sorted(set(self._names).difference(named))
@@ -125,6 +168,7 @@ class LoopedBlock(nn.Module):
                 "parts have to be made plain first (torch.nn.utils.parametrize."
                 "remove_parametrizations, torch.nn.utils.prune.remove)"
             )
+        check_inside(self, "block")
         return named
 
     @skip_frame
@@ -155,6 +199,7 @@ class LoopedBlock(nn.Module):
         iterations given), each holding the sequences still looping then, in the caller's order.
         """
         packed, shape = self._pack(x, cu_seqlens)
+        return_states = bool(return_states) if is_truth(return_states) else return_states
         if torch.compiler.is_compiling():
             return self._as_op(packed, shape, loops, cu_seqlens, positions, return_states, truncate)
         plan = self._plan(x, loops, cu_seqlens, positions)
@@ -182,7 +227,7 @@ class LoopedBlock(nn.Module):
         if return_states is not False and not isinstance(loops, int):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
         wanted = list(chosen_states(return_states, count))
-        check_truncate(truncate)
+        truncate = check_truncate(truncate)
         named = self._named()
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):
@@ -291,21 +336,33 @@ class _Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, recompute: str, impl: str):
         super().__init__()
-        c = self.config = config
+        c = self.config = ModelConfig.of(config)
         self.embedding = nn.Embedding(c.vocabulary_size, c.block.d_model)
         nn.init.normal_(self.embedding.weight, std=1.0)
         self.block = LoopedBlock(config=c.block, recompute=recompute, impl=impl)
         self.norm = Norm(c.block.d_model, c.block.bias and c.block.norm == "layer")
         self.chain_head = nn.Linear(c.block.d_model, c.vocabulary_size, bias=False)
+        tell_hub(self, recompute=recompute, impl=impl)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the constructor does."""
+        reset_inside(self)
 
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    def forward(self, batch: PackedBatch) -> Losses:
+        """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it."""
+        return self.loss(batch)
+
+    def loss(self, batch: PackedBatch) -> Losses:
+        raise NotImplementedError
+
     def embed(self, batch: PackedBatch) -> Tensor:
         """(N, d) embeddings of the batch's tokens, with dropout in training."""
         self._check(batch)
-        x = nn.functional.embedding(batch.tokens, self.embedding.weight)
+        x = self.embedding(batch.tokens)
         p = self.config.block.dropout
         if self.training and p:
             seed = torch.randint(2**31, (), device=x.device)
@@ -326,11 +383,17 @@ class _Transformer(nn.Module):
                 f"max_tokens"
             )
 
+    def check_parts(self) -> None:
+        """Raises RuntimeError, naming it, for a part whose weights are read and that would do more
+        than they say (a forward of its own, hooks)."""
+        check_parts(self, block=LoopedBlock, norm=Norm, chain_head=nn.Linear)
+
     def _readout_parameters(self) -> list[Tensor | None]:
         return [self.norm.weight, self.norm.bias, self.chain_head.weight]
 
     def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
         """final (N, d), row losses (R,) and correct (R,)."""
+        self.check_parts()
         c = self.config.block
         readout = None
         if supervised and batch.targets.numel():
@@ -358,10 +421,16 @@ class LoopedTransformer(_Transformer):
         impl: str = "auto",
     ):
         super().__init__(config, recompute, impl)
+        config = self.config
         if supervise not in ("chain", "answer"):
             raise ValueError(f'supervise = {supervise!r} is unknown: use "chain" or "answer"')
         self.supervise = supervise
+        tell_hub(self, supervise=supervise, recompute=recompute, impl=impl)
         self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
+
+    def check_parts(self) -> None:
+        super().check_parts()
+        check_parts(self, answer_head=nn.Linear)
 
     def loss(self, batch: PackedBatch) -> Losses:
         """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
@@ -382,8 +451,11 @@ class LoopedTransformer(_Transformer):
         """Reads the chains off: token ids (N_t,) of each iteration's active prefix, answers (B,).
 
         No state outlives its iteration; only token ids are kept. One launch where the whole-loop
-        kernel serves (`relay_fast.whole_loop`).
+        kernel serves (`relay_fast.whole_loop`). Raises TypeError for a subclass with a forward or
+        loss of its own, which this pass would not follow.
         """
+        check_pass(self, LoopedTransformer, "forward", "loss", "_pass")
+        self.check_parts()
         c = self.config.block
         run = self.block.run(batch.plan)
         x = self.embed(batch)
@@ -415,6 +487,7 @@ class AutoregressiveTransformer(_Transformer):
     """The autoregressive model: the same block, causal, one iteration."""
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", impl: str = "auto"):
+        config = ModelConfig.of(config)
         if not config.block.causal:
             raise ValueError("an autoregressive model needs BlockConfig(causal=True)")
         super().__init__(config, recompute, impl)
@@ -428,7 +501,10 @@ class AutoregressiveTransformer(_Transformer):
 
     @torch.no_grad()
     def forced(self, batch: PackedBatch) -> Tensor:
-        """correct (R,) bool: whether each target is the argmax, given the true tokens before it."""
+        """correct (R,) bool: whether each target is the argmax, given the true tokens before it.
+
+        Raises TypeError for a subclass with a forward or loss of its own."""
+        check_pass(self, AutoregressiveTransformer, "forward", "loss")
         return self._pass(batch, True)[2]
 
 

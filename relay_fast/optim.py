@@ -37,33 +37,81 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW, but groups with `muon=True` take Muon's step (Jordan et al. 2024).
 
     Muon: momentum, then orthogonalisation of each matrix's update. A weight that stacks `parts`
-    matrices (qkv rows) is orthogonalised part by part.
+    matrices (qkv rows) is orthogonalised part by part. Such a group has `momentum` (default 0.95),
+    `parts` (default 1) and AdamW's lr, weight_decay and maximize; betas, eps and amsgrad are
+    AdamW's alone. Raises ValueError for groups that are no real matrices of so many parts.
     """
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            if group.get("muon"):
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._muon_step(p, group)
-                        p.grad = None  # AdamW passes over it
-        return super().step(closure)
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group.get("muon"):
+            try:
+                _check_muon(group)
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
+    def __setstate__(self, state: dict) -> None:
+        for own in state["state"].values():
+            if own:  # a matrix's state once had no step count, which AdamW looks for in all
+                own.setdefault("step", 0.0)
+        super().__setstate__(state)
+
+    def _init_group(self, group: dict, *lists) -> bool:
+        """What AdamW's step calls, after the closure, to gather a group's tensors: a Muon group
+        takes its own step here and leaves AdamW none."""
+        if not group.get("muon"):
+            return super()._init_group(group, *lists)
+        for p in group["params"]:
+            if p.grad is not None:
+                self._muon_step(p, group)
+        return False
+
+    @torch.no_grad()
     def _muon_step(self, p: Tensor, group: dict) -> None:
+        if p.grad.is_sparse:
+            raise RuntimeError("Muon takes no sparse gradients: use dense ones for its matrices")
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None:  # of a GradScaler that leaves this to a fused step
+            p.grad.div_(scale.to(p.device))
+        grad = -p.grad if group["maximize"] else p.grad
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(momentum, group["momentum"])
-        stacked = update.view(group["parts"], -1, p.shape[1])
-        scale = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
+        if "step" not in state:
+            on_device = group["capturable"] or group["fused"]
+            device = p.device if on_device else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        held = (p, state["momentum"], state["step"])
+        before = None if skip is None else [value.clone() for value in held]
+        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(momentum, group["momentum"])
+        stacked = update.reshape(group["parts"], -1, p.shape[1])
+        shape = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
         lr, change = group["lr"], orthogonalize(stacked).reshape(p.shape)
         p.mul_(1 - lr * group["weight_decay"])
         if isinstance(lr, Tensor):  # as for a CUDA graph: it may not be read back
-            p.sub_(change * (lr * scale))
+            p.sub_(change * (lr * shape))
         else:
-            p.add_(change, alpha=-lr * scale)
+            p.add_(change, alpha=-lr * shape)
+        state["step"] += 1
+        if before is not None:  # known on the device alone
+            for value, old in zip(held, before, strict=True):
+                value.copy_(torch.where(skip.to(value.device) > 0, old, value))
+
+
+def _check_muon(group: dict) -> None:
+    parts = group.setdefault("parts", 1)
+    group.setdefault("momentum", 0.95)
+    if group["differentiable"]:
+        raise ValueError("a Muon group has no differentiable step: use AdamW for it")
+    for p in group["params"]:
+        if p.ndim != 2 or p.is_complex() or p.shape[0] % parts:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} and {p.dtype} is not {parts} real matrices "
+                "one above the other: leave it to AdamW, or give other `parts`"
+            )
 
 
 def make_optimizer(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast._numbers import is_truth, whole
 from relay_fast.kernels.attention_ref import Group, PaddedLayout
 
 GROUP_COST = 16_000  # what one more attention group costs, in score elements (measured on a CPU)
@@ -143,9 +144,8 @@ class Plan:
     # Index tensors, each made once on the host and copied to the device. A batch that is evaluated
     # under inference_mode may be trained on afterwards: they are never inference tensors.
 
-    @torch.inference_mode(False)
     def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, dtype)
+        return _tensor(array, dtype, self.device)
 
     @cached_property
     def row_order(self) -> np.ndarray | None:
@@ -205,7 +205,37 @@ class Plan:
         row before)."""
         return self._tensor(self.offsets[1:] - 1, torch.int64)
 
-    # Attention is the one op that the torch path pads; sequences of similar length share a group.
+    @cached_property
+    def _paddings(self) -> _Paddings:
+        return _Paddings(self.lengths, self.device)
+
+    def layout(self, first: int, last: int) -> PaddedLayout:
+        """Row offsets of sequences first..last − 1, and their padding for the torch attention."""
+        key = (first, last)
+        if key not in self._layouts:
+            lengths = self.lengths[first:last]
+            with torch.inference_mode(False):
+                cu_seqlens = self.cu_seqlens[first : last + 1]
+                cu_seqlens = cu_seqlens - cu_seqlens[:1] if first else cu_seqlens
+            self._layouts[key] = PaddedLayout(
+                cu_seqlens,
+                int(lengths.max(initial=0)),
+                partial(self._paddings.make, first, last),
+                int(lengths.sum()),
+            )
+        return self._layouts[key]
+
+
+class _Paddings:
+    """How some of a plan's sequences are padded for the torch attention, the one op that pads;
+    sequences of similar length share a group.
+
+    Apart from the plan, which holds the layouts that ask for it: a batch that is dropped is freed
+    at once, and one that was used can be pickled.
+    """
+
+    def __init__(self, lengths: np.ndarray, device: torch.device):
+        self.lengths, self.device = lengths, device
 
     @cached_property
     def _group_bounds(self) -> np.ndarray:
@@ -234,23 +264,9 @@ class Plan:
             end = int(chosen[depth][end])
         return np.array(bounds[::-1])
 
-    def layout(self, first: int, last: int) -> PaddedLayout:
-        """Row offsets of sequences first..last − 1, and their padding for the torch attention."""
-        key = (first, last)
-        if key not in self._layouts:
-            lengths = self.lengths[first:last]
-            with torch.inference_mode(False):
-                cu_seqlens = self.cu_seqlens[first : last + 1]
-                cu_seqlens = cu_seqlens - cu_seqlens[:1] if first else cu_seqlens
-            self._layouts[key] = PaddedLayout(
-                cu_seqlens,
-                int(lengths.max(initial=0)),
-                lambda: self._make_padding(lengths),
-                int(lengths.sum()),
-            )
-        return self._layouts[key]
-
-    def _make_padding(self, lengths: np.ndarray) -> tuple[int, Tensor | None, tuple[Group, ...]]:
+    def make(self, first: int, last: int) -> tuple[int, Tensor | None, tuple[Group, ...]]:
+        """Slots, slot and groups (see `PaddedLayout`) of sequences first..last − 1."""
+        lengths = self.lengths[first:last]
         rows = int(lengths.sum())
         member = np.searchsorted(self._group_bounds, lengths)
         base = np.zeros(len(lengths), dtype=np.int64)
@@ -265,14 +281,19 @@ class Plan:
             mask = None
             if inner.min() < width:
                 mask = np.arange(width)[None, :] >= inner[:, None]
-                mask = self._tensor(mask[:, None], torch.bool)
+                mask = _tensor(mask[:, None], torch.bool, self.device)
             groups.append(Group(slot, len(inside), width, mask))
             slot += len(inside) * width
         if len(groups) <= 1 and slot == rows:
             return slot, None, tuple(groups)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         slots = np.arange(rows) + np.repeat(base - starts, lengths)
-        return slot, self._tensor(slots, torch.int64), tuple(groups)
+        return slot, _tensor(slots, torch.int64, self.device), tuple(groups)
+
+
+@torch.inference_mode(False)
+def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
 
 
 def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:
@@ -280,13 +301,15 @@ def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int,
 
     Raises ValueError for an iteration that the batch does not reach, and for a single int.
     """
-    if isinstance(return_states, bool):
+    if is_truth(return_states):
         return tuple(range(1, loops + 1)) if return_states else ()
-    if isinstance(return_states, int):
+    if isinstance(return_states, Tensor | np.ndarray):
+        return_states = return_states.tolist()
+    if not hasattr(return_states, "__iter__"):
         raise ValueError(
             f"return_states = {return_states}: pass True for all states, or a list of iterations"
         )
-    wanted = tuple(sorted(set(return_states)))
+    wanted = tuple(sorted({whole("an iteration in return_states", t) for t in return_states}))
     if wanted and not 1 <= wanted[0] <= wanted[-1] <= loops:
         raise ValueError(
             f"return_states asks for iterations {list(wanted)} but the batch loops 1..{loops}"

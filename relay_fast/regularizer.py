@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def block_cosines(layers: Sequence[nn.Module], period: int = 1) -> dict[str, Ten
     layers: of one kind, such as `block.layers`. A group is a matrix of the layer by name; the
     package's `qkv` counts as three. Raises ValueError where the blocks do not come out even.
     """
-    check_period(period, len(layers))
+    period = check_period(period, len(layers))
     return {
         name: torch.cosine_similarity(rows[:-period], rows[period:], dim=1).mean()
         for name, rows in _stacked(layers).items()
@@ -58,7 +59,7 @@ def tie(model: nn.Module, period: int = 1, how: str = "mean") -> nn.Module:
     if how not in HOW:
         raise ValueError(f"how = {how!r} is unknown: use one of {HOW}")
     layers = stack_of(model).layers
-    check_period(period, len(layers))
+    period = check_period(period, len(layers))
     looped = copy.deepcopy(model)
     chosen = list(stack_of(looped).layers[:period])
     if how == "mean":
@@ -67,8 +68,10 @@ def tie(model: nn.Module, period: int = 1, how: str = "mean") -> nn.Module:
             for name, p in layer.named_parameters():
                 p.data = torch.stack([other[name].detach() for other in alike]).mean(0)
     set_stack(looped, chosen)
-    if isinstance(getattr(looped, "loops", None), int):
-        looped.loops *= len(layers) // period
+    if isinstance(getattr(looped, "loops", None), Integral):
+        looped.loops = int(looped.loops) * (len(layers) // period)
+        if "loops" in (noted := getattr(looped, "_hub_mixin_config", None) or {}):
+            noted["loops"] = looped.loops
     return looped
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from relay_fast.batch import PackedBatch
 from relay_fast.engine import iterate
 from relay_fast.modules import LoopedTransformer
+from relay_fast.plain import check_pass
 
 
 @torch.no_grad()
@@ -16,8 +17,11 @@ def read_scored(
 ) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
     """What `model.read` gives, and the same shapes again with log-probabilities in fp32.
 
-    Logits exist for a part of the rows at a time only.
+    Logits exist for a part of the rows at a time only. Raises TypeError for a subclass with a pass
+    of its own.
     """
+    check_pass(model, LoopedTransformer, "forward", "loss", "_pass", "read", "_read_iterations")
+    model.check_parts()
     c, norm, plan = model.config.block, model.norm, batch.plan
     run = model.block.run(plan)
 

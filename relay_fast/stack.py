@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from relay_fast._numbers import whole
 from relay_fast.config import ModelConfig
 from relay_fast.modules import LoopedBlock
 
@@ -34,12 +35,19 @@ def set_stack(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     block.set_layers(layers)
     if isinstance(getattr(model, "config", None), ModelConfig):
         model.config = replace(model.config, block=block.config)
+    noted = getattr(model, "_hub_mixin_config", None)  # for huggingface_hub's mixin
+    if model is not block and isinstance(noted, dict):
+        for name, config in (("config", getattr(model, "config", None)), ("block", block.config)):
+            if name in noted:
+                noted[name] = config.to_dict()
 
 
-def check_period(period: int, depth: int) -> None:
-    """Raises ValueError unless `depth` layers are several whole blocks of `period`."""
+def check_period(period: int, depth: int) -> int:
+    """period as an int. Raises ValueError unless `depth` layers are several whole blocks of it."""
+    period = whole("period", period)
     if period < 1 or depth % period or depth == period:
         raise ValueError(
             f"period = {period} does not cut a stack of {depth} layers into equal blocks, two at "
             "least: choose a smaller divisor"
         )
+    return period

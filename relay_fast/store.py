@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from relay_fast._numbers import plain_numbers
 from relay_fast.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -52,7 +53,7 @@ def save_model(
         "config": model.config.to_dict(),
         "kind": "looped" if looped else "autoregressive",
         "supervise": model.supervise if looped else None,
-        "info": dict(info),
+        "info": plain_numbers(info),
     }
     tensors = pack_training_state(model)
     if dtype is not None:

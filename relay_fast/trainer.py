@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from relay_fast._numbers import plain_numbers, whole
 from relay_fast.checkpoint import (
     load_checkpoint,
     pack_training_state,
@@ -143,7 +144,8 @@ class _Training:
         self.model, self.stream, self.path = model.train(), stream, path
         self.before_step = before_step or (lambda step, optimizer: None)
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
-        self.identity = {"seed": seed, "steps": len(stream), "recipe": dict(recipe)}
+        seed = whole("seed", seed)
+        self.identity = {"seed": seed, "steps": len(stream), "recipe": plain_numbers(recipe)}
         names = ("optimizer", "weight_decay", "betas", "muon_lr")
         options = {k: recipe[k] for k in names if k in recipe}
         self.optimizer = make_optimizer(model, lr=recipe["lr"], **options)

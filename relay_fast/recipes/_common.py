@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,7 @@ class _Learner(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def loss(self, batch: _Batch) -> Losses:
+    def forward(self, batch: _Batch) -> Losses:
         loss, right = self._loss(self.model, *batch.parts)
         zero = loss.new_zeros(())
         right = zero if right is None else right
@@ -187,7 +188,7 @@ def draw_panels(path: str | os.PathLike, panels: Sequence[Panel], title: str = "
         axes.set_ylabel(panel.y)
         if panel.log_x:
             axes.set_xscale("log")
-        elif all(isinstance(value, int) for x, _ in panel.curves.values() for value in x):
+        elif all(isinstance(value, Integral) for x, _ in panel.curves.values() for value in x):
             axes.xaxis.get_major_locator().set_params(integer=True)
         if panel.log_y:
             axes.set_yscale("log")

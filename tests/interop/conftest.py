@@ -1,0 +1,3 @@
+"""The fixtures of these tests."""
+
+from regression import trained  # noqa: F401
