@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_KINDS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def interrupt_once(*_: object) -> None:
     """A handler: KeyboardInterrupt the first time; what comes while that is acted on is ignored."""
-    for kind in _KINDS:
+    for kind in INTERRUPTS:
         signal.signal(kind, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -24,7 +24,7 @@ def on_interrupt(handler: Callable) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for kind in _KINDS:
+    for kind in INTERRUPTS:
         if signal.getsignal(kind) is not signal.SIG_IGN:
             signal.signal(kind, handler)
 
@@ -38,7 +38,7 @@ def interrupts_deferred() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
     here = threading.current_thread() is threading.main_thread()
     ours = (signal.default_int_handler, interrupt_once)
-    before = {kind: signal.getsignal(kind) for kind in _KINDS if here}
+    before = {kind: signal.getsignal(kind) for kind in INTERRUPTS if here}
     before = {kind: handler for kind, handler in before.items() if handler in ours}
     for kind in before:
         signal.signal(kind, lambda number, _: asked.append(number))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from relay_fast._interrupts import interrupts_deferred
 from relay_fast.checkpoint import (
     load_checkpoint,
     pack_training_state,
@@ -118,25 +116,8 @@ def train_model(
     (without ema); a call that continues first calls it for the steps that were taken.
     """
     training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
-    with _interrupts_deferred() as asked:
+    with interrupts_deferred() as asked:
         return training.run(data_workers, report, asked)
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed meanwhile, instead of raising in the middle of a step or
-    of saving. Outside the main thread, which gets no signals, it changes nothing."""
-    asked: list[int] = []
-    here = threading.current_thread() is threading.main_thread()
-    kinds = (signal.SIGINT, signal.SIGTERM) if here else ()
-    kinds = [kind for kind in kinds if signal.getsignal(kind) is signal.default_int_handler]
-    for kind in kinds:
-        signal.signal(kind, lambda number, _: asked.append(number))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for kind in kinds:
-            signal.signal(kind, signal.default_int_handler)
 
 
 class _Training:
