@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ def steps_ahead(
         for step in range(start, len(stream)):
             yield team[(step - start) % workers].take(stopped)
     finally:
+        for worker in team:
+            worker.socket.close()  # all of them first: they leave meanwhile
         for worker in team:
             worker.stop()
 
@@ -139,7 +142,8 @@ class _DataWorker:
         content = bytearray(size)
         view, done = memoryview(content), 0
         while done < size:
-            got = self._patiently(lambda: self.socket.recv_into(view[done:]), stopped)
+            into = view[done:]
+            got = self._patiently(partial(self.socket.recv_into, into), stopped)
             if not got:
                 raise EOFError
             done += got

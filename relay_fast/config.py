@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class BlockConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: it must be at least 1")
         for name in ("max_loops", "state_noise"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more")
         if self.d_model % self.n_heads:
             raise ValueError(
@@ -73,6 +74,13 @@ class BlockConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is unknown: use one of {known}")
+        if self.rope_base is not None and not 0 < self.rope_base < math.inf:
+            raise ValueError(
+                f"rope_base = {self.rope_base}: give a positive number (10000 is common), or None "
+                f"for no positions"
+            )
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps = {self.eps}: give a small positive number, such as 1e-6")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: it must lie in [0, 1)")
 

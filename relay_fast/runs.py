@@ -38,6 +38,7 @@ from relay_fast._locks import LOCK, FolderInUse, lock_folder
 MACHINE = ("workers", "data_workers")  # of the config: what changes no number of a run
 _EVALUATION = "evaluation"  # may be written while the run goes on
 
+
 class RunFolderError(RuntimeError):
     """A run folder that cannot be used; the text is one sentence that says what to do."""
 

@@ -290,9 +290,7 @@ class _Training:
             self.before_step(step, self.optimizer)
         # A state of another kind of device has not all of them; the others go on from the seed.
         generators = {k: g for k, g in self._generators.items() if f"rng.{k}" in tensors}
-        unpack_training_state(
-            tensors, self.model, self.optimizer, self.ema, generators, self.path
-        )
+        unpack_training_state(tensors, self.model, self.optimizer, self.ema, generators, self.path)
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         # A state written before these were counted goes on all the same.
         self.samples, self.waited = metadata.get("samples", 0), metadata.get("waited", 0.0)
