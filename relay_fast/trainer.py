@@ -271,7 +271,9 @@ class _Training:
         if not self.step:
             return
         tensors = pack_training_state(self.model, self.optimizer, self.ema, self._generators)
-        if name := _not_finite(tensors):
+        trained = {f"model.{name}" for name, _ in self.model.named_parameters()}
+        learnt = {k: v for k, v in tensors.items() if k in trained or not k.startswith("model.")}
+        if name := _not_finite(learnt):
             raise self._diverged(f"{name} holds NaN or inf")
         metadata = {
             "config": self.identity,
