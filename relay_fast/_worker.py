@@ -26,6 +26,8 @@ from relay_fast._interrupts import INTERRUPTS, interrupt_once, on_interrupt
 START = 300.0  # seconds until a process must have imported what it needs
 GRACE = 30.0  # seconds that a worker has to save when its parent is gone
 STOP = 120.0  # seconds that a worker has to save when it is asked to stop
+SILENT = 300.0  # seconds without a sign of life
+_ALIVE_EVERY = 10.0
 
 
 class Killed(WorkerDied):
@@ -67,7 +69,7 @@ class Worker:
         self.connection, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(there, initialize))
         self.label: str | None = None
-        self._begun, self._ready = time.monotonic(), False
+        self._looked, self._silent, self._ready = time.monotonic(), 0.0, False
         try:
             with without_main(), _interrupts_blocked():
                 self.process.start()
@@ -88,21 +90,29 @@ class Worker:
     def messages(self) -> Iterator[tuple[str, Any]]:
         """What it said since: ("report", value) and, in the end, ("done", result).
 
-        Raises what its function raised, and WorkerDied for a process that is gone or never began.
+        Raises what its function raised, and WorkerDied for a process that is gone, hangs or never
+        began.
         """
+        # Time in which this process slept too (Ctrl-Z, a closed lid) is no silence.
+        now = time.monotonic()
+        self._silent, self._looked = self._silent + min(now - self._looked, 1.0), now
         try:
             while self.connection.poll():
                 kind, value = pickle.loads(self.connection.recv_bytes())
-                self._ready = True
+                self._ready, self._silent = True, 0.0
                 if kind == "raised":
                     raise _with_note(*value)
                 if kind == "done":
                     self.label = None
-                if kind != "ready":
+                if kind != "alive":
                     yield kind, value
         except (EOFError, ConnectionError):
             raise self._ended() from None
-        if not self._ready and time.monotonic() - self._begun > START:
+        if self._ready and self._silent > SILENT:
+            self.process.kill()
+            raise Killed(f"a worker process gave no sign of life for {SILENT:.0f} s")
+        if not self._ready and self._silent > START:
+            self.process.kill()
             raise WorkerDied(
                 f"a worker process did not begin to work within {START:.0f} s; look for what holds "
                 f"it up (memory, a slow disk), then the same command continues this run."
@@ -150,6 +160,8 @@ def _with_note(error: BaseException, text: str) -> BaseException:
 
 # In the process
 
+_saying = threading.Lock()
+
 
 def _serve(connection: Connection, initialize: Callable[[], Any]) -> None:
     on_interrupt(_leave)
@@ -157,7 +169,7 @@ def _serve(connection: Connection, initialize: Callable[[], Any]) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     initialize()
-    _say(connection, "ready", None)
+    threading.Thread(target=_live, args=(connection,), daemon=True).start()
     while True:
         try:
             function, args = connection.recv()
@@ -183,6 +195,12 @@ def _outcome(connection: Connection, function: Callable, args: tuple) -> tuple[s
         on_interrupt(_leave)
 
 
+def _live(connection: Connection) -> None:
+    while True:
+        _say(connection, "alive", None)
+        time.sleep(_ALIVE_EVERY)
+
+
 def _picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
@@ -193,7 +211,7 @@ def _picklable(error: Exception) -> Exception:
 
 def _say(connection: Connection, kind: str, value: Any) -> None:
     message = pickle.dumps((kind, value))
-    with suppress(OSError):  # the parent is gone: there is time left to save
+    with suppress(OSError), _saying:  # OSError: the parent is gone, there is time left to save
         connection.send_bytes(message)
 
 

@@ -136,6 +136,26 @@ def test_a_worker_that_never_begins(monkeypatch) -> None:
     assert time.monotonic() - began < 20
 
 
+def _freeze(report) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@linux
+def test_a_worker_that_hangs(monkeypatch) -> None:
+    monkeypatch.setattr(_worker, "SILENT", 15.0)  # longer than between two signs of life
+    worker = _worker.Worker(partial(int))
+    while not worker._ready:
+        _worker.listen([worker], 0.2)
+        list(worker.messages())
+    monkeypatch.setattr(_worker, "SILENT", 1.0)
+    worker.run("stage", _freeze)
+    with pytest.raises(WorkerDied, match="no sign of life for 1 s"):
+        while True:
+            _worker.listen([worker], 0.2)
+            list(worker.messages())
+    _worker.stop([worker], interrupt=True)
+
+
 # Interrupts
 
 
