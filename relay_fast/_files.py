@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _ABSENT = object()
+_PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<pid>\d+)\.partial(\.\w+)?")  # as `replacing` names it
 
 
 @contextmanager
@@ -34,6 +37,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    if os.name == "nt":  # has no descriptors of folders
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -41,9 +46,71 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
+def clear_partials(folder: Path, ours: Callable[[str], bool] = lambda stem: True) -> None:
+    """Deletes what `replacing` had begun in `folder` when its process was killed.
+
+    ours: of which files, by their name without ending. What a process that lives is writing stays.
+    """
+    for file in folder.glob(".*.partial*"):
+        match = _PARTIAL.fullmatch(file.name)
+        if match and ours(match["stem"]) and not _lives(int(match["pid"])):
+            try:
+                file.unlink(missing_ok=True)
+            except PermissionError:  # on Windows: somebody has it open
+                continue
+
+
+def _lives(pid: int) -> bool:
+    """Whether another process has this id."""
+    if pid == os.getpid() or os.name == "nt":  # there kill() would end it
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """`value` as JSON that any reader takes.
+
+    Raises ValueError for a number that is not finite, TypeError for what else JSON cannot hold.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError as error:
+        found = next(_not_finite(value, ""), None)
+        if found is None:
+            raise
+        raise ValueError(f"{found[0]} = {found[1]}: JSON holds finite numbers only") from error
+
+
+def finite(value: Any) -> Any:
+    """`value` with null in the place of every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _not_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """(place, number) of what is not finite."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _not_finite(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _not_finite(inner, f"{key}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key or "the value", value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Atomically; raises TypeError for what JSON cannot hold."""
-    text = json.dumps(value, indent=1)
+    """Atomically; raises ValueError and TypeError as `json_text` does."""
+    text = json_text(value, indent=1)
     with replacing(path) as partial:
         partial.write_text(text + "\n")
 
@@ -74,7 +141,7 @@ def first_differences(found: list[str], most: int = 3) -> str:
 
 def _plain(value: Any) -> Any:
     """What `value` reads as after a trip through JSON (tuples as lists, keys as strings)."""
-    return json.loads(json.dumps(value))
+    return json.loads(json_text(value))
 
 
 def _differing_leaves(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:

@@ -12,7 +12,6 @@ for bit, whatever happened on the way.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,7 +28,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from relay_fast import trust
-from relay_fast._files import cannot_write, differences, first_differences, write_json
+from relay_fast._files import (
+    cannot_write,
+    clear_partials,
+    differences,
+    first_differences,
+    json_text,
+    write_json,
+)
+from relay_fast._locks import LOCK, FolderInUse, lock_folder
 from relay_fast.checkpoint import load_checkpoint, save_checkpoint
 from relay_fast.generate import decode_chains, generate_chains, read_chains
 from relay_fast.modules import AutoregressiveTransformer
@@ -242,46 +249,46 @@ def _identity(
         "verify": verify,
         "shard_chains": shard_chains,
     }
-    return json.loads(json.dumps(identity))
+    return json.loads(json_text(identity))
 
 
 def _fingerprint(identity: Mapping[str, Any]) -> str:
-    text = json.dumps(identity, sort_keys=True)
+    text = json_text(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other writers out; a killed process holds no lock."""
+    """Makes the folder, unless it is another's, and keeps other writers out; a killed process holds
+    no lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        others = any(not file.name.startswith(LOCK) for file in folder.iterdir())
+        if others and not (folder / "manifest.json").exists():
+            raise DatasetError(
+                f"{folder} is not empty and holds no chains (no manifest.json); give another "
+                f"--dataset."
+            )
+        lock = lock_folder(folder)
+    except FolderInUse as error:
+        raise DatasetError(
+            f"another process is writing {folder} ({error}); wait for it, or give another "
+            f"--dataset."
+        ) from error
     except OSError as error:
         raise DatasetError(
             f"the folder {folder} cannot be used ({error.strerror}); give another --dataset."
         ) from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DatasetError(
-                f"another process is writing {folder}; wait for it, or give another --dataset."
-            ) from error
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def _open(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest of a new folder; raises DatasetError where the folder is another's."""
-    for partial in folder.glob(".*.partial.*"):  # of a killed writer
-        partial.unlink()
+    clear_partials(folder)
     if not (folder / "manifest.json").exists():
-        if any(folder.iterdir()):
-            raise DatasetError(
-                f"{folder} is not empty and holds no chains (no manifest.json); give another "
-                f"--dataset."
-            )
         _write_manifest(folder, manifest)
         return
     found = differences(manifest["identity"], read_manifest(folder)["identity"], there="there")

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from relay_fast._files import differences, first_differences, replacing
+from relay_fast._files import differences, first_differences, json_text, replacing
 
 # The one header entry that is ours; a file without it was written by something else.
 _HEADER_KEY = "relay_fast"
@@ -48,11 +48,11 @@ def save_checkpoint(
     small files only; the file at `path` then names those beside it. Atomic: at any moment `path` is
     the old checkpoint or the whole new one. `metadata["config"]` is what
     `load_checkpoint(expect=...)` compares. Raises CheckpointError if a file cannot be written,
-    TypeError for metadata that JSON cannot hold.
+    TypeError and ValueError for metadata that JSON cannot hold (such as NaN).
     """
     path = Path(path)
     first, *others = _parts(tensors, part_bytes)
-    mark = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:8]
+    mark = hashlib.sha256(json_text(metadata).encode()).hexdigest()[:8]
     names = [f"{path.stem}.{mark}-{k}{path.suffix}" for k in range(1, len(others) + 1)]
     for name, part in zip(names, others, strict=True):
         _write(path.with_name(name), part, {"part_of": path.name})
@@ -76,7 +76,7 @@ def _parts(tensors: Mapping[str, Tensor], part_bytes: int | None) -> list[dict[s
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    header = {_HEADER_KEY: json.dumps(metadata)}
+    header = {_HEADER_KEY: json_text(metadata)}
     try:
         with replacing(path) as partial:
             save_file(_own_storage(tensors), partial, metadata=header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,10 +59,6 @@ class BlockConfig:
             self._set("rope_base", real("rope_base", self.rope_base))
         for name in ("bias", "causal"):
             self._set(name, truth(name, getattr(self, name)))
-        if self.rope_base is not None and self.rope_base <= 0:
-            raise ValueError(
-                f"rope_base = {self.rope_base}: it must be more than 0 (None for no positions)"
-            )
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model = {self.d_model} is not divisible by n_heads = {self.n_heads}: "
@@ -85,6 +82,13 @@ class BlockConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} is unknown: use one of {known}")
+        if self.rope_base is not None and not 0 < self.rope_base < math.inf:
+            raise ValueError(
+                f"rope_base = {self.rope_base}: give a positive number (10000 is common), or None "
+                f"for no positions"
+            )
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps = {self.eps}: give a small positive number, such as 1e-6")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: it must lie in [0, 1)")
 

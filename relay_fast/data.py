@@ -6,16 +6,15 @@ reports the longest *true* problem of each batch, so that a run can prove what i
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_convert
 
 from relay_fast._cores import usable_cores
+from relay_fast._data_workers import steps_ahead
 from relay_fast.batch import PackedBatch
 from relay_fast.schedule import curriculum_length
 from relay_fast.tasks import TASK_NAMES, Samples, Task
@@ -200,28 +199,21 @@ class SampleStream(Dataset):
         return Step(batch, self.longest_true)
 
 
-def run_ahead(stream: Dataset, start: int, workers: int) -> Iterator[Step]:
+def run_ahead(
+    stream: Dataset, start: int, workers: int, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Step]:
     """The stream's steps from `start` on, made ahead by `workers` processes (0: in this one), at
-    most one a core."""
-    workers = min(workers, usable_cores())
-    options = {}
-    if workers:
-        options = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"}
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        sampler=range(start, len(stream)),
-        num_workers=workers,
-        generator=torch.Generator(),  # or it would draw from the global one, which dropout uses
-        worker_init_fn=_start_worker,
-        **options,
-    )
-    return iter(loader)
+    most one a core.
 
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to act on
+    stopped(): asked while a process is waited for; KeyboardInterrupt is raised when it says so.
+    Raises what the stream raises, and WorkerDied for a process that died, hangs or did not start.
+    """
+    workers = min(workers, usable_cores(), len(stream) - start)
+    if workers > 0:
+        yield from steps_ahead(stream, start, workers, stopped)
+    else:
+        for step in range(start, len(stream)):
+            yield default_convert(stream[step])
 
 
 def mean_cost(

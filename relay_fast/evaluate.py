@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from relay_fast._cores import limit_threads
 from relay_fast._inference import inference
+from relay_fast._interrupts import interrupt_once, on_interrupt
 from relay_fast.batch import PackedBatch
 from relay_fast.checkpoint import CheckpointError
 from relay_fast.display import Display, Problems
@@ -276,6 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from relay_fast.report import print_report
 
     a = _parser().parse_args(arguments)
+    on_interrupt(interrupt_once)
+    limit_threads()
     file = Path(a.out) / "evaluation.json"
     before = file.stat().st_mtime_ns if file.is_file() else None
     try:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from relay_fast import trust
+from relay_fast._cores import limit_threads
+from relay_fast._interrupts import interrupt_once, on_interrupt
 from relay_fast.chain_dataset import (
     SHARD_CHAINS,
     ChainDataset,
@@ -212,6 +214,8 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for bad input."""
     a = _parser().parse_args(arguments)
+    on_interrupt(interrupt_once)
+    limit_threads()
     try:
         _mode(a)(a)
     except (ValueError, RunFolderError, CheckpointError, DatasetError) as error:

@@ -5,6 +5,7 @@ Weight decay applies to matrices only (no norms, no embeddings).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -127,8 +128,10 @@ def make_optimizer(
     """lr: the learning rate of `optimizer`, one of OPTIMIZERS; for "adafactor" (torch's; Shazeer
     and Stern 2018) relative to each parameter's RMS, and without betas. muon_lr: beside AdamW,
     Muon's for the block's linear weights; None for AdamW alone. Each group remembers its learning
-    rate as `base_lr`, for the schedule. Raises ValueError as `check_optimizer`."""
+    rate as `base_lr`, for the schedule. Raises ValueError as
+    `check_optimizer`, and for numbers outside their range."""
     check_optimizer(optimizer, muon_lr)
+    _check_ranges(lr, muon_lr, weight_decay, betas, momentum)
     decayed, plain, matrices, qkv = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2 or "embedding" in name:
@@ -164,6 +167,18 @@ def check_optimizer(optimizer: str, muon_lr: float | None) -> None:
         raise ValueError(f"optimizer = {optimizer!r} is unknown: use one of {known}")
     if muon_lr is not None and optimizer != "adamw":
         raise ValueError(f"muon_lr = {muon_lr} goes with optimizer = 'adamw': set it to null")
+
+
+def _check_ranges(
+    lr: float, muon_lr: float | None, weight_decay: float, betas: Sequence[float], momentum: float
+) -> None:
+    """Raises ValueError for numbers with which every training gives NaN."""
+    for name, value in (("lr", lr), ("muon_lr", muon_lr), ("weight_decay", weight_decay)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} = {value}: give a finite number of at least 0")
+    for name, value in (("momentum", momentum), *(("betas", beta) for beta in betas)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} = {value}: give at least 0 and less than 1")
 
 
 def set_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:

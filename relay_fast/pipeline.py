@@ -7,35 +7,26 @@ interruption at any moment loses at most what a stage had not yet saved.
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import queue
-import signal
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.managers import SyncManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from relay_fast._cores import usable_cores
+from relay_fast._cores import limit_threads, usable_threads
+from relay_fast._errors import Diverged, RunStopped, WorkerDied
+from relay_fast._interrupts import interrupts_deferred
+from relay_fast._worker import Killed, Worker, listen, stop
 from relay_fast.display import Display
 from relay_fast.runs import RunFolder
 from relay_fast.stages import NEEDS, Context, run_stage, scratch_files, stage_files
 
-GRACE = 30.0  # seconds that a worker has to save when its parent is gone
+__all__ = ["OutOfTime", "RunStopped", "WorkerDied", "run_pipeline", "with_needs"]
 
 
 class OutOfTime(Exception):
     """The minutes that a run was given are over; the same command continues it."""
-
-
-class WorkerDied(RuntimeError):
-    """A worker process was killed, by the system for want of memory most likely."""
 
 
 def with_needs(names: Iterable[str]) -> list[str]:
@@ -68,65 +59,93 @@ def run_pipeline(
     each finishes.
 
     A stage that fails stops the run with its error, after the others have saved their state;
-    Ctrl-C does the same, and so do OutOfTime after `minutes` and WorkerDied.
+    Ctrl-C does the same, and so do OutOfTime after `minutes`, WorkerDied, and Diverged, whose
+    history goes into results.json.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     names = with_needs(names)
-    _clear(folder, filter(folder.stage_done, names))
     waiting = _unfinished(folder, names)
-    workers = max(1, int(folder.config["workers"]))
-    threads = max(1, usable_cores() // workers)  # however few stages wait: sums depend on it
-    context = multiprocessing.get_context("spawn")
-    manager = SyncManager(ctx=context)
-    manager.start(_serve)
-    with manager:
-        events = manager.Queue()
-        pool = ProcessPoolExecutor(workers, context, _initialize, (threads,))
-        running: dict[Future, str] = {}
+    _say_what_is_lost(folder, [name for name in names if name not in waiting])
+    _clear(folder, (name for name in names if name not in waiting and folder.stage_done(name)))
+    most = max(1, int(folder.config["workers"]))
+    threads = usable_threads(most)  # however few stages wait: sums depend on it
+    task = (str(folder.path), folder.config, device, impl)
+    workers: list[Worker] = []
+    busy = lambda: [worker for worker in workers if worker.label]
+    with interrupts_deferred() as asked:
         try:
-            while waiting or running:
-                blocked = {*waiting, *running.values()}
-                for name in _ready(waiting, blocked, workers - len(running)):
+            while waiting or busy():
+                blocked = {*waiting, *(worker.label for worker in busy())}
+                for name in _ready(waiting, blocked, most - len(busy())):
                     waiting.remove(name)
-                    task = (str(folder.path), folder.config, device, impl, name, events)
-                    running[pool.submit(_run, *task)] = name
+                    idle = [worker for worker in workers if not worker.label]
+                    if not idle:
+                        idle = [Worker(partial(_initialize, threads))]
+                        workers += idle
+                    idle[0].run(name, _run, *task, name)
                     display.start(name)
-                finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                _drain(events, display)
-                for future in finished:
-                    name, result = running[future], future.result()
-                    del running[future]
-                    display.finish(name, result["seconds"])
-                    done(name, result)
-                    _clear(folder, [name])
-                if not all(process.is_alive() for process in _workers(pool)):
-                    raise BrokenProcessPool  # the pool itself may notice much later
+                listen(workers, seconds=0.2)
+                for worker in busy():
+                    stage = worker.label
+                    for kind, value in worker.messages():
+                        if kind == "report":
+                            display.progress(stage, value)
+                        else:
+                            display.finish(stage, value["seconds"])
+                            done(stage, value)
+                            _clear(folder, [stage])
+                if asked():
+                    raise KeyboardInterrupt
                 if time.monotonic() > deadline:
                     raise OutOfTime
-        except BrokenProcessPool as error:
-            _interrupt(pool)
-            raise WorkerDied(
-                f"a worker process was killed while {' and '.join(running.values())} ran, as "
-                f"happens where memory runs out; free some, then the same command continues this "
-                f"run."
-            ) from error
-        except BaseException:
-            _interrupt(pool)
+        except BaseException as error:
+            running = " and ".join(worker.label for worker in busy())
+            stop(workers, interrupt=True)
+            if isinstance(error, Diverged):
+                folder.update_results({"history": {stage: error.history}})
+            if isinstance(error, WorkerDied) and asked():  # it was interrupted as this process was
+                raise KeyboardInterrupt from None
+            if isinstance(error, Killed):
+                raise WorkerDied(
+                    f"{error} while {running} ran, as happens where memory runs out; free some, "
+                    f"then the same command continues this run."
+                ) from error
             raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        stop(workers, interrupt=False)
 
 
 def _unfinished(folder: RunFolder, names: list[str]) -> list[str]:
-    """The stages still to run: those that are not done, and those whose files are gone (left out
-    when the folder was copied, for their size) while a stage to run needs them."""
+    """The stages still to run: those that are not done, those whose files are gone (left out when
+    the folder was copied, for their size) while a stage to run needs them, and evaluations whose
+    numbers are gone."""
+    results = folder.results()
     waiting: set[str] = set()
     for name in reversed(names):
         needed = any(name in NEEDS[later] for later in waiting)
         lost = not all(file.exists() for file in stage_files(folder.path, name))
-        if not folder.stage_done(name) or (needed and lost):
+        unread = name.startswith("evaluate.") and not _told(results, name)
+        if not folder.stage_done(name) or (needed and lost) or unread:
             waiting.add(name)
     return [name for name in names if name in waiting]
+
+
+def _told(results: Mapping[str, Any], name: str) -> bool:
+    """Whether results.json has a stage's part."""
+    if name == "chains":
+        return "trust" in results
+    section = "accuracy" if name.startswith("evaluate.") else "history"
+    return name.removeprefix("evaluate.") in results.get(section, {})
+
+
+def _say_what_is_lost(folder: RunFolder, finished: list[str]) -> None:
+    results = folder.results()
+    lost = [name for name in finished if not _told(results, name)]
+    if lost:
+        print(
+            f"note: {folder.path / 'results.json'} was lost; it is made anew, without the curves "
+            f"and counts of {', '.join(lost)}, which are kept nowhere else.",
+            file=sys.stderr,
+        )
 
 
 def _clear(folder: RunFolder, done: Iterable[str]) -> None:
@@ -141,75 +160,15 @@ def _ready(waiting: list[str], unfinished: set[str], room: int) -> list[str]:
     return [name for name in waiting if unfinished.isdisjoint(NEEDS[name])][:room]
 
 
-def _drain(events: Any, display: Display) -> None:
-    while True:
-        try:
-            display.progress(*events.get_nowait())
-        except queue.Empty:
-            return
-
-
-def _workers(pool: ProcessPoolExecutor) -> list[multiprocessing.Process]:
-    return list((pool._processes or {}).values())
-
-
-def _interrupt(pool: ProcessPoolExecutor) -> None:
-    """Asks the workers to save and stop."""
-    for process in _workers(pool):
-        if process.is_alive():
-            process.terminate()
-
-
 # In the other processes
 
 
-def _serve() -> None:
-    """The manager: there until the workers have saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _leave_with_parent()
-
-
 def _initialize(threads: int) -> None:
-    torch.set_num_threads(threads)
-    _on_interrupt(_leave)
-    _leave_with_parent()
+    limit_threads(threads)
 
 
-def _on_interrupt(handler: Callable) -> None:
-    """What Ctrl-C (unless it is ignored, as in the background) and SIGTERM do."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(kind) is not signal.SIG_IGN:
-            signal.signal(kind, handler)
-
-
-def _leave(*_) -> None:
-    os._exit(1)
-
-
-def _leave_with_parent() -> None:
-    """Interrupts this process when its parent is gone (killed, out of memory)."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _run(path: str, config: dict, device: str, impl: str, name: str, events: Any) -> dict:
-    """One stage, in a worker: its part of results.json and the seconds it took.
-
-    An interrupted worker saves and leaves: a pool that is broken tells it nothing more.
-    """
+def _run(path: str, config: dict, device: str, impl: str, name: str, *, report: Callable) -> dict:
+    """One stage, in a worker: its part of results.json and the seconds it took."""
     started = time.monotonic()
-    _on_interrupt(signal.default_int_handler)
-    try:
-        context = Context(Path(path), config, device, impl)
-        result = run_stage(context, name, lambda progress: events.put((name, progress)))
-    except KeyboardInterrupt:
-        _leave()
-    finally:
-        _on_interrupt(_leave)
+    result = run_stage(Context(Path(path), config, device, impl), name, report)
     return {"result": result, "seconds": round(time.monotonic() - started, 2)}

@@ -4,10 +4,11 @@
 |---|---|
 | `config.json` | the config; a folder with another config is refused |
 | `stages.json` | the finished stages, with when and what |
-| `results.json` | every number of the run |
+| `results.json` | every number of the run; null where one is not finite (a loss that diverged) |
 | `checkpoints/*.safetensors` | models and training states |
 
-Every write is atomic: an interrupted run leaves nothing half-written.
+Every write is atomic: an interrupted run leaves nothing half-written. One process at a time runs
+in a folder; what it needs to know of the machine (`MACHINE`) may change from one to the next.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from relay_fast._files import cannot_write, differences, first_differences, write_json
+from relay_fast._files import (
+    cannot_write,
+    clear_partials,
+    differences,
+    finite,
+    first_differences,
+    json_text,
+    write_json,
+)
+from relay_fast._locks import LOCK, FolderInUse, lock_folder
+
+MACHINE = ("workers", "data_workers")  # of the config: what changes no number of a run
+_EVALUATION = "evaluation"  # may be written while the run goes on
 
 
 class RunFolderError(RuntimeError):
@@ -40,13 +53,21 @@ class RunFolder:
         """Make the folder, or continue it if it is there with the same config.
 
         `config` must be JSON-able. Raises RunFolderError for a file in the folder's place, a folder
-        that is not a run folder and not empty, one with another config, or one that is not
-        writable.
+        that is not a run folder and not empty, one with another config, one that is not writable,
+        or one that another process runs in; ValueError for a config that JSON cannot hold.
         """
+        self._use(path, config, LOCK)
+
+    def _use(self, path: str | os.PathLike, config: Mapping[str, Any], lock: str) -> None:
         self.path = Path(path)
-        self.config: dict[str, Any] = json.loads(json.dumps(config))
+        self.config: dict[str, Any] = json.loads(json_text(config))
         try:
-            self._make_or_continue()
+            self._make_or_continue(lock)
+        except FolderInUse as error:
+            raise RunFolderError(
+                f"another process runs in the folder {self.path} ({error}); wait for it, or give "
+                f"another --out."
+            ) from error
         except PermissionError as error:
             raise RunFolderError(
                 f"no permission to write the run folder {self.path}; give another one with --out "
@@ -81,17 +102,24 @@ class RunFolder:
             raise RunFolderError(
                 f"no permission to read the run folder {path}; change its permissions."
             ) from error
-        if write:
-            return cls(path, config)
         run = cls.__new__(cls)
-        run.path, run.config = path, config
+        if write:
+            run._use(path, config, f"{LOCK}.{_EVALUATION}")
+        else:
+            run.path, run.config = path, config
         return run
 
-    def _make_or_continue(self) -> None:
+    def _make_or_continue(self, lock: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         config_file = self.path / "config.json"
+        self._refuse_foreign(config_file)
+        self._lock = lock_folder(self.path, lock, again=True)
+        evaluates = lock != LOCK
+        clear_partials(self.path, lambda stem: (stem == _EVALUATION) == evaluates)
         if config_file.is_file():
-            found = differences(self.config, _read_json(config_file), there="in the folder")
+            theirs = _read_json(config_file)
+            theirs |= {name: self.config[name] for name in MACHINE if name in self.config}
+            found = differences(self.config, theirs, there="in the folder")
             if found:
                 raise RunFolderError(
                     f"the run folder {self.path} belongs to another config: "
@@ -102,22 +130,29 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         else:
-            if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
-                raise RunFolderError(
-                    f"{self.path} is not empty and is not a run folder (no config.json); give "
-                    f"another --out."
-                )
             write_json(config_file, self.config)
         (self.path / "checkpoints").mkdir(exist_ok=True)
+        if not evaluates:
+            clear_partials(self.path / "checkpoints")
+
+    def _refuse_foreign(self, config_file: Path) -> None:
+        """Raises RunFolderError for a folder that is not empty and no run's."""
+        others = (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+        if not config_file.is_file() and any(others):
+            raise RunFolderError(
+                f"{self.path} is not empty and is not a run folder (no config.json); give "
+                f"another --out."
+            )
 
     def checkpoint(self, name: str) -> Path:
         """Where the checkpoint called `name` is, or will be."""
         return self.path / "checkpoints" / f"{name}.safetensors"
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write the JSON file called `name`; raises RunFolderError where that cannot be."""
+        """Write the JSON file called `name`, null for what is not finite; raises RunFolderError
+        where that cannot be."""
         try:
-            write_json(self.path / name, value)
+            write_json(self.path / name, finite(value))
         except OSError as error:
             raise RunFolderError(cannot_write(self.path / name, error)) from error
 
@@ -131,7 +166,7 @@ class RunFolder:
 
         Dictionaries merge key by key, anything else replaces what was there.
         """
-        whole = _merged(self.results(), json.loads(json.dumps(part)))
+        whole = _merged(self.results(), json.loads(json_text(finite(part))))
         self.write("results.json", whole)
         return whole
 

@@ -6,7 +6,6 @@ The same command continues an interrupted run. Leaves results.json, tables, plot
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from relay_fast._errors import RunStopped
+from relay_fast._interrupts import interrupt_once, on_interrupt
 from relay_fast.checkpoint import CheckpointError
 from relay_fast.display import Display
-from relay_fast.pipeline import OutOfTime, WorkerDied, run_pipeline, with_needs
+from relay_fast.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.presets import load_preset, override, preset_names
 from relay_fast.runs import RunFolder, RunFolderError, versions
 from relay_fast.stages import NEEDS
@@ -37,11 +38,8 @@ def train(
 
     config: a preset from `relay_fast.presets`, overridden or not. report: print the table and draw
     the plots in the end. Returns the content of results.json. Raises RunFolderError, ValueError,
-    CheckpointError with one clear sentence, WorkerDied for a worker that was killed, and OutOfTime
-    after `minutes`, with everything saved.
-
-    Stages run in processes of their own, which import the caller's script: there, call this under
-    `if __name__ == "__main__":`.
+    CheckpointError with one clear sentence, RunStopped for a training that diverged and a worker
+    that was killed, and OutOfTime after `minutes`, with everything saved.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
@@ -140,10 +138,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 (out of minutes too), 1 where a worker was killed, 2 for bad input, 130 when
-    interrupted."""
+    """Exit status 0 (out of minutes too), 1 where training diverged or a worker died, 2 for bad
+    input, 130 when interrupted."""
     a = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers save, as after Ctrl-C
+    on_interrupt(interrupt_once)
     try:
         config = override(
             load_preset(a.preset), tasks=a.tasks.split(",") if a.tasks else None, steps=a.steps,
@@ -157,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RunFolderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except WorkerDied as error:
+    except RunStopped as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except OutOfTime:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from relay_fast._errors import Diverged
+from relay_fast._files import finite
+from relay_fast._interrupts import interrupts_deferred
 from relay_fast._numbers import plain_numbers, whole
 from relay_fast.checkpoint import (
     load_checkpoint,
@@ -105,30 +106,24 @@ def train_model(
     recipe: lr, optimizer, muon_lr, weight_decay, betas (`relay_fast.optim`), clip, ema, autocast
     ("bf16": of the GEMMs), graph (on CUDA, a step is one CUDA graph where that can be had).
     Interrupted (Ctrl-C), it saves its state between two steps and raises KeyboardInterrupt; the
-    same call then continues exactly, and returns at once where the last step was taken.
+    same call then continues exactly, and returns at once where the last step was taken. Raises
+    Diverged for a loss or a state that is not finite, which is looked at where values are read back
+    anyway, WorkerDied as `relay_fast.data.run_ahead` does, and CheckpointError.
     before_step(step, optimizer) may change model and optimizer, as `relay_fast.growth.grow` does
     (without ema); a call that continues first calls it for the steps that were taken.
     """
     training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
-    with _interrupts_deferred() as asked:
+    with interrupts_deferred() as asked:
         return training.run(data_workers, report, asked)
 
 
-@contextmanager
-def _interrupts_deferred() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed meanwhile, instead of raising in the middle of a step or
-    of saving. Outside the main thread, which gets no signals, it changes nothing."""
-    asked: list[int] = []
-    here = threading.current_thread() is threading.main_thread()
-    kinds = (signal.SIGINT, signal.SIGTERM) if here else ()
-    kinds = [kind for kind in kinds if signal.getsignal(kind) is signal.default_int_handler]
-    for kind in kinds:
-        signal.signal(kind, lambda number, _: asked.append(number))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for kind in kinds:
-            signal.signal(kind, signal.default_int_handler)
+def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first that holds NaN or inf; read back once."""
+    names = [name for name, value in tensors.items() if value.is_floating_point()]
+    finite = [tensors[name].isfinite().all() for name in names]
+    home = finite[0].device
+    good = torch.stack([value.to(home, non_blocking=True) for value in finite]).tolist()
+    return next((name for name, well in zip(names, good, strict=True) if not well), None)
 
 
 class _Training:
@@ -143,6 +138,7 @@ class _Training:
     ):
         self.model, self.stream, self.path = model.train(), stream, path
         self.before_step = before_step or (lambda step, optimizer: None)
+        self.name = path.name.removesuffix(".safetensors").removesuffix(".state")
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
         seed = whole("seed", seed)
         self.identity = {"seed": seed, "steps": len(stream), "recipe": plain_numbers(recipe)}
@@ -180,10 +176,9 @@ class _Training:
     ) -> Trained:
         started, spent = time.monotonic(), self.seconds
         logged, saved, first, before = started, started, self.step, self.samples
+        steps = run_ahead(self.stream, self.step, data_workers, asked)
         try:
-            for batch, longest_true in self._awaited(
-                run_ahead(self.stream, self.step, data_workers)
-            ):
+            for batch, longest_true in self._awaited(steps):
                 self.before_step(self.step, self.optimizer)
                 losses = self._train_step(batch.to(self.model.device))
                 self.samples += len(batch)
@@ -204,6 +199,8 @@ class _Training:
         except KeyboardInterrupt:
             self._save()
             raise
+        finally:
+            steps.close()  # ends the data workers
         if self.ema is not None:
             with torch.no_grad():
                 for name, p in self.model.named_parameters():
@@ -237,6 +234,7 @@ class _Training:
         return losses
 
     def _log(self, losses: Losses, samples_per_s: float) -> Progress:
+        """Adds to the history; raises Diverged where the loss is not finite."""
         entry = {
             "step": self.step,
             "seconds": round(self.seconds, 3),
@@ -244,15 +242,32 @@ class _Training:
             "chain_accuracy": losses.chain_correct,
             "answer_accuracy": losses.answer_correct,
         }
-        self.history.append(entry)
+        self.history.append(finite(entry))
+        if not math.isfinite(losses.loss):
+            raise self._diverged(f"the loss is {losses.loss}")
         return Progress(
             self.step, len(self.stream), samples_per_s, entry["loss"], entry["chain_accuracy"]
         )
 
+    def _diverged(self, what: str) -> Diverged:
+        losses = [(entry["step"], entry["loss"]) for entry in self.history]
+        last = next((seen for seen in reversed(losses) if seen[1] is not None), None)
+        seen = f" (last seen finite at step {last[0]}: {last[1]:.4g})" if last else ""
+        return Diverged(
+            f"the training of {self.name} diverged: {what} at step {self.step}{seen}; give a "
+            f"smaller lr or muon_lr, a longer warmup or a smaller clip, and a new folder.",
+            self.history,
+        )
+
     def _save(self) -> None:
+        """Raises Diverged, and leaves the last state, where this one is not finite."""
         if not self.step:
             return
         tensors = pack_training_state(self.model, self.optimizer, self.ema, self._generators)
+        trained = {f"model.{name}" for name, _ in self.model.named_parameters()}
+        learnt = {k: v for k, v in tensors.items() if k in trained or not k.startswith("model.")}
+        if name := _not_finite(learnt):
+            raise self._diverged(f"{name} holds NaN or inf")
         metadata = {
             "config": self.identity,
             "step": self.step,
@@ -268,9 +283,9 @@ class _Training:
         tensors, metadata = load_checkpoint(self.path, expect=self.identity)
         for step in range(metadata["step"]):
             self.before_step(step, self.optimizer)
-        unpack_training_state(
-            tensors, self.model, self.optimizer, self.ema, self._generators, self.path
-        )
+        # A state of another kind of device has not all of them; the others go on from the seed.
+        generators = {k: g for k, g in self._generators.items() if f"rng.{k}" in tensors}
+        unpack_training_state(tensors, self.model, self.optimizer, self.ema, generators, self.path)
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         # A state written before these were counted goes on all the same.
         self.samples, self.waited = metadata.get("samples", 0), metadata.get("waited", 0.0)

@@ -77,6 +77,25 @@ def toy(monkeypatch):
     monkeypatch.setattr(command, "RECIPES", {"toy": "a line"})
 
 
+def test_a_recipe_that_diverges_says_so_and_leaves_json(tmp_path, toy, capsys, monkeypatch) -> None:
+    arguments = ["toy", "--set", "training.lr=1e30", "--out", str(tmp_path)]
+    assert command.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the training of linear diverged: the loss is ")
+    assert "at step 8" in error and "give a smaller lr" in error and error.count("\n") == 1
+    refuse = lambda word: pytest.fail(f"{word} is no JSON")
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert results["history"][-1]["loss"] is None and "results" not in results
+
+
+def test_lost_results_of_a_recipe_are_made_again(tmp_path, toy, capsys) -> None:
+    assert command.main(["toy", "--out", str(tmp_path)]) == 0
+    first = json.loads((tmp_path / "results.json").read_text())["results"]
+    (tmp_path / "results.json").unlink()
+    assert command.main(["toy", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == first
+
+
 # Training
 
 

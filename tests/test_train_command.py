@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from relay_fast.checkpoint import load_checkpoint
 from relay_fast.display import Display, Problems, Progress
 from relay_fast.pipeline import _unfinished, with_needs
 from relay_fast.presets import load_preset, override, preset_names, recipe
@@ -164,14 +165,17 @@ def test_ctrl_c(tmp_path) -> None:
     for line in process.stdout:
         if "step" in line:
             break
-    os.killpg(process.pid, signal.SIGINT)
+    for _ in range(3):  # impatient
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.15)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "interrupted; the same command continues this run" in error
     assert "Traceback" not in error
     state = out / "checkpoints" / f"{stage}.state.safetensors"
     assert state.is_file() and not (out / "stages.json").exists()
-    assert not list(out.rglob("*.partial*"))
+    assert not list(out.rglob("*.partial*")) and not list(out.rglob(".lock*"))
+    assert load_checkpoint(state)[1]["step"] > 0 and not _group_is_alive(process.pid)
 
 
 def test_a_killed_run_leaves_no_process_and_continues_to_the_same_model(finished, tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import os
+import pickle
+import re
 import signal
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from relay_fast._errors import Diverged
 from relay_fast.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -22,7 +25,7 @@ from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.optim import MuonAdamW, make_optimizer, orthogonalize, set_factor
 from relay_fast.schedule import Schedule, curriculum_length
 from relay_fast.tasks import Vocabulary, build_tasks
-from relay_fast.trainer import Trained, train_model
+from relay_fast.trainer import Trained, _Training, train_model
 
 VOCABULARY = Vocabulary(max_number=2, multiple=4)
 TASKS = build_tasks(["arithmetic"], VOCABULARY, arithmetic={"prime": 3, "operators": "+"})
@@ -330,6 +333,81 @@ def test_an_interrupt_in_the_middle_of_a_step_waits_for_its_end(tmp_path, monkey
     parts, _ = run(path)
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def poisoned(at: int):
+    """A hook that makes a weight NaN before a step."""
+
+    def before_step(step, optimizer):
+        if step == at:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0][0, 0] = math.nan
+
+    return before_step
+
+
+@pytest.mark.parametrize("seen", ["in the loss", "while saving", "at Ctrl-C", "in the end"])
+def test_what_diverges_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch, seen) -> None:
+    monkeypatch.setattr("relay_fast.trainer.LOG_EVERY", 0.0 if seen == "in the loss" else 1e9)
+    monkeypatch.setattr("relay_fast.trainer.SAVE_EVERY", 0.0)
+    path, at = tmp_path / "toy.state.safetensors", 7 if seen == "in the end" else 5
+    assert run(path, stop_at=1) is None
+    good, last = [], {}
+    hook = poisoned(at)
+
+    def before_step(step, optimizer):
+        hook(step, optimizer)
+        good.append(load_checkpoint(path)[1]["step"])
+        last["bytes"] = path.read_bytes()
+        if seen == "at Ctrl-C" and step == at:
+            monkeypatch.setattr("relay_fast.trainer.SAVE_EVERY", 1e9)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Diverged) as caught:
+        train_model(
+            make_model(dropout=0.1), make_stream(8), RECIPE, path, seed=5, before_step=before_step
+        )
+    text = str(caught.value)
+    what = r"the loss is nan" if seen in ("in the loss", "in the end") else r"model\.\S+ holds NaN"
+    assert re.match(rf"the training of toy diverged: {what}.* at step {at + 1} \(last seen", text)
+    assert "give a smaller lr" in text and "\n" not in text
+    assert path.read_bytes() == last["bytes"] and load_checkpoint(path)[1]["step"] == at == good[-1]
+    history = caught.value.history
+    assert (history[-1]["loss"] is None) == (seen in ("in the loss", "in the end"))
+    assert pickle.loads(pickle.dumps(caught.value)).history == history
+    whole, _ = run(tmp_path / "whole.safetensors")
+    again, _ = run(path)  # what was kept goes on as if nothing had been
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_mask_may_be_infinite(tmp_path) -> None:
+    model = make_model()
+    model.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
+    assert train_model(model, make_stream(2), RECIPE, tmp_path / "x.safetensors", seed=0).samples
+
+
+def test_a_state_goes_on_on_another_kind_of_device(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "state.safetensors"
+    assert run(path, stop_at=1) is None
+    training = _Training(make_model(dropout=0.1), make_stream(8), RECIPE, path, 5, None)
+    training._generators["cuda"] = torch.Generator()  # as on a card: the state has none of it
+    training._resume()
+    assert training.step == 1
+    training._save()
+    assert run(path) is not None  # and back
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": math.inf}, {"lr": -1.0}, {"muon_lr": math.nan}, {"weight_decay": math.inf}]
+)
+def test_numbers_that_can_only_diverge_are_refused(change) -> None:
+    (name, value), *_ = change.items()
+    with pytest.raises(ValueError, match=f"{name} = {value}: give a finite number of at least 0"):
+        make_optimizer(make_model(), **{"lr": 0.1} | change)
+    for name in ("rope_base", "eps"):
+        for value in (0.0, -1.0, math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"{name} = {value}: give a .*positive number"):
+                make_model(**{name: value})
 
 
 def test_it_saves_now_and_then(tmp_path, monkeypatch) -> None:

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -35,8 +34,9 @@ def run_recipe(
     """Runs a recipe in the run folder `out`, or continues it there; returns results.json's content.
 
     changes: texts like "training.steps=20" that put other numbers into the preset's settings.
-    Raises RunFolderError, ValueError, CheckpointError with one clear sentence.
+    Raises RunFolderError, ValueError, CheckpointError, Diverged with one clear sentence.
     """
+    from relay_fast._errors import Diverged
     from relay_fast.display import Display
     from relay_fast.runs import RunFolder, versions
     from relay_fast.store import check_device
@@ -53,13 +53,16 @@ def run_recipe(
         "recipe": name, "preset": preset, "seed": seed, "settings": dataclasses.asdict(settings)
     }  # fmt: skip
     folder = RunFolder(out, config)
-    if not folder.stage_done(name):
+    if not folder.stage_done(name) or "results" not in folder.results():
         started, before = time.monotonic(), folder.results().get("seconds", 0.0)
         folder.update_results({"config": folder.config, "versions": versions(device)})
         try:
             with Display() as display:
                 results = recipe.run(settings, folder, seed=seed, device=device, display=display)
             folder.update_results({"results": results})
+        except Diverged as error:
+            folder.update_results({"history": error.history})
+            raise
         finally:
             seconds = round(before + time.monotonic() - started, 2)
             folder.update_results({"seconds": seconds})
@@ -202,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for bad input, 130 when interrupted."""
+    """Exit status 0, 1 where training diverged, 2 for bad input, 130 when interrupted."""
     parser = _parser()
     a = parser.parse_args(arguments)
     if a.name == "list":
@@ -221,10 +224,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         print(f"\n{a.name}: {text}")
         return 0
+    from relay_fast._cores import limit_threads
+    from relay_fast._errors import RunStopped
+    from relay_fast._interrupts import interrupt_once, on_interrupt
     from relay_fast.checkpoint import CheckpointError
     from relay_fast.runs import RunFolderError
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # saves, as after Ctrl-C
+    on_interrupt(interrupt_once)
+    limit_threads()
     changes = [*a.changes, *([] if a.steps is None else [f"training.steps={a.steps}"])]
     out = Path(a.out or f"runs/{a.name}-{a.preset}")
     try:
@@ -234,6 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RunFolderError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues this run", file=sys.stderr)
         return 130
