@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
@@ -105,4 +105,9 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:
+        """Of `to_dict`. Raises ValueError for an option that this version does not know."""
+        for kind, given in ((ModelConfig, values), (BlockConfig, values["block"])):
+            unknown = set(given) - {field.name for field in fields(kind)}
+            if unknown:
+                raise ValueError(f"option {min(unknown)!r} of a model is unknown here")
         return ModelConfig(**{**values, "block": BlockConfig(**values["block"])})

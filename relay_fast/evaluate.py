@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +34,15 @@ from relay_fast.generate import (
     unseen_problems,
 )
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.presets.saved import open_run
 from relay_fast.ragged import ragged_index
 from relay_fast.report import MODEL_NAMES
-from relay_fast.runs import RunFolder, RunFolderError, versions
+from relay_fast.runs import RunFolderError, versions
+from relay_fast.settings import Seed, check_value
 from relay_fast.store import Model, load_run_model, model_path, run_tasks
 from relay_fast.tasks import Samples, Task
 from relay_fast.tasks.vocabulary import EOS
+from relay_fast.terminal import lenient_output, refused
 
 FORCED_TOKENS = 16384  # tokens in a teacher-forced batch
 Metrics = dict[str, float | int]
@@ -208,9 +212,9 @@ def evaluate_run(
     test length of each task. seed: default the run's. display: told how far each model is. Raises
     RunFolderError, CheckpointError, ValueError.
     """
-    folder = RunFolder.open(run, write=True)
-    config = folder.config
+    config = open_run(run).config
     seed = config.get("seed", 0) if seed is None else seed
+    check_value("seed", seed, Seed)
     _, tasks = run_tasks(config)
     there = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
     if not models and not there:
@@ -223,8 +227,12 @@ def evaluate_run(
         "complete": False,
         "accuracy": {},
     }
-    # All of them first: what cannot be loaded is said before any work.
+    # All of them first: what cannot be loaded or read is said before any work.
     loaded = {name: load_run_model(run, name, device) for name in models or there}
+    for model, task in product(loaded.values(), tasks.values()):
+        if lengths and lengths[-1] > model.config.max_tokens:
+            fitting_problems(model, task, lengths[-1], 1, seed)
+    folder = open_run(run, write=True)
     for model_name, model in loaded.items():
         looped = isinstance(model, LoopedTransformer)
         evaluate = evaluate_looped if looped else evaluate_autoregressive
@@ -273,9 +281,11 @@ def parse_lengths(text: str | None) -> range | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for bad input, 130 when interrupted."""
-    from relay_fast.report import print_report
+    with lenient_output():
+        return _main(_parser().parse_args(arguments))
 
-    a = _parser().parse_args(arguments)
+
+def _main(a: argparse.Namespace) -> int:
     file = Path(a.out) / "evaluation.json"
     before = file.stat().st_mtime_ns if file.is_file() else None
     try:
@@ -287,9 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = evaluate_run(
                 a.out, models, lengths, a.problems, a.seed, a.device, display=display
             )
-    except (ValueError, RunFolderError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, RunFolderError, CheckpointError, OSError) as error:
+        return refused(error)
     except MemoryError:
         print(f"error: no memory for {a.problems} problems a length: give fewer", file=sys.stderr)
         return 2
@@ -298,6 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = f"the models finished by then are in {file}" if written else "no model was finished"
         print(f"\ninterrupted; {kept}, the same command begins anew", file=sys.stderr)
         return 130
+    from relay_fast.report import print_report
+
     print_report(results, metrics=("answer", "chain", "bit"))
     print(f"results: {file}")
     return 0

@@ -32,11 +32,16 @@ from pydantic_core import PydanticCustomError
 from relay_fast.schedule import DECAYS
 
 T = TypeVar("T")
-_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _KINDS = {
     "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false",
     "string_type": "a text", "tuple_type": "a list", "list_type": "a list",
     "finite_number": "a finite number", "int_parsing_size": "a smaller whole number",
+}  # fmt: skip
+_RANGES = {
+    "greater_than_equal": "at least {ge}", "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}", "less_than": "less than {lt}",
+    "too_short": "at least {min_length} of them", "too_long": "at most {max_length} of them",
 }  # fmt: skip
 _TABLES = ("model_type", "model_attributes_type", "dataclass_type", "dict_type")
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -45,7 +50,7 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 class Table(BaseModel):
     """A table of settings: unknown keys and values of another type are refused."""
 
-    model_config = _CONFIG
+    model_config = ConfigDict(**_CONFIG, frozen=True)
 
 
 @dataclass_transform(frozen_default=True)
@@ -257,6 +262,8 @@ def _below(kind: Any, part: str, table: Mapping[str, Any]) -> Any:
         return _inner(fields_of(kind)[part].annotation)
     if get_origin(kind) is dict and (get_args(kind)[1] is Any or part in table):
         return _inner(get_args(kind)[1])
+    if get_origin(kind) is tuple:
+        return _inner(get_args(kind)[0])
     return Any if kind is Any or (kind is not None and not _has_keys(kind)) else None
 
 
@@ -298,8 +305,9 @@ def _sentence(error: ValidationError, schema: type, values: Any) -> str:
         return f"{key} is missing: give it a value"
     value = _at(values, loc)
     if first["type"] == "literal_error":
-        known = ", ".join(map(str, get_args(_inner(_annotation(schema, loc)))))
-        return f"{key} = {_shown(value)} is unknown: use one of {known}"
+        known = get_args(_inner(_annotation(schema, first["loc"])))
+        how = "one" if len(loc) == len(first["loc"]) else "some"
+        return f"{key} = {_shown(value)} is unknown: use {how} of {', '.join(map(str, known))}"
     if first["type"] in _TABLES:
         return f"{key or 'the config'} = {_shown(value)}: give a table of settings"
     return f"{key} = {_shown(value)}: {_wanted(first)}"
@@ -310,6 +318,8 @@ def _wanted(error: Mapping[str, Any]) -> str:
         return error["msg"]
     if error["type"] in _KINDS:
         return f"give {_KINDS[error['type']]}"
+    if error["type"] in _RANGES:
+        return f"give {_RANGES[error['type']].format(**error['ctx'])}"
     return error["msg"].lower()
 
 

@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.checkpoint import CheckpointError
+from relay_fast.dispatch import select
 from relay_fast.display import Display
 from relay_fast.pipeline import OutOfTime, WorkerDied, run_pipeline, with_needs
 from relay_fast.presets import load_preset, override, preset_names
+from relay_fast.presets.saved import refuse_foreign
+from relay_fast.presets.schema import RunConfig
 from relay_fast.runs import RunFolder, RunFolderError, versions
-from relay_fast.stages import NEEDS
+from relay_fast.settings import check, described_text
+from relay_fast.stages import NEEDS, Context
 from relay_fast.store import check_device
+from relay_fast.terminal import draw_all, lenient_output, refused
 
 
 def train(
@@ -47,6 +52,8 @@ def train(
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
     names = with_needs(stages or NEEDS)
     check_device(device)
+    prove(config, device, impl)
+    refuse_foreign(out)
     folder = RunFolder(out, config)
     call = _Call(folder, device)
 
@@ -73,6 +80,17 @@ def train(
     if report:
         _show(results, folder.path)
     return results
+
+
+def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") -> None:
+    """Raises ValueError, before anything is written, for a config whose tasks or models cannot be,
+    and for an implementation that the device has not."""
+    check(RunConfig, config)
+    try:
+        select(impl, device)
+    except RuntimeError as error:
+        raise ValueError(f"impl = {impl!r} cannot run on device {device!r}: {error}") from error
+    Context(Path(), config, device, impl).prove()
 
 
 class _Call:
@@ -106,21 +124,22 @@ class _Call:
 
 def _show(results: Mapping[str, Any], path: Path) -> None:
     """The table on the terminal, the plots into the folder."""
-    from relay_fast.plots import plot_run
+    from relay_fast.plots import pictures
     from relay_fast.report import print_report
 
     if results.get("accuracy"):
         print_report(results)
-        try:
-            for file in plot_run(results, path):
-                print(f"plot: {file}")
-        except ImportError as error:
-            print(f"{error}; the same command then draws them")
+        draw_all(pictures(results, path))
     print(f"results: {path / 'results.json'}   {results.get('seconds', {}).get('total', 0):.0f} s")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m relay_fast.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m relay_fast.train",
+        description=__doc__,
+        epilog=f"settings (--set KEY=VALUE), as in a preset:\n{described_text(RunConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())}")
     parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--tasks", help="comma-separated, default all of the preset")
@@ -142,7 +161,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 (out of minutes too), 1 where a worker was killed, 2 for bad input, 130 when
     interrupted."""
-    a = _parser().parse_args(arguments)
+    with lenient_output():
+        return _main(_parser().parse_args(arguments))
+
+
+def _main(a: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers save, as after Ctrl-C
     try:
         config = override(
@@ -154,9 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
         options["report"] = not a.no_report
         train(config, a.out, stages=stages, **options)
-    except (ValueError, RunFolderError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, RunFolderError, CheckpointError, OSError, MemoryError) as error:
+        return refused(error)
     except WorkerDied as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

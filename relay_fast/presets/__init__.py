@@ -99,7 +99,9 @@ def _with_values(config: dict[str, Any], values: Sequence[str]) -> dict[str, Any
     for text in values:
         path, _, name = text.partition("=")[0].rpartition(".")
         if (path, name) == ("", "name"):
-            raise ValueError(f"{text!r}: the name is the preset's own: choose another with --preset")
+            raise ValueError(
+                f"{text!r}: the name is the preset's own: choose another with --preset"
+            )
         if path == "training" and all(name in stage for stage in config["stages"].values()):
             raise ValueError(
                 f"{text!r} sets nothing that preset {config['name']!r} holds: each stage has its "

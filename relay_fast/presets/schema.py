@@ -33,7 +33,6 @@ from relay_fast.settings import (
     says,
 )
 
-
 LENGTHS_OF_A_STAGE = ("steps", "epochs", "token_iterations")
 
 
