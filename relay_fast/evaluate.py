@@ -39,7 +39,7 @@ from relay_fast.ragged import ragged_index
 from relay_fast.report import MODEL_NAMES
 from relay_fast.runs import RunFolderError, versions
 from relay_fast.settings import Seed, check_value
-from relay_fast.store import Model, load_run_model, model_path, run_tasks
+from relay_fast.store import Model, check_device, load_run_model, model_path, run_tasks
 from relay_fast.tasks import Samples, Task
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.terminal import lenient_output, refused
@@ -215,9 +215,10 @@ def evaluate_run(
     config = open_run(run).config
     seed = config.get("seed", 0) if seed is None else seed
     check_value("seed", seed, Seed)
+    check_device(device)
     _, tasks = run_tasks(config)
     there = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
-    if not models and not there:
+    if models is None and not there:
         raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
     results = {
         "config": config,
@@ -228,7 +229,7 @@ def evaluate_run(
         "accuracy": {},
     }
     # All of them first: what cannot be loaded or read is said before any work.
-    loaded = {name: load_run_model(run, name, device) for name in models or there}
+    loaded = {name: load_run_model(run, name, device) for name in (there if models is None else models)}
     for model, task in product(loaded.values(), tasks.values()):
         if lengths and lengths[-1] > model.config.max_tokens:
             fitting_problems(model, task, lengths[-1], 1, seed)
@@ -287,11 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(a: argparse.Namespace) -> int:
     file = Path(a.out) / "evaluation.json"
-    before = file.stat().st_mtime_ns if file.is_file() else None
+    before = None
     try:
+        before = file.stat().st_mtime_ns if file.is_file() else None
         if a.problems < 1:
             raise ValueError(f"--problems is {a.problems}; give at least 1.")
-        models = a.models.split(",") if a.models else None
+        models = None if a.models is None else a.models.split(",")
         lengths = parse_lengths(a.lengths)
         with Display() as display:
             results = evaluate_run(

@@ -50,7 +50,7 @@ def train(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
-    names = with_needs(stages or NEEDS)
+    names = with_needs(NEEDS if stages is None else stages)
     check_device(device)
     prove(config, device, impl)
     refuse_foreign(out)
@@ -165,15 +165,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(_parser().parse_args(arguments))
 
 
+def _names(text: str | None) -> list[str] | None:
+    """What a comma-separated option says; an empty text is one empty name, which is refused."""
+    return None if text is None else text.split(",")
+
+
 def _main(a: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # workers save, as after Ctrl-C
     try:
         config = override(
-            load_preset(a.preset), tasks=a.tasks.split(",") if a.tasks else None, steps=a.steps,
+            load_preset(a.preset), tasks=_names(a.tasks), steps=a.steps,
             batch_size=a.batch_size, eval_problems=a.eval_problems, seed=a.seed,
             scale=a.scale, values=a.values,
         )  # fmt: skip
-        stages = a.stages.split(",") if a.stages else None
+        stages = _names(a.stages)
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
         options["report"] = not a.no_report
         train(config, a.out, stages=stages, **options)
