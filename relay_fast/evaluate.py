@@ -16,7 +16,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,12 +227,10 @@ def evaluate_run(
         "complete": False,
         "accuracy": {},
     }
-    # All of them first: what cannot be loaded or read is said before any work.
-    loaded = {name: load_run_model(run, name, device) for name in (there if models is None else models)}
-    for model, task in product(loaded.values(), tasks.values()):
-        if lengths and lengths[-1] > model.config.max_tokens:
-            fitting_problems(model, task, lengths[-1], 1, seed)
     folder = open_run(run, write=True)
+    # All of them first: what cannot be loaded is said before any work.
+    chosen_models = there if models is None else models
+    loaded = {name: load_run_model(run, name, device) for name in chosen_models}
     for model_name, model in loaded.items():
         looped = isinstance(model, LoopedTransformer)
         evaluate = evaluate_looped if looped else evaluate_autoregressive

@@ -80,7 +80,9 @@ def says(words: str) -> WrapValidator:
             first = error.errors(include_url=False)[0]
             if first["loc"]:
                 raise
-            whole = f"{_KINDS[first['type']]}, {words}" if first["type"] == "int_type" else words
+            whole = words
+            if first["type"] in ("int_type", "float_type") and "number" not in words:
+                whole = f"{_KINDS[first['type']]}, {words}"
             raise PydanticCustomError("setting", "give {words}", {"words": whole}) from None
 
     return WrapValidator(check)
@@ -136,9 +138,11 @@ def check(schema: type[T], values: Mapping[str, Any], *, others: bool = False) -
 
 
 def check_value(key: str, value: Any, kind: Any) -> None:
-    """Raises ValueError, naming the key, for a value that is not of this kind."""
+    """Raises ValueError, naming the key, for a value that is not of this kind; numpy's numbers and
+    lists are as good as Python's and tuples."""
+    text = json.dumps(value, default=lambda number: number.item())
     try:
-        TypeAdapter(Annotated[kind, Field(strict=True)]).validate_python(value)
+        TypeAdapter(Annotated[kind, Field(strict=True)]).validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"{key} = {_shown(value)}: {_wanted(first)}") from None

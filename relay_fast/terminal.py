@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,11 +35,14 @@ class _Lenient:
             action(*args)
         except OSError:
             # What is buffered goes the same way, at the latest when the interpreter ends.
-            with open(os.devnull, "w") as nowhere:
-                try:
-                    os.dup2(nowhere.fileno(), self._stream.fileno())
-                except OSError:  # no file behind it
-                    self._stream = open(os.devnull, "w")
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, self._stream.fileno())
+                closed = nowhere == self._stream.fileno()  # it was, and is open again
+            except OSError:  # no file behind it
+                self._stream, closed = open(os.devnull, "w"), False
+            if not closed:
+                os.close(nowhere)
 
 
 @contextmanager
@@ -62,7 +65,8 @@ def lenient_output() -> Iterator[None]:
 
 def _reconfigure(stream: Any, errors: str | None) -> None:
     if errors and hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors=errors)
+        with suppress(OSError):  # it is closed, which the first print finds out
+            stream.reconfigure(errors=errors)
 
 
 def refused(error: Exception) -> int:
