@@ -15,5 +15,9 @@ setup(
         "relay_fast.tasks",
     ],
     package_dir={"relay_fast": "relay_fast", "relay_fast.kernels": "kernels"},
+    # An editable install by a .pth file. setuptools' other way, an import hook, comes after the
+    # search of sys.path: in the folder that holds a clone called relay_fast, that search takes the
+    # clone for an empty namespace package.
+    options={"editable_wheel": {"mode": "compat"}},
     package_data={"relay_fast": ["py.typed"], "relay_fast.presets": ["*.toml"]},
 )

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from relay_fast import trust
 from relay_fast._files import (
@@ -46,6 +47,8 @@ from relay_fast.tasks import Samples, Task, Vocabulary, make_task
 from relay_fast.verify import check_verify, right_chains, verify_chains
 
 KIND = "relay_fast chains"
+_MANIFEST = ("identity", "shards", "complete")
+_IDENTITY = ("model", "tasks", "vocabulary", "counts", "seed", "verify", "shard_chains")
 SHARD_CHAINS = 2048
 WRITTEN = 1 << 41  # added to a seed: neither training streams nor evaluation draw these problems
 
@@ -107,7 +110,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         manifest = None
     except ValueError as error:
         raise DatasetError(
@@ -117,6 +120,14 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         raise DatasetError(
             f"{folder} is no folder of chains (it has no manifest.json of one); make one with "
             f"python -m relay_fast.generate --out RUN --dataset {folder}."
+        )
+    identity = manifest.get("identity")
+    missing = [key for key in _MANIFEST if key not in manifest]
+    missing += [key for key in _IDENTITY if not isinstance(identity, dict) or key not in identity]
+    if missing:
+        raise DatasetError(
+            f"the chains in {folder} were written by another version of relay_fast: their "
+            f"manifest.json has no {missing[0]!r}; use that version, or write them anew."
         )
     return manifest
 
@@ -138,7 +149,8 @@ def shard_path(folder: str | os.PathLike, index: int) -> Path:
 class ChainDataset(Dataset):
     """The chains of one or more dataset folders: checked once, then mapped into memory.
 
-    An item is a `Samples` of one chain. `take` gives many at once, so that this can stand for the
+    An item is a `Samples` of one chain, a slice or a batch of a `DataLoader` one of several. `take`
+    gives many at once, so that this can stand for the
     samples of `relay_fast.data.SampleStream`, which shuffles them from its seed anew each epoch:
     `SampleStream(ChainDataset("DIR"), tasks, form, schedule, …)`.
 
@@ -188,8 +200,10 @@ class ChainDataset(Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Samples:
-        return self.take(np.array([range(len(self))[index]]))
+    def __getitem__(self, index: int | slice) -> Samples:
+        """The chain of an index, counted from the end if negative, or those of a slice."""
+        places = range(len(self))[index]
+        return self.take(np.array(places if isinstance(index, slice) else [places], np.int64))
 
     def take(self, index: Any) -> Samples:
         """The chains that numpy indexing with `index` selects, in order."""
@@ -203,6 +217,14 @@ class ChainDataset(Dataset):
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return Samples.concat(parts).take(back)
+
+
+def _collate(chains: list[Samples], *, collate_fn_map: Any = None) -> Samples:
+    """A batch of a `DataLoader` is their `Samples`; chains have no common length to stack."""
+    return Samples.concat(chains)
+
+
+default_collate_fn_map[Samples] = _collate
 
 
 def _check(

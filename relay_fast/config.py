@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from relay_fast._numbers import real, truth, whole
@@ -137,6 +137,11 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ModelConfig:
+        """Of `to_dict`. Raises ValueError for an option that this version does not know."""
+        for kind, given in ((ModelConfig, values), (BlockConfig, values["block"])):
+            unknown = set(given) - {field.name for field in fields(kind)}
+            if unknown:
+                raise ValueError(f"option {min(unknown)!r} of a model is unknown here")
         return ModelConfig(**values)
 
     @staticmethod

@@ -30,7 +30,7 @@ class Display:
     """Bars where the output is a terminal and rich is installed, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        self._bars = _bars() if sys.stdout.isatty() else None
+        self._bars = _bars() if sys.stdout and sys.stdout.isatty() else None
         self._ids: dict[str, int] = {}
         self._printed: dict[str, float] = {}
         self._last: dict[str, tuple[str, int]] = {}  # what was counted, and how far

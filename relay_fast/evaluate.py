@@ -35,12 +35,15 @@ from relay_fast.generate import (
     unseen_problems,
 )
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.presets.saved import open_run
 from relay_fast.ragged import ragged_index
 from relay_fast.report import MODEL_NAMES
-from relay_fast.runs import RunFolder, RunFolderError, versions
-from relay_fast.store import Model, load_run_model, model_path, run_tasks
+from relay_fast.runs import RunFolderError, versions
+from relay_fast.settings import Seed, check_value
+from relay_fast.store import Model, check_device, load_run_model, model_path, run_tasks
 from relay_fast.tasks import Samples, Task
 from relay_fast.tasks.vocabulary import EOS
+from relay_fast.terminal import lenient_output, refused
 
 FORCED_TOKENS = 16384  # tokens in a teacher-forced batch
 Metrics = dict[str, float | int]
@@ -210,12 +213,13 @@ def evaluate_run(
     test length of each task. seed: default the run's. display: told how far each model is. Raises
     RunFolderError, CheckpointError, ValueError.
     """
-    folder = RunFolder.open(run, write=True)
-    config = folder.config
+    config = open_run(run).config
     seed = config.get("seed", 0) if seed is None else seed
+    check_value("seed", seed, Seed)
+    check_device(device)
     _, tasks = run_tasks(config)
     there = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
-    if not models and not there:
+    if models is None and not there:
         raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
     results = {
         "config": config,
@@ -225,8 +229,10 @@ def evaluate_run(
         "complete": False,
         "accuracy": {},
     }
+    folder = open_run(run, write=True)
     # All of them first: what cannot be loaded is said before any work.
-    loaded = {name: load_run_model(run, name, device) for name in models or there}
+    chosen_models = there if models is None else models
+    loaded = {name: load_run_model(run, name, device) for name in chosen_models}
     for model_name, model in loaded.items():
         looped = isinstance(model, LoopedTransformer)
         evaluate = evaluate_looped if looped else evaluate_autoregressive
@@ -275,25 +281,28 @@ def parse_lengths(text: str | None) -> range | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 2 for bad input, 130 when interrupted."""
-    from relay_fast.report import print_report
+    with lenient_output():
+        return _main(_parser().parse_args(arguments))
 
-    a = _parser().parse_args(arguments)
+
+
+def _main(a: argparse.Namespace) -> int:
     on_interrupt(interrupt_once)
     limit_threads()
     file = Path(a.out) / "evaluation.json"
-    before = file.stat().st_mtime_ns if file.is_file() else None
+    before = None
     try:
+        before = file.stat().st_mtime_ns if file.is_file() else None
         if a.problems < 1:
             raise ValueError(f"--problems is {a.problems}; give at least 1.")
-        models = a.models.split(",") if a.models else None
+        models = None if a.models is None else a.models.split(",")
         lengths = parse_lengths(a.lengths)
         with Display() as display:
             results = evaluate_run(
                 a.out, models, lengths, a.problems, a.seed, a.device, display=display
             )
-    except (ValueError, RunFolderError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, RunFolderError, CheckpointError, OSError) as error:
+        return refused(error)
     except MemoryError:
         print(f"error: no memory for {a.problems} problems a length: give fewer", file=sys.stderr)
         return 2
@@ -302,6 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = f"the models finished by then are in {file}" if written else "no model was finished"
         print(f"\ninterrupted; {kept}, the same command begins anew", file=sys.stderr)
         return 130
+    from relay_fast.report import print_report
+
     print_report(results, metrics=("answer", "chain", "bit"))
     print(f"results: {file}")
     return 0

@@ -30,12 +30,16 @@ from relay_fast.generate import (
     read_chains,
 )
 from relay_fast.modules import LoopedTransformer
+from relay_fast.presets.saved import open_run
 from relay_fast.report import MODEL_NAMES
-from relay_fast.runs import RunFolder, RunFolderError
+from relay_fast.runs import RunFolderError
+from relay_fast.settings import Seed, check_value
 from relay_fast.store import Model, load_run_model, run_tasks
 from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
+from relay_fast.terminal import lenient_output, refused
 
-MOST_PRINTED = 10_000
+MOST_PRINTED, MOST_WRITTEN = 10_000, 10**9
+_REFUSED = (ValueError, RunFolderError, CheckpointError, DatasetError)
 CHECKS = {"self": "self", "task": "task", "none": None}
 
 
@@ -105,7 +109,14 @@ def _print_some(a: argparse.Namespace) -> None:
 def _write(a: argparse.Namespace) -> None:
     """`--dataset`: a folder of chains."""
     model, tasks, _ = _load(a)
-    lengths = np.array(parse_lengths(a.lengths))
+    limit = model.config.max_tokens
+    chosen = parse_lengths(a.lengths)
+    if chosen[-1] > limit:
+        raise ValueError(
+            f"--lengths {a.lengths} goes beyond what this model takes, {limit} tokens: give "
+            f"shorter ones."
+        )
+    lengths = np.array(chosen)
     numbers = np.full(len(lengths), a.number // len(lengths))
     numbers[: a.number % len(lengths)] += 1
     counts = dict(zip(lengths.tolist(), numbers.tolist(), strict=True))
@@ -153,7 +164,7 @@ def _summary(folder: str, manifest: dict) -> str:
 
 
 def _load(a: argparse.Namespace) -> tuple[Model, dict[str, Task], dict]:
-    config = RunFolder.open(a.out).config
+    config = open_run(a.out).config
     _, tasks = run_tasks(config)
     if a.task not in tasks:
         raise ValueError(f"unknown task {a.task!r}; this run has {', '.join(tasks)}.")
@@ -193,11 +204,16 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
     """What the arguments ask for. Raises ValueError where they do not fit together."""
     if a.number < 1:
         raise ValueError(f"--number is {a.number}; give at least 1.")
+    check_value("--seed", a.seed, Seed)
     if a.show is not None:
         return _show
     if a.out is None or a.task is None:
         raise ValueError("give --out RUN and --task, or --show DIR.")
     if a.dataset is not None:
+        if a.number > MOST_WRITTEN:
+            raise ValueError(
+                f"--number is {a.number}; at most {MOST_WRITTEN} chains go into a folder."
+            )
         if a.lengths is None:
             raise ValueError("--dataset needs --lengths, for example --lengths 1-25.")
         return _write
@@ -213,14 +229,17 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 for bad input."""
-    a = _parser().parse_args(arguments)
+    with lenient_output():
+        return _main(_parser().parse_args(arguments))
+
+
+def _main(a: argparse.Namespace) -> int:
     on_interrupt(interrupt_once)
     limit_threads()
     try:
         _mode(a)(a)
-    except (ValueError, RunFolderError, CheckpointError, DatasetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (*_REFUSED, OSError, MemoryError) as error:
+        return refused(error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues a folder of chains", file=sys.stderr)
         return 130

@@ -7,7 +7,8 @@ the caller's backend and open figures stay as they are.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,19 +56,26 @@ def plot_run(results: Mapping[str, Any], folder: str | os.PathLike) -> list[Path
     `results`: the content of results.json. Chains of models that were trained without any are left
     out. Returns the files. Raises ImportError without matplotlib.
     """
+    return [draw() for _, draw in pictures(results, folder)]
+
+
+def pictures(
+    results: Mapping[str, Any], folder: str | os.PathLike
+) -> Iterator[tuple[Path, Callable[[], Path]]]:
+    """The files of `plot_run`, each with what draws it."""
     folder = Path(folder)
-    files = [
-        plot_accuracy(results, metric, folder / f"accuracy_{metric}.png")
-        for metric in ("answer", "chain", "bit")
-        if _measured(results, metric)
-    ]
+    for metric in ("answer", "chain", "bit"):
+        if _measured(results, metric):
+            path = folder / f"accuracy_{metric}.png"
+            yield path, partial(plot_accuracy, results, metric, path)
     for task, by_length in results.get("hit_matrix", {}).items():
         for length, matrices in by_length.items():
             matrices = {m: rows for m, rows in matrices.items() if m not in ANSWER_ONLY}
             if not matrices:
                 continue
             title = f"{TASK_NAMES.get(task, task)} {length}: share of problems with the token right"
-            files.append(plot_hit_matrix(matrices, title, folder / f"hits_{task}_{length}.png"))
+            path = folder / f"hits_{task}_{length}.png"
+            yield path, partial(plot_hit_matrix, matrices, title, path)
     curves = {
         name: {
             "step": _counted_on([e["step"] for e in entries]),
@@ -77,8 +85,7 @@ def plot_run(results: Mapping[str, Any], folder: str | os.PathLike) -> list[Path
         if entries
     }
     if curves:
-        files.append(plot_losses(curves, folder / "losses.png"))
-    return files
+        yield folder / "losses.png", partial(plot_losses, curves, folder / "losses.png")
 
 
 def plot_accuracy(results: Mapping[str, Any], metric: str, path: str | os.PathLike) -> Path:
@@ -347,6 +354,8 @@ def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches. Raises ImportError that says what to install."""
+    # A notebook's backend may be unknown to this interpreter, and then matplotlib's import fails.
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -354,6 +363,9 @@ def new_figure(width: float, height: float) -> Figure:
         raise ImportError(
             "plots need matplotlib, which is not installed: pip install relay_fast[train]"
         ) from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -363,6 +375,6 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """Writes the figure as a PNG, atomically and into a folder that it makes; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     return path

@@ -70,8 +70,17 @@ class Context:
         return max(entry["test"][1], self.ranges[task][1] + len(entry["merge_beyond"]),
                    *entry["self_lengths"])  # fmt: skip
 
-    def new_model(self, kind: str, supervise: str = "chain"):
-        """A fresh model of the run's sizes, from the run's seed."""
+    def prove(self) -> None:
+        """Raises ValueError for lengths that a task has not, and for models that cannot be."""
+        for name, task in self.tasks.items():
+            entry = self.task_config(name)
+            for length in (self.ranges[name][0], *entry["self_lengths"], *entry["hit_matrix"]):
+                task.check_length(length)
+        for kind in ("looped", "autoregressive"):
+            self.model_config(kind)
+
+    def model_config(self, kind: str) -> ModelConfig:
+        """The sizes of the run's models of a kind, looped or autoregressive."""
         shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
@@ -82,12 +91,15 @@ class Context:
             for name, task in self.tasks.items()
         )
         pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
-        config = ModelConfig(
-            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16)
-        )
+        block = BlockConfig(causal=causal, **sizes)
+        return ModelConfig(block, self.vocabulary.size, max(bound, pad_to, 16))
+
+    def new_model(self, kind: str, supervise: str = "chain"):
+        """A fresh model of the run's sizes, from the run's seed."""
+        config = self.model_config(kind)
         torch.manual_seed(self.seed)
         options = {"impl": self.impl, "recompute": self.config["training"].get("recompute", "none")}
-        if causal:
+        if kind == "autoregressive":
             return AutoregressiveTransformer(config, **options).to(self.device)
         return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
 

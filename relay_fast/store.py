@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from relay_fast import __version__
 from relay_fast._numbers import plain_numbers
 from relay_fast.checkpoint import (
     CheckpointError,
@@ -77,13 +78,20 @@ def load_model(
             f"{path} holds no model that can be loaded by itself (its header names no kind); give "
             f"a file written by relay_fast.store.save_model."
         )
-    config = ModelConfig.from_dict(metadata["config"])
-    if kind == "looped":
-        model: Model = LoopedTransformer(config, supervise=metadata["supervise"], impl=impl)
-    else:
-        model = AutoregressiveTransformer(config, impl=impl)
+    try:
+        config = ModelConfig.from_dict(metadata["config"])
+        if kind == "looped":
+            model: Model = LoopedTransformer(config, supervise=metadata["supervise"], impl=impl)
+        else:
+            model = AutoregressiveTransformer(config, impl=impl)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{path} was written by another version of relay_fast, for a model that this one "
+            f"({__version__}) cannot build ({why}); use that version, or train it anew."
+        ) from error
     unpack_training_state(tensors, model, source=path)
-    return model.to(device).eval(), metadata["info"]
+    return model.to(device).eval(), metadata.get("info", {})
 
 
 def model_hash(model: Model) -> str:

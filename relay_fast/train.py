@@ -16,12 +16,17 @@ from typing import Any
 from relay_fast._errors import RunStopped
 from relay_fast._interrupts import interrupt_once, on_interrupt
 from relay_fast.checkpoint import CheckpointError
+from relay_fast.dispatch import select
 from relay_fast.display import Display
 from relay_fast.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.presets import load_preset, override, preset_names
+from relay_fast.presets.saved import refuse_foreign
+from relay_fast.presets.schema import RunConfig
 from relay_fast.runs import RunFolder, RunFolderError, versions
-from relay_fast.stages import NEEDS
+from relay_fast.settings import check, described_text
+from relay_fast.stages import NEEDS, Context
 from relay_fast.store import check_device
+from relay_fast.terminal import draw_all, lenient_output, refused
 
 
 def train(
@@ -43,8 +48,10 @@ def train(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
-    names = with_needs(stages or NEEDS)
+    names = with_needs(NEEDS if stages is None else stages)
     check_device(device)
+    prove(config, device, impl)
+    refuse_foreign(out)
     folder = RunFolder(out, config)
     call = _Call(folder, device)
 
@@ -71,6 +78,17 @@ def train(
     if report:
         _show(results, folder.path)
     return results
+
+
+def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") -> None:
+    """Raises ValueError, before anything is written, for a config whose tasks or models cannot be,
+    and for an implementation that the device has not."""
+    check(RunConfig, config)
+    try:
+        select(impl, device)
+    except RuntimeError as error:
+        raise ValueError(f"impl = {impl!r} cannot run on device {device!r}: {error}") from error
+    Context(Path(), config, device, impl).prove()
 
 
 class _Call:
@@ -104,21 +122,22 @@ class _Call:
 
 def _show(results: Mapping[str, Any], path: Path) -> None:
     """The table on the terminal, the plots into the folder."""
-    from relay_fast.plots import plot_run
+    from relay_fast.plots import pictures
     from relay_fast.report import print_report
 
     if results.get("accuracy"):
         print_report(results)
-        try:
-            for file in plot_run(results, path):
-                print(f"plot: {file}")
-        except ImportError as error:
-            print(f"{error}; the same command then draws them")
+        draw_all(pictures(results, path))
     print(f"results: {path / 'results.json'}   {results.get('seconds', {}).get('total', 0):.0f} s")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m relay_fast.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m relay_fast.train",
+        description=__doc__,
+        epilog=f"settings (--set KEY=VALUE), as in a preset:\n{described_text(RunConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())}")
     parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--tasks", help="comma-separated, default all of the preset")
@@ -140,21 +159,29 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0 (out of minutes too), 1 where training diverged or a worker died, 2 for bad
     input, 130 when interrupted."""
-    a = _parser().parse_args(arguments)
+    with lenient_output():
+        return _main(_parser().parse_args(arguments))
+
+
+def _names(text: str | None) -> list[str] | None:
+    """What a comma-separated option says; an empty text is one empty name, which is refused."""
+    return None if text is None else text.split(",")
+
+
+def _main(a: argparse.Namespace) -> int:
     on_interrupt(interrupt_once)
     try:
         config = override(
-            load_preset(a.preset), tasks=a.tasks.split(",") if a.tasks else None, steps=a.steps,
+            load_preset(a.preset), tasks=_names(a.tasks), steps=a.steps,
             batch_size=a.batch_size, eval_problems=a.eval_problems, seed=a.seed,
             scale=a.scale, values=a.values,
         )  # fmt: skip
-        stages = a.stages.split(",") if a.stages else None
+        stages = _names(a.stages)
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
         options["report"] = not a.no_report
         train(config, a.out, stages=stages, **options)
-    except (ValueError, RunFolderError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, RunFolderError, CheckpointError, OSError, MemoryError) as error:
+        return refused(error)
     except RunStopped as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

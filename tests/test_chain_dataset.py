@@ -370,6 +370,39 @@ def test_as_a_torch_dataset(folder):
     assert equal(pickle.loads(sent).take([5, 40, 1]), chains.take([5, 40, 1]))
 
 
+def test_default_collate_slices_and_indices(folder):
+    chains = ChainDataset(folder, only_passed=False)
+    loader = torch.utils.data.DataLoader(chains, batch_size=16)
+    batches = list(loader)
+    assert [type(batch) for batch in batches] == [Samples] * 3
+    assert equal(Samples.concat(batches), chains.take(slice(None)))
+    (whole,) = torch.utils.data.DataLoader(chains, batch_size=41, num_workers=1)
+    assert equal(whole, chains[:])
+    for part, rows in [
+        (chains[1:3], [1, 2]), (chains[-3:], [38, 39, 40]), (chains[5:1:-2], [5, 3]),
+        (chains[-41], [0]), (chains[np.int64(7)], [7]), (chains[np.int8(-2)], [39]),
+        (chains[torch.tensor(4)], [4]), (chains[3:3], []), (chains[39:99], [39, 40]),
+    ]:  # fmt: skip
+        assert equal(part, chains.take(np.array(rows, np.int64))) and len(part) == len(rows)
+    for index in (41, -42, np.int64(41)):
+        with pytest.raises(IndexError):
+            chains[index]
+    assert len(list(chains)) == 41  # a plain loop ends
+
+
+def test_a_manifest_of_another_version(own_folder):
+    path = own_folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in ("shards", "identity"):
+        path.write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
+        with pytest.raises(DatasetError, match=f"another version .* has no '{key}'; use that"):
+            read_manifest(own_folder)
+    del manifest["identity"]["verify"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match="another version .* has no 'verify'"):
+        ChainDataset(own_folder)
+
+
 def test_the_manifest_is_plain_json(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     identity = manifest["identity"]

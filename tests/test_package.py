@@ -44,16 +44,30 @@ def test_import_takes_less_than_3_s():
 def test_import_touches_neither_triton_nor_numba_nor_cuda():
     code = """
 import sys, relay_fast, relay_fast.kernels
-print(sorted({"triton", "numba", "matplotlib"} & set(sys.modules)))
+print(sorted({"triton", "numba", "matplotlib", "pydantic", "rich"} & set(sys.modules)))
 import torch
 print(torch.cuda.is_initialized())
 """
     assert run_python(code, ROOT) == "[]\nFalse"
 
 
+def test_a_block_needs_no_pydantic(tmp_path):
+    """Nor is it imported by compiled code, a task or a model of one."""
+    code = """
+import sys, torch
+sys.modules["pydantic"] = None  # importing it is an error
+import relay_fast, relay_fast.functional, relay_fast.engine, relay_fast.tasks
+from relay_fast.config import BlockConfig, ModelConfig
+block = relay_fast.LoopedBlock(16, 2, 1)
+model = relay_fast.LoopedTransformer(ModelConfig(BlockConfig(16, 2, 1), 64))
+print(block(torch.zeros(1, 3, 16), 2).shape == (1, 3, 16))
+"""
+    assert run_python(code, tmp_path, pythonpath=ROOT) == "True"
+
+
 def test_bare_checkout_from_another_folder(tmp_path):
-    code = "import relay_fast, relay_fast.kernels as k; print(relay_fast.__file__, k.__file__)"
-    relay_fast, kernels = run_python(code, tmp_path, pythonpath=ROOT).split()
+    code = "import relay_fast, relay_fast.kernels as k\nfor m in relay_fast, k: print(m.__file__)"
+    relay_fast, kernels = run_python(code, tmp_path, pythonpath=ROOT).splitlines()
     assert Path(relay_fast) == ROOT / "relay_fast" / "__init__.py"
     assert Path(kernels) == ROOT / "kernels" / "__init__.py"
 
@@ -135,6 +149,43 @@ def test_public_names():
     assert not missing
     with pytest.raises(AttributeError, match="'relay_fast' has no attribute 'nothing'"):
         relay_fast.nothing  # noqa: B018
+
+
+def test_an_editable_install_works_in_the_folder_that_holds_the_clone(tmp_path):
+    """Python takes the clone, a folder called relay_fast without __init__.py, for a namespace
+    package unless sys.path leads to the real one."""
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pip")
+    clone, venv = tmp_path / "a b" / "relay_fast", tmp_path / "venv"
+    for folder in ("relay_fast", "kernels"):
+        shutil.copytree(ROOT / folder, clone / folder, ignore=lambda *_: ["__pycache__"])
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    (site,) = (venv / "lib").glob("python*/site-packages")
+    # The other packages come from the environment of the tests, but not relay_fast.
+    others = [path for path in sys.path if path.endswith("-packages")]
+    (site / "zz_others.pth").write_text("\n".join(others))
+    python = [str(venv / "bin" / "python")]
+    install = [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q"]
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([*install, "--disable-pip-version-check", "-e", str(clone)], **options)
+    assert done.returncode == 0, done.stderr
+    code = """
+import importlib.util, relay_fast, relay_fast.kernels as k
+print(relay_fast.__version__)
+for file in relay_fast.__file__, k.__file__, importlib.util.find_spec("relay_fast.tasks").origin:
+    print(file)
+"""
+    options |= {"env": {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}}
+    for cwd in (clone.parent, clone, tmp_path):
+        done = subprocess.run([*python, "-c", code], cwd=cwd, **options)
+        assert done.returncode == 0, (cwd, done.stderr)
+        _, *files = done.stdout.splitlines()
+        folders = [Path(file).parent.relative_to(clone) for file in files]
+        assert folders == [Path("relay_fast"), Path("kernels"), Path("relay_fast/tasks")]
+    command = [*python, "-m", "relay_fast.recipes", "list"]
+    assert subprocess.run(command, cwd=clone.parent, **options).returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -4,13 +4,14 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pydantic import Field
 from torch import nn
 
 import relay_fast.recipes.__main__ as command
@@ -20,14 +21,15 @@ from relay_fast.display import Display
 from relay_fast.optim import OPTIMIZERS, make_optimizer, set_factor
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
 from relay_fast.runs import RunFolder
+from relay_fast.settings import described, settings, with_changes
 
 TRAINING = Training(steps=8, batch_size=4, lr=0.1)
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
     training: Training = TRAINING
-    width: int = 3
+    width: int = Field(3, description="of the model")
     scale: float = 1.0
     sizes: tuple[int, ...] = (1, 2)
 
@@ -140,10 +142,10 @@ def test_finished_training_is_read_back(tmp_path) -> None:
         ({"lr": float("nan")}, "lr = nan: give a positive number"),
         ({"muon_lr": 0.0}, "muon_lr = 0.0: give a positive number"),
         ({"clip": -1.0}, "clip = -1.0: give a positive number"),
-        ({"weight_decay": -1.0}, "weight_decay = -1.0: give at least 0"),
-        ({"warmup": 7.0}, "warmup = 7.0: give a share of the steps, 0 to 1"),
-        ({"betas": (0.9,)}, r"betas = \(0.9,\): give two numbers of at least 0, less than 1"),
-        ({"betas": (0.9, 1.0)}, r"betas = \(0.9, 1.0\): give two numbers"),
+        ({"weight_decay": -1.0}, "weight_decay = -1.0: give a number of at least 0"),
+        ({"warmup": 7.0}, "warmup = 7.0: give 0 to 1"),
+        ({"betas": (0.9,)}, r"betas = \[0.9\]: give two numbers, like"),
+        ({"betas": (0.9, 1.0)}, r"betas = \[0.9, 1.0\]: give at least 0 and less than 1"),
         ({"ema": 2.0}, "ema = 2.0: give at least 0 and less than 1"),
         ({"decay": "cosin"}, "decay = 'cosin' is unknown: use one of linear, cosine"),
         ({"optimizer": "adam"}, "optimizer = 'adam' is unknown: use one of adamw, adafactor"),
@@ -216,26 +218,26 @@ def test_an_interruption_is_continued(toy, tmp_path, monkeypatch, capsys) -> Non
             ["toy", "--preset", "gpu"],
             "preset 'gpu' of recipe toy is unknown: use one of cpu, paper",
         ),
-        (["toy", "--seed", "-1"], "seed = -1: give at least 0"),
+        (["toy", "--seed", "-1"], "seed = -1: give at least 0 and less than 2^63"),
         (["toy", "--steps", "0"], "steps = 0: give at least 1"),
         (["toy", "--device", "abacus"], "device 'abacus' is unknown: use cpu or cuda"),
-        (["toy", "--set", "widht=3"], "setting 'widht' is unknown: use one of training, width"),
-        (["toy", "--set", "width"], "'width' changes nothing: write NAME=VALUE"),
-        (["toy", "--set", "width=wide"], "setting width = wide: give a whole number, like 3"),
-        (["toy", "--set", "sizes=1"], "setting sizes = 1: give a list, like [1, 2]"),
-        (["toy", "--set", 'sizes=[1, "a"]'], 'setting sizes = "a": give a whole number, like 1'),
-        (["toy", "--set", "training.steps=null"], "setting steps = null: give a whole number, li"),
-        (["toy", "--set", "training.lr=null"], "setting lr = null: give a number, like 0.1"),
-        (["toy", "--set", "training.lr=NaN"], "setting lr = NaN: give a number, like 0.1"),
-        (["toy", "--set", "training.clip=hard"], "setting clip = hard: give a number, or null"),
-        (["toy", "--set", "training.betas=[0.9]"], "setting betas = [0.9]: give 2 values, like"),
+        (["toy", "--set", "widht=3"], "setting widht is unknown: the nearest is width"),
+        (["toy", "--set", "width"], "'width' sets nothing: write KEY=VALUE, like training"),
+        (["toy", "--set", "width=wide"], "width = 'wide': give a whole number"),
+        (["toy", "--set", "sizes=1"], "sizes = 1: give a list"),
+        (["toy", "--set", 'sizes=[1, "a"]'], "sizes = [1, 'a']: give a whole number"),
+        (["toy", "--set", "training.steps=null"], "training.steps = None: give a whole number"),
+        (["toy", "--set", "training.lr=null"], "training.lr = None: give a positive number"),
+        (["toy", "--set", "training.lr=NaN"], "training.lr = nan: give a positive number"),
+        (["toy", "--set", "training.clip=hard"], "training.clip = 'hard': give a positive number"),
+        (["toy", "--set", "training.betas=[0.9]"], "training.betas = [0.9]: give two numbers"),
         (
             ["toy", "--set", "training.betas=[0, null]"],
-            "setting betas = null: give a number, like",
+            "training.betas = [0, None]: give a number, at least 0 and less than",
         ),
-        (["toy", "--set", "training.clip=-1"], "clip = -1.0: give a positive number"),
-        (["toy", "--set", "training=1"], "setting 'training' has parts: use one of training.steps"),
-        (["toy", "--set", "width.x=1"], "setting 'width' has no part 'x': write width=VALUE"),
+        (["toy", "--set", "training.clip=-1"], "training.clip = -1: give a positive number"),
+        (["toy", "--set", "training=1"], "training is a table: set one of its keys, like trai"),
+        (["toy", "--set", "width.x=1"], "'width.x=1': width has no parts: write it without a dot"),
     ],
 )
 def test_bad_input_is_one_sentence(toy, tmp_path, capsys, arguments, message) -> None:
@@ -246,36 +248,36 @@ def test_bad_input_is_one_sentence(toy, tmp_path, capsys, arguments, message) ->
 
 
 def test_changes_keep_the_kind_of_a_setting() -> None:
-    s = command.changed(Settings(), ["scale=2"])
+    s = with_changes(Settings(), ["scale=2"])
     assert s.scale == 2.0 and type(s.scale) is float
-    assert command.changed(s, ["sizes=[4,5]"]).sizes == (4, 5)
-    assert command.changed(s, ["sizes=[]"]).sizes == ()
+    assert with_changes(s, ["sizes=[4,5]"]).sizes == (4, 5)
+    assert with_changes(s, ["sizes=[]"]).sizes == ()
 
 
 @pytest.mark.parametrize("name", ["p_hop", "addition", "i_gsm"])
 def test_recipes_need_a_model(name) -> None:
     with pytest.raises(ValueError, match=r"models = \[\]: give at least one, like 1x4"):
-        command.changed(recipes.load_recipe(name).PRESETS["cpu"], ["models=[]"])
+        with_changes(recipes.load_recipe(name).PRESETS["cpu"], ["models=[]"])
     assert recipes.load_recipe("stacking").PRESETS["cpu"].models == ()  # it builds on p_hop
 
 
 def test_changes_are_checked_together() -> None:
     muon = replace(Settings(), training=replace(TRAINING, muon_lr=0.1))
     changes = ["training.optimizer=adafactor", "width=4", "training.muon_lr=null"]
-    t = command.changed(muon, changes).training
+    t = with_changes(muon, changes).training
     assert (t.optimizer, t.muon_lr) == ("adafactor", None)
     with pytest.raises(ValueError, match="muon_lr = 0.1 goes with optimizer = 'adamw'"):
-        command.changed(muon, changes[:2])
+        with_changes(muon, changes[:2])
 
 
 def test_a_recipe_without_training_takes_no_steps(toy, tmp_path, monkeypatch, capsys) -> None:
-    @dataclass(frozen=True)
+    @settings
     class Draws:
         draws: int = 1
 
     monkeypatch.setattr(TOY, "PRESETS", {"cpu": Draws()})
     assert command.main(["toy", "--steps", "2", "--out", str(tmp_path)]) == 2
-    assert "setting 'training' is unknown: use one of draws" in capsys.readouterr().err
+    assert "setting training is unknown: the nearest is draws" in capsys.readouterr().err
 
 
 def test_no_matplotlib_is_no_failure(toy, tmp_path, monkeypatch, capsys) -> None:
@@ -306,6 +308,10 @@ def test_help_shows_what_a_recipe_is(capsys) -> None:
     assert "--preset" in shown and recipes.load_recipe("p_hop").__doc__ in shown
     assert re.search(r"training\.steps +700 +200000\n", shown)
     assert re.search(r"target +\"every\" +\"last\"\n", shown)
+    assert re.search(r"  hops +list +the p that occur\n", shown)
+    for name in recipes.RECIPES:
+        rows = list(described(type(recipes.load_recipe(name).PRESETS["cpu"])))
+        assert rows and all(row.meaning for row in rows), name
     assert command.main(["--help"]) == 0 and "p-hop" not in capsys.readouterr().out
     assert command.main([]) == 2
 

@@ -90,8 +90,8 @@ def test_the_papers_sizes() -> None:
     ("options", "message"),
     [
         ({"digits": 0}, "digits = 0: give 1 to 9"),
-        ({"counts": ()}, "counts = (): give some numbers of at least 1"),
-        ({"test_counts": (2, 0)}, "test_counts = (2, 0): give some numbers of at least 1"),
+        ({"counts": ()}, "counts = []: give at least one number"),
+        ({"test_counts": (2, 0)}, "test_counts = [2, 0]: give at least 1"),
         ({"problems": 0}, "problems = 0: give at least 1"),
         ({"models": ("4",)}, "model '4' is unknown: write layers x loops like 1x4"),
     ],

@@ -57,8 +57,8 @@ def test_errors_are_those_of_weights_from_zero() -> None:
     ("options", "message"),
     [
         ({"ratios": (2.0, 0.5)}, "n/d = 0.5: XᵀX of fewer points than dimensions is singular"),
-        ({"shown": (101,)}, "steps between 1 and the loops"),
-        ({"draws": 0}, "give at least 1 draw"),
+        ({"shown": (101,)}, "give steps up to loops = 100"),
+        ({"draws": 0}, "draws = 0: give at least 1"),
     ],
 )
 def test_bad_settings(options, message) -> None:

@@ -172,13 +172,13 @@ def test_the_papers_sizes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variables": (1,)}, "variables = (1,): give some numbers of at least 2"),
-        ({"variables": ()}, "variables = (): give some numbers of at least 2"),
+        ({"variables": (1,)}, "variables = [1]: give at least 2"),
+        ({"variables": ()}, "variables = []: give at least 1 of them"),
         ({"factor": 7}, "factor = 7: give 1 to 6"),
         ({"curriculum": 2.0}, "curriculum = 2.0: give 0 to 1"),
         ({"parents": 0}, "parents = 0: give at least 1"),
-        ({"asked": "first"}, "asked = 'first' is unknown: use one of ('last', 'every')"),
-        ({"names": "long"}, "names = 'long' is unknown: use one of ('letters', 'whole')"),
+        ({"asked": "first"}, "asked = 'first' is unknown: use one of last, every"),
+        ({"names": "long"}, "names = 'long' is unknown: use one of letters, whole"),
         ({"width": 7}, "width = 7: give 1 to 6, there are 26 letters"),
         ({"width": 1}, "5 variables do not fit into 4 levels of 1 entities, which have 3 edges"),
         ({"problems": 0}, "problems = 0: give at least 1"),

@@ -167,8 +167,8 @@ def test_the_papers_sizes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda: replace(CPU, tasks=("sum",)), "task 'sum' is unknown: use some of parity, copy"),
-        (lambda: replace(CPU.parity, longest=0), "lengths and grow_every must be at least 1"),
+        (lambda: replace(CPU, tasks=("sum",)), "tasks = ['sum'] is unknown: use some of parity"),
+        (lambda: replace(CPU.parity, longest=0), "longest = 0: give at least 1"),
     ],
 )
 def test_bad_settings(change, message) -> None:

@@ -130,10 +130,10 @@ def test_more_loops_help_with_many_examples_and_diverge_with_few(tmp_path) -> No
 
 def test_bad_settings() -> None:
     for options, message in [
-        ({"forms": ("full",)}, "form 'full' is unknown: use some of restricted, general"),
-        ({"examples": (0,)}, r"examples = \(0,\): give numbers of at least 1"),
+        ({"forms": ("full",)}, r"forms = \['full'\] is unknown: use some of restricted, general"),
+        ({"examples": (0,)}, r"examples = \[0\]: give at least 1"),
         ({"deviations": (1.0,)}, r"deviations = \(1.0,\): give 10 positive numbers, or none"),
-        ({"loops": ()}, r"loops = \(\): give numbers of at least 1"),
+        ({"loops": ()}, r"loops = \[\]: give at least one number"),
     ]:
         with pytest.raises(ValueError, match=message):
             Settings(PRESETS["cpu"].training, **options)

@@ -112,8 +112,8 @@ def test_the_paper_preset(tmp_path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"context": 0}, "context must be at least 1"),
-        ({"test_loops": (0,)}, "a number of loops must be at least 1"),
+        ({"context": 0}, "context = 0: give at least 1"),
+        ({"test_loops": (0,)}, r"test_loops = \[0\]: give at least 1"),
     ],
 )
 def test_bad_input(change, message) -> None:

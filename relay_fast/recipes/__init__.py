@@ -2,9 +2,11 @@
 
 A recipe is a module of this folder with
 
-- `PRESETS`: dict of frozen dataclasses of numbers, "cpu" and "paper" (the paper's exact sizes); one
-  that trains holds a `relay_fast.recipes._common.Training` called `training`;
+- `PRESETS`: dict of settings (`relay_fast.settings.settings`: each field has its range and
+  meaning), "cpu" and "paper" (the paper's exact sizes); one that trains holds a
+  `relay_fast.recipes._common.Training` called `training`;
 - `PUBLISHED`: the paper's numbers as printed, only those known;
+- `prove(settings)`, if settings can be wrong in a way that only a look at files shows: ValueError;
 - `run(settings, folder, *, seed, device, display)`: the results, JSON-able; continues in `folder`;
 - `rows(results)`: (header, rows) of the table, measured beside published;
 - `plot(results, path)`: a PNG.

@@ -8,18 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from relay_fast.recipes import RECIPES, load_recipe
-
-_KINDS = {
-    int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list"
-}  # fmt: skip
+from relay_fast.terminal import draw_all, lenient_output, refused
 
 
 def run_recipe(
@@ -33,22 +29,27 @@ def run_recipe(
 ) -> dict[str, Any]:
     """Runs a recipe in the run folder `out`, or continues it there; returns results.json's content.
 
-    changes: texts like "training.steps=20" that put other numbers into the preset's settings.
+    changes: texts like "training.steps=20" that put other values into the preset's settings (see
+    `relay_fast.settings.changed`).
     Raises RunFolderError, ValueError, CheckpointError, Diverged with one clear sentence.
     """
     from relay_fast._errors import Diverged
     from relay_fast.display import Display
+    from relay_fast.presets.saved import refuse_foreign
     from relay_fast.runs import RunFolder, versions
+    from relay_fast.settings import Seed, check_value, with_changes
     from relay_fast.store import check_device
 
     recipe = load_recipe(name)
     if preset not in recipe.PRESETS:
         known = ", ".join(recipe.PRESETS)
         raise ValueError(f"preset {preset!r} of recipe {name} is unknown: use one of {known}")
-    if seed < 0:
-        raise ValueError(f"seed = {seed}: give at least 0")
+    check_value("seed", seed, Seed)
     check_device(device)
-    settings = changed(recipe.PRESETS[preset], changes)
+    settings = with_changes(recipe.PRESETS[preset], changes)
+    if hasattr(recipe, "prove"):
+        recipe.prove(settings)
+    refuse_foreign(out, recipe=True)
     config = {
         "recipe": name, "preset": preset, "seed": seed, "settings": dataclasses.asdict(settings)
     }  # fmt: skip
@@ -68,69 +69,6 @@ def run_recipe(
             folder.update_results({"seconds": seconds})
         folder.mark_done(name)
     return folder.results()
-
-
-def changed(settings: Any, changes: Sequence[str]) -> Any:
-    """The dataclass `settings` with the `changes`, "name=value" or "part.name=value", put in.
-
-    A value is JSON of the kind that its field is annotated with; the settings are checked once all
-    are in. Raises ValueError for anything else.
-    """
-    hints = get_type_hints(type(settings))
-    values: dict[str, Any] = {}
-    parts: dict[str, list[str]] = {}
-    for change in changes:
-        path, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"{change!r} changes nothing: write NAME=VALUE")
-        name, _, rest = path.partition(".")
-        known = [field.name for field in dataclasses.fields(settings)]
-        if name not in known:
-            raise ValueError(f"setting {name!r} is unknown: use one of {', '.join(known)}")
-        old = getattr(settings, name)
-        if not dataclasses.is_dataclass(old):
-            if rest:
-                raise ValueError(f"setting {name!r} has no part {rest!r}: write {name}=VALUE")
-            values[name] = _value(path, text, hints[name], old)
-        elif rest:
-            parts.setdefault(name, []).append(f"{rest}={text}")
-        else:
-            names = ", ".join(f"{name}.{field.name}" for field in dataclasses.fields(old))
-            raise ValueError(f"setting {name!r} has parts: use one of {names}")
-    for name, inner in parts.items():
-        values[name] = changed(getattr(settings, name), inner)
-    return dataclasses.replace(settings, **values)
-
-
-def _value(name: str, text: str, hint: Any, old: Any) -> Any:
-    """The JSON `text` as what `hint` annotates; `old` is an example."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    optional = type(None) in get_args(hint)
-    if optional:
-        hint = next(part for part in get_args(hint) if part is not type(None))
-        if value is None:
-            return None
-    kind = get_origin(hint) or hint
-    like = ", or null" if optional else ""
-    like += "" if old is None or old == () else f", like {json.dumps(old)}"
-    if kind is tuple and isinstance(value, list):
-        parts = get_args(hint)
-        if parts[-1] is ...:
-            parts = parts[:1] * len(value)
-        if len(parts) != len(value):
-            raise ValueError(f"setting {name} = {text}: give {len(parts)} values{like}")
-        example = old[0] if old else None
-        return tuple(
-            _value(name, json.dumps(x), part, example) for x, part in zip(value, parts, strict=True)
-        )
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"setting {name} = {text}: give {_KINDS[kind]}{like}")
-    return value
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -159,20 +97,22 @@ def _show(name: str, results: dict[str, Any], folder: Path) -> None:
     recipe = load_recipe(name)
     print(f"\n{name}: {RECIPES[name]}")
     print(table_text(*recipe.rows(results["results"])))
-    try:
-        recipe.plot(results["results"], folder / "plot.png")
-        print(f"plot: {folder / 'plot.png'}")
-    except ImportError as error:
-        print(f"no plot: {error}", file=sys.stderr)
+    path = folder / "plot.png"
+    draw_all([(path, lambda: recipe.plot(results["results"], path))])
     print(f"results: {folder / 'results.json'}   {results['seconds']:.0f} s")
 
 
 def help_text(name: str) -> str:
-    """What a recipe is, and its settings in each preset. Raises ValueError for an unknown one."""
+    """What a recipe is, its settings in each preset and what they mean. Raises ValueError for an
+    unknown one."""
+    from relay_fast.settings import described_text
+
     recipe = load_recipe(name)
     presets = [_flat(dataclasses.asdict(preset)) for preset in recipe.PRESETS.values()]
     lines = [[key, *(json.dumps(preset[key]) for preset in presets)] for key in presets[0]]
-    return f"{recipe.__doc__}\n{table_text(['setting (--set)', *recipe.PRESETS], lines)}"
+    table = table_text(["setting (--set)", *recipe.PRESETS], lines)
+    meanings = described_text(type(next(iter(recipe.PRESETS.values()))))
+    return f"{recipe.__doc__}\n{table}\n\nwhat the settings mean\n{meanings}"
 
 
 def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
@@ -206,8 +146,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 where training diverged, 2 for bad input, 130 when interrupted."""
-    parser = _parser()
-    a = parser.parse_args(arguments)
+    with lenient_output():
+        parser = _parser()
+        return _main(parser, parser.parse_args(arguments))
+
+
+def _main(parser: argparse.ArgumentParser, a: argparse.Namespace) -> int:
     if a.name == "list":
         width = max(map(len, RECIPES), default=0)
         print("\n".join(f"{name:{width}s}  {summary}" for name, summary in RECIPES.items()))
@@ -219,8 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             text = help_text(a.name)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return refused(error)
         parser.print_help()
         print(f"\n{a.name}: {text}")
         return 0
@@ -238,9 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = run_recipe(
             a.name, out, preset=a.preset, changes=changes, seed=a.seed, device=a.device
         )
-    except (ValueError, RunFolderError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, RunFolderError, CheckpointError, OSError, MemoryError) as error:
+        return refused(error)
     except RunStopped as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

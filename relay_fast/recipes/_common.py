@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from relay_fast.config import BlockConfig
 from relay_fast.data import Step
 from relay_fast.display import Display
+from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.modules import Losses
-from relay_fast.optim import check_optimizer
+from relay_fast.optim import OPTIMIZERS, check_optimizer
 from relay_fast.plots import new_figure, save_figure
+from relay_fast.recipes._models import parse_shape
 from relay_fast.runs import RunFolder
-from relay_fast.schedule import DECAYS, Schedule
+from relay_fast.schedule import Schedule
+from relay_fast.settings import (
+    BatchSize,
+    BetaPair,
+    Clip,
+    Count,
+    DecayKind,
+    Ema,
+    LearningRate,
+    MuonRate,
+    Steps,
+    Warmup,
+    WeightDecay,
+    settings,
+)
 from relay_fast.trainer import BeforeStep, Trained, train_model
 
 # A batch: arrays become tensors on the device, lists (such as cu_seqlens) stay on the host.
@@ -28,42 +46,47 @@ Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray | list]]
 Loss = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-@dataclass(frozen=True)
+@settings
 class Training:
     """The numbers of one training; `relay_fast.optim` and `relay_fast.schedule` explain them."""
 
-    steps: int
-    batch_size: int
-    lr: float
-    optimizer: str = "adamw"
-    warmup: float = 0.01
-    decay: str = "cosine"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    muon_lr: float | None = None
-    clip: float | None = None
-    ema: float | None = None
+    steps: Steps
+    batch_size: BatchSize
+    lr: LearningRate
+    optimizer: Literal[*OPTIMIZERS] = Field("adamw", description="the optimiser")
+    warmup: Warmup = 0.01
+    decay: DecayKind = "cosine"
+    weight_decay: WeightDecay = 0.0
+    betas: BetaPair = (0.9, 0.95)
+    muon_lr: MuonRate | None = None
+    clip: Clip | None = None
+    ema: Ema | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
-        for name in ("lr", "muon_lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} = {value}: give a positive number")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay = {self.weight_decay}: give at least 0")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup = {self.warmup}: give a share of the steps, 0 to 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas = {self.betas}: give two numbers of at least 0, less than 1")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema = {self.ema}: give at least 0 and less than 1")
-        if self.decay not in DECAYS:
-            known = ", ".join(DECAYS)
-            raise ValueError(f"decay = {self.decay!r} is unknown: use one of {known}")
         check_optimizer(self.optimizer, self.muon_lr)
+
+
+# The sizes of a recipe's models.
+Width = Annotated[Count, Field(description="width of the states")]
+Heads = Annotated[Count, Field(description="heads of the attention")]
+Activation = Annotated[Literal[*ACTIVATIONS], Field(description="of the MLP")]
+Problems = Annotated[Count, Field(description="problems of each test")]
+Shapes = Annotated[
+    tuple[str, ...],
+    Field(description="layers x loops of the models, 1x4, or with independent ends, 1+1x2+1"),
+]
+
+
+def check_models(models: Sequence[str], d_model: int, n_heads: int, **options) -> None:
+    """Raises ValueError where there is none, or one cannot be built.
+
+    models: as `relay_fast.recipes._models.parse_shape` reads them. options: of `BlockConfig`.
+    """
+    if not models:
+        raise ValueError("models = []: give at least one, like 1x4")
+    for name in models:
+        parse_shape(name)
+    BlockConfig(d_model, n_heads, 1, **options)
 
 
 def train(

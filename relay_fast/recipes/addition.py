@@ -14,20 +14,28 @@ GPU.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from relay_fast._inference import inference
 from relay_fast.display import Display
 from relay_fast.looped_classifier import LoopedClassifier
-from relay_fast.recipes._common import Training
+from relay_fast.recipes._common import (
+    Activation,
+    Heads,
+    Problems,
+    Shapes,
+    Training,
+    Width,
+    check_models,
+)
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
-from relay_fast.recipes._models import parse_shape
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Counts, says, settings
 
 PLUS, EQUALS, END, VOCABULARY_SIZE = 10, 11, 12, 13
 _TEST = 2**32  # stream of the test problems; training counts its steps from 0
@@ -44,33 +52,22 @@ PUBLISHED: dict[str, dict[int, float]] = {
 }
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
-    """counts, test_counts: the numbers of operands n in training and in the test. problems: of the
-    test, for each n."""
-
     training: Training
-    models: tuple[str, ...] = ("1x1", "1x4", "4x1", "1+1x2+1")
-    digits: int = 2
-    counts: tuple[int, ...] = (2, 3, 4)
-    test_counts: tuple[int, ...] = (2, 3, 4)
-    d_model: int = 64
-    n_heads: int = 4
-    activation: str = "relu2"
-    problems: int = 1000
+    models: Shapes = ("1x1", "1x4", "4x1", "1+1x2+1")
+    digits: Annotated[int, Field(ge=1, le=9), says("1 to 9")] = Field(
+        2, description="of an operand"
+    )
+    counts: Counts = Field((2, 3, 4), description="numbers of operands in training")
+    test_counts: Counts = Field((2, 3, 4), description="numbers of operands in the test")
+    d_model: Width = 64
+    n_heads: Heads = 4
+    activation: Activation = "relu2"
+    problems: Problems = 1000
 
     def __post_init__(self) -> None:
-        if not 1 <= self.digits <= 9:
-            raise ValueError(f"digits = {self.digits}: give 1 to 9")
-        for name in ("counts", "test_counts"):
-            if min(getattr(self, name), default=0) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give some numbers of at least 1")
-        if self.problems < 1:
-            raise ValueError(f"problems = {self.problems}: give at least 1")
-        if not self.models:
-            raise ValueError("models = []: give at least one, like 1x4")
-        for name in self.models:
-            parse_shape(name)
+        check_models(self.models, self.d_model, self.n_heads)
 
 
 PRESETS = {

@@ -20,12 +20,13 @@ n = 20, and our training.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from relay_fast.display import Display
@@ -38,35 +39,33 @@ from relay_fast.recipes._regression import (
 )
 from relay_fast.recipes._thoughts import STARTS, ThoughtLayer
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Count, Counts, Positive, settings
 
 PUBLISHED: dict[str, Any] = {}  # the paper plots its losses
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
-    """thoughts: steps of the trained chain. rollout: the longest chain that is evaluated, in
-    trained chains. other_deviations: of x's coordinates in the second evaluation. loops: of the
-    looped variants, loop_lr: their learning rate, and that of one layer without a chain. prompts:
-    of the evaluation of a chain; the others get 20 times as many."""
-
     training: Training
-    dimension: int = 10
-    examples: int = 20
-    thoughts: int = 20
-    rate: float = 0.4
-    start: str = "random"
-    loops: tuple[int, ...] = (2, 5)
-    loop_lr: float = 0.02
-    rollout: int = 5
-    other_deviations: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.1, 1.1, 1.2)
-    prompts: int = 2_000
+    dimension: Count = Field(10, description="coordinates of x")
+    examples: Count = Field(20, description="points of a prompt")
+    thoughts: Count = Field(20, description="steps of the trained chain")
+    rate: Positive = Field(0.4, description="learning rate of the gradient descent in the chain")
+    start: Literal[*STARTS] = Field("random", description="weights at the start")
+    loops: Counts = Field((2, 5), description="of the looped variants")
+    loop_lr: Positive = Field(
+        0.02, description="their learning rate, and that of one layer without a chain"
+    )
+    rollout: Count = Field(5, description="the longest chain evaluated, in trained chains")
+    other_deviations: tuple[Positive, ...] = Field(
+        (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.1, 1.1, 1.2),
+        description="of x's coordinates in the second evaluation",
+    )
+    prompts: Count = Field(
+        2_000, description="of the evaluation of a chain; the others get 20 times as many"
+    )
 
     def __post_init__(self) -> None:
-        if self.start not in STARTS:
-            raise ValueError(f"start = {self.start!r} is unknown: use one of {', '.join(STARTS)}")
-        for name in ("dimension", "examples", "thoughts", "rollout", "prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
         check_deviations(self.other_deviations, self.dimension)
 
 

@@ -15,31 +15,33 @@ thoughts, so that they keep their relative precision down to 1e-300.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from relay_fast.display import Display
 from relay_fast.recipes._common import Panel, draw_panels
 from relay_fast.recipes._regression import draw_covariances
 from relay_fast.recipes._thoughts import ThoughtLayer
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Count, Counts, Positive, settings
 
 PUBLISHED: dict[str, Any] = {}  # no number of the paper is known to us
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
-    """ratios: of points to dimensions, n/d. shown: the steps of the table."""
-
-    dimension: int = 16
-    ratios: tuple[float, ...] = (1.2, 1.5, 2.0, 4.0, 8.0, 16.0)
-    loops: int = 100
-    shown: tuple[int, ...] = (10, 100)
-    draws: int = 500
+    dimension: Count = Field(16, description="coordinates of a point, d")
+    ratios: tuple[Positive, ...] = Field(
+        (1.2, 1.5, 2.0, 4.0, 8.0, 16.0), description="of points to dimensions, n/d"
+    )
+    loops: Count = Field(100, description="steps of the descent, T")
+    shown: Counts = Field((10, 100), description="the steps of the table")
+    draws: Count = Field(500, description="problems of each ratio")
 
     def __post_init__(self) -> None:
         for ratio in self.ratios:
@@ -48,10 +50,9 @@ class Settings:
                     f"n/d = {ratio}: XᵀX of fewer points than dimensions is singular and its "
                     "condition number infinite; take ratios of at least 1"
                 )
-        if self.draws < 1 or min(self.shown, default=0) < 1 or max(self.shown) > self.loops:
+        if max(self.shown) > self.loops:
             raise ValueError(
-                f"shown = {self.shown}, loops = {self.loops}, draws = {self.draws}: give at least "
-                "1 draw, and steps between 1 and the loops"
+                f"shown = {list(self.shown)}: give steps up to loops = {self.loops}"
             )
 
 

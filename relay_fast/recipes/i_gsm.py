@@ -25,20 +25,27 @@ The paper trains with Adafactor, the cpu preset with AdamW and Muon.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from relay_fast._inference import inference
 from relay_fast.display import Display
 from relay_fast.looped_classifier import LoopedClassifier
-from relay_fast.recipes._common import Training
+from relay_fast.recipes._common import (
+    Activation,
+    Heads,
+    Shapes,
+    Training,
+    Width,
+    check_models,
+)
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
-from relay_fast.recipes._models import parse_shape
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Count, Share, says, settings
 
 LEVELS, MODULUS = 4, 7
 ASKED, NAMES = ("last", "every"), ("letters", "whole")
@@ -54,50 +61,37 @@ PUBLISHED: dict[str, float] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
-    """variables: how many a problem has, each number as often as the others. width: entities of a
-    level. parents: of a variable, at most. factor: the largest, 1 for none. curriculum: share of
-    the training until all formulas are in. problems: of the test."""
-
     training: Training
-    models: tuple[str, ...] = ("1x1", "1x2", "1x4", "4x1")
-    variables: tuple[int, ...] = (5,)
-    width: int = 2
-    parents: int = 2
-    factor: int = 1
-    asked: str = "every"
-    names: str = "whole"
-    curriculum: float = 0.4
-    d_model: int = 64
-    n_heads: int = 4
-    activation: str = "relu2"
-    problems: int = 1000
+    models: Shapes = ("1x1", "1x2", "1x4", "4x1")
+    variables: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)] = Field(
+        (5,), description="how many a problem has, each number as often as the others"
+    )
+    width: Annotated[
+        int,
+        Field(ge=1, le=len(SYMBOLS[LETTERS:]) // LEVELS),
+        says("1 to 6, there are 26 letters"),
+    ] = Field(2, description="entities of a level")
+    parents: Count = Field(2, description="of a variable, at most")
+    factor: Annotated[int, Field(ge=1, lt=MODULUS), says(f"1 to {MODULUS - 1}")] = Field(
+        1, description="the largest, 1 for none"
+    )
+    asked: Literal[*ASKED] = Field("every", description="the variables that are asked for")
+    names: Literal[*NAMES] = Field("whole", description="of variables: a token, or its letters")
+    curriculum: Share = Field(0.4, description="of the training until all formulas are in")
+    d_model: Width = 64
+    n_heads: Heads = 4
+    activation: Activation = "relu2"
+    problems: Count = Field(1000, description="problems of each test")
 
     def __post_init__(self) -> None:
-        if min(self.variables, default=0) < 2:
-            raise ValueError(f"variables = {self.variables}: give some numbers of at least 2")
-        for name, known in (("asked", ASKED), ("names", NAMES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r} is unknown: use one of {known}")
-        if not 1 <= self.width <= len(SYMBOLS[LETTERS:]) // LEVELS:
-            raise ValueError(f"width = {self.width}: give 1 to 6, there are 26 letters")
-        if not 1 <= self.factor < MODULUS:
-            raise ValueError(f"factor = {self.factor}: give 1 to {MODULUS - 1}")
-        if not 0 <= self.curriculum <= 1:
-            raise ValueError(f"curriculum = {self.curriculum}: give 0 to 1")
-        for name in ("parents", "problems"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
         if max(self.variables) > self.edges:
             raise ValueError(
                 f"{max(self.variables)} variables do not fit into {LEVELS} levels of {self.width} "
                 f"entities, which have {self.edges} edges: give fewer, or a larger width"
             )
-        if not self.models:
-            raise ValueError("models = []: give at least one, like 1x4")
-        for name in self.models:
-            parse_shape(name)
+        check_models(self.models, self.d_model, self.n_heads)
 
     @property
     def edges(self) -> int:

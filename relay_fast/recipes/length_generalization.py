@@ -19,62 +19,70 @@ binary sum and unique sets as well, and prints its accuracies as plots only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from relay_fast._inference import inference
+from relay_fast.config import INJECTIONS, BlockConfig
 from relay_fast.display import Display
+from relay_fast.kernels.norm_ref import NORMS
 from relay_fast.modules import LoopedBlock
-from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._common import (
+    Activation,
+    Panel,
+    Problems,
+    Training,
+    Width,
+    draw_panels,
+    train,
+)
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Count, Counts, Whole, settings
 
 PLUS, EQUALS, END, VOCABULARY_SIZE = 2, 3, 4, 5
 _TEST = 2**32  # stream of the test problems; training counts its steps from 0
 PUBLISHED: dict[str, Any] = {}  # plots only: near-perfect 10 and more beyond the trained lengths
 
 
-@dataclass(frozen=True)
+TASKS = ("parity", "copy", "addition")
+
+
+@settings
 class Task:
-    """layers, heads: of the block. longest: that is trained. grow_every: steps from one longest
-    length to the next. tests: lengths."""
-
-    layers: int
-    heads: int
-    longest: int
-    grow_every: int
-    tests: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if min(self.layers, self.longest, self.grow_every, *self.tests) < 1 or not self.tests:
-            raise ValueError(f"{self}: layers, lengths and grow_every must be at least 1")
+    layers: Count = Field(description="of the block")
+    heads: Count = Field(description="of the attention")
+    longest: Count = Field(description="length that is trained")
+    grow_every: Count = Field(description="steps from one longest length to the next")
+    tests: Counts = Field(description="lengths of the test")
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
-    """more_loops: how many loops beyond a test's longest length confidence may choose from.
-    problems: of the test, for each length."""
-
     training: Training
-    tasks: tuple[str, ...]
+    tasks: Annotated[
+        tuple[Literal[*TASKS], ...], Field(description="some of parity, copy, addition")
+    ]
     parity: Task
     copy: Task
     addition: Task
-    d_model: int = 64
-    activation: str = "relu2"
-    norm: str = "rms"
-    injection: str = "add"
-    more_loops: int = 5
-    problems: int = 1000
+    d_model: Width = 64
+    activation: Activation = "relu2"
+    norm: Literal[*NORMS] = Field("rms", description="kind of norm")
+    injection: Literal[*INJECTIONS] = Field("add", description="how iterations see the input")
+    more_loops: Whole = Field(
+        5, description="beyond a test's longest length, from which confidence may choose"
+    )
+    problems: Problems = 1000
 
     def __post_init__(self) -> None:
         for name in self.tasks:
-            if name not in DRAWS:
-                raise ValueError(f"task {name!r} is unknown: use some of {', '.join(DRAWS)}")
+            task = getattr(self, name)
+            BlockConfig(self.d_model, task.heads, task.layers, rope_base=None)
 
 
 def draw_parity(rng: np.random.Generator, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:

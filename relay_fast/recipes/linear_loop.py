@@ -20,14 +20,15 @@ The paper's n, batch, learning rate and steps are not known to us; `paper` takes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from relay_fast.display import Display
@@ -40,35 +41,29 @@ from relay_fast.recipes._regression import (
     one_step_rate,
 )
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Count, Counts, Positive, settings
 
 FORMS = ("restricted", "general")
 PUBLISHED: dict[str, Any] = {}  # the paper plots its losses and prints none
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
-    """deviations: of x's coordinates, empty for all 1. prompts: of the evaluation at the trained
-    depth; a tenth of them runs `test_loops`."""
-
     training: Training
-    dimension: int = 10
-    examples: tuple[int, ...] = (20, 100, 200)
-    loops: tuple[int, ...] = (1, 2, 5)
-    forms: tuple[str, ...] = FORMS
-    deviations: tuple[float, ...] = ()
-    test_loops: tuple[int, ...] = (1, 2, 3, 5, 10, 20)
-    prompts: int = 200_000
+    dimension: Count = Field(10, description="coordinates of x")
+    examples: Counts = Field((20, 100, 200), description="points of a prompt")
+    loops: Counts = Field((1, 2, 5), description="of the models")
+    forms: tuple[Literal[*FORMS], ...] = Field(FORMS, description="of the attention's weights")
+    deviations: tuple[Positive, ...] = Field(
+        (), description="standard deviations of x's coordinates; [] for all 1"
+    )
+    test_loops: Counts = Field(
+        (1, 2, 3, 5, 10, 20), description="of the evaluation, with a tenth of the prompts"
+    )
+    prompts: Count = Field(200_000, description="of the evaluation at the trained depth")
 
     def __post_init__(self) -> None:
-        for form in self.forms:
-            if form not in FORMS:
-                raise ValueError(f"form {form!r} is unknown: use some of {', '.join(FORMS)}")
-        if self.dimension < 1 or self.prompts < 1:
-            raise ValueError("dimension and prompts must be at least 1")
         check_deviations(self.deviations, self.dimension)
-        for name in ("examples", "loops", "test_loops"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give numbers of at least 1")
 
 
 _CPU = Settings(

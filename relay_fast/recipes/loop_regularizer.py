@@ -9,19 +9,21 @@ parameters on 250 B tokens of the Pile, so `paper` takes the sizes of its p-hop 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor
 
 from relay_fast.display import Display
 from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.recipes import p_hop
-from relay_fast.recipes._common import Panel, draw_panels, train
+from relay_fast.recipes._common import Panel, Shapes, draw_panels, train
 from relay_fast.recipes._models import classifier_loss, parse_shape
 from relay_fast.regularizer import HOW, block_cosines, loop_regularizer, tie
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Count, NotNegative, settings
 from relay_fast.stack import check_period
 
 # Table 4 of the paper (24 layers, the Pile): perplexity, mean of its tasks, reasoning primitives.
@@ -36,15 +38,16 @@ PUBLISHED = {
 }
 
 
-@dataclass(frozen=True)
+@settings
 class Settings(p_hop.Settings):
-    """models: one stack without loops; weights: λ; period: layers of a block. tied_steps: of
-    training the loop that is made of the mean of the blocks."""
-
-    models: tuple[str, ...] = ("4x1",)
-    weights: tuple[float, ...] = (0.0, 1.0, 10.0)
-    period: int = 1
-    tied_steps: int = 100
+    models: Shapes = ("4x1",)
+    weights: Annotated[tuple[NotNegative, ...], Field(min_length=1)] = Field(
+        (0.0, 1.0, 10.0), description="of the regulariser, λ"
+    )
+    period: Count = Field(1, description="layers of a block")
+    tied_steps: Count = Field(
+        100, description="of training the loop that is made of the mean of the blocks"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,8 +55,6 @@ class Settings(p_hop.Settings):
             raise ValueError(
                 f"models = {list(self.models)}: give one stack without loops, like 4x1"
             )
-        if not self.weights or min(self.weights) < 0:
-            raise ValueError(f"weights = {list(self.weights)}: give numbers of at least 0")
         check_period(self.period, parse_shape(self.models[0])[1])
 
 

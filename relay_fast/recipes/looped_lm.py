@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from relay_fast._inference import inference
@@ -33,47 +34,64 @@ from relay_fast.display import Display
 from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.looped_lm import generate, sample_loops, score
 from relay_fast.primitives import FORMS, variable_assignment_accuracy
-from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._common import (
+    Activation,
+    Heads,
+    Panel,
+    Training,
+    Width,
+    draw_panels,
+    train,
+)
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Count, Counts, Positive, Whole, settings
 
 PUBLISHED: dict[str, Any] = {}  # nothing is published on this corpus, byte by byte
 SUFFIXES = (".py", ".txt", ".md", ".rst")
 TEST_SHARE = 10  # every so many-th file is for the test, or the last part of a single one
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
-    """corpus: a file or folder, empty for Python's standard library. context: bytes of a window.
-    mean_loops, most_loops: of the draw; truncate: iterations that gradients flow through.
-    windows: of the test; scored: those that are read byte by byte for early exit. problems, shots:
-    of each reasoning primitive."""
-
     training: Training
-    corpus: str = ""
-    context: int = 128
-    d_model: int = 64
-    n_heads: int = 4
-    d_hidden: int | None = None
-    activation: str = "relu2"
-    prelude: int = 1
-    layers: int = 1
-    coda: int = 1
-    mean_loops: float = 4.0
-    most_loops: int = 12
-    truncate: int = 4
-    test_loops: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12)
-    exits: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
-    exit_loops: int = 8
-    windows: int = 128
-    scored: int = 32
-    problems: int = 20
-    shots: int = 5
+    corpus: str = Field("", description="a file or folder; without one Python's standard library")
+    context: Count = Field(128, description="bytes of a window")
+    d_model: Width = 64
+    n_heads: Heads = 4
+    d_hidden: Count | None = Field(None, description="width of the MLP; null: 4 d_model")
+    activation: Activation = "relu2"
+    prelude: Whole = Field(1, description="layers before the block")
+    layers: Count = Field(1, description="layers of the block")
+    coda: Whole = Field(1, description="layers after the block")
+    mean_loops: float = Field(4.0, ge=1, description="of the draw of loops in training")
+    most_loops: Count = Field(12, description="of that draw")
+    truncate: Count = Field(4, description="iterations that gradients flow through")
+    test_loops: Counts = Field((1, 2, 3, 4, 6, 8, 12), description="of the test")
+    exits: tuple[Positive, ...] = Field(
+        (0.05, 0.1, 0.2, 0.4), description="thresholds of early exit"
+    )
+    exit_loops: Count = Field(8, description="loops at most with early exit")
+    windows: Count = Field(128, description="of the test")
+    scored: Count = Field(32, description="windows read byte by byte for early exit")
+    problems: Count = Field(20, description="of each reasoning primitive")
+    shots: Whole = Field(5, description="examples before each of them")
 
     def __post_init__(self) -> None:
-        small = [name for name in ("context", "most_loops", "exit_loops", "windows", "scored",
-                                   "problems") if getattr(self, name) < 1]  # fmt: skip
-        if small or not self.test_loops or min(self.test_loops) < 1 or self.mean_loops < 1:
-            raise ValueError(f"{small[0] if small else 'a number of loops'} must be at least 1")
+        BlockConfig(self.d_model, self.n_heads, 1)
+
+
+def prove(settings: Settings) -> None:
+    """Raises ValueError where there is no corpus, or too small a one."""
+    _long_enough(load_corpus(settings.corpus), settings.context)
+
+
+def _long_enough(corpus: Corpus, context: int) -> Corpus:
+    if min(len(corpus.train), len(corpus.test)) < context + 1:
+        raise ValueError(
+            f"the corpus {corpus.about['folder']} has {len(corpus.train)} bytes for training and "
+            f"{len(corpus.test)} for the test: a window takes {context + 1}, give more text"
+        )
+    return corpus
 
 
 PRESETS = {
@@ -180,13 +198,8 @@ def run(
     settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
 ) -> dict[str, Any]:
     s = settings
-    corpus = load_corpus(s.corpus)
+    corpus = _long_enough(load_corpus(s.corpus), s.context)
     least = s.context + 1
-    if min(len(corpus.train), len(corpus.test)) < least:
-        raise ValueError(
-            f"the corpus {corpus.about['folder']} has {len(corpus.train)} bytes for training and "
-            f"{len(corpus.test)} for the test: a window takes {least}, give more text"
-        )
 
     def draw(rng: np.random.Generator, _: int):
         starts = rng.integers(0, len(corpus.train) - s.context, s.training.batch_size)

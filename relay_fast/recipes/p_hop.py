@@ -16,20 +16,32 @@ model's name is k x L, or prelude + k x L + coda, as in "1x4" and "1+1x2+1".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from relay_fast._inference import inference
 from relay_fast.display import Display
 from relay_fast.looped_classifier import LoopedClassifier
-from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._common import (
+    Activation,
+    Heads,
+    Panel,
+    Problems,
+    Shapes,
+    Training,
+    Width,
+    check_models,
+    draw_panels,
+    train,
+)
 from relay_fast.recipes._compare import comparison_rows
-from relay_fast.recipes._models import classifier_loss, make_classifier, parse_shape
+from relay_fast.recipes._models import classifier_loss, make_classifier
 from relay_fast.runs import RunFolder
+from relay_fast.settings import Count, Counts, settings
 
 TARGETS = ("every", "last")
 _TEST = 2**32  # stream of the test problems; training counts its steps from 0
@@ -46,35 +58,25 @@ PUBLISHED: dict[str, dict[int, float]] = {
 }
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
-    """length: n. hops: the p that occur. problems: of the test, for each p."""
+    NEEDS_MODELS: ClassVar[bool] = True  # those that build on these settings may have none
 
     training: Training
-    models: tuple[str, ...] = ("1x1", "1x4", "4x1", "1+1x2+1")
-    length: int = 48
-    characters: int = 4
-    hops: tuple[int, ...] = (1, 2, 3, 4)
-    target: str = "every"
-    d_model: int = 64
-    n_heads: int = 4
-    activation: str = "relu2"
-    problems: int = 1000
+    models: Shapes = ("1x1", "1x4", "4x1", "1+1x2+1")
+    length: Count = Field(48, description="characters of a sequence, n")
+    characters: int = Field(4, ge=3, description="different characters")
+    hops: Counts = Field((1, 2, 3, 4), description="the p that occur")
+    target: Literal[*TARGETS] = Field("every", description="the positions that are asked for")
+    d_model: Width = 64
+    n_heads: Heads = 4
+    activation: Activation = "relu2"
+    problems: Problems = 1000
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"target = {self.target!r} is unknown: use one of {TARGETS}")
-        if self.characters < 3:
-            raise ValueError(f"characters = {self.characters}: give at least 3")
-        if min(self.hops, default=0) < 1:
-            raise ValueError(f"hops = {self.hops}: give some numbers of at least 1")
-        if self.problems < 1:
-            raise ValueError(f"problems = {self.problems}: give at least 1")
         check_hops(max(self.hops), self.length, self.target)
-        if type(self).models and not self.models:  # recipes that build on this may have none
-            raise ValueError("models = []: give at least one, like 1x4")
-        for name in self.models:
-            parse_shape(name)
+        if self.models or self.NEEDS_MODELS:
+            check_models(self.models, self.d_model, self.n_heads)
 
     @property
     def vocabulary_size(self) -> int:

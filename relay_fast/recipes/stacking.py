@@ -17,27 +17,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data import Form, TruthStream
 from relay_fast.display import Display
 from relay_fast.evaluate import evaluate_autoregressive
-from relay_fast.growth import WHERE, GrowthSchedule, grow
+from relay_fast.growth import STATE, WHERE, GrowthSchedule, grow
 from relay_fast.looped_classifier import LoopedClassifier
 from relay_fast.modules import AutoregressiveTransformer
 from relay_fast.optim import make_optimizer
 from relay_fast.presets import load_preset
 from relay_fast.recipes import p_hop
-from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._common import Panel, Shapes, Training, draw_panels, train
 from relay_fast.recipes._models import classifier_loss
 from relay_fast.regularizer import layer_similarity
 from relay_fast.runs import RunFolder
 from relay_fast.schedule import Schedule
+from relay_fast.settings import Count, NotNegative, settings
 from relay_fast.stack import stack_of
 from relay_fast.store import run_tasks
 from relay_fast.trainer import BeforeStep, Trained, train_model
@@ -49,23 +51,24 @@ TIMED_STEPS = 9  # at each depth, for the measured speed-up
 PUBLISHED = {"speed_up": 1.4}
 
 
-@dataclass(frozen=True)
+@settings
 class Settings(p_hop.Settings):
-    """Training of p-hop, and what stacking adds.
+    """Training of p-hop, and what stacking adds."""
 
-    methods: "full" is the whole stack throughout, "middle" and "last" grow it. depth: layers at the
-    end; layers: of a block; stages: None for as many as it takes; state: of the optimiser for a new
-    layer, copied from its source's or reset. arithmetic: training of that task.
-    """
+    NEEDS_MODELS: ClassVar[bool] = False
 
-    models: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = TASKS
-    methods: tuple[str, ...] = ("full", *WHERE)
-    depth: int = 4
-    layers: int = 1
-    alpha: float = 1.0
-    stages: int | None = None
-    state: str = "copy"
+    models: Shapes = ()
+    tasks: Annotated[tuple[Literal[*TASKS], ...], Field(min_length=1)] = Field(
+        TASKS, description="some of p_hop and arithmetic"
+    )
+    methods: Annotated[tuple[Literal["full", *WHERE], ...], Field(min_length=1)] = Field(
+        ("full", *WHERE), description="full is the whole stack throughout, the others grow it"
+    )
+    depth: Count = Field(4, description="layers at the end")
+    layers: Count = Field(1, description="layers of a block")
+    alpha: NotNegative = Field(1.0, description="of the Prop-α schedule of growing")
+    stages: Count | None = Field(None, description="of growing; null: as many as it takes")
+    state: Literal[*STATE] = Field("copy", description="of the optimiser for a new layer")
     arithmetic: Training = Training(
         steps=1000, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="late",
         weight_decay=0.01, clip=1.0,
@@ -73,10 +76,7 @@ class Settings(p_hop.Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("tasks", TASKS), ("methods", ("full", *WHERE))):
-            unknown = [value for value in getattr(self, name) if value not in known]
-            if unknown or not getattr(self, name):
-                raise ValueError(f"{name} = {list(getattr(self, name))}: use some of {known}")
+        BlockConfig(self.d_model, self.n_heads, 1)
         for training in (self.training, self.arithmetic):
             self.schedule(training)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from relay_fast.tasks.arithmetic import Arithmetic
 from relay_fast.tasks.base import NO_ANSWER, Task
@@ -42,7 +42,18 @@ def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
         raise ValueError(
             f"unknown parameter {unknown[0]!r} of task {name}; known are {', '.join(known)}."
         )
+    _check_kinds(name, params)
     return _CLASSES[name](vocabulary, **params)
+
+
+def _check_kinds(name: str, params: Mapping[str, Any]) -> None:
+    """Raises ValueError for a parameter of another type than the constructor's annotation."""
+    from relay_fast.settings import check_value  # needs pydantic, which a block does not
+
+    hints = get_type_hints(_CLASSES[name].__init__)
+    for key, value in params.items():
+        if key in hints:
+            check_value(f"tasks.{name}.parameters.{key}", value, hints[key])
 
 
 def build_tasks(

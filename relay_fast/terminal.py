@@ -1,0 +1,98 @@
+"""What the commands share at a terminal: output that never stops them, one sentence for an error.
+
+A closed pipe (`| head`), a full disk behind `>` or an encoding without box characters is no reason
+to lose a training.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class _Lenient:
+    """A text stream whose errors end the output and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, action: Callable[..., Any], *args: Any) -> None:
+        try:
+            action(*args)
+        except OSError:
+            # What is buffered goes the same way, at the latest when the interpreter ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, self._stream.fileno())
+                closed = nowhere == self._stream.fileno()  # it was, and is open again
+            except OSError:  # no file behind it
+                self._stream, closed = open(os.devnull, "w"), False
+            if not closed:
+                os.close(nowhere)
+
+
+@contextmanager
+def lenient_output() -> Iterator[None]:
+    """In the body nothing that is printed raises: characters that the terminal has not are
+    replaced, and what nobody reads any more is dropped."""
+    streams = sys.stdout, sys.stderr
+    errors = [getattr(stream, "errors", None) for stream in streams]
+    for stream in streams:
+        _reconfigure(stream, "replace")
+    sys.stdout, sys.stderr = (_Lenient(stream or open(os.devnull, "w")) for stream in streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
+        for stream, before in zip(streams, errors, strict=True):
+            _reconfigure(stream, before)
+
+
+def _reconfigure(stream: Any, errors: str | None) -> None:
+    if errors and hasattr(stream, "reconfigure"):
+        with suppress(OSError):  # it is closed, which the first print finds out
+            stream.reconfigure(errors=errors)
+
+
+def refused(error: Exception) -> int:
+    """Prints what is wrong with the input as one sentence; returns the exit status, 2."""
+    if isinstance(error, MemoryError):
+        text = "there is not enough memory for so much at once: give fewer"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'a file'} cannot be used ({error.strerror}): give another"
+    else:
+        text = " ".join(str(error).split())
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def draw_all(pictures: Iterable[tuple[Path, Callable[[], Any]]]) -> None:
+    """Draws pictures (file, what draws it) and says where they are. One that cannot be drawn is a
+    warning: the numbers are on disk, and the same command draws it later."""
+    for path, draw in pictures:
+        try:
+            draw()
+            print(f"plot: {path}")
+        except ImportError as error:
+            print(f"no plot: {error}; the same command then draws it", file=sys.stderr)
+            return
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(
+                f"warning: no plot {path}: {text}; the same command then draws it", file=sys.stderr
+            )
