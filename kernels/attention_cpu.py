@@ -34,8 +34,9 @@ def _bias(group: Group, dtype: torch.dtype, causal: bool) -> Tensor | None:
     token sees the padding, which lies on the right."""
     if group.pad_mask is None or causal:
         return None
-    none = group.pad_mask.new_zeros(group.pad_mask.shape, dtype=dtype)
-    none.masked_fill_(group.pad_mask, float("-inf"))
+    none = torch.zeros(group.pad_mask.shape, dtype=dtype).masked_fill_(
+        group.pad_mask, float("-inf")
+    )
     return none.unsqueeze(1).expand(-1, 1, group.length, -1)
 
 

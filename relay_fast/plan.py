@@ -265,7 +265,7 @@ class Plan:
             mask = None
             if inner.min() < width:
                 mask = np.arange(width)[None, :] >= inner[:, None]
-                mask = self._tensor(mask[:, None], torch.bool)
+                mask = self._tensor(mask, torch.bool).unsqueeze(1)
             groups.append(Group(slot, len(inside), width, mask))
             slot += len(inside) * width
         if len(groups) <= 1 and slot == rows:

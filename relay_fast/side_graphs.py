@@ -82,7 +82,9 @@ def _parts(where: str, value: object) -> Iterator[tuple[str, object]]:
     elif isinstance(value, types.FunctionType):
         yield from _of_function(where, value)
     elif not type(value).__module__.startswith("torch."):
-        yield from ((f"{where}.{key}", part) for key, part in getattr(value, "__dict__", {}).items())
+        yield from (
+            (f"{where}.{key}", part) for key, part in getattr(value, "__dict__", {}).items()
+        )
 
 
 def _of_function(where: str, function: types.FunctionType) -> Iterator[tuple[str, object]]:
