@@ -122,8 +122,8 @@ def test_results_are_not_saved(name: str, x: Tensor) -> None:
     with saved_tensors_hooks(pack, lambda t: t):
         result = case(x)
     assert packed and result.untyped_storage().data_ptr() not in packed
-    truth = case.gradients(lambda: torch.relu(case(x)) * 2, x)
-    values = case.gradients(lambda: torch.relu_(case(x)).mul_(2), x)
+    truth = case.gradients(lambda: torch.relu(case(x) * 2), x)
+    values = case.gradients(lambda: torch.relu_(case(x).mul_(2)), x)
     for value, expected in zip(values, truth, strict=True):
         assert_close(name, value, expected, 1e-13)
 
