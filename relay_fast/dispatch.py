@@ -14,7 +14,7 @@ from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from relay_fast.kernels.attention_cpu import attention_bwd_cpu, attention_fwd_cpu
@@ -258,12 +258,13 @@ def differentiable_once(backward: Callable) -> Callable:
     return checked
 
 
-def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raises RuntimeError where a forward-mode tangent or a torch.func transform would be lost."""
+def refuse_transforms(*tensors: Tensor | None, module: nn.Module | None = None) -> None:
+    """Raises RuntimeError where a forward-mode tangent or a torch.func transform of these tensors,
+    or of a module's parameters, would be lost."""
     forward = forward_ad._current_level >= 0
     if not (forward or torch._C._are_functorch_transforms_active()):
         return
-    for t in tensors:
+    for t in (*tensors, *(() if module is None else module.parameters())):
         if t is None:
             continue
         dual = forward and forward_ad.unpack_dual(t).tangent is not None

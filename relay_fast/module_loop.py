@@ -24,6 +24,7 @@ from torch.utils._pytree import (
 )
 
 from relay_fast._numbers import is_truth
+from relay_fast.dispatch import refuse_transforms
 from relay_fast.engine import Run, run_loop
 from relay_fast.functional import select
 from relay_fast.gradients import GradientBuffers
@@ -31,7 +32,7 @@ from relay_fast.kernels.norm_ref import wide
 from relay_fast.plan import Plan, Segment, check_cu_seqlens, check_floating, check_loops
 from relay_fast.policy import Policy
 from relay_fast.side_graphs import graphs_left
-from relay_fast.wrappers import refuse_wrapped
+from relay_fast.wrappers import refuse_flattened, refuse_wrapped
 
 
 @torch.compiler.disable
@@ -70,7 +71,10 @@ def loop(
     offloading), "none" keeps what "state" keeps.
     """
     check_floating(x)
+    arguments = (t for t in tree_leaves((per_row, shared)) if isinstance(t, Tensor))
+    refuse_transforms(x, *arguments, module=module)
     refuse_wrapped(module)
+    refuse_flattened(module)
     _refuse_batch_norm(module)
     plan = _make_plan(x, loops, cu_seqlens)
     per_row = dict(per_row or {})

@@ -20,6 +20,7 @@ from relay_fast.batch import PackedBatch
 from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.compiled import describe, skip_frame
 from relay_fast.config import BlockConfig, ModelConfig, tell_hub
+from relay_fast.dispatch import refuse_transforms
 from relay_fast.engine import Readout, Run, check_truncate, iterate, run_loop
 from relay_fast.functional import compute_dtype, row_cross_entropy, select, weighted_losses
 from relay_fast.gradients import GATHER_ROWS
@@ -28,7 +29,7 @@ from relay_fast.plain import check_inside, check_parts, check_pass, reset_inside
 from relay_fast.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.policy import Policy
 from relay_fast.whole_loop import read_whole_loop
-from relay_fast.wrappers import flattened, refuse_wrapped
+from relay_fast.wrappers import refuse_flattened, refuse_wrapped
 
 
 class Norm(nn.Module):
@@ -153,15 +154,13 @@ class LoopedBlock(nn.Module):
         """The parameters by name. Raises RuntimeError where they are not those of the config, and
         for modules inside that would do more than their weights say."""
         named = dict(self.named_parameters())
-        if named.keys() != set(self._names):
+        known = named.keys() == set(self._names)
+        if not (known and all(type(p) is nn.Parameter for p in named.values())):
+            refuse_wrapped(self)
+        if not known:
+            refuse_flattened(self)
             missing = sorted(set(self._names).difference(named))
             others = sorted(set(named).difference(self._names))
-            refuse_wrapped(self)
-            if not others and flattened(self, missing):
-                raise RuntimeError(
-                    "the block's parameters are plain tensors, as FullyShardedDataParallel makes "
-                    "them: use fully_shard on the whole model, or DistributedDataParallel"
-                )
             raise RuntimeError(
                 f"the block's parameters are not those of its config (missing: {missing}, unknown: "
                 f"{others}): it reads them by name, so parametrized, pruned, tied or exchanged "
@@ -202,6 +201,7 @@ class LoopedBlock(nn.Module):
         return_states = bool(return_states) if is_truth(return_states) else return_states
         if torch.compiler.is_compiling():
             return self._as_op(packed, shape, loops, cu_seqlens, positions, return_states, truncate)
+        refuse_transforms(x, module=self)
         plan = self._plan(x, loops, cu_seqlens, positions)
         wanted = plan.chosen_states(return_states)
         if plan.to_sorted is not None:
@@ -223,7 +223,9 @@ class LoopedBlock(nn.Module):
         States are returned where `loops` is an int; otherwise their sizes depend on data.
         """
         count = loops if isinstance(loops, int) else 0
-        tensor = lambda t: t if t is None or isinstance(t, Tensor) else torch.tensor(t, device="cpu")
+        tensor = lambda t: (
+            t if t is None or isinstance(t, Tensor) else torch.tensor(t, device="cpu")
+        )
         if return_states is not False and not isinstance(loops, int):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
         wanted = list(chosen_states(return_states, count))
@@ -249,8 +251,6 @@ class LoopedBlock(nn.Module):
         check_max_loops(self.config, plan)
         named = self._named()
         _check_devices(plan.device, named)
-        if any(type(p) is not nn.Parameter for p in named.values()):
-            refuse_wrapped(self)
         names = list(named)
         weight = self.layers[0].qkv.weight
         dtype = compute_dtype(weight)

@@ -8,7 +8,7 @@ containers among the globals that they name).
 from __future__ import annotations
 
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -22,6 +22,8 @@ DEPTH = 5  # of containers in containers; beyond the first levels, of nothing el
 CONTAINERS_ONLY = 2
 ENTRIES = 1000  # of one container, the newest: vocabularies and logs are long
 _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, type(None))
+_SCALARS = {str, int, float, bool, type(None)}
+_EMPTYABLE = {dict, OrderedDict, set, list}
 
 
 def graphs_left(module: nn.Module) -> dict[int, tuple[str, Tensor]]:
@@ -37,10 +39,15 @@ def graphs_left(module: nn.Module) -> dict[int, tuple[str, Tensor]]:
         }
         skipped = {"_parameters", "_modules", *remade}
         for owner in (part, *type(part).__mro__):
-            if owner is not part and owner.__module__.startswith(("torch.", "builtins")):
-                break
+            if owner is not part:
+                if id(owner) in seen or owner.__module__.startswith(("torch.", "builtins")):
+                    continue
+                seen.add(id(owner))
             for key, value in vars(owner).items():
-                if key in skipped or key.startswith("__"):
+                kind = type(value)  # most attributes are scalars and empty collections of hooks
+                if kind in _SCALARS or (kind in _EMPTYABLE and not value) or key in skipped:
+                    continue
+                if key.startswith("__"):
                     continue
                 for where, tensor in _walk(f"{name}.{key}" if name else key, value, DEPTH, seen):
                     found[id(tensor)] = where, tensor
@@ -82,7 +89,9 @@ def _parts(where: str, value: object) -> Iterator[tuple[str, object]]:
     elif isinstance(value, types.FunctionType):
         yield from _of_function(where, value)
     elif not type(value).__module__.startswith("torch."):
-        yield from ((f"{where}.{key}", part) for key, part in getattr(value, "__dict__", {}).items())
+        yield from (
+            (f"{where}.{key}", part) for key, part in getattr(value, "__dict__", {}).items()
+        )
 
 
 def _of_function(where: str, function: types.FunctionType) -> Iterator[tuple[str, object]]:

@@ -23,13 +23,13 @@ def refuse_wrapped(module: nn.Module) -> None:
                 )
 
 
-def flattened(module: nn.Module, names: list[str]) -> bool:
-    """Whether these parameters are there as plain tensors, as FullyShardedDataParallel makes
-    them."""
-
-    def plain(name: str) -> bool:
-        path, _, last = name.rpartition(".")
-        found = getattr(module.get_submodule(path), last, None)
-        return isinstance(found, Tensor) and not isinstance(found, nn.Parameter)
-
-    return bool(names) and all(map(plain, names))
+def refuse_flattened(module: nn.Module) -> None:
+    """Raises RuntimeError where FullyShardedDataParallel has put views of its flat parameter in the
+    place of a module's own."""
+    for part in module.modules():
+        managed = getattr(part, "_is_fsdp_managed_module", False)
+        if managed and any(type(value) is Tensor for value in vars(part).values()):
+            raise RuntimeError(
+                "FullyShardedDataParallel hands plain tensors instead of parameters, which cannot "
+                "be looped: use fully_shard on the whole model, or DistributedDataParallel"
+            )

@@ -217,3 +217,34 @@ def test_ddp_averages_the_gradients(tmp_path) -> None:
     grads = torch.load(tmp_path / "grads.pt")
     for (name, p), grad in zip(block.named_parameters(), grads, strict=True):
         assert_close(name, grad, p.grad)
+
+
+@pytest.mark.parametrize("kind", ["ints", "lists"])
+def test_other_counts_and_lengths_of_lists_compile_no_further(kind: str) -> None:
+    block = LoopedBlock(8, 2, 1)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = compiled(block, counter)
+    for n in range(2, 7):
+        x, cu = torch.randn(2 * n, 8, requires_grad=True), list(range(0, 2 * n + 1, 2))
+        call = (x.view(2, n, 8), n) if kind == "ints" else (x, [n % 4 + 1] * n)
+        options = {} if kind == "ints" else {"cu_seqlens": cu}
+        truth, out = block(*call, **options), fast(*call, **options)
+        assert_close("output", out, truth, 1e-6)
+        for value, expected in zip(
+            torch.autograd.grad(out.sum(), [x, *block.parameters()]),
+            torch.autograd.grad(truth.sum(), [x, *block.parameters()]),
+            strict=True,
+        ):
+            assert_close("gradient", value, expected, 1e-5)
+    assert counter.frame_count <= 3
+
+
+def test_the_ops_do_not_see_the_callers_autocast() -> None:
+    block = LoopedBlock(8, 2, 1)
+    fast, x, grads = compiled(block), torch.randn(1, 4, 8), []
+    for enabled in (False, True):
+        out = fast(x, 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(out.square().sum(), list(block.parameters())))
+    for value, expected in zip(*grads, strict=True):
+        assert torch.equal(value, expected)
