@@ -44,9 +44,7 @@ def test_any_layout_of_every_operand(lay, lengths: list[int], causal: bool, dtyp
     assert_close("dqkv", dqkv, truth, bound)
     again, sums = attention_fwd_cpu(lay(qkv), layout, HEADS, HEADS, causal)
     assert torch.equal(again, o) and torch.equal(sums, lse)
-    found = attention_bwd_cpu(
-        lay(do), lay(qkv), lay(o), lay(lse), layout, HEADS, HEADS, causal
-    )
+    found = attention_bwd_cpu(lay(do), lay(qkv), lay(o), lay(lse), layout, HEADS, HEADS, causal)
     assert torch.equal(found, dqkv) and found.is_contiguous()
 
 
