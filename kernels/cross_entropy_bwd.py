@@ -61,7 +61,6 @@ def _cross_entropy_bwd_kernel(
     row_mask = at < M
     mask = row_mask[:, None] & (inside < D)[None, :]
     target = tl.load(target_ptr + at, mask=row_mask, other=-1).to(tl.int64)
-    target = tl.maximum(tl.minimum(target, V), -1).to(tl.int32)  # half the registers
     wanted = target >= 0
     h = load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D)
     x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
