@@ -9,8 +9,8 @@ Only lse is saved; the backward recomputes the logits. Where each row's g is kno
 pass forms loss and gradient from the same logits. Rows are taken in chunks, so that no more than
 `CHUNK_LOGITS` logits exist at a time.
 
-Rows with target < 0 are ignored: loss 0, gradient 0, never correct, whatever their states hold (rows
-that nobody wrote may be NaN): they are taken as zeros, their losses and gradients selected away.
+Rows with target < 0 are ignored: loss 0, gradient 0, never correct, whatever their states hold
+(rows that nobody wrote may be NaN): these are taken as zeros, losses and gradients selected away.
 Losses, lse and dh are fp32, or fp64 where the states or the head are.
 """
 
@@ -75,9 +75,7 @@ def check_lists(
 
 
 @contextmanager
-def _named_ranges(
-    targets: Tensor, head: Tensor, index: Tensor | None, h: Tensor
-) -> Iterator[None]:
+def _named_ranges(targets: Tensor, head: Tensor, index: Tensor | None, h: Tensor) -> Iterator[None]:
     """Says which target or row was out of range where PyTorch has found one. On other devices it
     fails there by itself."""
     try:

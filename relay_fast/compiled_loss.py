@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relay_fast.dispatch import select, undisturbed
 from relay_fast.gradients import GradientBuffers
-from relay_fast.kernels.norm_ref import wide
+from relay_fast.kernels.norm_ref import wide_dtype
 
 
 def _options(eps: float, kind: str, label_smoothing: float, z_loss: float) -> dict:
@@ -41,7 +41,7 @@ def row_cross_entropy_fwd(
 
 @row_cross_entropy_fwd.register_fake
 def _(states, rows, targets, norm_weight, norm_bias, head, *_):
-    loss = wide(states[:0]).new_empty(targets.shape)
+    loss = states.new_empty(targets.shape, dtype=wide_dtype(states, head))
     return loss, torch.empty_like(loss), torch.empty_like(targets, dtype=torch.bool)
 
 

@@ -172,8 +172,8 @@ def row_cross_entropy(
     has its tensor's dtype. What an ignored row's state holds does not matter, NaN neither.
 
     Raises ValueError where shapes do not fit together, and for targets at or beyond V and rows that
-    are no states where they are on the host; on a GPU, where a look would wait for it, such a target
-    fails on the device or makes its loss and the gradients NaN.
+    are no states where they are on the host. On a GPU a look would wait for it: such a target fails
+    on the device, or makes its loss and the gradients NaN.
     """
     _check_rows(states, rows, targets, head)
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -209,9 +209,11 @@ def iteration_cross_entropy(
     """Weighted sum of `row_cross_entropy` over all iterations' rows: one call for the whole loop.
 
     weights (R,): w_task · λ / (B · T_i · |M_t|) of each row gives RELAY's loss
-    (`PackedBatch.weights`); of any dtype, they are taken in that of the losses. Returns a scalar. The weights being known beforehand, the gradient of a
-    vocabulary over SMALL_VOCABULARY is formed in forward, where one is wanted: the logits, a chunk
-    of rows at a time, are computed once.
+    (`PackedBatch.weights`); of any dtype, they are taken in that of the losses. Returns a scalar.
+
+    The weights being known beforehand, the gradient of a vocabulary over SMALL_VOCABULARY is formed
+    in forward, where one is wanted: the logits, a chunk of rows at a time, are computed once. It is
+    kept in fp32 (fp64) until backward has scaled it.
     """
     if weights.shape != rows.shape:
         raise ValueError(

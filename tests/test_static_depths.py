@@ -24,8 +24,10 @@ interpreter.mend()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
 VOCABULARY, DEPTH = 20, 3
 LOOPS = [(a, b) for a in range(DEPTH + 1) for b in range(a + 1)]  # from (0, 0) to (3, 3)
-POLICIES = ["none", "state", "every:2", "sqrt", "last:1", "budget:100000"]
-NORMS = ["none", "pre", "post"]
+RUNS = [  # every policy, and every norm between iterations
+    ("none", "none"), ("none", "state"), ("pre", "state"), ("post", "none"), ("pre", "every:2"),
+    ("post", "sqrt"), ("none", "last:1"), ("none", "budget:100000"),
+]  # fmt: skip
 
 
 def batch_of(loops: tuple[int, int]) -> PackedBatch:
@@ -82,8 +84,7 @@ def check(loop_norm: str, policy: str, impl: str, loops: tuple[int, int], bound:
         assert_close(f"{loops}: {name}", value[name], expected, bound)
 
 
-@pytest.mark.parametrize("loop_norm", NORMS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("loop_norm", "policy"), RUNS)
 def test_torch(loop_norm: str, policy: str) -> None:
     for loops in LOOPS:
         check(loop_norm, policy, "torch", loops, 1e-12)
@@ -94,8 +95,7 @@ def test_kernels(loops: tuple[int, int]) -> None:
     check("none", "state", "triton", loops, 1e-5)
 
 
-@pytest.mark.parametrize("loop_norm", NORMS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("loop_norm", "policy"), RUNS)
 def test_kernels_with_every_policy(loop_norm: str, policy: str) -> None:
     """One sequence is over early, and the last iteration has none."""
     check(loop_norm, policy, "triton", (2, 1), 1e-5)
