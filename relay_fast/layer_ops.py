@@ -284,7 +284,8 @@ def _cast(**tensors: Tensor | None) -> dict[str, Tensor | None]:
 
 def _call(name: str, tensors: dict[str, Tensor | None], impl: str, **options) -> Tensor:
     present = {n: t for n, t in tensors.items() if t is not None}
-    texts = [f"{n}={v!r}" for n, v in options.items()]
+    plain = lambda v: v.item() if isinstance(v, np.generic) else v
+    texts = [f"{n}={plain(v)!r}" for n, v in options.items()]
     return layer_op_fwd(list(present.values()), " ".join([name, impl, ",".join(present), *texts]))[
         0
     ]

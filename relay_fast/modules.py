@@ -319,7 +319,8 @@ class _Transformer(nn.Module):
         return self.embedding.weight.device
 
     def forward(self, batch: PackedBatch) -> Losses:
-        """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it."""
+        """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it. Under
+        torch.compile it is a graph break."""
         return self.loss(batch)
 
     def loss(self, batch: PackedBatch) -> Losses:
@@ -398,6 +399,7 @@ class LoopedTransformer(_Transformer):
         super().check_parts()
         check_parts(self, answer_head=nn.Linear)
 
+    @torch.compiler.disable
     def loss(self, batch: PackedBatch) -> Losses:
         """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
@@ -458,6 +460,7 @@ class AutoregressiveTransformer(_Transformer):
             raise ValueError("an autoregressive model needs BlockConfig(causal=True)")
         super().__init__(config, recompute, impl)
 
+    @torch.compiler.disable
     def loss(self, batch: PackedBatch) -> Losses:
         """Weighted next-token cross-entropy of everything after the problem."""
         final, row_loss, correct = self._pass(batch, True)
