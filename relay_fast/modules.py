@@ -321,6 +321,10 @@ class _Transformer(nn.Module):
     def forward(self, batch: PackedBatch) -> Losses:
         """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it. Under
         torch.compile it is a graph break."""
+        if torch.compiler.is_compiling():
+            from relay_fast._eager import eager
+
+            return eager(self.loss, batch)
         return self.loss(batch)
 
     def loss(self, batch: PackedBatch) -> Losses:
@@ -399,7 +403,6 @@ class LoopedTransformer(_Transformer):
         super().check_parts()
         check_parts(self, answer_head=nn.Linear)
 
-    @torch.compiler.disable
     def loss(self, batch: PackedBatch) -> Losses:
         """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
@@ -460,7 +463,6 @@ class AutoregressiveTransformer(_Transformer):
             raise ValueError("an autoregressive model needs BlockConfig(causal=True)")
         super().__init__(config, recompute, impl)
 
-    @torch.compiler.disable
     def loss(self, batch: PackedBatch) -> Losses:
         """Weighted next-token cross-entropy of everything after the problem."""
         final, row_loss, correct = self._pass(batch, True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -141,3 +143,8 @@ def test_every_public_module_has_a_forward() -> None:
     assert len(models) >= 6
     for cls in models:
         assert cls.forward is not nn.Module.forward, cls
+
+
+def test_importing_the_models_leaves_torch_s_compiler_alone() -> None:
+    code = "import sys, relay_fast.modules; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
