@@ -51,7 +51,7 @@ def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
     They depend on the task's parameters, length and seed alone: every model gets the same. (Short
     problems are few, those are met in training all the same.)
     """
-    return task.sample(np.full(number, length), seed + UNSEEN)
+    return task.sample(np.full(number, length), whole("seed", seed) + UNSEEN)
 
 
 def fitting_problems(model: Model, task: Task, length: int, number: int, seed: int) -> Samples:

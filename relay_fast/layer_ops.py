@@ -307,7 +307,8 @@ def _call(name: str, tensors: dict[str, Tensor | None], impl: str, **options) ->
             )
     if not torch.compiler.is_compiling():
         refuse_transforms(*present.values())
-    texts = [f"{n}={v!r}" for n, v in options.items()]
+    plain = lambda v: v.item() if isinstance(v, np.generic) else v
+    texts = [f"{n}={plain(v)!r}" for n, v in options.items()]
     return layer_op_fwd(list(present.values()), " ".join([name, impl, ",".join(present), *texts]))[
         0
     ]

@@ -65,8 +65,15 @@ class LinearAttention(nn.Module):
 
     def __init__(self, width: int, *, std: float = 0.02):
         super().__init__()
-        self.p = nn.Parameter(std * torch.randn(width, width))
-        self.q = nn.Parameter(std * torch.randn(width, width))
+        self.std = std
+        self.p = nn.Parameter(torch.empty(width, width))
+        self.q = nn.Parameter(torch.empty(width, width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for matrix in (self.p, self.q):
+            matrix.copy_(self.std * torch.randn_like(matrix))
 
     def forward(self, tokens: Tensor, context: int, scale: float = 1.0) -> Tensor:
         """tokens (B, m, D), the first `context` of which are attended to; all of them change.

@@ -353,7 +353,12 @@ class _Transformer(nn.Module):
         return self.embedding.weight.device
 
     def forward(self, batch: PackedBatch) -> Losses:
-        """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it."""
+        """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it. Under
+        torch.compile it is a graph break."""
+        if torch.compiler.is_compiling():
+            from relay_fast._eager import eager
+
+            return eager(self.loss, batch)
         return self.loss(batch)
 
     def loss(self, batch: PackedBatch) -> Losses:

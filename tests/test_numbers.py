@@ -16,6 +16,7 @@ from relay_fast import (
     IterationCrossEntropy,
     LoopedBlock,
     LoopedClassifier,
+    functional,
     grow,
     loop,
     looped_lm,
@@ -24,7 +25,9 @@ from relay_fast import (
 from relay_fast._numbers import plain_numbers, real, truth, whole
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decode import decode
+from relay_fast.generate import unseen_problems
 from relay_fast.store import load_model, save_model
+from relay_fast.tasks import Vocabulary, make_task
 
 KINDS = [np.int64, np.int32, np.uint8, lambda n: np.array(n), lambda n: torch.tensor(n)]
 NOT_WHOLE = [True, np.True_, torch.tensor(True), 2.0, np.float32(2), "2", None, torch.tensor(2.0)]
@@ -177,3 +180,31 @@ def test_bools_and_fractions_are_no_counts() -> None:
 def test_plain_numbers() -> None:
     value = {"a": np.int64(1), "b": [np.float32(0.5), (np.bool_(True), "x")], "c": {"d": None}}
     assert json.dumps(plain_numbers(value)) == '{"a": 1, "b": [0.5, [true, "x"]], "c": {"d": null}}'
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_ops_and_tasks_take_them(kind) -> None:
+    x, norm = torch.randn(6, 16), torch.ones(16)
+    qkv, cu = torch.randn(6, 48), torch.tensor([0, 6], dtype=torch.int32)
+    same = lambda a, b: torch.equal(a, b)
+    assert same(functional.attention(qkv, cu, kind(2)), functional.attention(qkv, cu, 2))
+    up, down = torch.randn(32, 16), torch.randn(16, 32)
+    for call in (
+        lambda eps: functional.norm_linear(x, norm, up, eps=eps),
+        lambda eps: functional.mlp(x, norm, up, down, eps=eps),
+    ):
+        assert same(call(np.float32(0.5)), call(0.5))
+
+    vocabulary = Vocabulary(kind(200), multiple=kind(32))
+    assert vocabulary == Vocabulary(200, 32)
+    parameters = {
+        "arithmetic": {"prime": 7},
+        "lis": {"group": 5, "high": 99, "max_runs": 2},
+        "edit_distance": {"insert": 1, "letters": 9, "alphabet": (3, 5)},
+    }
+    for name, own in parameters.items():
+        numbers = {k: tuple(map(kind, v)) if k == "alphabet" else kind(v) for k, v in own.items()}
+        task, plain = make_task(name, vocabulary, **numbers), make_task(name, vocabulary, **own)
+        assert json.dumps(task.to_dict()) == json.dumps(plain.to_dict())
+        a, b = (unseen_problems(t, s(3), 2, s(1)) for t, s in ((task, kind), (plain, int)))
+        assert np.array_equal(a.problem, b.problem) and np.array_equal(a.answer, b.answer)

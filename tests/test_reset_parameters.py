@@ -14,6 +14,7 @@ from relay_fast import (
     LoopedTransformer,
 )
 from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.linear_attention import LinearAttention
 from relay_fast.modules import Layer, Norm
 
 # Many layers: what scales with their number differs from torch's own draw by far.
@@ -26,6 +27,7 @@ MAKERS = {
     "LoopedBlock": lambda: LoopedBlock(config=BLOCK),
     "Layer": lambda: Layer(BLOCK),
     "Norm": lambda: Norm(64, True),
+    "LinearAttention": lambda: LinearAttention(65),
     "LoopedTransformer": lambda: LoopedTransformer(MODEL),
     "AutoregressiveTransformer": lambda: AutoregressiveTransformer(MODEL),
     "LoopedClassifier": lambda: LoopedClassifier(BLOCK, 97, loops=2, prelude=1, coda=1),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from relay_fast._numbers import whole
 from relay_fast.tasks.base import (
     NO_ANSWER,
     Rounds,
@@ -52,6 +53,7 @@ class Arithmetic(Task):
 
     def __init__(self, vocabulary: Vocabulary, prime: int = 11, operators: str = "+-*/") -> None:
         super().__init__(vocabulary)
+        prime = whole("prime", prime)
         if prime < 2 or any(prime % k == 0 for k in range(2, int(prime**0.5) + 1)):
             raise ValueError(
                 f"arithmetic prime {prime} is not a prime, so not every number can be divided by; "

@@ -86,7 +86,7 @@ class EditDistance(Task):
             )
         self.insert, self.delete, self.replace, self.border = map(int, costs.values())
         self.alphabet = (int(alphabet[0]), int(alphabet[1]))
-        self.letters = letters
+        self.letters = int(letters)
 
     def to_dict(self) -> dict[str, Any]:
         return {

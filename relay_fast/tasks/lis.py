@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from relay_fast._numbers import whole
 from relay_fast.ragged import offsets_of
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, split_after, until_eos
 from relay_fast.tasks.samples import Samples
@@ -50,6 +51,12 @@ class LIS(Task):
         max_runs: int = 3,
     ) -> None:
         super().__init__(vocabulary)
+        group, max_runs, high = (
+            whole("group", group),
+            whole("max_runs", max_runs),
+            whole("high", high),
+        )
+        low = None if low is None else whole("low", low)
         for what, value in (("group", group), ("max_runs", max_runs)):
             if value < 1:
                 raise ValueError(f"lis {what} is {value}; give at least 1.")

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from relay_fast._numbers import whole
+
 PAD, EOS = 0, 1
 ARITHMETIC, EDIT_DISTANCE, LIS = 2, 3, 4
 EQUALS, SEP, COMMA, BAR = 5, 6, 7, 8
@@ -36,6 +38,8 @@ class Vocabulary:
     multiple: int = 64
 
     def __post_init__(self) -> None:
+        for name in ("max_number", "multiple"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if self.max_number < 0:
             raise ValueError(
                 f"max_number is {self.max_number}; give the largest number, at least 0."
