@@ -83,6 +83,13 @@ class _DataWorker:
                 f"a data worker cannot be started ({error}); free memory or processes, or set "
                 f"data_workers = 0, which makes the batches in the training process."
             ) from error
+        except RuntimeError as error:  # what multiprocessing says of a script being imported
+            there.close()
+            self.stop()
+            raise WorkerDied(
+                "a data worker cannot be started while the script is imported by another one; put "
+                'the training under if __name__ == "__main__", or set data_workers = 0.'
+            ) from error
         there.close()
         self.socket.settimeout(1.0)
 
@@ -170,10 +177,10 @@ class _DataWorker:
         code = self.process.exitcode
         if code is not None and code < 0:
             how = f"was killed (signal {-code}), as happens where memory runs out"
-        elif isinstance(error, EOFError) and code:
+        elif isinstance(error, (EOFError, ConnectionError)) and code:
             how = (
-                f"ended (exit status {code}): what it printed says why; a script that trains must "
-                f'do so under if __name__ == "__main__"'
+                f"ended (exit status {code}): what it printed says why; a stream that the script "
+                f'itself defines needs a file whose training is under if __name__ == "__main__"'
             )
         else:
             how = f"cannot hand over a batch ({error or 'it is gone'})"

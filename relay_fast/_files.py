@@ -46,30 +46,35 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
-def clear_partials(folder: Path, ours: Callable[[str], bool] = lambda stem: True) -> None:
+def clear_partials(
+    folder: Path, ours: Callable[[str], bool] = lambda stem: True, *, workers: bool = True
+) -> None:
     """Deletes what `replacing` had begun in `folder` when its process was killed.
 
-    ours: of which files, by their name without ending. What a process that lives is writing stays.
+    ours: of which files, by their name without ending. workers: whether a worker process may have
+    outlived the one that started it; what such a one is writing stays.
     """
     for file in folder.glob(".*.partial*"):
         match = _PARTIAL.fullmatch(file.name)
-        if match and ours(match["stem"]) and not _lives(int(match["pid"])):
+        if match and ours(match["stem"]) and not (workers and _worker_lives(int(match["pid"]))):
             try:
                 file.unlink(missing_ok=True)
             except PermissionError:  # on Windows: somebody has it open
                 continue
 
 
-def _lives(pid: int) -> bool:
-    """Whether another process has this id."""
+def _worker_lives(pid: int) -> bool:
+    """Whether this is, as far as the system tells, a process that another one of Python started."""
     if pid == os.getpid() or os.name == "nt":  # there kill() would end it
         return False
     try:
+        if Path("/proc/self/cmdline").exists():
+            return b"multiprocessing" in Path(f"/proc/{pid}/cmdline").read_bytes()
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
     except PermissionError:
         return True
+    except (OSError, OverflowError):
+        return False
     return True
 
 

@@ -309,7 +309,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _open(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the manifest of a new folder; raises DatasetError where the folder is another's."""
-    clear_partials(folder)
+    clear_partials(folder, workers=False)
     if not (folder / "manifest.json").exists():
         _write_manifest(folder, manifest)
         return

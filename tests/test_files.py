@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,10 @@ def test_results_hold_null_for_it(tmp_path) -> None:
 def test_partial_files_of_the_dead_go_and_others_stay(tmp_path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
+    orphan = subprocess.Popen(  # as a worker is called
+        [sys.executable, "-c", "import sys; sys.stdin.read()", "multiprocessing"],
+        stdin=subprocess.PIPE,
+    )
     folder = RunFolder(tmp_path / "run", {"seed": 1})
     del folder
     scratch = tmp_path / "run" / "checkpoints"
@@ -54,8 +59,10 @@ def test_partial_files_of_the_dead_go_and_others_stay(tmp_path) -> None:
         scratch / f".ar_relay.state.1a2b3c4d-1.{dead.pid}.partial.safetensors",
         tmp_path / "run" / f".results.{dead.pid}.partial.json",
     ]
+    if Path("/proc/self/cmdline").exists():  # a live process, but no worker
+        litter.append(tmp_path / "run" / f".results.{os.getppid()}.partial.json")
     kept = [
-        scratch / f".mine.{os.getppid()}.partial.safetensors",  # it lives, and may go on writing
+        scratch / f".mine.{orphan.pid}.partial.safetensors",  # it lives, and may go on writing
         scratch / "notes.partial.txt",
         scratch / ".notes.partial",
         tmp_path / "run" / f".evaluation.{dead.pid}.partial.json",  # an evaluation's to clear
@@ -67,6 +74,9 @@ def test_partial_files_of_the_dead_go_and_others_stay(tmp_path) -> None:
     RunFolder.open(tmp_path / "run", write=True)
     assert not kept[-1].exists() and all(file.exists() for file in kept[:-1])
     clear_partials(tmp_path / "nowhere")
+    clear_partials(scratch, workers=False)
+    assert not kept[0].exists() and kept[1].exists() and kept[2].exists()
+    orphan.communicate()
 
 
 # Locks

@@ -113,6 +113,12 @@ def test_a_data_worker_that_cannot_be_started(monkeypatch) -> None:
         _worker.Worker(partial(int))
 
 
+def test_a_script_without_the_main_guard(monkeypatch) -> None:
+    monkeypatch.setattr(multiprocessing.process.current_process(), "_inheriting", True, False)
+    with pytest.raises(WorkerDied, match='put the training under if __name__ == "__main__"'):
+        steps("nothing")
+
+
 def test_a_worker_that_ends_before_it_works(monkeypatch) -> None:
     worker = _worker.Worker(partial(os._exit, 3))
     worker.run("stage", print)

@@ -176,7 +176,11 @@ def test_ctrl_c(tmp_path) -> None:
     state = out / "checkpoints" / f"{stage}.state.safetensors"
     assert state.is_file() and not (out / "stages.json").exists()
     assert not list(out.rglob("*.partial*")) and not list(out.rglob(".lock*"))
-    assert load_checkpoint(state)[1]["step"] > 0 and not _group_is_alive(process.pid)
+    assert load_checkpoint(state)[1]["step"] > 0
+    deadline = time.monotonic() + 20
+    while _group_is_alive(process.pid):
+        assert time.monotonic() < deadline, "something is left running"
+        time.sleep(0.1)
 
 
 def test_a_killed_run_leaves_no_process_and_continues_to_the_same_model(finished, tmp_path) -> None:
