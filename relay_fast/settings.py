@@ -137,12 +137,12 @@ def check(schema: type[T], values: Mapping[str, Any], *, others: bool = False) -
         raise ValueError(_sentence(error, schema, json.loads(text))) from None
 
 
-def check_value(key: str, value: Any, kind: Any) -> None:
-    """Raises ValueError, naming the key, for a value that is not of this kind; numpy's numbers and
-    lists are as good as Python's and tuples."""
+def check_value(key: str, value: Any, kind: Any) -> Any:
+    """The value as this kind has it (numpy's numbers become Python's, lists tuples). Raises
+    ValueError, naming the key, for one that is not of this kind."""
     text = json.dumps(value, default=lambda number: number.item())
     try:
-        TypeAdapter(Annotated[kind, Field(strict=True)]).validate_json(text)
+        return TypeAdapter(Annotated[kind, Field(strict=True)]).validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"{key} = {_shown(value)}: {_wanted(first)}") from None
