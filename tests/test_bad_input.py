@@ -165,8 +165,7 @@ def wrong_inputs(top: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
 def everything(top: Path) -> dict[str, tuple[int, int]]:
     """Every file and folder below: size and time."""
     return {
-        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in [top, *top.rglob("*")]
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [top, *top.rglob("*")]
     }
 
 

@@ -51,7 +51,9 @@ def _of_their_kinds(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
     hints = get_type_hints(_CLASSES[name].__init__)
     return {
-        key: check_value(f"tasks.{name}.parameters.{key}", value, hints.get(key, Any))
+        key: check_value(f"tasks.{name}.parameters.{key}", value, hints[key])
+        if key in hints
+        else value
         for key, value in params.items()
     }
 
