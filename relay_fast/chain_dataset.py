@@ -80,7 +80,7 @@ def write_dataset(
     chains or with a damaged shard, CheckpointError where a file cannot be read or written.
     """
     folder = Path(folder)
-    _check(model, tasks, counts, verify, shard_chains)
+    _check(model, tasks, counts, seed, verify, shard_chains)
     identity = _identity(model, tasks, counts, seed, verify, shard_chains)
     chains = sum(sum(own.values()) for own in counts.values())
     shards = -(-chains // shard_chains)
@@ -228,9 +228,16 @@ default_collate_fn_map[Samples] = _collate
 
 
 def _check(
-    model: Model, tasks: Mapping[str, Task], counts: Counts, verify: str | None, shard_chains: int
+    model: Model,
+    tasks: Mapping[str, Task],
+    counts: Counts,
+    seed: int,
+    verify: str | None,
+    shard_chains: int,
 ) -> None:
     check_verify(verify)
+    if seed < 0:
+        raise ValueError(f"seed = {seed}: give at least 0")
     if shard_chains < 1:
         raise ValueError(f"shard_chains = {shard_chains}: give at least 1")
     if getattr(model, "supervise", "chain") == "answer":
@@ -378,7 +385,12 @@ def _read_shard(
             f"{path} belongs to another dataset or place; move it out of the folder and run the "
             f"command that writes the chains again."
         )
-    if metadata["digest"] != _digest(tensors):
+    if missing := {"passed", *(f.name for f in fields(Samples))} - set(tensors):
+        raise DatasetError(
+            f"{path} was written by another version of relay_fast, without {min(missing)!r}; use "
+            f"that version, or write the chains anew."
+        )
+    if metadata.get("digest") != _digest(tensors):
         raise DatasetError(
             f"{path} is damaged (its content does not match its digest); delete it and run the "
             f"command that writes the chains again."

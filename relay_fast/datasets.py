@@ -24,4 +24,10 @@ def load_samples(path: str | os.PathLike) -> Samples:
     tensors, metadata = load_checkpoint(path)
     if metadata.get("kind") != "samples":
         raise CheckpointError(f"{path} holds no samples: give a file of relay_fast.datasets")
+    names = {f.name for f in fields(Samples)}
+    if differing := names ^ set(tensors):
+        raise CheckpointError(
+            f"{path} was written by another version of relay_fast, with other columns "
+            f"({min(differing)!r}); use that version, or delete it to have it made anew."
+        )
     return Samples(**{name: value.numpy() for name, value in tensors.items()})

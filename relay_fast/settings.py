@@ -60,6 +60,8 @@ def settings(cls: type[T]) -> type[T]:
     build = made.__init__
 
     def __init__(self, *args, **kwargs) -> None:
+        if len(args) > len(fields_of(made)):
+            raise TypeError(f"{cls.__name__} has {len(fields_of(made))} settings, not {len(args)}")
         try:
             build(self, *args, **kwargs)
         except ValidationError as error:
@@ -137,12 +139,12 @@ def check(schema: type[T], values: Mapping[str, Any], *, others: bool = False) -
         raise ValueError(_sentence(error, schema, json.loads(text))) from None
 
 
-def check_value(key: str, value: Any, kind: Any) -> None:
-    """Raises ValueError, naming the key, for a value that is not of this kind; numpy's numbers and
-    lists are as good as Python's and tuples."""
+def check_value(key: str, value: Any, kind: Any) -> Any:
+    """The value as this kind has it (numpy's numbers become Python's, lists tuples). Raises
+    ValueError, naming the key, for one that is not of this kind."""
     text = json.dumps(value, default=lambda number: number.item())
     try:
-        TypeAdapter(Annotated[kind, Field(strict=True)]).validate_json(text)
+        return TypeAdapter(Annotated[kind, Field(strict=True)]).validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"{key} = {_shown(value)}: {_wanted(first)}") from None
@@ -185,7 +187,9 @@ def described(schema: type, start: str = "", names: str = "") -> Iterator[Row]:
     for name, field in fields.items():
         kind = _inner(field.annotation)
         if get_origin(kind) is dict and fields_of(_inner(get_args(kind)[1])):
-            yield from described(_inner(get_args(kind)[1]), f"{start}{name}.NAME.", f"of {name}")
+            yield from described(
+                _inner(get_args(kind)[1]), f"{start}{name}.NAME.", f"one of the {name}"
+            )
         elif not fields_of(kind):
             yield Row(f"{start}{name}", _takes(kind), _meaning(field), names)
         elif kind not in seen:
@@ -235,6 +239,8 @@ def _takes(kind: Any) -> str:
 
 
 def _put(values: dict[str, Any], change: str, schema: type) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in change):  # bytes that are no text
+        raise ValueError(f"{change!a} is not text: write KEY=VALUE")
     key, equals, text = change.partition("=")
     if not equals or not key:
         example = next(described(schema)).key
@@ -268,11 +274,8 @@ def _below(kind: Any, part: str, table: Mapping[str, Any]) -> Any:
         return _inner(get_args(kind)[1])
     if get_origin(kind) is tuple:
         return _inner(get_args(kind)[0])
-    return Any if kind is Any or (kind is not None and not _has_keys(kind)) else None
-
-
-def _has_keys(kind: Any) -> bool:
-    return bool(fields_of(kind)) or get_origin(kind) is dict
+    has_keys = fields_of(kind) or get_origin(kind) is dict
+    return None if kind is None or has_keys else Any
 
 
 def _value(text: str) -> Any:
@@ -298,6 +301,7 @@ def _sentence(error: ValidationError, schema: type, values: Any) -> str:
         loc[0] = list(fields_of(schema))[loc[0]]
     if loc and loc[-1] == "[key]":
         return _unknown(schema, values, loc[:-1])
+    whole = tuple(loc)
     while loc and isinstance(loc[-1], int):  # an element is shown in its list
         loc.pop()
     key = ".".join(map(str, loc))
@@ -305,12 +309,12 @@ def _sentence(error: ValidationError, schema: type, values: Any) -> str:
         return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     if first["type"] in _UNKNOWN:
         return _unknown(schema, values, loc)
-    if first["type"] == "missing" and first["loc"] == error.errors()[0]["loc"]:
+    if first["type"] == "missing":
         return f"{key} is missing: give it a value"
     value = _at(values, loc)
     if first["type"] == "literal_error":
-        known = get_args(_inner(_annotation(schema, first["loc"])))
-        how = "one" if len(loc) == len(first["loc"]) else "some"
+        known = get_args(_inner(_annotation(schema, whole)))
+        how = "one" if len(loc) == len(whole) else "some"
         return f"{key} = {_shown(value)} is unknown: use {how} of {', '.join(map(str, known))}"
     if first["type"] in _TABLES:
         return f"{key or 'the config'} = {_shown(value)}: give a table of settings"

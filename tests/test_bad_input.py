@@ -165,8 +165,7 @@ def wrong_inputs(top: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
 def everything(top: Path) -> dict[str, tuple[int, int]]:
     """Every file and folder below: size and time."""
     return {
-        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in [top, *top.rglob("*")]
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [top, *top.rglob("*")]
     }
 
 
@@ -228,3 +227,61 @@ def test_missing_permissions(place, capsys) -> None:
             faults.append((command, arguments, status, error))
     assert not faults, "\n".join(map(str, faults))
     assert everything(place) == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--set", "model.n_heads=3"], ["--set", "tasks.arithmetic.parameters.prime=4"],
+     ["--set", "vocabulary.max_number=1"], ["--seed", "-5"]],
+)  # fmt: skip
+def test_a_refused_start_leaves_the_folder_free(tmp_path, wrong) -> None:
+    words = ["--preset", "cpu", "--steps", "2", "--out", str(tmp_path / "run"), "--minutes", "9"]
+    assert relay_fast.train.main([*words, *wrong]) == 2
+    assert not list(tmp_path.iterdir())
+    recipe = ["p_hop", "--steps", "2", "--out", str(tmp_path / "recipe")]
+    assert recipes_command.main([*recipe, "--set", "n_heads=3"]) == 2
+    assert not list(tmp_path.iterdir())
+    config = override(load_preset("cpu"), steps=2)
+    config["model"]["n_heads"] = 3
+    with pytest.raises(ValueError, match="d_model = 64 is not divisible by n_heads = 3"):
+        relay_fast.train.train(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+    RunFolder(tmp_path / "run", override(load_preset("cpu"), steps=2))  # the right one may have it
+
+
+def test_triton_on_a_cpu_is_refused_at_the_start(tmp_path, capsys, monkeypatch) -> None:
+    def refuse(impl, device):
+        raise RuntimeError("device 'cpu' is no CUDA device")
+
+    monkeypatch.setattr(relay_fast.train, "select", refuse)
+    words = ["--preset", "cpu", "--impl", "triton", "--out", str(tmp_path / "run")]
+    assert relay_fast.train.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: impl = 'triton' cannot run on device 'cpu': device 'cpu' is no")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [("recipe", "holds a run of the recipe 'p_hop' where a run of RELAY was expected"),
+     ("hub", "holds a model of another library ('llama') where a run of RELAY was expected"),
+     ("newer", "holds a run of RELAY by another version where a run of RELAY was expected")],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_a_foreign_folder_is_named(place, capsys, command, folder, words) -> None:
+    arguments = {"train": ["--steps", "2"], "evaluate": [],
+                 "generate": ["--task", "arithmetic", "--length", "3"]}[command]  # fmt: skip
+    before = everything(place)
+    status, error = outcome(command, [*arguments, "--out", str(place / folder)], capsys)
+    assert status == 2 and f"{place / folder} {words}" in error and error.count("\n") == 1
+    assert everything(place) == before
+
+
+def test_help_lists_every_setting(capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        relay_fast.train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    for row in described(RunConfig):
+        assert any(row.key in line and row.meaning in line for line in shown.splitlines()), row

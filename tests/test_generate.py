@@ -403,7 +403,8 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("model", ["looped_aligned", "looped_vanilla", "ar_relay"])
 def test_command(run, capsys, model):
-    arguments = f"--out {run} --task arithmetic --length 5 --number 3 --model {model}".split()
+    arguments = f"--task arithmetic --length 5 --number 3 --model {model}".split()
+    arguments += ["--out", str(run)]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{model} on arithmetic of length 5; trained on 1 to 4\n\n")
@@ -448,7 +449,8 @@ def test_bad_input_gets_one_sentence(run, capsys, change, message):
 
 def test_command_writes_continues_and_shows_a_folder(run, capsys):
     folder = run / "chains"
-    arguments = f"--out {run} --task edit_distance --lengths 1-3 --number 8 --shard 3".split()
+    arguments = "--task edit_distance --lengths 1-3 --number 8 --shard 3".split()
+    arguments += ["--out", str(run)]
     assert main([*arguments, "--dataset", str(folder), "--verify", "task"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["looped_aligned", "started"]
@@ -470,13 +472,14 @@ def test_chains_that_never_end_are_reported(run, capsys):
     with torch.no_grad():
         model.chain_head.weight[EOS] = 0  # hardly ever the largest
     save_model(model_path(run, "ar_baseline"), model, {})
-    arguments = f"--out {run} --task arithmetic --length 3 --number 2 --model ar_baseline"
-    assert main(arguments.split()) == 0
+    arguments = "--task arithmetic --length 3 --number 2 --model ar_baseline".split()
+    assert main([*arguments, "--out", str(run)]) == 0
     assert capsys.readouterr().out.endswith(", 2 did not end within the limit\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda(run, capsys):
-    arguments = f"--out {run} --task arithmetic --length 3 --device cuda".split()
+    arguments = "--task arithmetic --length 3 --device cuda".split()
+    arguments += ["--out", str(run)]
     assert main(arguments) == 2
     assert "CUDA is not available" in capsys.readouterr().err

@@ -54,6 +54,7 @@ from relay_fast.settings import check, described
         ("stages.ar_rely.lr=1", "stages.ar_rely is unknown: the nearest is stages.ar_relay"),
         ("tasks.aritmetic.train=[1, 2]", "tasks.aritmetic is unknown: the nearest is tasks.arit"),
         ("seed.x=3", "'seed.x=3': seed has no parts: write it without a dot"),
+        ("model.norm=\udcff", r"'model.norm=\udcff' is not text: write KEY=VALUE"),
         ("training.lr", "'training.lr' sets nothing: write KEY=VALUE, like"),
         # Another kind of value.
         ("workers=true", "workers = True: give a whole number, at least 1"),

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from relay_fast.batch import PackedBatch
-from relay_fast.checkpoint import CheckpointError, save_checkpoint
+from relay_fast.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.datasets import load_samples
 from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.store import load_model, load_run_model, model_path, run_tasks, save_model
-from relay_fast.tasks import build_tasks
+from relay_fast.tasks import Vocabulary, build_tasks, make_task
 
 
 def make_model(kind: str):
@@ -114,3 +115,51 @@ def test_cuda_without_cuda(tmp_path):
     save_model(tmp_path / "m.safetensors", make_model("looped"), {})
     with pytest.raises(ValueError, match="CUDA is not available: use cpu"):
         load_model(tmp_path / "m.safetensors", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["config"]["block"].update(new_one=1), "option 'new_one' of a model is unk"),
+        (lambda m: m["config"].update(newer=1), "option 'newer' of a model is unknown"),
+        (lambda m: m["config"]["block"].pop("d_model"), "missing 1 required positional argument"),
+        (lambda m: m["config"]["block"].update(d_model="wide"), "cannot build"),
+        (lambda m: m["config"]["block"].update(norm="newer"), "norm = 'newer' is unknown"),
+        (lambda m: m.pop("config"), "no 'config'"),
+        (lambda m: m.update(config=[]), "cannot build"),
+        (lambda m: m.pop("supervise"), "no 'supervise'"),
+        (lambda m: m.update(supervise="later"), "'later'"),
+    ],
+)
+def test_a_model_of_another_version(tmp_path, change, message):
+    path = tmp_path / "m.safetensors"
+    save_model(path, make_model("looped"), {})
+    tensors, metadata = load_checkpoint(path)
+    change(metadata)
+    save_checkpoint(path, tensors, metadata)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path} was written by another version of relay_fast")
+    assert "\n" not in text
+    assert message in text and text.endswith("use that version, or train it anew.")
+
+
+def test_samples_of_another_version(tmp_path):
+    path = tmp_path / "s.safetensors"
+    save_checkpoint(path, {"newer": torch.zeros(3)}, {"kind": "samples"})
+    with pytest.raises(CheckpointError, match=r"another version .* \('answer'\); use that version"):
+        load_samples(path)
+
+
+def test_parameters_of_tasks_are_of_their_kind():
+    vocabulary = Vocabulary(60, 1)
+    for name, params, message in [
+        ("arithmetic", {"prime": "7"}, "tasks.arithmetic.parameters.prime = '7': give a whole"),
+        ("arithmetic", {"operators": ["+"]}, r"parameters.operators = \['\+'\]: give a text"),
+        ("lis", {"group": 2.5}, "tasks.lis.parameters.group = 2.5: give a whole number"),
+        ("lis", {"group": True}, "tasks.lis.parameters.group = True: give a whole number"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_task(name, vocabulary, **params)
+    assert make_task("arithmetic", vocabulary, prime=np.int64(7)).prime == 7

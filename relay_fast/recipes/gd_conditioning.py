@@ -51,9 +51,7 @@ class Settings:
                     "condition number infinite; take ratios of at least 1"
                 )
         if max(self.shown) > self.loops:
-            raise ValueError(
-                f"shown = {list(self.shown)}: give steps up to loops = {self.loops}"
-            )
+            raise ValueError(f"shown = {list(self.shown)}: give steps up to loops = {self.loops}")
 
 
 PRESETS = {"cpu": Settings(), "paper": replace(Settings(), draws=2_000)}

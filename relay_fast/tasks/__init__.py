@@ -42,18 +42,20 @@ def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
         raise ValueError(
             f"unknown parameter {unknown[0]!r} of task {name}; known are {', '.join(known)}."
         )
-    _check_kinds(name, params)
-    return _CLASSES[name](vocabulary, **params)
+    return _CLASSES[name](vocabulary, **_of_their_kinds(name, params))
 
 
-def _check_kinds(name: str, params: Mapping[str, Any]) -> None:
-    """Raises ValueError for a parameter of another type than the constructor's annotation."""
+def _of_their_kinds(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters as the constructor annotates them; ValueError for one of another type."""
     from relay_fast.settings import check_value  # needs pydantic, which a block does not
 
     hints = get_type_hints(_CLASSES[name].__init__)
-    for key, value in params.items():
-        if key in hints:
-            check_value(f"tasks.{name}.parameters.{key}", value, hints[key])
+    return {
+        key: check_value(f"tasks.{name}.parameters.{key}", value, hints[key])
+        if key in hints
+        else value
+        for key, value in params.items()
+    }
 
 
 def build_tasks(
