@@ -77,7 +77,7 @@ def test_the_curriculum_grows_to_the_longest() -> None:
 def test_each_sequence_loops_as_often_as_it_is_long(preset) -> None:
     torch.manual_seed(0)
     task = replace(PRESETS[preset].parity, heads=4)
-    model = LoopedReader(replace(PRESETS[preset], d_model=32), task)
+    model = LoopedReader(replace(PRESETS[preset], d_model=32, parity=task), task)
     rng = np.random.default_rng(0)
     problems = [draw_problems(rng, "copy", 2, n) for n in (1, 3)]
     tokens, rows, targets, cu_seqlens = pack(problems)
