@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import skip_code
+from torch._C._dynamo.eval_frame import skip_code
 
 from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.config import BlockConfig
