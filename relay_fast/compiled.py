@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import skip_code
+from torch._C._dynamo import eval_frame
 
 from relay_fast.block import BlockBody, check_max_loops, parameter_names
 from relay_fast.config import BlockConfig
@@ -26,8 +26,13 @@ from relay_fast.policy import Policy
 
 
 def skip_frame(function: Callable) -> Callable:
-    """Lets torch.compile begin in what a function calls, where it would begin in the function."""
-    skip_code(function.__code__)
+    """Lets torch.compile begin in what a function calls, where it would begin in the function.
+
+    What `torch._dynamo.eval_frame.skip_code` does, without importing torch's compiler, which is slow.
+    """
+    action = eval_frame._FrameAction
+    strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
     return function
 
 
