@@ -28,7 +28,7 @@ from relay_fast.policy import Policy
 def skip_frame(function: Callable) -> Callable:
     """Lets torch.compile begin in what a function calls, where it would begin in the function.
 
-    What `torch._dynamo.eval_frame.skip_code` does, without importing torch's compiler, which is slow.
+    What `torch._dynamo.eval_frame.skip_code` does, without the slow import of torch's compiler.
     """
     action = eval_frame._FrameAction
     strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
