@@ -3,13 +3,15 @@ targets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast._inference import pieces
+from relay_fast.feedback import Feeder, places_of, true_tokens
 from relay_fast.plan import Plan, check_loops
 from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks import TASK_NAMES, Samples, Task
@@ -29,6 +31,9 @@ class PackedBatch:
     targets (R,) int64; weights (R,) fp32: w_task · λ / (B · T_i · |M_t|).
     answers (B,) int64 and answer_weights (B,) fp32: w_task / B.
     order (B,): which sample of the caller each sequence is; max_token: the largest token id.
+    fed (N,) int64: the true rounds that a `side_by_side` batch is fed, whose sequences are
+    iterations (each sample's last one at the end, in `order`); target_offsets (sequences + 1,):
+    where their rows start. feeder: for a model that is fed its own rounds.
     """
 
     tokens: Tensor
@@ -41,9 +46,17 @@ class PackedBatch:
     answer_weights: Tensor
     order: np.ndarray
     max_token: int
+    fed: Tensor | None = None
+    target_offsets: np.ndarray | None = None
+    feeder: Feeder | None = None
 
     def __len__(self) -> int:
-        return self.plan.sequences
+        return len(self.answers)
+
+    @property
+    def answer_rows(self) -> Tensor:
+        """(B,) int64: the rows at whose last state the answers are read."""
+        return self.plan.last_rows[self.plan.sequences - len(self) :]
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on another device; itself if it is there already."""
@@ -55,7 +68,38 @@ class PackedBatch:
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
+        if self.feeder is not None:
+            moved["feeder"] = self.feeder.to(device)
         return replace(self, plan=self.plan.to(device), **moved)
+
+    def parts(self, tokens: int) -> Iterator[PackedBatch]:
+        """A `side_by_side` batch as batches of about so many tokens each, whose losses add up to
+        its own; any other batch as it is."""
+        plan = self.plan
+        if self.fed is None or plan.rows <= tokens:
+            yield self
+            return
+        first_answer = plan.sequences - len(self)
+        for chosen in pieces(plan.lengths, tokens):
+            first, last = int(chosen[0]), int(chosen[-1]) + 1
+            rows = slice(int(plan.offsets[first]), int(plan.offsets[last]))
+            offsets = self.target_offsets[first : last + 1]
+            targets = slice(int(offsets[0]), int(offsets[-1]))
+            answers = slice(max(0, first - first_answer), max(0, last - first_answer))
+            yield replace(
+                self,
+                plan=plan.part(first, last),
+                tokens=self.tokens[rows],
+                fed=self.fed[rows],
+                rows=self.rows[targets] - rows.start,
+                row_offsets=(0, targets.stop - targets.start),
+                target_offsets=offsets - offsets[0],
+                targets=self.targets[targets],
+                weights=self.weights[targets],
+                answers=self.answers[answers],
+                answer_weights=self.answer_weights[answers],
+                order=self.order[answers],
+            )
 
     @staticmethod
     def looped(
@@ -66,6 +110,7 @@ class PackedBatch:
         chain_weight: float = 1.0,
         weighting: str = "sequence",
         extra_pad: np.ndarray | None = None,
+        feedback: bool = False,
         device: torch.device | str = "cpu",
     ) -> PackedBatch:
         """The looped model's batch: problems, and every iteration's round right-aligned.
@@ -74,6 +119,7 @@ class PackedBatch:
         left, between the task token (always leftmost) and the problem, and so is every input by
         `extra_pad` (S,) more tokens. weighting="sequence" lets
         sequences weigh alike whatever their length; "row" lets all supervised rows weigh alike.
+        feedback: for a model that reads its own rounds back (`relay_fast.feedback`).
         Raises ValueError for unknown weightings and tasks, and for tokens that are negative.
         """
         _check_weighting(weighting, task_weights)
@@ -109,6 +155,9 @@ class PackedBatch:
             ragged_index(s.round_offsets[:-1][major], lengths)
         ]
         per_iteration = np.bincount(iteration, weights=counts, minlength=plan.max_loops)
+        feeder = None
+        if feedback:
+            feeder = Feeder.of(places_of(s, tasks, plan.lengths), plan.lengths, device)
         task_weight = _task_weights(s, task_weights)
         if weighting == "sequence":
             share = chain_weight * task_weight[owner] / (len(s) * s.loops[owner] * counts)
@@ -125,6 +174,53 @@ class PackedBatch:
             torch.from_numpy((task_weight / max(1, len(s))).astype(np.float32)).to(device),
             order,
             max(_largest(tokens, targets), int(s.answer.max(initial=0))),  # no answer: negative
+            feeder=feeder,
+        )
+
+    @staticmethod
+    def side_by_side(
+        samples: Samples,
+        tasks: Mapping[str, Task],
+        *,
+        task_weights: Mapping[str, float] | None = None,
+        chain_weight: float = 1.0,
+        weighting: str = "sequence",
+        extra_pad: np.ndarray | None = None,
+        device: torch.device | str = "cpu",
+    ) -> PackedBatch:
+        """The batch that trains a model with feedback: every iteration of a sample as a sequence of
+        one iteration, which is fed the true rounds before it.
+
+        Its weights are those of `looped`, and so are options and errors; a sample without rounds
+        raises ValueError too.
+        """
+        if np.any(samples.loops < 1):
+            raise ValueError("a sample without rounds has no iteration to train: leave it out")
+        split, owner, before = samples.iterations()
+        final = before + 1 == samples.loops[owner]
+        order = np.argsort(final, kind="stable")
+        split, owner, before = split.take(order), owner[order], before[order]
+        batch = PackedBatch.looped(
+            split, tasks, chain_weight=chain_weight, task_weights=task_weights, weighting=weighting,
+            extra_pad=None if extra_pad is None else extra_pad[owner], device=device,
+        )  # fmt: skip
+        widths = batch.plan.lengths
+        fed = true_tokens(samples, owner, before, widths, places_of(split, tasks, widths))
+        task_weight = _task_weights(split, task_weights)
+        counts = np.diff(split.round_offsets) + 1
+        weights = batch.weights
+        if weighting == "sequence":
+            share = chain_weight * task_weight / (len(samples) * samples.loops[owner] * counts)
+            weights = torch.from_numpy(np.repeat(share, counts).astype(np.float32)).to(device)
+        answer_share = task_weight[len(owner) - len(samples) :] / max(1, len(samples))
+        return replace(
+            batch,
+            weights=weights,
+            answers=batch.answers[len(owner) - len(samples) :],
+            answer_weights=torch.from_numpy(answer_share.astype(np.float32)).to(device),
+            order=owner[len(owner) - len(samples) :],
+            fed=torch.from_numpy(fed).to(device),
+            target_offsets=offsets_of(counts),
         )
 
     @staticmethod

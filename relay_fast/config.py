@@ -10,6 +10,7 @@ from relay_fast.kernels.norm_ref import NORMS
 
 LOOP_NORMS = ("none", "pre", "post")
 INJECTIONS = ("none", "add", "concat")
+FEEDBACKS = ("none", "tokens")
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,47 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model: its block, vocabulary and the longest sequence (tokens) that it takes."""
+    """A model: its block, vocabulary and the longest sequence (tokens) that it takes.
+
+    feedback, of a looped model: "tokens": each iteration sees the problem and the rounds so far as
+    tokens, and no state is carried from one to the next; "none": the state is carried.
+    feedback_noise: in training, the share of the fed tokens that another one takes the place of.
+    trained_tokens: the longest input that training shows, 0 where it is not known. Raises
+    ValueError where the parts do not fit together.
+    """
 
     block: BlockConfig
     vocabulary_size: int
     max_tokens: int = 4096
+    feedback: str = "none"
+    feedback_noise: float = 0.0
+    trained_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.feedback not in FEEDBACKS:
+            raise ValueError(f"feedback = {self.feedback!r} is unknown: use one of {FEEDBACKS}")
+        if not 0 <= self.feedback_noise < 1:
+            raise ValueError(f"feedback_noise = {self.feedback_noise}: it must lie in [0, 1)")
+        if self.feedback == "none":
+            if self.feedback_noise:
+                raise ValueError(
+                    f"feedback_noise = {self.feedback_noise} needs fed tokens: use "
+                    'feedback = "tokens"'
+                )
+        elif self.block.injection != "none" or self.block.max_loops:
+            raise ValueError(
+                f"feedback = {self.feedback!r} makes every iteration the first: use "
+                'injection = "none" and max_loops = 0'
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the options that are as they were before there were any: files and hashes of
+        such models stay what they were."""
+        values = asdict(self)
+        for name in ("feedback", "feedback_noise", "trained_tokens"):
+            if values[name] == getattr(ModelConfig, name):
+                del values[name]
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ModelConfig:

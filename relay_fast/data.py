@@ -32,12 +32,14 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Form:
-    """How samples become a batch: `kind` looped or autoregressive, and the batch's options."""
+    """How samples become a batch: `kind` looped or autoregressive, and the batch's options;
+    feedback: of a looped model that is fed its rounds."""
 
     kind: str
     task_weights: Mapping[str, float] = field(default_factory=dict)
     chain_weight: float = 1.0
     weighting: str = "sequence"
+    feedback: bool = False
     batch_tokens: int | None = None  # upper bound on a batch's tokens: the samples that fit
 
     def pack(
@@ -48,7 +50,8 @@ class Form:
         options = {"task_weights": self.task_weights, "weighting": self.weighting}
         if self.kind == "autoregressive":
             return PackedBatch.autoregressive(samples, tasks, **options)
-        return PackedBatch.looped(
+        pack = PackedBatch.side_by_side if self.feedback else PackedBatch.looped
+        return pack(
             samples, tasks, chain_weight=self.chain_weight, extra_pad=extra_pad, **options
         )
 

@@ -7,7 +7,7 @@ R rows that carry a target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ from relay_fast.gradients import GATHER_ROWS
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.policy import Policy
-from relay_fast.whole_loop import read_whole_loop
+from relay_fast.tasks.vocabulary import PAD
+from relay_fast.whole_loop import feedback_reason, read_whole_loop
 
 
 class Norm(nn.Module):
@@ -271,14 +272,22 @@ class _Transformer(nn.Module):
     def embed(self, batch: PackedBatch) -> Tensor:
         """(N, d) embeddings of the batch's tokens, with dropout in training."""
         self._check(batch)
-        x = nn.functional.embedding(batch.tokens, self.embedding.weight)
+        x = self._embed_tokens(batch)
         p = self.config.block.dropout
         if self.training and p:
             seed = torch.randint(2**31, (), device=x.device)
             x = x * dropout_mask_ref(Dropout(p, seed, 0, 0, batch.plan.tokens), x.shape[1], x.dtype)
         return x
 
+    def _embed_tokens(self, batch: PackedBatch) -> Tensor:
+        return nn.functional.embedding(batch.tokens, self.embedding.weight)
+
     def _check(self, batch: PackedBatch) -> None:
+        if batch.fed is not None and self.config.feedback == "none":
+            raise ValueError(
+                "the batch has rounds that are fed back, the model takes none: use "
+                'ModelConfig(feedback="tokens") or PackedBatch.looped'
+            )
         if batch.max_token >= self.config.vocabulary_size:
             raise ValueError(
                 f"token {batch.max_token} is outside the model's vocabulary of "
@@ -313,6 +322,8 @@ class LoopedTransformer(_Transformer):
     """The looped model: embedding, block, chain head on every state, answer head on the last.
 
     `supervise="chain"` aligns every iteration with a round; `"answer"` is the vanilla looped model.
+    With feedback (`ModelConfig.feedback`) it trains on `PackedBatch.side_by_side`, and reads
+    batches of `PackedBatch.looped(..., feedback=True)`.
     """
 
     def __init__(
@@ -328,13 +339,36 @@ class LoopedTransformer(_Transformer):
             raise ValueError(f'supervise = {supervise!r} is unknown: use "chain" or "answer"')
         self.supervise = supervise
         self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
+        if config.feedback != "none":
+            if supervise == "answer":
+                raise ValueError(
+                    'a model that learns answers only (supervise = "answer") writes no rounds that '
+                    'could be fed back: use feedback = "none"'
+                )
+            self.fed_embedding = nn.Embedding(config.vocabulary_size, config.block.d_model)
+
+    def _embed_tokens(self, batch: PackedBatch) -> Tensor:
+        x = super()._embed_tokens(batch)
+        if batch.fed is None:
+            return x
+        fed, p = batch.fed, self.config.feedback_noise
+        if self.training and p:
+            wrong = torch.rand(fed.shape, device=fed.device) < p
+            others = fed[torch.randint(len(fed), fed.shape, device=fed.device)]
+            fed = torch.where(wrong & (fed != PAD), others, fed)
+        return x + self.fed_embedding(fed)
 
     def loss(self, batch: PackedBatch) -> Losses:
         """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
+        if self.config.feedback != "none" and batch.fed is None:
+            raise ValueError(
+                f"a model with feedback = {self.config.feedback!r} learns from true rounds that "
+                "are fed back: make the batch with PackedBatch.side_by_side"
+            )
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
         c = self.config.block
         answer_loss, answer_correct = row_cross_entropy(
-            final, batch.plan.last_rows, batch.answers, self.norm.weight, self.answer_head.weight,
+            final, batch.answer_rows, batch.answers, self.norm.weight, self.answer_head.weight,
             self.norm.bias, eps=c.eps, norm=c.norm, impl=self.block.impl,
         )  # fmt: skip
         chain = (row_loss * batch.weights).sum() if row_loss.numel() else final.new_zeros(())
@@ -353,28 +387,65 @@ class LoopedTransformer(_Transformer):
         c = self.config.block
         run = self.block.run(batch.plan)
         x = self.embed(batch)
-        read = read_whole_loop(
+        read = feedback_reason(self.config) or read_whole_loop(
             c, run, x, dict(self.block.named_parameters()), self.norm.weight,
             self.chain_head.weight, self.training,
         )  # fmt: skip
-        final, rounds = self._read_iterations(run, x) if isinstance(read, str) else read
+        final, rounds = self._read_iterations(run, x, batch) if isinstance(read, str) else read
         answers = run.ops.argmax(
             final[batch.plan.last_rows], self.norm.weight, self.norm.bias,
             self.answer_head.weight.to(run.compute_dtype), c.eps, c.norm,
         )  # fmt: skip
         return rounds, answers
 
-    def _read_iterations(self, run: Run, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _read_iterations(
+        self, run: Run, x: Tensor, batch: PackedBatch
+    ) -> tuple[Tensor, list[Tensor]]:
         """final (N, d), and the token ids (N_t,) of each iteration."""
-        c, plan = self.config.block, run.plan
-        head = self.chain_head.weight.to(run.compute_dtype)
-        final = x.clone()
-        rounds = []
-        for t, state in iterate(run, x, list(self.block.parameters())):
-            ids = run.ops.argmax(state, self.norm.weight, self.norm.bias, head, c.eps, c.norm)
+        plan, final, rounds = run.plan, x.clone(), []
+        for t, state, ids in self.iterations(run, x, batch):
             rounds.append(ids)
             final[plan.rows_at(t + 1) : len(state)] = state[plan.rows_at(t + 1) :]
         return final, rounds
+
+    def iterations(
+        self, run: Run, x: Tensor, batch: PackedBatch
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yields (t, state t of the active prefix, its token ids), without gradients.
+
+        A state is valid until the next but one is asked for. With feedback, each iteration is fed
+        the ids of those before it.
+
+        Args:
+            run: a pass of the block over the batch's plan.
+            x: (N, d) the batch's embeddings.
+            batch: of `PackedBatch.looped`.
+        """
+        c, feeder = self.config.block, batch.feeder
+        head = self.chain_head.weight.to(run.compute_dtype)
+
+        def read(state: Tensor) -> Tensor:
+            return run.ops.argmax(state, self.norm.weight, self.norm.bias, head, c.eps, c.norm)
+
+        parameters = list(self.block.parameters())
+        if self.config.feedback == "none":
+            for t, state in iterate(run, x, parameters):
+                yield t, state, read(state)
+            return
+        if feeder is None:
+            raise ValueError(
+                f"a model with feedback = {self.config.feedback!r} reads its own rounds back: make "
+                "the batch with PackedBatch.looped(..., feedback=True)"
+            )
+        fed = feeder.start()
+
+        def enter(_: Tensor, t: int) -> Tensor:
+            return x[: run.plan.rows_at(t)] + self.fed_embedding(fed)
+
+        for t, state in iterate(run, x, parameters, enter):
+            ids = read(state)
+            yield t, state, ids
+            fed = feeder.after(t, ids, fed, run.plan.rows_at(t + 1))
 
 
 class AutoregressiveTransformer(_Transformer):

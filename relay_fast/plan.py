@@ -89,6 +89,12 @@ class Plan:
         positions = None if self._caller_positions is None else self.positions.cpu().numpy()
         return Plan(self.lengths, self.loops, device, positions)
 
+    def part(self, first: int, last: int) -> Plan:
+        """The plan of sequences first..last − 1 alone."""
+        rows = slice(int(self.offsets[first]), int(self.offsets[last]))
+        positions = None if self._caller_positions is None else self.positions[rows].cpu().numpy()
+        return Plan(self.lengths[first:last], self.loops[first:last], self.device, positions)
+
     @property
     def sequences(self) -> int:
         return len(self.lengths)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,15 @@ class Context:
             for name, task in self.tasks.items()
         )
         pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
+        fed = {name: sizes.pop(name) for name in ("feedback", "feedback_noise") if name in sizes}
+        if causal or supervise == "answer":  # they write no rounds that could be fed back
+            fed = {}
+        elif fed.get("feedback", "none") != "none":
+            longest = [t.max_problem_tokens(self.ranges[n][1]) for n, t in self.tasks.items()]
+            shortest = [t.min_input_tokens for t in self.tasks.values()]
+            fed["trained_tokens"] = max(*longest, *shortest, pad_to)
         config = ModelConfig(
-            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16)
+            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16), **fed
         )
         torch.manual_seed(self.seed)
         options = {"impl": self.impl, "recompute": self.config["training"].get("recompute", "none")}
@@ -168,8 +176,9 @@ def _from_scratch(context: Context, name: str, model, kind: str, report: Report)
     schedule = _schedule(context, settings, kind, (size or 0) * len(context.tasks))
     names = ("batch_size", "lengths", "lengths_per_batch", "dataset_size", "curriculum",
              "pad_probability", "pad_to")  # fmt: skip
+    form = replace(context.form(settings, kind), feedback=model.config.feedback != "none")
     stream = TruthStream(
-        context.tasks, context.ranges, context.form(settings, kind), schedule,
+        context.tasks, context.ranges, form, schedule,
         seed=context.stream_seed(_TRAIN), **{k: settings[k] for k in names if k in settings},
     )  # fmt: skip
     trained = train_model(

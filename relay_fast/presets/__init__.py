@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+from relay_fast.config import FEEDBACKS
 from relay_fast.policy import Policy
 from relay_fast.schedule import DECAYS
 
@@ -40,13 +41,14 @@ _RANGES = {
     ),
     **dict.fromkeys(("lr", "muon_lr", "clip", "epochs", "token_iterations"), _POSITIVE),
     **dict.fromkeys(("warmup", "curriculum", "pad_probability"), _SHARE),
-    **dict.fromkeys(("betas", "ema", "dropout"), _BELOW_1),
+    **dict.fromkeys(("betas", "ema", "dropout", "feedback_noise"), _BELOW_1),
 }  # fmt: skip
 _CHOICES = {
     "lengths": ("proportional", "uniform"),
     "decay": DECAYS,
     "autocast": ("fp32", "bf16"),
     "weighting": ("sequence", "row"),
+    "feedback": FEEDBACKS,
 }
 # What a preset may leave out, with an example: of every stage's training, and of all together.
 _OF_STAGES = {
@@ -58,6 +60,7 @@ _OF_TRAINING = _OF_STAGES | {
     "lengths": "proportional", "lengths_per_batch": 4, "dataset_size": 1000, "curriculum": 0.5,
     "pad_probability": 0.3, "pad_to": 32, "chain_weight": 1.0, "recompute": "none",
 }  # fmt: skip
+_OF_MODEL = {"feedback": "none", "feedback_noise": 0.1}
 
 
 def preset_names() -> list[str]:
@@ -176,6 +179,8 @@ def _missing(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
     if path == ["training"]:
         own = set.intersection(*(set(stage) for stage in config["stages"].values()))
         return {name: value for name, value in _OF_TRAINING.items() if name not in own}
+    if path in (["model"], ["model", "looped"]):
+        return _OF_MODEL
     return _OF_STAGES if len(path) == 2 and path[0] == "stages" else {}
 
 
