@@ -111,6 +111,8 @@ class PackedBatch:
         weighting: str = "sequence",
         extra_pad: np.ndarray | None = None,
         feedback: bool = False,
+        position_range: int = 0,
+        rng: np.random.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> PackedBatch:
         """The looped model's batch: problems, and every iteration's round right-aligned.
@@ -120,6 +122,8 @@ class PackedBatch:
         `extra_pad` (S,) more tokens. weighting="sequence" lets
         sequences weigh alike whatever their length; "row" lets all supervised rows weigh alike.
         feedback: for a model that reads its own rounds back (`relay_fast.feedback`).
+        position_range: positions lie in 0..position_range − 1 (0: as many as tokens), in order: for
+        each sequence a random choice of `rng`, without one spread evenly.
         Raises ValueError for unknown weightings and tasks, and for tokens that are negative.
         """
         _check_weighting(weighting, task_weights)
@@ -129,7 +133,8 @@ class PackedBatch:
         width = np.maximum(sizes, [tasks[TASK_NAMES[k]].min_input_tokens for k in s.task])
         if extra_pad is not None:
             width = width + extra_pad[order]
-        plan = Plan(width, s.loops, device)
+        positions = _positions(width, position_range, rng) if position_range else None
+        plan = Plan(width, s.loops, device, positions)
         tokens = np.full(plan.rows, PAD, np.int64)
         ends = plan.offsets[1:]
         tokens[ragged_index(ends - sizes + 1, sizes - 1)] = s.problem[
@@ -186,6 +191,8 @@ class PackedBatch:
         chain_weight: float = 1.0,
         weighting: str = "sequence",
         extra_pad: np.ndarray | None = None,
+        position_range: int = 0,
+        rng: np.random.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> PackedBatch:
         """The batch that trains a model with feedback: every iteration of a sample as a sequence of
@@ -202,7 +209,8 @@ class PackedBatch:
         split, owner, before = split.take(order), owner[order], before[order]
         batch = PackedBatch.looped(
             split, tasks, chain_weight=chain_weight, task_weights=task_weights, weighting=weighting,
-            extra_pad=None if extra_pad is None else extra_pad[owner], device=device,
+            extra_pad=None if extra_pad is None else extra_pad[owner],
+            position_range=position_range, rng=rng, device=device,
         )  # fmt: skip
         widths = batch.plan.lengths
         fed = true_tokens(samples, owner, before, widths, places_of(split, tasks, widths))
@@ -268,6 +276,21 @@ def _check_weighting(weighting: str, task_weights: Mapping[str, float] | None) -
         raise ValueError(f"weighting = {weighting!r} is unknown: use one of {WEIGHTINGS}")
     for name in set(task_weights or {}).difference(TASK_NAMES):
         raise ValueError(f"task_weights names {name!r}: the tasks are {', '.join(TASK_NAMES)}")
+
+
+def _positions(widths: np.ndarray, span: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Ascending positions in 0..span − 1 of inputs laid end to end: drawn, or spread evenly."""
+    longest = int(widths.max(initial=0))
+    if longest > span:
+        raise ValueError(
+            f"an input of {longest} tokens has no room in position_range = {span}: use a larger "
+            "range, or shorter problems"
+        )
+    if rng is not None:
+        ranks = rng.random((len(widths), span)).argsort(1).argsort(1)
+        return np.nonzero(ranks < widths[:, None])[1]
+    place = ragged_index(np.zeros_like(widths), widths)
+    return np.rint(place * (span - 1) / np.repeat(np.maximum(1, widths - 1), widths)).astype(int)
 
 
 def _largest(*tokens: np.ndarray) -> int:

@@ -100,8 +100,10 @@ class ModelConfig:
     feedback, of a looped model: "tokens": each iteration sees the problem and the rounds so far as
     tokens, and no state is carried from one to the next; "none": the state is carried.
     feedback_noise: in training, the share of the fed tokens that another one takes the place of.
-    trained_tokens: the longest input that training shows, 0 where it is not known. Raises
-    ValueError where the parts do not fit together.
+    position_range, of a looped model: inputs stand at positions 0..position_range − 1, drawn at
+    random in training and spread evenly in generation; 0: at 0..n − 1. trained_tokens: the longest
+    input that training shows, 0 where it is not known. Raises ValueError where the parts do not fit
+    together.
     """
 
     block: BlockConfig
@@ -109,6 +111,7 @@ class ModelConfig:
     max_tokens: int = 4096
     feedback: str = "none"
     feedback_noise: float = 0.0
+    position_range: int = 0
     trained_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -116,6 +119,8 @@ class ModelConfig:
             raise ValueError(f"feedback = {self.feedback!r} is unknown: use one of {FEEDBACKS}")
         if not 0 <= self.feedback_noise < 1:
             raise ValueError(f"feedback_noise = {self.feedback_noise}: it must lie in [0, 1)")
+        if self.position_range < 0:
+            raise ValueError(f"position_range = {self.position_range}: it must be 0 or more")
         if self.feedback == "none":
             if self.feedback_noise:
                 raise ValueError(
@@ -132,7 +137,7 @@ class ModelConfig:
         """Without the options that are as they were before there were any: files and hashes of
         such models stay what they were."""
         values = asdict(self)
-        for name in ("feedback", "feedback_noise", "trained_tokens"):
+        for name in ("feedback", "feedback_noise", "position_range", "trained_tokens"):
             if values[name] == getattr(ModelConfig, name):
                 del values[name]
         return values

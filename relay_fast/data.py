@@ -21,6 +21,7 @@ from relay_fast.schedule import Schedule, curriculum_length
 from relay_fast.tasks import TASK_NAMES, Samples, Task
 
 _FRESH = 0x5EED  # salt of the length draws, apart from the problems' own seed
+_POSITIONS = 0x905  # and of the position draws
 
 
 class Step(NamedTuple):
@@ -33,17 +34,22 @@ class Step(NamedTuple):
 @dataclass(frozen=True)
 class Form:
     """How samples become a batch: `kind` looped or autoregressive, and the batch's options;
-    feedback: of a looped model that is fed its rounds."""
+    feedback, position_range: as the looped model has them."""
 
     kind: str
     task_weights: Mapping[str, float] = field(default_factory=dict)
     chain_weight: float = 1.0
     weighting: str = "sequence"
     feedback: bool = False
+    position_range: int = 0
     batch_tokens: int | None = None  # upper bound on a batch's tokens: the samples that fit
 
     def pack(
-        self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None
+        self,
+        samples: Samples,
+        tasks: Mapping[str, Task],
+        extra_pad: np.ndarray | None,
+        rng: np.random.Generator | None = None,
     ) -> PackedBatch:
         if self.batch_tokens is not None:
             samples, extra_pad = self._cut(samples, tasks, extra_pad)
@@ -52,8 +58,9 @@ class Form:
             return PackedBatch.autoregressive(samples, tasks, **options)
         pack = PackedBatch.side_by_side if self.feedback else PackedBatch.looped
         return pack(
-            samples, tasks, chain_weight=self.chain_weight, extra_pad=extra_pad, **options
-        )
+            samples, tasks, chain_weight=self.chain_weight, extra_pad=extra_pad,
+            position_range=self.position_range, rng=rng, **options,
+        )  # fmt: skip
 
     def _cut(self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None):
         """The first samples that fit, tasks in turns so that none of them is cut off."""
@@ -129,7 +136,8 @@ class TruthStream(Dataset):
             longest_true[name] = int(lengths.max())
         samples = Samples.concat(parts)
         extra = np.concatenate(pads) if self.pad_probability else None
-        return Step(self.form.pack(samples, self.tasks, extra), longest_true)
+        rng = np.random.default_rng([_POSITIONS, self.seed, step])
+        return Step(self.form.pack(samples, self.tasks, extra, rng), longest_true)
 
     def _block(self, step: int) -> int:
         """Which block of `share` samples a step takes: ever new ones, or each once an epoch."""

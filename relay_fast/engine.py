@@ -165,8 +165,8 @@ def iterate(
     """Yields (t, state t of the active prefix) without gradients; two buffers in all, so a state is
     valid until the next but one is asked for.
 
-    enter(state t − 1, t): what iteration t starts from, as the first iteration starts from x;
-    default: state t − 1. Raises ValueError for a static plan: which of its rows are live is known on the device alone.
+    enter(state t − 1, t): what iteration t starts from, default: state t − 1. Raises ValueError for
+    a static plan: which of its rows are live is known on the device alone.
     """
     if run.plan.static:
         raise ValueError("a static batch is for training: read chains off the batch it was given")

@@ -180,8 +180,9 @@ def read_batch(
 ) -> tuple[Samples, Scores | None]:
     """The problems, most loops first, with what the model writes in one pass over all of them;
     and its log-probabilities if `scored`."""
-    feedback = model.config.feedback != "none"
-    batch = PackedBatch.looped(problems, tasks, feedback=feedback, device=model.device)
+    c = model.config
+    options = {"feedback": c.feedback != "none", "position_range": c.position_range}
+    batch = PackedBatch.looped(problems, tasks, device=model.device, **options)
     if scored:
         rounds, answers, scores, answer_scores = read_scored(model, batch)
     else:

@@ -35,7 +35,7 @@ def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str 
     return None
 
 
-def _feedback_reason(model: nn.Module) -> str | None:
+def feedback_graph_reason(model: nn.Module) -> str | None:
     if model.config.feedback == "none":
         return None
     return "batches whose iterations train side by side have no fixed shape yet: eager steps"
@@ -113,7 +113,7 @@ class GraphedStep:
         self.model, self.optimizer, self.capacity = model, optimizer, capacity
         self.clip, self.autocast = clip, autocast
         self.reason: str | None = None  # why the last step was no replay; None if it was one
-        self._never = graph_reason(model.device, optimizer) or _feedback_reason(model)
+        self._never = graph_reason(model.device, optimizer) or feedback_graph_reason(model)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._losses: Losses | None = None
         self._warm = 0

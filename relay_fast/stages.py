@@ -36,6 +36,9 @@ Report = Callable[[Progress | Problems], None]
 # Seeds of the sample streams, so that no two of them meet.
 _TRAIN, _CHAINS, _INSIDE, _SELF = 1, 2, 3, 4
 
+# Options of the looped models alone, in the table that they share with the others.
+_OF_LOOPED = ("feedback", "feedback_noise", "position_range")
+
 # What each stage needs before it can run, in the order in which ready stages are started.
 NEEDS: dict[str, tuple[str, ...]] = {
     "looped_aligned": (),
@@ -83,16 +86,24 @@ class Context:
             for name, task in self.tasks.items()
         )
         pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
-        fed = {name: sizes.pop(name) for name in ("feedback", "feedback_noise") if name in sizes}
-        if causal or supervise == "answer":  # they write no rounds that could be fed back
-            fed = {}
-        elif fed.get("feedback", "none") != "none":
+        looped = {name: sizes.pop(name) for name in _OF_LOOPED if name in sizes}
+        if causal:
+            looped = {}
+        elif supervise == "answer":  # it writes no rounds that could be fed back
+            looped = {name: looped[name] for name in looped if not name.startswith("feedback")}
+        elif looped.get("feedback", "none") != "none":
             longest = [t.max_problem_tokens(self.ranges[n][1]) for n, t in self.tasks.items()]
             shortest = [t.min_input_tokens for t in self.tasks.values()]
-            fed["trained_tokens"] = max(*longest, *shortest, pad_to)
+            looped["trained_tokens"] = max(*longest, *shortest, pad_to)
         config = ModelConfig(
-            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16), **fed
-        )
+            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16),
+            **looped,
+        )  # fmt: skip
+        if 0 < config.position_range < max(bound, pad_to):
+            raise ValueError(
+                f"model.position_range = {config.position_range}, the longest input has "
+                f"{max(bound, pad_to)} tokens: give at least as many"
+            )
         torch.manual_seed(self.seed)
         options = {"impl": self.impl, "recompute": self.config["training"].get("recompute", "none")}
         if causal:
@@ -176,7 +187,10 @@ def _from_scratch(context: Context, name: str, model, kind: str, report: Report)
     schedule = _schedule(context, settings, kind, (size or 0) * len(context.tasks))
     names = ("batch_size", "lengths", "lengths_per_batch", "dataset_size", "curriculum",
              "pad_probability", "pad_to")  # fmt: skip
-    form = replace(context.form(settings, kind), feedback=model.config.feedback != "none")
+    form = replace(
+        context.form(settings, kind),
+        feedback=model.config.feedback != "none", position_range=model.config.position_range,
+    )  # fmt: skip
     stream = TruthStream(
         context.tasks, context.ranges, form, schedule,
         seed=context.stream_seed(_TRAIN), **{k: settings[k] for k in names if k in settings},

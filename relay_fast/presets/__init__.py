@@ -36,7 +36,7 @@ _RANGES = {
     ),
     **dict.fromkeys(
         ("seed", "data_workers", "pad_to", "weight_decay", "chain_weight", "task_weights",
-         "state_noise"),
+         "state_noise", "position_range"),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(("lr", "muon_lr", "clip", "epochs", "token_iterations"), _POSITIVE),
@@ -60,7 +60,7 @@ _OF_TRAINING = _OF_STAGES | {
     "lengths": "proportional", "lengths_per_batch": 4, "dataset_size": 1000, "curriculum": 0.5,
     "pad_probability": 0.3, "pad_to": 32, "chain_weight": 1.0, "recompute": "none",
 }  # fmt: skip
-_OF_MODEL = {"feedback": "none", "feedback_noise": 0.1}
+_OF_MODEL = {"feedback": "none", "feedback_noise": 0.1, "position_range": 48}
 
 
 def preset_names() -> list[str]:

@@ -211,7 +211,7 @@ class Task(ABC):
         raise ValueError(
             f"task {self.name!r} does not say what is fed back of its rounds: define "
             f"{type(self).__name__}.fed_places (FedPlaces.last_round feeds the last round), or "
-            f'train without feedback'
+            f"train without feedback"
         )
 
     def check(self, problem: Iterable[int], rounds: Rounds) -> list[bool]:

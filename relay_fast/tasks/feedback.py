@@ -34,7 +34,9 @@ class FedPlaces(NamedTuple):
     def last_round(widths: np.ndarray) -> FedPlaces:
         """The last round, right-aligned as its targets are, in inputs of `widths` tokens."""
         from_end = np.repeat(np.cumsum(widths), widths) - np.arange(int(widths.sum()))
-        return FedPlaces(from_end, np.full_like(from_end, LATEST), np.full_like(from_end, FROM_ROUND))
+        return FedPlaces(
+            from_end, np.full_like(from_end, LATEST), np.full_like(from_end, FROM_ROUND)
+        )
 
     @staticmethod
     def nothing(widths: np.ndarray) -> FedPlaces:
