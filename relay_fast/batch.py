@@ -14,7 +14,7 @@ from relay_fast._inference import pieces
 from relay_fast.feedback import Feeder, places_of, true_tokens
 from relay_fast.plan import Plan, check_loops
 from relay_fast.ragged import offsets_of, ragged_index
-from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks import TASK_NAMES, FedPlaces, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 
 __all__ = ["PackedBatch", "Plan", "check_loops"]
@@ -33,7 +33,9 @@ class PackedBatch:
     order (B,): which sample of the caller each sequence is; max_token: the largest token id.
     fed (N,) int64: the true rounds that a `side_by_side` batch is fed, whose sequences are
     iterations (each sample's last one at the end, in `order`); target_offsets (sequences + 1,):
-    where their rows start. feeder: for a model that is fed its own rounds.
+    where their rows start. feeder: for a model that is fed its own rounds. true_feed (Σ n_i · T_i,)
+    int64, iteration-major: what every iteration is fed of true rounds where the state is carried;
+    truth: the share of the iterations that are fed them, the others the model's own.
     """
 
     tokens: Tensor
@@ -49,6 +51,8 @@ class PackedBatch:
     fed: Tensor | None = None
     target_offsets: np.ndarray | None = None
     feeder: Feeder | None = None
+    true_feed: Tensor | None = None
+    truth: float = 1.0
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -230,6 +234,28 @@ class PackedBatch:
             fed=torch.from_numpy(fed).to(device),
             target_offsets=offsets_of(counts),
         )
+
+    @staticmethod
+    def carried(
+        samples: Samples, tasks: Mapping[str, Task], *, truth: float = 1.0, **options
+    ) -> PackedBatch:
+        """The batch that trains a model whose iterations get the state before them and a round.
+
+        truth: the share of the iterations that are fed the true round. Other options and errors are
+        those of `looped`.
+        """
+        if not 0 <= truth <= 1:
+            raise ValueError(f"truth = {truth}: it must lie in [0, 1]")
+        batch = PackedBatch.looped(samples, tasks, feedback=True, **options)
+        plan, s = batch.plan, samples.take(batch.order)
+        active = np.array(plan.active_sequences, np.int64)
+        owner = ragged_index(np.zeros_like(active), active)
+        before = np.repeat(np.arange(len(active)), active)
+        widths = plan.lengths[owner]
+        rows = ragged_index(plan.offsets[owner], widths)
+        places = FedPlaces(*(column[rows] for column in places_of(s, tasks, plan.lengths)))
+        fed = torch.from_numpy(true_tokens(s, owner, before, widths, places))
+        return replace(batch, true_feed=fed.to(plan.device), truth=truth)
 
     @staticmethod
     def autoregressive(

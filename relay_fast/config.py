@@ -11,6 +11,8 @@ from relay_fast.kernels.norm_ref import NORMS
 LOOP_NORMS = ("none", "pre", "post")
 INJECTIONS = ("none", "add", "concat")
 FEEDBACKS = ("none", "tokens")
+# Options of models that came later: configs of models without them stay as they were.
+_ADDED = ("feedback", "carry_state", "feedback_noise", "position_range", "trained_tokens")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class ModelConfig:
     """A model: its block, vocabulary and the longest sequence (tokens) that it takes.
 
     feedback, of a looped model: "tokens": each iteration sees the problem and the rounds so far as
-    tokens, and no state is carried from one to the next; "none": the state is carried.
+    tokens; "none": the state alone goes on from one to the next. carry_state: with feedback, the
+    state goes on too.
     feedback_noise: in training, the share of the fed tokens that another one takes the place of.
     position_range, of a looped model: inputs stand at positions 0..position_range − 1, drawn at
     random in training and spread evenly in generation; 0: at 0..n − 1. trained_tokens: the longest
@@ -110,6 +113,7 @@ class ModelConfig:
     vocabulary_size: int
     max_tokens: int = 4096
     feedback: str = "none"
+    carry_state: bool = False
     feedback_noise: float = 0.0
     position_range: int = 0
     trained_tokens: int = 0
@@ -127,6 +131,11 @@ class ModelConfig:
                     f"feedback_noise = {self.feedback_noise} needs fed tokens: use "
                     'feedback = "tokens"'
                 )
+            if self.carry_state:
+                raise ValueError(
+                    'carry_state = True says what feedback = "tokens" does; without feedback the '
+                    "state is carried anyway: leave it out"
+                )
         elif self.block.injection != "none" or self.block.max_loops:
             raise ValueError(
                 f"feedback = {self.feedback!r} makes every iteration the first: use "
@@ -137,7 +146,7 @@ class ModelConfig:
         """Without the options that are as they were before there were any: files and hashes of
         such models stay what they were."""
         values = asdict(self)
-        for name in ("feedback", "feedback_noise", "position_range", "trained_tokens"):
+        for name in _ADDED:
             if values[name] == getattr(ModelConfig, name):
                 del values[name]
         return values

@@ -38,7 +38,7 @@ def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str 
 def feedback_graph_reason(model: nn.Module) -> str | None:
     if model.config.feedback == "none":
         return None
-    return "batches whose iterations train side by side have no fixed shape yet: eager steps"
+    return "batches with rounds that are fed back have no fixed shape yet: eager steps"
 
 
 def take_step(

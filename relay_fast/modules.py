@@ -283,7 +283,8 @@ class _Transformer(nn.Module):
         return nn.functional.embedding(batch.tokens, self.embedding.weight)
 
     def _check(self, batch: PackedBatch) -> None:
-        if batch.fed is not None and self.config.feedback == "none":
+        fed = batch.fed is not None or batch.true_feed is not None
+        if fed and self.config.feedback == "none":
             raise ValueError(
                 "the batch has rounds that are fed back, the model takes none: use "
                 'ModelConfig(feedback="tokens") or PackedBatch.looped'
@@ -322,8 +323,8 @@ class LoopedTransformer(_Transformer):
     """The looped model: embedding, block, chain head on every state, answer head on the last.
 
     `supervise="chain"` aligns every iteration with a round; `"answer"` is the vanilla looped model.
-    With feedback (`ModelConfig.feedback`) it trains on `PackedBatch.side_by_side`, and reads
-    batches of `PackedBatch.looped(..., feedback=True)`.
+    With feedback (`ModelConfig.feedback`) it trains on `PackedBatch.side_by_side`, or, with the
+    state carried too, on `PackedBatch.carried`; and reads `PackedBatch.looped(..., feedback=True)`.
     """
 
     def __init__(
@@ -351,20 +352,52 @@ class LoopedTransformer(_Transformer):
         x = super()._embed_tokens(batch)
         if batch.fed is None:
             return x
-        fed, p = batch.fed, self.config.feedback_noise
+        return x + self._embed_fed(batch.fed)
+
+    def _embed_fed(self, fed: Tensor) -> Tensor:
+        """(N, d) embeddings of what is fed, with noise in training."""
+        p = self.config.feedback_noise
         if self.training and p:
             wrong = torch.rand(fed.shape, device=fed.device) < p
             others = fed[torch.randint(len(fed), fed.shape, device=fed.device)]
             fed = torch.where(wrong & (fed != PAD), others, fed)
-        return x + self.fed_embedding(fed)
+        return self.fed_embedding(fed)
+
+    def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.config.carry_state:
+            return super()._pass(batch, supervised)
+        c, plan = self.config.block, batch.plan
+        parameters = [*self.block.parameters(), *self._readout_parameters()]
+        state, own = self.embed(batch), batch.feeder.start()
+        final = [state[plan.rows_at(1) :]]
+        losses, corrects = [state.new_empty(0)], [own.new_empty(0, dtype=torch.bool)]
+        for t in range(1, plan.max_loops + 1):
+            rows, later = plan.rows_at(t), plan.rows_at(t + 1)
+            once, part = plan.once(t), slice(*batch.row_offsets[t - 1 : t + 1])
+            fed = batch.true_feed[plan.state_offsets[t - 1] : plan.state_offsets[t]]
+            if batch.truth < 1:
+                told = torch.rand(once.sequences, device=fed.device) < batch.truth
+                told = told.repeat_interleave(once.cu_seqlens.diff(), output_size=rows)
+                fed = torch.where(told, fed, own)
+            offsets = (0, part.stop - part.start)
+            readout = Readout(batch.rows[part], batch.targets[part], offsets, c.eps, c.norm)
+            run = self.block.run(once, readout=readout)
+            entered = state[:rows] + self._embed_fed(fed)
+            state, _, loss, correct = run_loop(run, entered, parameters)
+            final.append(state[later:])
+            losses.append(loss)
+            corrects.append(correct)
+            if batch.truth < 1 and later:
+                head = self.chain_head.weight.detach().to(run.compute_dtype)
+                ids = run.ops.argmax(
+                    state.detach(), self.norm.weight, self.norm.bias, head, c.eps, c.norm
+                )
+                own = batch.feeder.after(t, ids, fed, later)
+        return torch.cat(final[::-1]), torch.cat(losses), torch.cat(corrects)
 
     def loss(self, batch: PackedBatch) -> Losses:
         """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
-        if self.config.feedback != "none" and batch.fed is None:
-            raise ValueError(
-                f"a model with feedback = {self.config.feedback!r} learns from true rounds that "
-                "are fed back: make the batch with PackedBatch.side_by_side"
-            )
+        self._check_training_batch(batch)
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
         c = self.config.block
         answer_loss, answer_correct = row_cross_entropy(
@@ -376,6 +409,15 @@ class LoopedTransformer(_Transformer):
         return Losses(
             chain + answer, chain.detach(), answer.detach(), _share(correct), _share(answer_correct)
         )
+
+    def _check_training_batch(self, batch: PackedBatch) -> None:
+        c = self.config
+        if c.feedback != "none" and (batch.true_feed if c.carry_state else batch.fed) is None:
+            maker = "carried" if c.carry_state else "side_by_side"
+            raise ValueError(
+                f"a model with feedback = {c.feedback!r} and carry_state = {c.carry_state} learns "
+                f"from true rounds that are fed back: make the batch with PackedBatch.{maker}"
+            )
 
     @torch.no_grad()
     def read(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
@@ -439,8 +481,9 @@ class LoopedTransformer(_Transformer):
             )
         fed = feeder.start()
 
-        def enter(_: Tensor, t: int) -> Tensor:
-            return x[: run.plan.rows_at(t)] + self.fed_embedding(fed)
+        def enter(state: Tensor, t: int) -> Tensor:
+            before = state if self.config.carry_state else x
+            return before[: run.plan.rows_at(t)] + self.fed_embedding(fed)
 
         for t, state in iterate(run, x, parameters, enter):
             ids = read(state)

@@ -37,7 +37,7 @@ Report = Callable[[Progress | Problems], None]
 _TRAIN, _CHAINS, _INSIDE, _SELF = 1, 2, 3, 4
 
 # Options of the looped models alone, in the table that they share with the others.
-_OF_LOOPED = ("feedback", "feedback_noise", "position_range")
+_OF_LOOPED = ("feedback", "carry_state", "feedback_noise", "position_range")
 
 # What each stage needs before it can run, in the order in which ready stages are started.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -90,7 +90,7 @@ class Context:
         if causal:
             looped = {}
         elif supervise == "answer":  # it writes no rounds that could be fed back
-            looped = {name: looped[name] for name in looped if not name.startswith("feedback")}
+            looped = {name: looped[name] for name in looped if name == "position_range"}
         elif looped.get("feedback", "none") != "none":
             longest = [t.max_problem_tokens(self.ranges[n][1]) for n, t in self.tasks.items()]
             shortest = [t.min_input_tokens for t in self.tasks.values()]
@@ -186,14 +186,18 @@ def _from_scratch(context: Context, name: str, model, kind: str, report: Report)
     size = settings.get("dataset_size")
     schedule = _schedule(context, settings, kind, (size or 0) * len(context.tasks))
     names = ("batch_size", "lengths", "lengths_per_batch", "dataset_size", "curriculum",
-             "pad_probability", "pad_to")  # fmt: skip
+             "pad_probability", "pad_to", "truth")  # fmt: skip
     form = replace(
         context.form(settings, kind),
-        feedback=model.config.feedback != "none", position_range=model.config.position_range,
+        feedback=model.config.feedback != "none", carry_state=model.config.carry_state,
+        position_range=model.config.position_range,
     )  # fmt: skip
+    options = {k: settings[k] for k in names if k in settings}
+    if not form.feedback:
+        options.pop("truth", None)
     stream = TruthStream(
         context.tasks, context.ranges, form, schedule,
-        seed=context.stream_seed(_TRAIN), **{k: settings[k] for k in names if k in settings},
+        seed=context.stream_seed(_TRAIN), **options,
     )  # fmt: skip
     trained = train_model(
         model, stream, settings, context.state_path(name), seed=context.seed,

@@ -285,6 +285,62 @@ def _rounds(samples: Samples) -> list[np.ndarray]:
     return [text for i in range(len(samples)) for text in samples.rounds_of(i)]
 
 
+def carried_pair(truth: float = 1.0) -> tuple[LoopedTransformer, PackedBatch]:
+    samples = mixed()
+    extra = np.random.default_rng(3).integers(0, 5, len(samples))
+    batch = PackedBatch.carried(samples, TASKS, extra_pad=extra, truth=truth)
+    return new_model(carry_state=True).double(), batch
+
+
+@pytest.mark.parametrize("truth", [1.0, 0.0])
+def test_carried_states_with_true_rounds_or_its_own(truth: float) -> None:
+    """Against one sample after the other; without truth, what is fed is what the model reads."""
+    model, batch = carried_pair(truth)
+    losses = model.loss(batch)
+    losses.loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    samples, plan, total = mixed(), batch.plan, 0.0
+    extra = np.random.default_rng(3).integers(0, 5, len(samples))
+    feed = _true_feed(samples, PackedBatch.side_by_side(samples, TASKS, extra_pad=extra))
+    read, answers = model.read(batch)
+    head = (model.norm.weight, model.chain_head.weight)
+    for k, i in enumerate(batch.order.tolist()):
+        rows = slice(int(plan.offsets[k]), int(plan.offsets[k + 1]))
+        state, own = model.embedding(batch.tokens[rows]), batch.feeder.start()
+        for t in range(1, int(plan.loops[k]) + 1):
+            fed = feed[i, t - 1] if truth else own[rows]
+            state = model.block((state + model.fed_embedding(fed))[None], 1)[0]
+            part = slice(*batch.row_offsets[t - 1 : t + 1])
+            mine = (batch.rows[part] >= rows.start) & (batch.rows[part] < rows.stop)
+            targets, weights = batch.targets[part][mine], batch.weights[part][mine].double()
+            loss, _ = row_cross_entropy(state, batch.rows[part][mine] - rows.start, targets, *head)
+            total = total + (loss * weights).sum()
+            own = batch.feeder.after(t, read[t - 1], own, plan.rows_at(t + 1))
+            if not truth:
+                y = torch.nn.functional.rms_norm(state, (D,), model.norm.weight, 1e-6)
+                assert torch.equal(model.chain_head(y).argmax(-1), read[t - 1][rows])
+        loss, right = row_cross_entropy(
+            state, torch.tensor([len(state) - 1]), batch.answers[k : k + 1], model.norm.weight,
+            model.answer_head.weight,
+        )  # fmt: skip
+        total = total + loss[0] * batch.answer_weights[k].double()
+        if not truth:
+            assert bool(right) == bool(answers[k] == batch.answers[k])
+    assert_close("loss", losses.loss, total, 1e-12)
+    total.backward()
+    for name, p in model.named_parameters():
+        assert_close(name, ours[name], p.grad, 1e-12)
+
+
+def test_a_share_of_the_sequences_is_fed_the_truth() -> None:
+    model, batch = carried_pair(0.5)
+    torch.manual_seed(0)
+    losses = {round(model.loss(batch).loss.item(), 9) for _ in range(4)}
+    torch.manual_seed(0)
+    assert round(model.loss(batch).loss.item(), 9) in losses and len(losses) == 4
+
+
 def test_noise_replaces_its_share_of_the_fed_tokens_in_training_only() -> None:
     batch = PackedBatch.side_by_side(TASKS["arithmetic"].sample([9] * 40, 0), TASKS)
     model = new_model(feedback_noise=0.25)
@@ -405,11 +461,24 @@ def test_bad_input() -> None:
     for options, message in (
         ({"feedback": "latent"}, "feedback = 'latent' is unknown: use one of"),
         ({"feedback_noise": 0.1}, "feedback_noise = 0.1 needs fed tokens"),
+        ({"carry_state": True}, "carry_state = True says what feedback"),
         ({"feedback": "tokens", "feedback_noise": 1.0}, "feedback_noise = 1.0: it must lie in"),
         ({"position_range": -1}, "position_range = -1: it must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             ModelConfig(block, 9, **options)
+    carried = PackedBatch.carried(samples, TASKS)
+    with pytest.raises(ValueError, match="carry_state = True learns .* PackedBatch.carried"):
+        new_model(carry_state=True).loss(fed)
+    with pytest.raises(ValueError, match="the batch has rounds that are fed back"):
+        plain.loss(carried)
+    with pytest.raises(ValueError, match=r"truth = 1.5: it must lie in \[0, 1\]"):
+        PackedBatch.carried(samples, TASKS, truth=1.5)
+    with pytest.raises(ValueError, match="truth = 0.5: iterations that train side by side are"):
+        TruthStream(
+            {"lis": TASKS["lis"]}, {"lis": (1, 3)}, Form("looped", feedback=True),
+            Schedule.by_steps(2), batch_size=2, seed=0, truth=0.5,
+        )  # fmt: skip
     for options in ({"injection": "add"}, {"max_loops": 4}):
         with pytest.raises(ValueError, match="makes every iteration the first: use"):
             ModelConfig(BlockConfig(D, 2, 1, **options), 9, feedback="tokens")
@@ -468,6 +537,18 @@ def test_a_run_with_feedback(tmp_path) -> None:
     assert set(result["accuracy"]["looped_aligned"]["arithmetic"]) == set(map(str, range(1, 14)))
     paper = Context(tmp_path, load_preset("paper"), "cpu", "auto").new_model("looped")
     assert paper.config.feedback == "none", "the paper's own is untouched"
+
+
+def test_a_run_that_carries_the_state(tmp_path) -> None:
+    values = ["model.feedback=tokens", "model.carry_state=true", "training.truth=0.2"]
+    config = override(load_preset("cpu"), steps=3, batch_size=8, eval_problems=2, values=values)
+    context = Context(tmp_path, config, "cpu", "auto")
+    (tmp_path / "checkpoints").mkdir()
+    for stage in ("looped_aligned", "looped_vanilla", "ar_baseline"):
+        run_stage(context, stage, lambda progress: None)
+    assert context.load("looped_aligned").config.carry_state
+    assert not context.load("looped_vanilla").config.carry_state
+    run_stage(context, "evaluate.looped_aligned", lambda progress: None)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ _RANGES = {
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(("lr", "muon_lr", "clip", "epochs", "token_iterations"), _POSITIVE),
-    **dict.fromkeys(("warmup", "curriculum", "pad_probability"), _SHARE),
+    **dict.fromkeys(("warmup", "curriculum", "pad_probability", "truth"), _SHARE),
     **dict.fromkeys(("betas", "ema", "dropout", "feedback_noise"), _BELOW_1),
 }  # fmt: skip
 _CHOICES = {
@@ -58,9 +58,11 @@ _OF_STAGES = {
 }  # fmt: skip
 _OF_TRAINING = _OF_STAGES | {
     "lengths": "proportional", "lengths_per_batch": 4, "dataset_size": 1000, "curriculum": 0.5,
-    "pad_probability": 0.3, "pad_to": 32, "chain_weight": 1.0, "recompute": "none",
+    "pad_probability": 0.3, "pad_to": 32, "truth": 0.5, "chain_weight": 1.0, "recompute": "none",
 }  # fmt: skip
-_OF_MODEL = {"feedback": "none", "feedback_noise": 0.1, "position_range": 48}
+_OF_MODEL = {
+    "feedback": "none", "carry_state": False, "feedback_noise": 0.1, "position_range": 48,
+}  # fmt: skip
 
 
 def preset_names() -> list[str]:
