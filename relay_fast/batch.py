@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relay_fast._inference import pieces
-from relay_fast.feedback import Feeder, places_of, true_tokens
+from relay_fast.feedback import feeder_of, places_of, true_tokens
+from relay_fast.feeder import Feeder
 from relay_fast.plan import Plan, check_loops
-from relay_fast.ragged import offsets_of, ragged_index
+from relay_fast.ragged import offsets_of, pieces, ragged_index
 from relay_fast.tasks import TASK_NAMES, FedPlaces, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 
@@ -166,7 +166,7 @@ class PackedBatch:
         per_iteration = np.bincount(iteration, weights=counts, minlength=plan.max_loops)
         feeder = None
         if feedback:
-            feeder = Feeder.of(places_of(s, tasks, plan.lengths), plan.lengths, device)
+            feeder = feeder_of(places_of(s, tasks, plan.lengths), plan.lengths, device)
         task_weight = _task_weights(s, task_weights)
         if weighting == "sequence":
             share = chain_weight * task_weight[owner] / (len(s) * s.loops[owner] * counts)

@@ -9,12 +9,11 @@ sequence of its own, so that they train in one pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from relay_fast.feeder import Feeder
 from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks import TASK_NAMES, FedPlaces, Samples, Task
 from relay_fast.tasks.feedback import FROM_ROUND, LATEST
@@ -79,45 +78,8 @@ def true_tokens(
     return fed
 
 
-@dataclass(frozen=True, eq=False)
-class Feeder:
-    """Turns the tokens that a model writes into what it is fed next, on the device.
-
-    source (N,) int64: the row whose token is fed at each row of a batch; since, token (N,) int64:
-    see `FedPlaces`; last (N,) int64: the last row of each row's sequence.
-    """
-
-    source: Tensor
-    since: Tensor
-    token: Tensor
-    last: Tensor
-
-    @staticmethod
-    def of(places: FedPlaces, widths: np.ndarray, device: torch.device | str) -> Feeder:
-        last = np.repeat(np.cumsum(widths) - 1, widths)
-        columns = (last + 1 - places.from_end, places.since, places.token, last)
-        return Feeder(*(torch.from_numpy(column).to(device) for column in columns))
-
-    def to(self, device: torch.device | str) -> Feeder:
-        columns = (self.source, self.since, self.token, self.last)
-        return Feeder(*(column.to(device, non_blocking=True) for column in columns))
-
-    def start(self) -> Tensor:
-        """(N,) int64: what the first iteration is fed."""
-        return torch.full_like(self.token, PAD)
-
-    def after(self, iteration: int, ids: Tensor, fed: Tensor, rows: int) -> Tensor:
-        """(rows,) int64: what the next iteration is fed.
-
-        Args:
-            iteration: the number of the one that is done, from 1.
-            ids: (N_t,) the tokens that it wrote; a round begins after the last `<pad>`.
-            fed: (N_t,) what it was fed.
-            rows: of the batch's sequences that go on.
-        """
-        source, since, token = self.source[:rows], self.since[:rows], self.token[:rows]
-        index = torch.arange(rows, device=ids.device)
-        last_pad = torch.where(ids[:rows] == PAD, index, -1).cummax(0).values[self.last[:rows]]
-        written = torch.where(source > last_pad, ids[source], PAD)
-        shown = torch.where(token == FROM_ROUND, written, token)
-        return torch.where((since == LATEST) | (since == iteration), shown, fed[:rows])
+def feeder_of(places: FedPlaces, widths: np.ndarray, device: torch.device | str) -> Feeder:
+    """What turns a model's tokens into what it is fed, for inputs of `widths` tokens."""
+    last = np.repeat(np.cumsum(widths) - 1, widths)
+    columns = (last + 1 - places.from_end, places.since, places.token, last)
+    return Feeder(*(torch.from_numpy(column).to(device) for column in columns), pad=PAD)

@@ -357,7 +357,7 @@ class LoopedTransformer(_Transformer):
     def _embed_fed(self, fed: Tensor) -> Tensor:
         """(N, d) embeddings of what is fed, with noise in training."""
         p = self.config.feedback_noise
-        if self.training and p:
+        if self.training and p and len(fed):
             wrong = torch.rand(fed.shape, device=fed.device) < p
             others = fed[torch.randint(len(fed), fed.shape, device=fed.device)]
             fed = torch.where(wrong & (fed != PAD), others, fed)
@@ -388,11 +388,7 @@ class LoopedTransformer(_Transformer):
             losses.append(loss)
             corrects.append(correct)
             if batch.truth < 1 and later:
-                head = self.chain_head.weight.detach().to(run.compute_dtype)
-                ids = run.ops.argmax(
-                    state.detach(), self.norm.weight, self.norm.bias, head, c.eps, c.norm
-                )
-                own = batch.feeder.after(t, ids, fed, later)
+                own = batch.feeder.after(t, self._best(run, state, self.chain_head), fed, later)
         return torch.cat(final[::-1]), torch.cat(losses), torch.cat(corrects)
 
     def loss(self, batch: PackedBatch) -> Losses:
@@ -426,19 +422,20 @@ class LoopedTransformer(_Transformer):
         No state outlives its iteration; only token ids are kept. One launch where the whole-loop
         kernel serves (`relay_fast.whole_loop`).
         """
-        c = self.config.block
         run = self.block.run(batch.plan)
         x = self.embed(batch)
         read = feedback_reason(self.config) or read_whole_loop(
-            c, run, x, dict(self.block.named_parameters()), self.norm.weight,
+            self.config.block, run, x, dict(self.block.named_parameters()), self.norm.weight,
             self.chain_head.weight, self.training,
         )  # fmt: skip
         final, rounds = self._read_iterations(run, x, batch) if isinstance(read, str) else read
-        answers = run.ops.argmax(
-            final[batch.plan.last_rows], self.norm.weight, self.norm.bias,
-            self.answer_head.weight.to(run.compute_dtype), c.eps, c.norm,
-        )  # fmt: skip
-        return rounds, answers
+        return rounds, self._best(run, final[batch.plan.last_rows], self.answer_head)
+
+    @torch.no_grad()
+    def _best(self, run: Run, states: Tensor, head: nn.Linear) -> Tensor:
+        """(rows,) the most likely token of each row."""
+        c, weight = self.config.block, head.weight.to(run.compute_dtype)
+        return run.ops.argmax(states, self.norm.weight, self.norm.bias, weight, c.eps, c.norm)
 
     def _read_iterations(
         self, run: Run, x: Tensor, batch: PackedBatch
@@ -463,16 +460,10 @@ class LoopedTransformer(_Transformer):
             x: (N, d) the batch's embeddings.
             batch: of `PackedBatch.looped`.
         """
-        c, feeder = self.config.block, batch.feeder
-        head = self.chain_head.weight.to(run.compute_dtype)
-
-        def read(state: Tensor) -> Tensor:
-            return run.ops.argmax(state, self.norm.weight, self.norm.bias, head, c.eps, c.norm)
-
-        parameters = list(self.block.parameters())
+        feeder, parameters = batch.feeder, list(self.block.parameters())
         if self.config.feedback == "none":
             for t, state in iterate(run, x, parameters):
-                yield t, state, read(state)
+                yield t, state, self._best(run, state, self.chain_head)
             return
         if feeder is None:
             raise ValueError(
@@ -486,7 +477,7 @@ class LoopedTransformer(_Transformer):
             return before[: run.plan.rows_at(t)] + self.fed_embedding(fed)
 
         for t, state in iterate(run, x, parameters, enter):
-            ids = read(state)
+            ids = self._best(run, state, self.chain_head)
             yield t, state, ids
             fed = feeder.after(t, ids, fed, run.plan.rows_at(t + 1))
 

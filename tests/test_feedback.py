@@ -504,8 +504,9 @@ def test_what_does_not_serve_says_why() -> None:
 def test_empty_batch() -> None:
     none = mixed().take(slice(0, 0))
     batch = PackedBatch.side_by_side(none, TASKS)
-    loss = new_model().loss(batch).loss
+    loss = new_model(feedback_noise=0.5).loss(batch).loss
     assert loss.item() == 0 and len(batch) == 0
+    assert new_model(carry_state=True).loss(PackedBatch.carried(none, TASKS)).loss.item() == 0
     assert len(generate_chains(new_model(), none, TASKS)) == 0
     assert copy.copy(batch).to("cpu") is not None
 
