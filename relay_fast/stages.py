@@ -92,9 +92,7 @@ class Context:
         elif supervise == "answer":  # it writes no rounds that could be fed back
             looped = {name: looped[name] for name in looped if name == "position_range"}
         elif looped.get("feedback", "none") != "none":
-            longest = [t.max_problem_tokens(self.ranges[n][1]) for n, t in self.tasks.items()]
-            shortest = [t.min_input_tokens for t in self.tasks.values()]
-            looped["trained_tokens"] = max(*longest, *shortest, pad_to)
+            looped["trained_tokens"] = self._longest_input()
         config = ModelConfig(
             BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16),
             **looped,
@@ -109,6 +107,14 @@ class Context:
         if causal:
             return AutoregressiveTransformer(config, **options).to(self.device)
         return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
+
+    def _longest_input(self) -> int:
+        """Tokens of the longest input, padding included, that the aligned looped model trains on."""
+        settings = recipe(self.config, "looped_aligned")
+        inputs = [settings.get("pad_to", 0)] if settings.get("pad_probability") else []
+        for name, task in self.tasks.items():
+            inputs += [task.max_problem_tokens(self.ranges[name][1]), task.min_input_tokens]
+        return max(inputs)
 
     def load(self, name: str):
         return load_run_model(self.folder, name, self.device, self.impl)

@@ -532,6 +532,9 @@ def test_a_run_with_feedback(tmp_path) -> None:
         40,
     )
     assert aligned.trained_tokens == 29
+    unpadded = override(config, values=["stages.looped_aligned.pad_probability=0.0"])
+    model = Context(tmp_path, unpadded, "cpu", "auto").new_model("looped")
+    assert model.config.trained_tokens == context.tasks["arithmetic"].max_problem_tokens(10)
     assert context.load("looped_vanilla").config.feedback == "none"
     assert context.load("looped_vanilla").config.position_range == 40
     assert context.load("ar_baseline").config.position_range == 0
