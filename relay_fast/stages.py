@@ -109,7 +109,7 @@ class Context:
         return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
 
     def _longest_input(self) -> int:
-        """Tokens of the longest input, padding included, that the aligned looped model trains on."""
+        """Tokens of the longest input, padded or not, that the aligned looped model trains on."""
         settings = recipe(self.config, "looped_aligned")
         inputs = [settings.get("pad_to", 0)] if settings.get("pad_probability") else []
         for name, task in self.tasks.items():
