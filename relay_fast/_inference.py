@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -56,9 +55,3 @@ def bytes_a_token(c: BlockConfig, longest: int, element: int) -> int:
     wide = 2 if c.activation == "swiglu" else 1
     numbers = 8 * c.d_model + 3 * qkv + 2 * wide * c.hidden + 3 * c.n_heads * longest
     return numbers * element
-
-
-def pieces(sizes: np.ndarray, most: int) -> list[np.ndarray]:
-    """Indices of consecutive items in pieces of about `most` in all (one item may be larger)."""
-    cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // most)) + 1
-    return np.split(np.arange(len(sizes)), cuts)

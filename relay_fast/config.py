@@ -13,6 +13,9 @@ from relay_fast.kernels.norm_ref import NORMS
 
 LOOP_NORMS = ("none", "pre", "post")
 INJECTIONS = ("none", "add", "concat")
+FEEDBACKS = ("none", "tokens")
+# Options of models that came later: configs of models without them stay as they were.
+_ADDED = ("feedback", "carry_state", "feedback_noise", "position_range", "trained_tokens")
 
 
 @dataclass(frozen=True)
@@ -120,20 +123,63 @@ class BlockConfig:
 class ModelConfig:
     """A model: its block, vocabulary and the longest sequence (tokens) that it takes.
 
-    block: also what its `to_dict` gave. Raises ValueError for sizes that are not 1 or more.
+    feedback, of a looped model: "tokens": each iteration sees the problem and the rounds so far as
+    tokens; "none": the state alone goes on from one to the next. carry_state: with feedback, the
+    state goes on too.
+    feedback_noise: in training, the share of the fed tokens that another one takes the place of.
+    position_range, of a looped model: inputs stand at positions 0..position_range − 1, drawn at
+    random in training and spread evenly in generation; 0: at 0..n − 1. trained_tokens: the longest
+    input that training shows, 0 where it is not known.
+    block: also what its `to_dict` gave. Raises ValueError for sizes that are not 1 or more, and
+    where the parts do not fit together.
     """
 
     block: BlockConfig
     vocabulary_size: int
     max_tokens: int = 4096
+    feedback: str = "none"
+    carry_state: bool = False
+    feedback_noise: float = 0.0
+    position_range: int = 0
+    trained_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", BlockConfig.of(self.block))
         for name in ("vocabulary_size", "max_tokens"):
             object.__setattr__(self, name, whole(name, getattr(self, name), least=1))
+        for name in ("position_range", "trained_tokens"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least=0))
+        object.__setattr__(self, "feedback_noise", real("feedback_noise", self.feedback_noise))
+        object.__setattr__(self, "carry_state", truth("carry_state", self.carry_state))
+        if self.feedback not in FEEDBACKS:
+            raise ValueError(f"feedback = {self.feedback!r} is unknown: use one of {FEEDBACKS}")
+        if not 0 <= self.feedback_noise < 1:
+            raise ValueError(f"feedback_noise = {self.feedback_noise}: it must lie in [0, 1)")
+        if self.feedback == "none":
+            if self.feedback_noise:
+                raise ValueError(
+                    f"feedback_noise = {self.feedback_noise} needs fed tokens: use "
+                    'feedback = "tokens"'
+                )
+            if self.carry_state:
+                raise ValueError(
+                    'carry_state = True says what feedback = "tokens" does; without feedback the '
+                    "state is carried anyway: leave it out"
+                )
+        elif self.block.injection != "none" or self.block.max_loops:
+            raise ValueError(
+                f"feedback = {self.feedback!r} makes every iteration the first: use "
+                'injection = "none" and max_loops = 0'
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without the options that are as they were before there were any: files and hashes of
+        such models stay what they were."""
+        values = asdict(self)
+        for name in _ADDED:
+            if values[name] == getattr(ModelConfig, name):
+                del values[name]
+        return values
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ModelConfig:

@@ -20,6 +20,7 @@ from relay_fast.schedule import curriculum_length
 from relay_fast.tasks import TASK_NAMES, Samples, Task
 
 _FRESH = 0x5EED  # salt of the length draws, apart from the problems' own seed
+_POSITIONS = 0x905  # and of the position draws
 
 
 class Schedule(Protocol):
@@ -40,25 +41,38 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Form:
-    """How samples become a batch: `kind` looped or autoregressive, and the batch's options."""
+    """How samples become a batch: `kind` looped or autoregressive, and the batch's options;
+    feedback, carry_state, position_range: as the looped model has them."""
 
     kind: str
     task_weights: Mapping[str, float] = field(default_factory=dict)
     chain_weight: float = 1.0
     weighting: str = "sequence"
+    feedback: bool = False
+    carry_state: bool = False
+    position_range: int = 0
     batch_tokens: int | None = None  # upper bound on a batch's tokens: the samples that fit
 
     def pack(
-        self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None
+        self,
+        samples: Samples,
+        tasks: Mapping[str, Task],
+        extra_pad: np.ndarray | None,
+        **more,
     ) -> PackedBatch:
+        """The batch. more: further options of the looped model's (rng, truth)."""
         if self.batch_tokens is not None:
             samples, extra_pad = self._cut(samples, tasks, extra_pad)
         options = {"task_weights": self.task_weights, "weighting": self.weighting}
         if self.kind == "autoregressive":
             return PackedBatch.autoregressive(samples, tasks, **options)
-        return PackedBatch.looped(
-            samples, tasks, chain_weight=self.chain_weight, extra_pad=extra_pad, **options
-        )
+        pack = PackedBatch.looped
+        if self.feedback:
+            pack = PackedBatch.carried if self.carry_state else PackedBatch.side_by_side
+        return pack(
+            samples, tasks, chain_weight=self.chain_weight, extra_pad=extra_pad,
+            position_range=self.position_range, **options, **more,
+        )  # fmt: skip
 
     def _cut(self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None):
         """The first samples that fit, tasks in turns so that none of them is cut off."""
@@ -86,7 +100,8 @@ class TruthStream(Dataset):
     one a sample; few of them make attention cheap. dataset_size: samples per task that exist in
     all, None for ever fresh ones. curriculum: share of the stage over which the longest length
     grows. pad_probability: share of the draws that get random extra padding, so that the input is
-    as long as some problem of up to `pad_to` tokens.
+    as long as some problem of up to `pad_to` tokens. truth: share of the iterations that are fed
+    true rounds in the end, where the state is carried too; all of them at first.
     """
 
     def __init__(
@@ -104,15 +119,22 @@ class TruthStream(Dataset):
         curriculum: float = 0.0,
         pad_probability: float = 0.0,
         pad_to: int = 0,
+        truth: float = 1.0,
     ):
         if lengths not in ("proportional", "uniform"):
             raise ValueError(f'lengths = {lengths!r} is unknown: use "proportional" or "uniform"')
+        if truth < 1 and not form.carry_state:
+            raise ValueError(
+                f"truth = {truth}: iterations that train side by side are fed true rounds alone; "
+                "use truth = 1, or a model with carry_state = true"
+            )
         self.tasks, self.ranges, self.form, self.schedule = tasks, ranges, form, schedule
         self.share = max(1, batch_size // len(tasks))
         self.seed, self.lengths = seed, lengths
         self.lengths_per_batch = lengths_per_batch
         self.dataset_size, self.curriculum = dataset_size, curriculum
         self.pad_probability, self.pad_to = pad_probability, pad_to
+        self.truth = truth
         for name, task in tasks.items():
             for length in ranges[name]:
                 task.check_length(length)
@@ -134,7 +156,12 @@ class TruthStream(Dataset):
             longest_true[name] = int(lengths.max())
         samples = Samples.concat(parts)
         extra = np.concatenate(pads) if self.pad_probability else None
-        return Step(self.form.pack(samples, self.tasks, extra), longest_true)
+        options = {}
+        if self.form.position_range:
+            options["rng"] = np.random.default_rng([_POSITIONS, self.seed, step])
+        if self.truth < 1:
+            options["truth"] = 1 - (1 - self.truth) * float(self.schedule.progress[step])
+        return Step(self.form.pack(samples, self.tasks, extra, **options), longest_true)
 
     def _block(self, step: int) -> int:
         """Which block of `share` samples a step takes: ever new ones, or each once an epoch."""

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relay_fast._inference import pieces
 from relay_fast.block import BlockBody
 from relay_fast.functional import TORCH
 from relay_fast.kernels.cross_entropy_ref import readout_ref
@@ -22,6 +21,7 @@ from relay_fast.kv_cache import Group, KVCache, join
 from relay_fast.modules import AutoregressiveTransformer
 from relay_fast.plain import check_pass
 from relay_fast.plan import Plan, Segment
+from relay_fast.ragged import pieces
 from relay_fast.step_body import LeanStepBody, StepBody, lean_argmax
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 1 << 16}  # prompt tokens in one pass

@@ -169,12 +169,16 @@ def run_loop(
 
 
 def iterate(
-    run: Run, x: Tensor, parameters: Sequence[Tensor | None]
+    run: Run,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    enter: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (t, state t of the active prefix) without gradients; two buffers in all, so a state is
     valid until the next but one is asked for.
 
-    Raises ValueError for a static plan: which of its rows are live is known on the device alone.
+    enter(state t − 1, t): what iteration t starts from, default: state t − 1. Raises ValueError for
+    a static plan: which of its rows are live is known on the device alone.
     """
     if run.plan.static:
         raise ValueError("a static batch is for training: read chains off the batch it was given")
@@ -184,6 +188,8 @@ def iterate(
         h = x
         for t in range(1, run.plan.max_loops + 1):
             out = buffers[t % 2][: run.plan.rows_at(t)]
+            if enter is not None:
+                h = enter(h, t)
             for segment in run.plan.segments(t):
                 body.forward(h[segment.rows], segment, out[segment.rows], keep=False)
             yield t, out

@@ -11,6 +11,7 @@ The command is in `relay_fast.generate_command`:
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -151,6 +152,7 @@ def _stream(
         of_task = problems.task == TASK_NAMES.index(name)
         widths[of_task] = np.maximum(sizes[of_task], task.min_input_tokens)
     check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
+    _warn_beyond(model, int(widths.max(initial=0)))
     batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
     order = stream_order(problems)
     ends = np.cumsum(sizes[order])
@@ -181,7 +183,9 @@ def read_batch(
 ) -> tuple[Samples, Scores | None]:
     """The problems, most loops first, with what the model writes in one pass over all of them;
     and its log-probabilities if `scored`."""
-    batch = PackedBatch.looped(problems, tasks, device=model.device)
+    c = model.config
+    options = {"feedback": c.feedback != "none", "position_range": c.position_range}
+    batch = PackedBatch.looped(problems, tasks, device=model.device, **options)
     if scored:
         rounds, answers, scores, answer_scores = read_scored(model, batch)
     else:
@@ -212,6 +216,17 @@ def _tokens_that_fit(model: LoopedTransformer, longest: int) -> int:
     a_token = bytes_a_token(model.config.block, longest, element)
     fit = free_bytes(model.device) // (2 * a_token)
     return max(1, min(BATCH_TOKENS[model.device.type], fit))
+
+
+def _warn_beyond(model: LoopedTransformer, longest: int) -> None:
+    """Warns where a model with feedback reads inputs longer than any that it was trained on."""
+    trained = model.config.trained_tokens
+    if trained and longest > trained:
+        warnings.warn(
+            f"the longest input has {longest} tokens, the model was trained on up to {trained} "
+            "(padding included): what it writes beyond is a guess; train with a larger pad_to",
+            stacklevel=4,
+        )
 
 
 def _without_truth(problems: Samples) -> Samples:

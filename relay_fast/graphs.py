@@ -8,6 +8,7 @@ runs as it always did and `reason` says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from relay_fast.static import Capacity, StaticBatch
 
 __all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
 
+# Tokens in one pass of a batch whose iterations train side by side: what its parts' memory is for.
+PART_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
 WARM_UP = 3  # eager steps before the capture, as PyTorch asks for
 
 
@@ -31,6 +34,12 @@ def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str 
     if not all("capturable" in group for group in optimizer.param_groups):
         return f"{type(optimizer).__name__} has no capturable form: use AdamW"
     return None
+
+
+def feedback_graph_reason(model: nn.Module) -> str | None:
+    if model.config.feedback == "none":
+        return None
+    return "batches with rounds that are fed back have no fixed shape yet: eager steps"
 
 
 def take_step(
@@ -46,16 +55,38 @@ def take_step(
     clip: largest norm of all gradients. autocast: dtype of the GEMMs, None for the parameters'.
     """
     optimizer.zero_grad()
+    if isinstance(batch, PackedBatch) and batch.fed is not None:
+        parts = list(batch.parts(PART_TOKENS[model.device.type]))
+        losses = _joined([_add_gradients(model, part, autocast) for part in parts], parts)
+    else:
+        losses = _add_gradients(model, batch, autocast)
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return losses
+
+
+def _add_gradients(model: nn.Module, batch: Any, autocast: torch.dtype | None) -> Any:
     # A cache of casts would outlive the memory of a graph that is captured here.
     with torch.autocast(
         model.device.type, autocast, enabled=autocast is not None, cache_enabled=False
     ):
         losses = model(batch)
     losses.loss.backward()
-    if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
     return losses
+
+
+def _joined(losses: Sequence[Losses], parts: Sequence[PackedBatch]) -> Losses:
+    """The losses of a batch whose parts these are."""
+    if len(parts) == 1:
+        return losses[0]
+    total = [torch.stack([own[i] for own in losses]).detach() for i in range(5)]
+    counts = [[len(part.targets) for part in parts], [len(part) for part in parts]]
+    shares = [
+        (values * values.new_tensor(count)).sum() / max(1, sum(count))
+        for values, count in zip(total[3:], counts, strict=True)
+    ]
+    return Losses(*(values.sum() for values in total[:3]), *shares)
 
 
 class GraphedStep:
@@ -83,7 +114,7 @@ class GraphedStep:
         self.model, self.optimizer, self.capacity = model, optimizer, capacity
         self.clip, self.autocast = clip, autocast
         self.reason: str | None = None  # why the last step was no replay; None if it was one
-        self._never = graph_reason(model.device, optimizer)
+        self._never = graph_reason(model.device, optimizer) or feedback_graph_reason(model)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._losses: Losses | None = None
         self._warm = 0

@@ -90,6 +90,22 @@ class Plan:
         positions = None if self._caller_positions is None else self.positions.cpu().numpy()
         return Plan(self.lengths, self.loops, device, positions)
 
+    def part(self, first: int, last: int) -> Plan:
+        """The plan of sequences first..last − 1 alone."""
+        return self._part(first, last, self.loops[first:last])
+
+    def once(self, iteration: int) -> Plan:
+        """The plan of one iteration alone: the sequences that reach it, one loop each."""
+        active = self.active_sequences[iteration - 1]
+        return self._part(0, active, np.ones(active, np.int64))
+
+    def _part(self, first: int, last: int, loops: np.ndarray) -> Plan:
+        positions = self._caller_positions
+        if positions is not None:
+            positions = positions if self.row_order is None else positions[self.row_order]
+            positions = positions[self.offsets[first] : self.offsets[last]]
+        return Plan(self.lengths[first:last], loops, self.device, positions)
+
     @property
     def sequences(self) -> int:
         return len(self.lengths)

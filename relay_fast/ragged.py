@@ -18,3 +18,9 @@ def ragged_index(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     flat = np.repeat(starts - offsets[:-1], sizes)
     flat += np.arange(offsets[-1])
     return flat
+
+
+def pieces(sizes: np.ndarray, most: int) -> list[np.ndarray]:
+    """Indices of consecutive items in pieces of about `most` in all (one item may be larger)."""
+    cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // most)) + 1
+    return np.split(np.arange(len(sizes)), cuts)

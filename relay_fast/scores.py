@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch import PackedBatch
-from relay_fast.engine import iterate
 from relay_fast.modules import LoopedTransformer
 from relay_fast.plain import check_pass
 
@@ -25,21 +24,20 @@ def read_scored(
     c, norm, plan = model.config.block, model.norm, batch.plan
     run = model.block.run(plan)
 
-    def best(states: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        head = head.to(run.compute_dtype)
-        ids = run.ops.argmax(states, norm.weight, norm.bias, head, c.eps, c.norm)
+    def score(states: Tensor, ids: Tensor, head: Tensor) -> Tensor:
         loss, _, _ = run.ops.cross_entropy_fwd(
             states, ids, norm.weight, norm.bias, head, eps=c.eps, kind=c.norm
         )
-        return ids, -loss.float()
+        return -loss.float()
 
     x = model.embed(batch)
     final = x.clone()
     rounds, scores = [], []
-    for t, state in iterate(run, x, list(model.block.parameters())):
-        ids, own = best(state, model.chain_head.weight)
+    chain_head = model.chain_head.weight.to(run.compute_dtype)
+    for t, state, ids in model.iterations(run, x, batch):
         rounds.append(ids)
-        scores.append(own)
+        scores.append(score(state, ids, chain_head))
         final[plan.rows_at(t + 1) : len(state)] = state[plan.rows_at(t + 1) :]
-    answers, answer_scores = best(final[plan.last_rows], model.answer_head.weight)
-    return rounds, answers, scores, answer_scores
+    last, answer_head = final[plan.last_rows], model.answer_head.weight.to(run.compute_dtype)
+    answers = run.ops.argmax(last, norm.weight, norm.bias, answer_head, c.eps, c.norm)
+    return rounds, answers, scores, score(last, answers, answer_head)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ Report = Callable[[Progress | Problems], None]
 
 # Seeds of the sample streams, so that no two of them meet.
 _TRAIN, _CHAINS, _INSIDE, _SELF = 1, 2, 3, 4
+
+# Options of the looped models alone, in the table that they share with the others.
+_OF_LOOPED = ("feedback", "carry_state", "feedback_noise", "position_range")
 
 # What each stage needs before it can run, in the order in which ready stages are started.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -79,8 +83,11 @@ class Context:
         for kind in ("looped", "autoregressive"):
             self.model_config(kind)
 
-    def model_config(self, kind: str) -> ModelConfig:
-        """The sizes of the run's models of a kind, looped or autoregressive."""
+    def model_config(self, kind: str, supervise: str = "chain") -> ModelConfig:
+        """The sizes of the run's models of a kind, looped or autoregressive.
+
+        Raises ValueError for sizes that do not fit together.
+        """
         shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
@@ -91,17 +98,40 @@ class Context:
             for name, task in self.tasks.items()
         )
         pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
-        block = BlockConfig(causal=causal, **sizes)
-        return ModelConfig(block, self.vocabulary.size, max(bound, pad_to, 16))
+        looped = {name: sizes.pop(name) for name in _OF_LOOPED if name in sizes}
+        if causal:
+            looped = {}
+        elif supervise == "answer":  # it writes no rounds that could be fed back
+            looped = {name: looped[name] for name in looped if name == "position_range"}
+        elif looped.get("feedback", "none") != "none":
+            looped["trained_tokens"] = self._longest_input()
+        config = ModelConfig(
+            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16),
+            **looped,
+        )  # fmt: skip
+        if 0 < config.position_range < max(bound, pad_to):
+            raise ValueError(
+                f"model.position_range = {config.position_range}, the longest input has "
+                f"{max(bound, pad_to)} tokens: give at least as many"
+            )
+        return config
 
     def new_model(self, kind: str, supervise: str = "chain"):
         """A fresh model of the run's sizes, from the run's seed."""
-        config = self.model_config(kind)
+        config = self.model_config(kind, supervise)
         torch.manual_seed(self.seed)
         options = {"impl": self.impl, "recompute": self.config["training"].get("recompute", "none")}
         if kind == "autoregressive":
             return AutoregressiveTransformer(config, **options).to(self.device)
         return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
+
+    def _longest_input(self) -> int:
+        """Tokens of the longest input, padded or not, that the aligned looped model trains on."""
+        settings = recipe(self.config, "looped_aligned")
+        inputs = [settings.get("pad_to", 0)] if settings.get("pad_probability") else []
+        for name, task in self.tasks.items():
+            inputs += [task.max_problem_tokens(self.ranges[name][1]), task.min_input_tokens]
+        return max(inputs)
 
     def load(self, name: str):
         return load_run_model(self.folder, name, self.device, self.impl)
@@ -179,10 +209,18 @@ def _from_scratch(context: Context, name: str, model, kind: str, report: Report)
     size = settings.get("dataset_size")
     schedule = _schedule(context, settings, kind, (size or 0) * len(context.tasks))
     names = ("batch_size", "lengths", "lengths_per_batch", "dataset_size", "curriculum",
-             "pad_probability", "pad_to")  # fmt: skip
+             "pad_probability", "pad_to", "truth")  # fmt: skip
+    form = replace(
+        context.form(settings, kind),
+        feedback=model.config.feedback != "none", carry_state=model.config.carry_state,
+        position_range=model.config.position_range,
+    )  # fmt: skip
+    options = {k: settings[k] for k in names if k in settings}
+    if not form.feedback:
+        options.pop("truth", None)
     stream = TruthStream(
-        context.tasks, context.ranges, context.form(settings, kind), schedule,
-        seed=context.stream_seed(_TRAIN), **{k: settings[k] for k in names if k in settings},
+        context.tasks, context.ranges, form, schedule,
+        seed=context.stream_seed(_TRAIN), **options,
     )  # fmt: skip
     trained = train_model(
         model, stream, settings, context.state_path(name), seed=context.seed,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.block import rope_table
-from relay_fast.config import BlockConfig
+from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.engine import Run
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights
 from relay_fast.kernels.supports import loop_reason
@@ -29,6 +29,16 @@ def block_reason(config: BlockConfig, training: bool = False) -> str | None:
     if training and (config.dropout or config.state_noise):
         return "the whole-loop kernel is for inference: no dropout, no state noise"
     return None
+
+
+def feedback_reason(config: ModelConfig) -> str | None:
+    """Why the whole-loop kernel does not serve a model's feedback; None if there is none."""
+    if config.feedback == "none":
+        return None
+    return (
+        f"the whole-loop kernel carries the state from one iteration to the next, feedback = "
+        f"{config.feedback!r} reads tokens in between"
+    )
 
 
 def stack_weights(

@@ -91,7 +91,7 @@ def test_a_config_refuses_what_is_no_number() -> None:
         with pytest.raises(ValueError, match=f"{name} = 'no': it must be True or False"):
             BlockConfig(**SIZES, **{name: "no"})
     for base in (0, -1.0):
-        with pytest.raises(ValueError, match=f"rope_base = {float(base)}: it must be more than 0"):
+        with pytest.raises(ValueError, match=f"rope_base = {float(base)}: give a positive number"):
             BlockConfig(**SIZES, rope_base=base)
     for name in ("vocabulary_size", "max_tokens"):
         with pytest.raises(ValueError, match=f"{name} = 0: it must be at least 1"):

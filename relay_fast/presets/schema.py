@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from relay_fast.config import INJECTIONS, LOOP_NORMS
+from relay_fast.config import FEEDBACKS, INJECTIONS, LOOP_NORMS
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
 from relay_fast.policy import Policy
@@ -94,6 +94,10 @@ class BlockTable(Table):
     injection: Literal[*INJECTIONS] = Field("none", description="how iterations see the input")
     max_loops: Whole = Field(0, description="size of the loop-index embedding, 0 for none")
     state_noise: NotNegative = Field(0.0, description="noise on the state, relative to its RMS")
+    feedback: Literal[*FEEDBACKS] = Field("none", description="what an iteration sees")
+    carry_state: bool = Field(False, description="with feedback: whether the state goes on too")
+    feedback_noise: Below1 = Field(0.0, description="share of fed tokens made wrong in training")
+    position_range: Whole = Field(0, description="random positions below this, 0 for none")
 
 
 class ModelTable(BlockTable):
@@ -139,6 +143,7 @@ class FromScratch(FineTuning):
     pad_probability: Share = Field(0.0, description="of padding a problem on the left")
     pad_to: Whole = Field(0, description="up to so many tokens")
     chain_weight: NotNegative = Field(1.0, description="of the chain's tokens in the loss")
+    truth: Share = Field(1.0, description="carry_state: share of true rounds fed in the end")
 
 
 class TrainingTable(FromScratch):

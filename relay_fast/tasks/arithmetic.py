@@ -21,6 +21,7 @@ from relay_fast.tasks.base import (
     split_after,
     until_eos,
 )
+from relay_fast.tasks.feedback import FedPlaces
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import (
     ARITHMETIC,
@@ -138,6 +139,10 @@ class Arithmetic(Task):
         read = self._are_numbers(tokens)
         answers[rows[read]] = tokens[read]
         return answers
+
+    def fed_places(self, problems: Samples, widths: np.ndarray) -> FedPlaces:
+        """The last round, right-aligned: it is the expression that is left."""
+        return FedPlaces.last_round(widths)
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         rounds, tail = split_after(until_eos(ids), EQUALS)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from relay_fast.ragged import offsets_of
+from relay_fast.tasks.feedback import FedPlaces
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
 
@@ -193,6 +194,25 @@ class Task(ABC):
         Never raises: what does not fit is kept as an odd round, an answer that cannot be read is
         None.
         """
+
+    def fed_places(self, problems: Samples, widths: np.ndarray) -> FedPlaces:
+        """What a looped model with feedback is fed of the rounds so far, and where.
+
+        It has to hold all that the next round needs, under the tokens that it belongs to.
+
+        Args:
+            problems: (S) problems of this task; their rounds are not read.
+            widths: (S,) tokens of the inputs in which they stand right-aligned, behind the task
+                token.
+
+        Raises:
+            ValueError: The task does not say.
+        """
+        raise ValueError(
+            f"task {self.name!r} does not say what is fed back of its rounds: define "
+            f"{type(self).__name__}.fed_places (FedPlaces.last_round feeds the last round), or "
+            f"train without feedback"
+        )
 
     def check(self, problem: Iterable[int], rounds: Rounds) -> list[bool]:
         """Round by round, whether it is what the problem's rules demand; needs no label.

@@ -23,6 +23,7 @@ from relay_fast.tasks.base import (
     split_after,
     until_eos,
 )
+from relay_fast.tasks.feedback import FedPlaces, body_rows
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import (
     BAR,
@@ -195,6 +196,15 @@ class EditDistance(Task):
         read = (samples.rounds[ends - 1] == COMMA) & self._are_numbers(cells)
         answers[rows[read]] = cells[read]
         return answers
+
+    def fed_places(self, problems: Samples, widths: np.ndarray) -> FedPlaces:
+        """The last row, each cell under its letter of the second string; a mark under the letters
+        of the first string that were used."""
+        places = FedPlaces.last_round(widths)
+        sizes = np.diff(problems.problem_offsets)
+        rows, letter = body_rows(widths, sizes, problems.length.astype(np.int64))
+        places.since[rows], places.token[rows] = letter + 1, BAR
+        return places
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         chains, tail = split_after(until_eos(ids), SEP)

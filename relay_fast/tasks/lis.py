@@ -18,6 +18,7 @@ import numpy as np
 from relay_fast._numbers import whole
 from relay_fast.ragged import offsets_of
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, split_after, until_eos
+from relay_fast.tasks.feedback import FROM_ROUND, FedPlaces, body_rows
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
 from relay_fast.tasks.vocabulary import NUMBER0, SEP, Vocabulary
@@ -155,6 +156,15 @@ class LIS(Task):
         np.maximum.at(answers, np.repeat(owner, sizes)[numbers], tokens[numbers])
         answers[owner[~right]] = NO_ANSWER
         return answers
+
+    def fed_places(self, problems: Samples, widths: np.ndarray) -> FedPlaces:
+        """The d_i of all rounds so far, each under its value."""
+        places = FedPlaces.nothing(widths)
+        sizes = np.diff(problems.problem_offsets)
+        rows, value = body_rows(widths, sizes, sizes - 2)
+        places.from_end[rows] = self.group + 1 - value % self.group
+        places.since[rows], places.token[rows] = value // self.group + 1, FROM_ROUND
+        return places
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         rounds, tail = split_after(until_eos(ids), SEP)
