@@ -498,8 +498,6 @@ class LoopedTransformer(_Transformer):
     def check_parts(self) -> None:
         super().check_parts()
         check_parts(self, answer_head=nn.Linear)
-        if self.config.feedback != "none":
-            check_parts(self, fed_embedding=nn.Embedding)
 
     def loss(self, batch: PackedBatch) -> Losses:
         """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
