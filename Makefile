@@ -20,6 +20,7 @@ demo: $(VENV)/.with-train
 
 test: $(VENV)/.with-test
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/python -m pytest tests/ -n 2 -q
 
 test-interop: $(VENV)/.with-interop

@@ -1,7 +1,7 @@
 """The looped transformer as a careful user writes it in eager PyTorch: baseline and test truth.
 
-State-dict keys are those of `relay_fast.modules.LoopedTransformer`. Batches are padded on the
-right; a sequence that has finished its loops is carried along unchanged.
+State-dict keys are those of `relay_fast.models.transformers.LoopedTransformer`. Batches are padded
+on the right; a sequence that has finished its loops is carried along unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from relay_fast.batch import PackedBatch
+from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 
 OVERHEAD = 16  # what another bucket costs in each iteration, in tokens

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.baselines import EagerTransformer, rotate
-from relay_fast.batch import PackedBatch
+from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import ModelConfig
-from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks.vocabulary import EOS, PAD
+from relay_fast.utils.ragged import offsets_of, ragged_index
 
 
 class EagerReader(EagerTransformer):

@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import chain_baselines, common  # noqa: E402
 from benchmarks.baselines import EagerTransformer  # noqa: E402
 from relay_fast.config import ModelConfig  # noqa: E402
-from relay_fast.decode import decode  # noqa: E402
+from relay_fast.decoding.autoregressive import decode  # noqa: E402
+from relay_fast.decoding.chains import generate_chains, read_batch  # noqa: E402
 from relay_fast.functional import supports  # noqa: E402
-from relay_fast.generate import generate_chains, read_batch  # noqa: E402
-from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer  # noqa: E402
+from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer  # noqa: E402
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks  # noqa: E402
 from relay_fast.tasks.vocabulary import EOS  # noqa: E402
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import EagerTransformer, PaddedBatch, buckets
-from relay_fast.batch import PackedBatch
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.batch.plan import Plan
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.modules import LoopedTransformer
-from relay_fast.plan import Plan
-from relay_fast.ragged import offsets_of
+from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
+from relay_fast.utils.ragged import offsets_of
 
 RESULTS = Path(__file__).parent / "results"
 CONFIGS = {

@@ -40,13 +40,13 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
-from relay_fast._files import replacing  # noqa: E402
 from relay_fast.functional import SMALL_VOCABULARY, select  # noqa: E402
 from relay_fast.kernels._runtime import FACTS, assume  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
 from relay_fast.kernels.dropout_ref import Dropout  # noqa: E402
 from relay_fast.kernels.loop import loop_fwd  # noqa: E402
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights  # noqa: E402
+from relay_fast.utils.files import replacing  # noqa: E402
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -22,14 +22,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-import interpreter  # noqa: E402
-from numerics import rms_ratio  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from relay_fast._files import replacing  # noqa: E402
-from relay_fast.modules import LoopedBlock  # noqa: E402
+from benchmarks import interpreter  # noqa: E402
+from benchmarks.numerics import rms_ratio  # noqa: E402
+from relay_fast.models.looped_block import LoopedBlock  # noqa: E402
+from relay_fast.utils.files import replacing  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -25,9 +25,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common  # noqa: E402
-from relay_fast.evaluate import evaluate_looped  # noqa: E402
-from relay_fast.presets import load_preset, override  # noqa: E402
-from relay_fast.stages import Context, run_stage  # noqa: E402
+from relay_fast.relay.evaluation import evaluate_looped  # noqa: E402
+from relay_fast.relay.presets import load_preset, override  # noqa: E402
+from relay_fast.relay.stages import Context, run_stage  # noqa: E402
 
 TASK, STAGE = "arithmetic", "looped_aligned"
 Config = dict[str, Any]

@@ -159,6 +159,7 @@ def check_mlp(
     )
 
 
+# Long: the choice of one of three launches, each with two dozen arguments.
 def mlp_fwd(
     x: Tensor,  # (rows, d), in the state dtype
     norm_weight: Tensor,

@@ -8,25 +8,27 @@ import importlib
 import sys
 
 from relay_fast._kernels_hook import attach_kernels
+from relay_fast._moved_paths import name_moved_paths
 
 attach_kernels(sys.modules[__name__])
+name_moved_paths()
 
 __version__ = "0.1.0"
 
 # Public name -> the module it comes from; a module stands for itself.
 _PUBLIC = {
-    "LoopedBlock": "relay_fast.modules",
-    "LoopedTransformer": "relay_fast.modules",
-    "AutoregressiveTransformer": "relay_fast.modules",
-    "LoopedClassifier": "relay_fast.looped_classifier",
-    "PackedBatch": "relay_fast.batch",
-    "Plan": "relay_fast.batch",
-    "IterationCrossEntropy": "relay_fast.loss",
-    "loop": "relay_fast.module_loop",
-    "loop_regularizer": "relay_fast.regularizer",
-    "tie": "relay_fast.regularizer",
-    "grow": "relay_fast.growth",
-    "GrowthSchedule": "relay_fast.growth",
+    "LoopedBlock": "relay_fast.models.looped_block",
+    "LoopedTransformer": "relay_fast.models.transformers",
+    "AutoregressiveTransformer": "relay_fast.models.transformers",
+    "LoopedClassifier": "relay_fast.models.classifier",
+    "PackedBatch": "relay_fast.batch.packed",
+    "Plan": "relay_fast.batch.plan",
+    "IterationCrossEntropy": "relay_fast.models.iteration_loss",
+    "loop": "relay_fast.engine.module_loop",
+    "loop_regularizer": "relay_fast.models.layer_stack",
+    "tie": "relay_fast.models.layer_stack",
+    "grow": "relay_fast.models.layer_stack",
+    "GrowthSchedule": "relay_fast.models.layer_stack",
     "explain": "relay_fast.functional",
     "engine": "relay_fast.engine",
     "functional": "relay_fast.functional",

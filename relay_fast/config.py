@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from relay_fast._numbers import real, truth, whole
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
+from relay_fast.utils.numbers import real, truth, whole
 
 LOOP_NORMS = ("none", "pre", "post")
 INJECTIONS = ("none", "add", "concat")

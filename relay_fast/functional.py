@@ -1,14 +1,14 @@
 """Public ops: those of a layer one by one, the readout's cross-entropy, and what takes which
-implementation (`relay_fast.dispatch`)."""
+implementation (`relay_fast.ops.dispatch`)."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
-from torch import Tensor
-
-from relay_fast.dispatch import (
+from relay_fast.ops.cross_entropy import (
+    SMALL_VOCABULARY,
+    iteration_cross_entropy,
+    row_cross_entropy,
+)
+from relay_fast.ops.dispatch import (
     IMPLS,
     REFERENCE,
     TORCH,
@@ -19,8 +19,7 @@ from relay_fast.dispatch import (
     select,
     supports,
 )
-from relay_fast.gradients import GradientBuffers
-from relay_fast.layer_ops import attention, linear_residual, mlp, norm_linear
+from relay_fast.ops.layers import attention, linear_residual, mlp, norm_linear
 
 __all__ = [
     "IMPLS",
@@ -40,197 +39,3 @@ __all__ = [
     "select",
     "supports",
 ]
-SMALL_VOCABULARY = 1024  # up to it the logits are cheaper to recompute than to keep in memory
-
-
-class _RowCrossEntropy(torch.autograd.Function):
-    """Row losses of a flat list of state rows; saves the log-sum-exp only."""
-
-    @staticmethod
-    def forward(ctx, ops, options, dtype, rows, targets, states, norm_weight, norm_bias, head):
-        with _no_autocast(states):
-            loss, lse, correct = ops.cross_entropy_fwd(
-                states, targets, norm_weight, norm_bias, head.to(dtype), rows, **options
-            )
-        ctx.ops, ctx.options, ctx.dtype = ops, options, dtype
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(correct)
-        ctx.save_for_backward(rows, targets, lse, states, norm_weight, norm_bias, head)
-        return loss, correct
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, g_loss, _):
-        rows, targets, lse, states, norm_weight, norm_bias, head = ctx.saved_tensors
-        parameters = (norm_weight, norm_bias, head)
-        grads = GradientBuffers(parameters, ctx.needs_input_grad[6:], ctx.ops.weight_grad)
-        dstates = None
-        if g_loss is not None:
-            with _no_autocast(states):
-                dh = ctx.ops.cross_entropy_bwd(
-                    g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
-                    grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
-                )  # fmt: skip
-            if ctx.needs_input_grad[5]:
-                dstates = _scatter(rows, dh, states.shape, states.dtype)
-        return None, None, None, None, None, dstates, *grads.results()
-
-
-class _WeightedCrossEntropy(torch.autograd.Function):
-    """Σ weights · row losses; the gradient is formed in forward, from the same logits, and kept in
-    the wide dtype until backward has scaled it: before that 16 bits may not hold it."""
-
-    @staticmethod
-    def forward(
-        ctx, ops, options, dtype, rows, targets, weights, states, norm_weight, norm_bias, head
-    ):
-        parameters = (norm_weight, norm_bias, head)
-        grads = GradientBuffers(parameters, ctx.needs_input_grad[7:], ops.weight_grad)
-        wide = [grads.buffer(i) for i in range(3)]
-        with _no_autocast(states):
-            loss, dh = ops.cross_entropy_grad(
-                weights, states, targets, norm_weight, norm_bias, head.to(dtype),
-                wide[2], wide[0], wide[1], rows, **options,
-            )  # fmt: skip
-        if not ctx.needs_input_grad[6]:
-            dh = None
-        ctx.shape = states.shape
-        inputs = (weights, states, *parameters)
-        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
-        ctx.save_for_backward(rows, loss, dh, *wide)
-        return weighted_losses(loss, weights, targets).sum()
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, g):
-        rows, loss, dh, *parameters = ctx.saved_tensors
-        dstates = dweights = None
-        of_weights, of_states, *dtypes = ctx.dtypes
-        if dh is not None:
-            dstates = _scatter(rows, dh * g, ctx.shape, of_states)
-        if ctx.needs_input_grad[5]:
-            dweights = (loss * g).to(of_weights)
-        scaled = (
-            None if p is None else (p * g).to(dtype)
-            for p, dtype in zip(parameters, dtypes, strict=True)
-        )
-        return None, None, None, None, None, dweights, dstates, *scaled
-
-
-def _scatter(rows: Tensor, dh: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Gradient of all states from that of some rows."""
-    dstates = torch.zeros(shape, dtype=dtype, device=dh.device)
-    return dstates.index_add_(0, rows, dh.to(dtype))
-
-
-def _no_autocast(t: Tensor):
-    """What the kernels are given is in the dtype it is meant to be in, and stays in it."""
-    kind = t.device.type
-    if not torch.amp.is_autocast_available(kind):  # meta
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
-
-
-def weighted_losses(loss: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
-    """loss · weights (R,) in the losses' dtype; 0 where the target is ignored, whatever the
-    weight."""
-    return (loss * weights.to(loss.dtype)).masked_fill(targets < 0, 0)
-
-
-def _check_rows(states: Tensor, rows: Tensor, targets: Tensor, head: Tensor) -> None:
-    if rows.shape != targets.shape or rows.ndim != 1:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} and targets {tuple(targets.shape)} must both be (R,)"
-        )
-    if states.ndim != 2 or head.ndim != 2 or states.shape[1] != head.shape[1]:
-        raise ValueError(
-            f"states {tuple(states.shape)} must be (N, d) and head {tuple(head.shape)} (V, d) "
-            f"with one d"
-        )
-
-
-def row_cross_entropy(
-    states: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    norm_weight: Tensor,
-    head: Tensor,
-    norm_bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    norm: str = "rms",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    impl: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `softmax(norm(states[rows]) · headᵀ)` against `targets`, row by row.
-
-    states (N, d): for all iterations at once, the states of every iteration end to end; rows (R,)
-    int64, each at most once; targets (R,) int64, negative ones are ignored; head (V, d). No
-    logits of more than a chunk of rows ever exist. Returns loss (R,) and correct (R,) bool (the
-    argmax is the target). Losses are fp32, or fp64 where the states or the head are; each gradient
-    has its tensor's dtype. What an ignored row's state holds does not matter, NaN neither.
-
-    Raises ValueError where shapes do not fit together, and for targets at or beyond V and rows that
-    are no states where they are on the host. On a GPU a look would wait for it: such a target fails
-    on the device, or makes its loss and the gradients NaN.
-    """
-    _check_rows(states, rows, targets, head)
-    options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    dtype = compute_dtype(head)
-    if torch.compiler.is_compiling():
-        from relay_fast.compiled_loss import row_cross_entropy_fwd
-
-        loss, _, correct = row_cross_entropy_fwd(
-            states, rows, targets, norm_weight, norm_bias, head.to(dtype), *options.values(), impl
-        )
-        return loss, correct
-    return _RowCrossEntropy.apply(
-        select(impl, states.device), options, dtype, rows, targets, states, norm_weight, norm_bias,
-        head,
-    )  # fmt: skip
-
-
-def iteration_cross_entropy(
-    states: Tensor,
-    rows: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    norm_weight: Tensor,
-    head: Tensor,
-    norm_bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    norm: str = "rms",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    impl: str = "auto",
-) -> Tensor:
-    """Weighted sum of `row_cross_entropy` over all iterations' rows: one call for the whole loop.
-
-    weights (R,): w_task · λ / (B · T_i · |M_t|) of each row gives RELAY's loss
-    (`PackedBatch.weights`); of any dtype, they are taken in that of the losses. Returns a scalar.
-
-    The weights being known beforehand, the gradient of a vocabulary over SMALL_VOCABULARY is formed
-    in forward, where one is wanted: the logits, a chunk of rows at a time, are computed once. It is
-    kept in fp32 (fp64) until backward has scaled it.
-    """
-    if weights.shape != rows.shape:
-        raise ValueError(
-            f"weights {tuple(weights.shape)} must be (R,) like rows {tuple(rows.shape)}"
-        )
-    wanted = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (states, norm_weight, norm_bias, head)
-    )
-    if not wanted or head.shape[0] <= SMALL_VOCABULARY or torch.compiler.is_compiling():
-        loss, _ = row_cross_entropy(
-            states, rows, targets, norm_weight, head, norm_bias, eps=eps, norm=norm,
-            label_smoothing=label_smoothing, z_loss=z_loss, impl=impl,
-        )  # fmt: skip
-        return weighted_losses(loss, weights, targets).sum()
-    _check_rows(states, rows, targets, head)
-    options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    return _WeightedCrossEntropy.apply(
-        select(impl, states.device), options, compute_dtype(head), rows, targets, weights, states,
-        norm_weight, norm_bias, head,
-    )  # fmt: skip

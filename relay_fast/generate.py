@@ -1,334 +1,258 @@
-"""Chains that a model writes: looped (all positions of a round at once) or token by token.
+"""The command that prints chains, writes folders of them and shows such folders.
 
-The command is in `relay_fast.generate_command`:
+Its three forms:
 
     python -m relay_fast.generate --out RUN --task arithmetic --length 12 --number 5
     python -m relay_fast.generate --out RUN --task arithmetic --lengths 1-25 --number 100000
         --dataset DIR
     python -m relay_fast.generate --show DIR
+
+The same command continues a folder of chains.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
-from relay_fast._inference import bytes_a_token, free_bytes, inference
-from relay_fast._numbers import whole
-from relay_fast.batch import PackedBatch
-from relay_fast.decode import Decoded, check_prompts, decode
-from relay_fast.modules import AutoregressiveTransformer, LoopedTransformer
-from relay_fast.plan import Plan
-from relay_fast.ragged import offsets_of, ragged_index
-from relay_fast.scores import read_scored
+from relay_fast._moved_paths import forward
+from relay_fast.decoding.chains import decode_chains, fitting_problems, generate_chains, read_chains
+from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.relay import filter_metrics
+from relay_fast.relay.chain_dataset import (
+    SHARD_CHAINS,
+    ChainDataset,
+    DatasetError,
+    dataset_tasks,
+    read_manifest,
+    write_dataset,
+)
+from relay_fast.relay.presets.saved import open_run
+from relay_fast.relay.run_folder import RunFolderError
+from relay_fast.reporting.progress import Display, Problems
+from relay_fast.reporting.tables import MODEL_NAMES
+from relay_fast.reporting.terminal import lenient_output, refused
 from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
-from relay_fast.tasks.vocabulary import PAD
+from relay_fast.training.model_files import Model, load_run_model, run_tasks
+from relay_fast.utils.cores import limit_threads
+from relay_fast.utils.interrupts import interrupt_once, on_interrupt
+from relay_fast.utils.lengths import parse_lengths
+from relay_fast.utils.settings import Seed, check_value
+from relay_fast.utils.tensor_files import CheckpointError
 
-# Problem tokens in a batch, by device: what a CPU's caches hold (measured), what fills a GPU.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
-UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they never meet
-NO_TOKENS = np.zeros(0, np.int32)
-
-Model = LoopedTransformer | AutoregressiveTransformer
-Progress = Callable[[int, int], Any]
-
-
-class Scores(NamedTuple):
-    """Log-probabilities in fp32 of the tokens of samples: rounds (tokens,) and answer (S,)."""
-
-    rounds: np.ndarray
-    answer: np.ndarray
+MOST_PRINTED, MOST_WRITTEN = 10_000, 10**9
+_REFUSED = (ValueError, RunFolderError, CheckpointError, DatasetError)
+CHECKS = {"self": "self", "task": "task", "none": None}
 
 
-def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
-    """The first `number` problems of a length, of a stream that no training draws from.
+def chain_text(
+    task: Task, problem: np.ndarray, rounds: Sequence[Sequence[int]] | None, answer: int
+) -> str:
+    """A problem, its rounds with ✓ or ✗ at each, and its answer, to be read by people.
 
-    They depend on the task's parameters, length and seed alone: every model gets the same. (Short
-    problems are few, those are met in training all the same.)
+    rounds: None for a model that writes answers only. answer: NO_ANSWER where none can be read.
     """
-    return task.sample(np.full(number, length), whole("seed", seed) + UNSEEN)
+    truth, right_answer = task.solve(problem)
+    lines = [task.decode(problem)]
+    if rounds is not None:
+        texts = [task.decode(r) or "(nothing)" for r in rounds]
+        texts += ["(no round)"] * (len(truth) - len(rounds))
+        for k, right in enumerate(task.check(problem, rounds)):
+            wanted = task.decode(truth[k]) if k < len(truth) else "no further round"
+            lines.append(
+                f"  {_mark(right)} {texts[k]}" + ("" if right else f"   expected {wanted}")
+            )
+    expected = task.decode([right_answer])
+    given = "(none)" if answer == NO_ANSWER else task.decode([answer])
+    right = answer == right_answer
+    lines.append(f"  answer {given} {_mark(right)}" + ("" if right else f" expected {expected}"))
+    return "\n".join(lines)
 
 
-def fitting_problems(model: Model, task: Task, length: int, number: int, seed: int) -> Samples:
-    """`unseen_problems` that the model can take, and whose true chains it can hold.
-
-    Raises ValueError, naming task and length, where it cannot.
-    """
-    task.check_length(length)
-    needed, limit = length, model.config.max_tokens
-    if needed <= limit:  # a problem has more tokens than its length: far too long ones are not made
-        problems = unseen_problems(task, length, number, seed)
-        sizes = np.diff(problems.problem_offsets)
-        if isinstance(model, AutoregressiveTransformer):
-            sizes = np.diff(problems.sequences({task.name: task})[1]) - 1
-        needed = int(sizes.max(initial=0))
-        if needed <= limit:
-            return problems
-    raise ValueError(
-        f"{task.name} length {length} needs {needed} tokens or more, beyond the model's limit of "
-        f"{limit}: use a smaller length, or train a model with a larger test length."
-    )
+def _mark(right: bool) -> str:
+    return "✓" if right else "✗"
 
 
-def generate_chains(
-    model: LoopedTransformer,
-    problems: Samples,
-    tasks: Mapping[str, Task],
-    *,
-    batch_tokens: int | None = None,
-    progress: Progress | None = None,
-) -> Samples:
-    """The same problems, in the same order, with the rounds and answers that the model writes.
-
-    A problem gets `problems.loops` rounds; its true rounds and answer are not read. A round begins
-    after the last `<pad>` read from the right, and may be empty. batch_tokens: problem tokens in a
-    batch, by default what free memory holds, at most BATCH_TOKENS; a batch for which memory runs
-    out is halved. progress is called with (problems done, S). Raises ValueError for problems that
-    the model cannot take, torch.OutOfMemoryError where not even one problem fits.
-    """
-    options = {"batch_tokens": batch_tokens, "progress": progress}
-    return in_callers_order(list(stream_chains(model, problems, tasks, **options)), problems)
-
-
-def generate_scored(
-    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
-) -> tuple[Samples, Scores]:
-    """What `generate_chains` gives, and the log-probability of every token of it."""
-    parts = list(_stream(model, problems, tasks, True, **options))
-    written = in_callers_order([(chosen, samples) for chosen, samples, _ in parts], problems)
-    # As samples whose tokens are log-probabilities, so that they are reordered alike.
-    scores = [
-        (chosen, replace(samples, rounds=own.rounds, answer=own.answer))
-        for chosen, samples, own in parts
-    ]
-    ordered = in_callers_order(scores, problems)
-    return written, Scores(ordered.rounds.astype(np.float32), ordered.answer.astype(np.float32))
-
-
-def stream_chains(
-    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
-) -> Iterator[tuple[np.ndarray, Samples]]:
-    """Batches as they are done, as (which of the problems, their chains).
-
-    Only one batch is in memory: they come in `stream_order`. first: how many of the problems in
-    that order to leave out, for a call that continues another. Other options, errors: those of
-    `generate_chains`; errors that the problems cause are raised at the first batch.
-    """
-    for chosen, samples, _ in _stream(model, problems, tasks, **options):
-        yield chosen, samples
-
-
-def stream_order(problems: Samples) -> np.ndarray:
-    """(S,) which problem is written when: the most loops, then the longest, come first."""
-    return np.lexsort((-np.diff(problems.problem_offsets), -problems.loops))
-
-
-def _stream(
-    model: LoopedTransformer,
-    problems: Samples,
-    tasks: Mapping[str, Task],
-    scored: bool = False,
-    batch_tokens: int | None = None,
-    progress: Progress | None = None,
-    first: int = 0,
-) -> Iterator[tuple[np.ndarray, Samples, Scores | None]]:
-    if isinstance(model, AutoregressiveTransformer):
-        raise TypeError(
-            "an autoregressive model writes chains with relay_fast.generate.write_chains, "
-            "generate_chains takes a looped one"
-        )
-    if batch_tokens is not None:
-        batch_tokens = whole("batch_tokens", batch_tokens)
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
-    sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)
-    for name, task in _present(problems, tasks).items():
-        of_task = problems.task == TASK_NAMES.index(name)
-        widths[of_task] = np.maximum(sizes[of_task], task.min_input_tokens)
-    check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
-    _warn_beyond(model, int(widths.max(initial=0)))
-    batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
-    order = stream_order(problems)
-    ends = np.cumsum(sizes[order])
-    questions = _without_truth(problems)
-    start = first
-    while start < len(order):
-        before = ends[start] - sizes[order[start]]
-        stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
-        try:
-            with inference(model):
-                result = read_batch(model, questions.take(order[start:stop]), tasks, scored)
-        except torch.OutOfMemoryError:
-            if stop == start + 1:
-                raise
-            # The rest of the problems, too, come in half as large batches.
-            batch_tokens = int(ends[stop - 1] - before) // 2
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
-            continue
-        if progress is not None:
-            progress(stop, len(order))
-        yield order[start:stop], *result
-        start = stop
-
-
-def read_batch(
-    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], scored: bool
-) -> tuple[Samples, Scores | None]:
-    """The problems, most loops first, with what the model writes in one pass over all of them;
-    and its log-probabilities if `scored`."""
-    c = model.config
-    options = {"feedback": c.feedback != "none", "position_range": c.position_range}
-    batch = PackedBatch.looped(problems, tasks, device=model.device, **options)
-    if scored:
-        rounds, answers, scores, answer_scores = read_scored(model, batch)
+def _print_chains(model: Model, task: Task, problems: Samples) -> None:
+    """Prints what the model writes for each problem, and how much of it is right."""
+    tasks, unended = {task.name: task}, 0
+    if looped := isinstance(model, LoopedTransformer):
+        written = generate_chains(model, problems, tasks)
     else:
-        rounds, answers = model.read(batch)
-    ids = torch.cat([*rounds, answers]).cpu().numpy().astype(np.int32)
-    ids, answer = ids[: len(ids) - len(problems)], ids[len(ids) - len(problems) :]
-    inside, round_offsets = _find_rounds(ids, batch.plan)
-    written = replace(problems, rounds=ids[inside], round_offsets=round_offsets, answer=answer)
-    if not scored:
-        return written, None
-    own = torch.cat([*scores, answer_scores]).cpu().numpy()
-    return written, Scores(own[: len(ids)][inside], own[len(ids) :])
+        decoded = decode_chains(model, problems, tasks)
+        written, unended = read_chains(decoded, problems, tasks), int((~decoded.ended).sum())
+    writes_chains = not looped or model.supervise == "chain"
+    for i in range(len(problems)):
+        rounds = written.rounds_of(i) if writes_chains else None
+        print(chain_text(task, problems.problem_of(i), rounds, int(written.answer[i])) + "\n")
+    right = int((written.answer == problems.answer).sum())
+    parts = [f"{right} of {len(problems)} answers right"]
+    if writes_chains:
+        chains = [
+            all(task.check(problems.problem_of(i), written.rounds_of(i)))
+            for i in range(len(problems))
+        ]
+        parts.insert(0, f"{sum(chains)} of {len(problems)} chains right")
+    if unended:
+        parts.append(f"{unended} did not end within the limit")
+    print(", ".join(parts))
 
 
-def in_callers_order(parts: list[tuple[np.ndarray, Samples]], problems: Samples) -> Samples:
-    """The samples of parts, each (which of the problems, samples), in the problems' order."""
-    if not parts:
-        return _without_truth(problems)
-    order = np.concatenate([chosen for chosen, _ in parts])
-    back = np.empty(len(order), np.int64)
-    back[order] = np.arange(len(order))
-    return Samples.concat([samples for _, samples in parts]).take(back)
+def _print_some(a: argparse.Namespace) -> None:
+    """`--length`: chains of one length, for people to read."""
+    model, tasks, config = _load(a)
+    task = tasks[a.task]
+    problems = fitting_problems(model, task, a.length, a.number, a.seed)
+    shortest, longest = config["tasks"][a.task]["train"]
+    print(f"{a.model} on {a.task} of length {a.length}; trained on {shortest} to {longest}\n")
+    _print_chains(model, task, problems)
 
 
-def _tokens_that_fit(model: LoopedTransformer, longest: int) -> int:
-    """Problem tokens in a batch that half of the free memory holds, at most BATCH_TOKENS."""
-    element = model.embedding.weight.element_size()
-    a_token = bytes_a_token(model.config.block, longest, element)
-    fit = free_bytes(model.device) // (2 * a_token)
-    return max(1, min(BATCH_TOKENS[model.device.type], fit))
-
-
-def _warn_beyond(model: LoopedTransformer, longest: int) -> None:
-    """Warns where a model with feedback reads inputs longer than any that it was trained on."""
-    trained = model.config.trained_tokens
-    if trained and longest > trained:
-        warnings.warn(
-            f"the longest input has {longest} tokens, the model was trained on up to {trained} "
-            "(padding included): what it writes beyond is a guess; train with a larger pad_to",
-            stacklevel=4,
-        )
-
-
-def _without_truth(problems: Samples) -> Samples:
-    """The problems with empty rounds and no answers."""
-    return replace(
-        problems,
-        rounds=NO_TOKENS,
-        round_offsets=np.zeros(len(problems.round_offsets), np.int64),
-        answer=np.full(len(problems), PAD, np.int32),
-    )
-
-
-def _find_rounds(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rounds lie in the ids of every iteration's active prefix, iteration-major: index
-    of each of their tokens, sequence by sequence, and the rounds' offsets."""
-    active = np.array(plan.active_sequences, np.int64)
-    owner = ragged_index(np.zeros_like(active), active)
-    iteration = np.repeat(np.arange(len(active)), active)
-    ends = np.cumsum(plan.lengths[owner])
-    starts = ends - plan.lengths[owner]
-    pads = np.where(ids == PAD, np.arange(len(ids)), -1)
-    last_pad = np.maximum.reduceat(pads, starts) if len(starts) else starts
-    begins = np.maximum(last_pad + 1, starts)
-    by_sequence = np.lexsort((iteration, owner))
-    begins, sizes = begins[by_sequence], (ends - begins)[by_sequence]
-    return ragged_index(begins, sizes), offsets_of(sizes)
-
-
-def decode_chains(
-    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task], **options
-) -> Decoded:
-    """What the autoregressive model writes after each problem: up to the longest chain that a
-    problem of that length can have. options: those of `relay_fast.decode.decode`."""
-    limits = np.zeros(len(problems), np.int64)
-    for name, task in _present(problems, tasks).items():
-        of_task = problems.task == TASK_NAMES.index(name)
-        for length in np.unique(problems.length[of_task]).tolist():
-            limit = task.max_sequence_tokens(length) - task.max_problem_tokens(length)
-            limits[of_task & (problems.length == length)] = limit
-    return decode(model, problems.problem, problems.problem_offsets, max_new=limits, **options)
-
-
-def write_chains(
-    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task], **options
-) -> Samples:
-    """The same problems with the rounds and answers that the autoregressive model writes.
-
-    The number of rounds is what the model wrote; an answer that cannot be read is NO_ANSWER.
-    options: those of `relay_fast.decode.decode`.
-    """
-    return read_chains(decode_chains(model, problems, tasks, **options), problems, tasks)
-
-
-def read_chains(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> Samples:
-    """The problems with the rounds and answers of what was decoded."""
-    tokens, sizes, loops, answers = [NO_TOKENS], [], [], []
-    for rounds, answer in _read_texts(decoded, problems, tasks):
-        tokens.append(np.array([token for r in rounds for token in r], np.int32))
-        sizes += map(len, rounds)
-        loops.append(len(rounds))
-        answers.append(answer)
-    return replace(
-        problems,
-        rounds=np.concatenate(tokens),
-        round_offsets=offsets_of(np.array(sizes, np.int64)),
-        loops=np.array(loops, np.int32),
-        answer=np.array(answers, np.int32),
-    )
-
-
-def _read_texts(
-    decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]
-) -> Iterator[tuple[list[list[int]], int]]:
-    """Rounds and answer of every decoded sequence."""
-    bounds = decoded.offsets.tolist()
-    for k, begin, end in zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True):
-        rounds, answer = tasks[TASK_NAMES[k]].split(decoded.tokens[begin:end].tolist())
-        yield rounds, NO_ANSWER if answer is None else answer
-
-
-def read_answers(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
-    """(S,) int32 answers of what was decoded, NO_ANSWER where there is none to read."""
-    texts = _read_texts(decoded, problems, tasks)
-    return np.fromiter((answer for _, answer in texts), np.int32, len(problems))
-
-
-def _present(problems: Samples, tasks: Mapping[str, Task]) -> dict[str, Task]:
-    """The tasks that occur. Raises ValueError where one is not among those given."""
-    names = [TASK_NAMES[k] for k in np.unique(problems.task)]
-    if missing := [name for name in names if name not in tasks]:
+def _write(a: argparse.Namespace) -> None:
+    """`--dataset`: a folder of chains."""
+    model, tasks, _ = _load(a)
+    limit = model.config.max_tokens
+    chosen = parse_lengths(a.lengths)
+    if chosen[-1] > limit:
         raise ValueError(
-            f"the problems hold {missing[0]!r}, which is not among the tasks given; add it to the "
-            f"mapping."
+            f"--lengths {a.lengths} goes beyond what this model takes, {limit} tokens: give "
+            f"shorter ones."
         )
-    return {name: tasks[name] for name in names}
+    lengths = np.array(chosen)
+    numbers = np.full(len(lengths), a.number // len(lengths))
+    numbers[: a.number % len(lengths)] += 1
+    counts = dict(zip(lengths.tolist(), numbers.tolist(), strict=True))
+    print(f"{a.model} writes {a.number} chains of {a.task} into {a.dataset}", flush=True)
+    started = time.monotonic()
+    with Display() as display:
+        display.start(a.model)
+        manifest = write_dataset(
+            a.dataset, model, tasks, {a.task: counts}, seed=a.seed, verify=CHECKS[a.verify],
+            shard_chains=a.shard, progress=lambda *done: display.progress(a.model, Problems(*done)),
+        )  # fmt: skip
+        display.finish(a.model, time.monotonic() - started)
+    print(_summary(a.dataset, manifest))
+
+
+def _show(a: argparse.Namespace) -> None:
+    """`--show`: what is in a folder of chains."""
+    manifest = read_manifest(a.show)
+    tasks = dataset_tasks(manifest)
+    chains = ChainDataset(a.show, only_passed=False, unfinished=True)
+    rng = np.random.default_rng(a.seed)
+    chosen = np.sort(rng.permutation(len(chains))[: a.number])
+    for i in chosen.tolist():
+        chain = chains[i]
+        task = tasks[TASK_NAMES[chain.task[0]]]
+        rounds, answer = chain.rounds_of(0), int(chain.answer[0])
+        print(f"{task.name} of length {chain.length[0]}, chain {i}")
+        print(chain_text(task, chain.problem_of(0), rounds, answer) + "\n")
+    print(_summary(a.show, manifest))
+    if not manifest["complete"]:
+        print(f"{len(chains)} chains so far; the command that writes them has not finished")
+
+
+def _summary(folder: str, manifest: dict) -> str:
+    identity = manifest["identity"]
+    check = {"self": "the label-free filter", "task": "the task's rules", None: "no check"}
+    lines = [
+        f"{folder}: {manifest['shards']} shards of up to {identity['shard_chains']} chains, seed "
+        f"{identity['seed']}, written by {identity['model']['kind']} {identity['model']['hash']}; "
+        f"passed: by {check[identity['verify']]}"
+    ]
+    if manifest["complete"]:
+        lines.append(filter_metrics.report(filter_metrics.from_json(manifest["counts"])))
+    return "\n".join(lines)
+
+
+def _load(a: argparse.Namespace) -> tuple[Model, dict[str, Task], dict]:
+    config = open_run(a.out).config
+    _, tasks = run_tasks(config)
+    if a.task not in tasks:
+        raise ValueError(f"unknown task {a.task!r}; this run has {', '.join(tasks)}.")
+    return load_run_model(a.out, a.model, a.device), tasks, config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m relay_fast.generate",
+        description="Print chains that a trained model writes (--length), write a folder of them "
+        "(--lengths, --dataset; the same command continues it), or show such a folder (--show).",
+    )
+    parser.add_argument("--out", metavar="RUN", help="the run's folder")
+    parser.add_argument("--task")
+    parser.add_argument("--length", type=int, help="complexity of the problems to print")
+    parser.add_argument("--lengths", metavar="A-B", help="complexities of the chains to write")
+    parser.add_argument("--dataset", metavar="DIR", help="the folder to write chains into")
+    parser.add_argument("--show", metavar="DIR", help="print what a folder of chains holds")
+    parser.add_argument("--number", type=int, default=5, help="how many chains, in all (5)")
+    parser.add_argument(
+        "--model", default="looped_aligned", help=f"one of {', '.join(MODEL_NAMES)}"
+    )
+    parser.add_argument(
+        "--verify", choices=CHECKS, default="self",
+        help="which chains of --dataset are marked as passed: those whose answer agrees with their "
+        "rounds (self), that follow the task's rules (task), all (none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard", type=int, default=SHARD_CHAINS, help=f"chains a file ({SHARD_CHAINS})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which problems (0)")
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
+    """What the arguments ask for. Raises ValueError where they do not fit together."""
+    if a.number < 1:
+        raise ValueError(f"--number is {a.number}; give at least 1.")
+    check_value("--seed", a.seed, Seed)
+    if a.show is not None:
+        return _show
+    if a.out is None or a.task is None:
+        raise ValueError("give --out RUN and --task, or --show DIR.")
+    if a.dataset is not None:
+        if a.number > MOST_WRITTEN:
+            raise ValueError(
+                f"--number is {a.number}; at most {MOST_WRITTEN} chains go into a folder."
+            )
+        if a.lengths is None:
+            raise ValueError("--dataset needs --lengths, for example --lengths 1-25.")
+        return _write
+    if a.number > MOST_PRINTED:
+        raise ValueError(
+            f"--number is {a.number}; at most {MOST_PRINTED} chains are printed, any number goes "
+            f"into a folder with --lengths and --dataset."
+        )
+    if a.length is None:
+        raise ValueError("give --length to print chains, or --lengths and --dataset to write them.")
+    return _print_some
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; exit status 0, or 2 for bad input."""
-    from relay_fast.generate_command import main as command
+    """Exit status 0, or 2 for bad input."""
+    with lenient_output():
+        return _main(_parser().parse_args(arguments))
 
-    return command(arguments)
+
+def _main(a: argparse.Namespace) -> int:
+    on_interrupt(interrupt_once)
+    limit_threads()
+    try:
+        _mode(a)(a)
+    except (*_REFUSED, OSError, MemoryError) as error:
+        return refused(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues a folder of chains", file=sys.stderr)
+        return 130
+    return 0
+
+
+__getattr__ = forward(__name__, "relay_fast.decoding.chains")  # what others took from here
 
 
 if __name__ == "__main__":

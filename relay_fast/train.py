@@ -13,20 +13,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from relay_fast._errors import RunStopped
-from relay_fast._interrupts import interrupt_once, on_interrupt
-from relay_fast.checkpoint import CheckpointError
-from relay_fast.dispatch import select
-from relay_fast.display import Display
-from relay_fast.pipeline import OutOfTime, run_pipeline, with_needs
-from relay_fast.presets import load_preset, override, preset_names
-from relay_fast.presets.saved import refuse_foreign
-from relay_fast.presets.schema import RunConfig
-from relay_fast.runs import RunFolder, RunFolderError, versions
-from relay_fast.settings import check, described_text
-from relay_fast.stages import NEEDS, Context
-from relay_fast.store import check_device
-from relay_fast.terminal import draw_all, lenient_output, refused
+from relay_fast.ops.dispatch import select
+from relay_fast.relay.pipeline import OutOfTime, run_pipeline, with_needs
+from relay_fast.relay.presets import load_preset, override, preset_names
+from relay_fast.relay.presets.saved import refuse_foreign
+from relay_fast.relay.presets.schema import RunConfig
+from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
+from relay_fast.relay.stages import NEEDS, Context
+from relay_fast.reporting.progress import Display
+from relay_fast.reporting.terminal import draw_all, lenient_output, refused
+from relay_fast.training.model_files import check_device
+from relay_fast.utils.errors import RunStopped
+from relay_fast.utils.interrupts import interrupt_once, on_interrupt
+from relay_fast.utils.settings import check, described_text
+from relay_fast.utils.tensor_files import CheckpointError
 
 
 def train(
@@ -41,10 +41,10 @@ def train(
 ) -> dict[str, Any]:
     """Runs RELAY (or the given stages and what they need) in the run folder `out`.
 
-    config: a preset from `relay_fast.presets`, overridden or not. report: print the table and draw
-    the plots in the end. Returns the content of results.json. Raises RunFolderError, ValueError,
-    CheckpointError with one clear sentence, RunStopped for a training that diverged and a worker
-    that was killed, and OutOfTime after `minutes`, with everything saved.
+    config: a preset from `relay_fast.relay.presets`, overridden or not. report: print the table and
+    draw the plots in the end. Returns the content of results.json. Raises RunFolderError,
+    ValueError, CheckpointError with one clear sentence, RunStopped for a training that diverged and
+    a worker that was killed, and OutOfTime after `minutes`, with everything saved.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
@@ -122,8 +122,8 @@ class _Call:
 
 def _show(results: Mapping[str, Any], path: Path) -> None:
     """The table on the terminal, the plots into the folder."""
-    from relay_fast.plots import pictures
-    from relay_fast.report import print_report
+    from relay_fast.reporting.plots import pictures
+    from relay_fast.reporting.tables import print_report
 
     if results.get("accuracy"):
         print_report(results)

@@ -16,11 +16,11 @@ import torch
 
 import relay_fast.evaluate
 import relay_fast.generate
-from relay_fast.chain_dataset import ChainDataset
-from relay_fast.checkpoint import load_checkpoint
-from relay_fast.runs import RunFolder
-from relay_fast.store import load_model, model_hash
+from relay_fast.relay.chain_dataset import ChainDataset
+from relay_fast.relay.run_folder import RunFolder
 from relay_fast.train import train
+from relay_fast.training.model_files import load_model, model_hash
+from relay_fast.utils.tensor_files import load_checkpoint
 
 SAVED = Path(__file__).parent / "saved"
 

@@ -11,9 +11,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import interpreter  # tests/interpreter.py
 import torch
 
+from benchmarks import interpreter
 from benchmarks.card import checks, profile, steps, table
 from benchmarks.card.cases import Case, check_cases, timed_cases
 from benchmarks.card.device import ROOT, Timer, ceilings, identity
@@ -21,7 +21,7 @@ from benchmarks.card.kernels import time_case
 from benchmarks.card.session import Deadline, Later, Row, Session, Unit
 from benchmarks.card.sweep import sweep
 from benchmarks.common import machine
-from relay_fast._files import replacing
+from relay_fast.utils.files import replacing
 
 STEP_OPS = (
     "norm_linear", "attention", "linear_residual", "mlp", "cross_entropy", "weight_grad",

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.baselines import rotate
 from benchmarks.card.device import nbytes
+from relay_fast.batch.plan import Plan
 from relay_fast.functional import SMALL_VOCABULARY, Ops
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights, loop_fwd_ref
-from relay_fast.plan import Plan
 
 EPS = 1e-6
 Named = dict[str, Tensor]

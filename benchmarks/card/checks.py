@@ -1,7 +1,7 @@
 """Correctness before any timing: every kernel against its reference in fp64, on fresh inputs.
 
-Outputs are NaN until they are written. The rules are the tests' (`tests/numerics.py`): fp32 to an
-RMS ratio of 1e-5 (or twice the reference's own, in long sums), 16 bits within twice the
+Outputs are NaN until they are written. The rules are the tests' (`benchmarks/numerics.py`): fp32 to
+an RMS ratio of 1e-5 (or twice the reference's own, in long sums), 16 bits within twice the
 reference's own error.
 """
 
@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 import torch
-from numerics import RMS_RATIO, assert_as_good_as_eager, describe, rms_ratio  # tests/numerics.py
 from torch import Tensor
 
 from benchmarks.card.cases import Case, Draw, Named, upcast
 from benchmarks.card.device import ROOT, poisoned
 from benchmarks.card.session import Row, Skip
+from benchmarks.numerics import RMS_RATIO, assert_as_good_as_eager, describe, rms_ratio
 from relay_fast.functional import REFERENCE, select
 
 SANITIZER_SECONDS = 75.0

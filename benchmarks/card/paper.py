@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 
 from relay_fast import train
-from relay_fast.pipeline import with_needs
-from relay_fast.runs import RunFolder
-from relay_fast.stages import MODELS, NEEDS, scratch_files, stage_files
-from relay_fast.store import load_model, model_path, save_model
+from relay_fast.relay.pipeline import with_needs
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.relay.stages import MODELS, NEEDS, scratch_files, stage_files
+from relay_fast.training.model_files import load_model, model_path, save_model
 
 PART_BYTES = 15 << 20  # of a file that travels
 TRAVEL_BYTES = 56 << 20  # of all of them

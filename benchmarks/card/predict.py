@@ -30,15 +30,15 @@ from benchmarks import common
 from benchmarks.card.profile import ARCH, traced
 from benchmarks.card.table import markdown
 from benchmarks.kernel_costs import CARDS
-from relay_fast._files import replacing
-from relay_fast.batch import PackedBatch
-from relay_fast.data import TruthStream
-from relay_fast.decode_step import LENGTH_STEP
-from relay_fast.presets import load_preset, recipe
-from relay_fast.schedule import Schedule
-from relay_fast.stages import Context
-from relay_fast.static import Capacity, StaticBatch
-from relay_fast.trainer import CAPACITY_BATCHES, SLACK, SPREAD
+from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.data.streams import TruthStream
+from relay_fast.decoding.step import LENGTH_STEP
+from relay_fast.relay.presets import load_preset, recipe
+from relay_fast.relay.stages import Context
+from relay_fast.training.schedule import Schedule
+from relay_fast.training.trainer import CAPACITY_BATCHES, SLACK, SPREAD
+from relay_fast.utils.files import replacing
 
 # Assumed.
 NODE = 1e-6  # seconds that each node of a graph takes beside its work

@@ -32,11 +32,11 @@ from triton.runtime.jit import JITFunction
 from benchmarks import common
 from benchmarks.card.table import INTERPRETED, markdown
 from benchmarks.kernel_costs import CARDS, FLOPS, launch_cost
-from relay_fast._files import replacing
-from relay_fast.batch import PackedBatch
+from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.packed import PackedBatch
 from relay_fast.kernels._runtime import FACTS, assume
-from relay_fast.modules import LoopedTransformer
-from relay_fast.static import Capacity, StaticBatch
+from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.utils.files import replacing
 
 ARCH = 90
 LAUNCH = 11e-6  # seconds from Python (docs: triton_without_a_gpu); a graph's node costs far less

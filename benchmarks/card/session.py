@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from relay_fast._files import replacing
+from relay_fast.utils.files import replacing
 
 Row = dict[str, object]
 FINISHED = ("ok", "skipped")  # what the next call does not take up again

@@ -19,11 +19,11 @@ from benchmarks.baselines import EagerTransformer, PaddedBatch, buckets
 from benchmarks.card.device import Timer
 from benchmarks.card.kernels import compiled
 from benchmarks.card.session import Row, Skip, Unit
-from relay_fast.batch import PackedBatch
+from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.graphs import Capacity, GraphedStep
-from relay_fast.modules import LoopedTransformer
-from relay_fast.static import StaticBatch
+from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.training.cuda_graph import GraphedStep
 
 POLICIES = ("state", "none", "sqrt")
 COMPILED_BUCKETS = 2  # length buckets a task under torch.compile: every shape is compiled anew

@@ -2,7 +2,7 @@
 
 A recipe is a module of this folder with
 
-- `PRESETS`: dict of settings (`relay_fast.settings.settings`: each field has its range and
+- `PRESETS`: dict of settings (`relay_fast.utils.settings.settings`: each field has its range and
   meaning), "cpu" and "paper" (the paper's exact sizes); one that trains holds a
   `relay_fast.recipes._common.Training` called `training`;
 - `PUBLISHED`: the paper's numbers as printed, only those known;

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.recipes import RECIPES, load_recipe
-from relay_fast.terminal import draw_all, lenient_output, refused
+from relay_fast.reporting.terminal import draw_all, lenient_output, refused
 
 
 def run_recipe(
@@ -30,15 +30,15 @@ def run_recipe(
     """Runs a recipe in the run folder `out`, or continues it there; returns results.json's content.
 
     changes: texts like "training.steps=20" that put other values into the preset's settings (see
-    `relay_fast.settings.changed`).
+    `relay_fast.utils.settings.changed`).
     Raises RunFolderError, ValueError, CheckpointError, Diverged with one clear sentence.
     """
-    from relay_fast._errors import Diverged
-    from relay_fast.display import Display
-    from relay_fast.presets.saved import refuse_foreign
-    from relay_fast.runs import RunFolder, versions
-    from relay_fast.settings import Seed, check_value, with_changes
-    from relay_fast.store import check_device
+    from relay_fast.relay.presets.saved import refuse_foreign
+    from relay_fast.relay.run_folder import RunFolder, versions
+    from relay_fast.reporting.progress import Display
+    from relay_fast.training.model_files import check_device
+    from relay_fast.utils.errors import Diverged
+    from relay_fast.utils.settings import Seed, check_value, with_changes
 
     recipe = load_recipe(name)
     if preset not in recipe.PRESETS:
@@ -105,7 +105,7 @@ def _show(name: str, results: dict[str, Any], folder: Path) -> None:
 def help_text(name: str) -> str:
     """What a recipe is, its settings in each preset and what they mean. Raises ValueError for an
     unknown one."""
-    from relay_fast.settings import described_text
+    from relay_fast.utils.settings import described_text
 
     recipe = load_recipe(name)
     presets = [_flat(dataclasses.asdict(preset)) for preset in recipe.PRESETS.values()]
@@ -167,11 +167,11 @@ def _main(parser: argparse.ArgumentParser, a: argparse.Namespace) -> int:
         parser.print_help()
         print(f"\n{a.name}: {text}")
         return 0
-    from relay_fast._cores import limit_threads
-    from relay_fast._errors import RunStopped
-    from relay_fast._interrupts import interrupt_once, on_interrupt
-    from relay_fast.checkpoint import CheckpointError
-    from relay_fast.runs import RunFolderError
+    from relay_fast.relay.run_folder import RunFolderError
+    from relay_fast.utils.cores import limit_threads
+    from relay_fast.utils.errors import RunStopped
+    from relay_fast.utils.interrupts import interrupt_once, on_interrupt
+    from relay_fast.utils.tensor_files import CheckpointError
 
     on_interrupt(interrupt_once)
     limit_threads()

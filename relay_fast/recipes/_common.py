@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from relay_fast.config import BlockConfig
-from relay_fast.data import Step
-from relay_fast.display import Display
+from relay_fast.data.streams import Step
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
-from relay_fast.modules import Losses
-from relay_fast.optim import OPTIMIZERS, check_optimizer
-from relay_fast.plots import new_figure, save_figure
+from relay_fast.models.transformers import Losses
 from relay_fast.recipes._models import parse_shape
-from relay_fast.runs import RunFolder
-from relay_fast.schedule import Schedule
-from relay_fast.settings import (
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.plots import new_figure, save_figure
+from relay_fast.reporting.progress import Display
+from relay_fast.training.optim import OPTIMIZERS, check_optimizer
+from relay_fast.training.schedule import Schedule
+from relay_fast.training.trainer import BeforeStep, Trained, train_model
+from relay_fast.utils.settings import (
     BatchSize,
     BetaPair,
     Clip,
@@ -39,7 +40,6 @@ from relay_fast.settings import (
     WeightDecay,
     settings,
 )
-from relay_fast.trainer import BeforeStep, Trained, train_model
 
 # A batch: arrays become tensors on the device, lists (such as cu_seqlens) stay on the host.
 Draw = Callable[[np.random.Generator, int], Sequence[np.ndarray | list]]
@@ -48,7 +48,8 @@ Loss = Callable[..., tuple[Tensor, Tensor | None]]
 
 @settings
 class Training:
-    """The numbers of one training; `relay_fast.optim` and `relay_fast.schedule` explain them."""
+    """The numbers of one training; `relay_fast.training.optim` and `relay_fast.training.schedule`
+    explain them."""
 
     steps: Steps
     batch_size: BatchSize
@@ -106,7 +107,7 @@ def train(
 
     loss(model, *batch) -> (loss (), share right () or None). draw(rng, step) -> the step's batch,
     which depends on its arguments only; `rng` is the step's own. name: of the model, in the folder.
-    before_step: see `relay_fast.trainer.train_model`.
+    before_step: see `relay_fast.training.trainer.train_model`.
     """
     display.start(name)
     trained = train_model(

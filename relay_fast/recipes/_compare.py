@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from relay_fast.display import Display
-from relay_fast.looped_classifier import LoopedClassifier
+from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.recipes._common import Draw, Panel, Training, draw_panels, train
 from relay_fast.recipes._models import classifier_loss, make_classifier
-from relay_fast.runs import RunFolder
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
 
 Published = Mapping[str, Mapping[int, float]]  # shape -> size of the problem -> % right
 

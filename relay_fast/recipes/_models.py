@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.config import BlockConfig
-from relay_fast.looped_classifier import LoopedClassifier
+from relay_fast.models.classifier import LoopedClassifier
 
 
 def parse_shape(name: str) -> tuple[int, int, int, int]:

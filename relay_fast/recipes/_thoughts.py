@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from relay_fast.linear_attention import (
+from relay_fast.recipes._linear_attention import (
     causal_linear_attention,
     linear_attention,
     loop_linear_attention,

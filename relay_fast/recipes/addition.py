@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from relay_fast._inference import inference
-from relay_fast.display import Display
-from relay_fast.looped_classifier import LoopedClassifier
+from relay_fast.decoding._inference import inference
+from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.recipes._common import (
     Activation,
     Heads,
@@ -34,8 +33,9 @@ from relay_fast.recipes._common import (
     check_models,
 )
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Counts, says, settings
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Counts, says, settings
 
 PLUS, EQUALS, END, VOCABULARY_SIZE = 10, 11, 12, 13
 _TEST = 2**32  # stream of the test problems; training counts its steps from 0

@@ -29,17 +29,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from relay_fast.display import Display
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
-from relay_fast.recipes._regression import (
-    check_deviations,
-    descend,
-    draw_prompts,
-    one_step_error,
-)
+from relay_fast.recipes._regression import check_deviations, descend, draw_prompts, one_step_error
 from relay_fast.recipes._thoughts import STARTS, ThoughtLayer
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Count, Counts, Positive, settings
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Count, Counts, Positive, settings
 
 PUBLISHED: dict[str, Any] = {}  # the paper plots its losses
 

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from relay_fast.display import Display
 from relay_fast.recipes._common import Panel, draw_panels
 from relay_fast.recipes._regression import draw_covariances
 from relay_fast.recipes._thoughts import ThoughtLayer
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Count, Counts, Positive, settings
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Count, Counts, Positive, settings
 
 PUBLISHED: dict[str, Any] = {}  # no number of the paper is known to us
 

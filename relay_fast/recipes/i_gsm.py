@@ -32,20 +32,13 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from relay_fast._inference import inference
-from relay_fast.display import Display
-from relay_fast.looped_classifier import LoopedClassifier
-from relay_fast.recipes._common import (
-    Activation,
-    Heads,
-    Shapes,
-    Training,
-    Width,
-    check_models,
-)
+from relay_fast.decoding._inference import inference
+from relay_fast.models.classifier import LoopedClassifier
+from relay_fast.recipes._common import Activation, Heads, Shapes, Training, Width, check_models
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Count, Share, says, settings
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Count, Share, says, settings
 
 LEVELS, MODULUS = 4, 7
 ASKED, NAMES = ("last", "every"), ("letters", "whole")
@@ -137,6 +130,7 @@ class Problems(NamedTuple):
     cu_seqlens: list[int]  # B + 1
 
 
+# Long: each array is drawn from the ones before it.
 def draw_problems(
     rng: np.random.Generator, settings: Settings, count: int, variables: int, formulas: float = 1.0
 ) -> Problems:

@@ -27,11 +27,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from relay_fast._inference import inference
 from relay_fast.config import INJECTIONS, BlockConfig
-from relay_fast.display import Display
+from relay_fast.decoding._inference import inference
 from relay_fast.kernels.norm_ref import NORMS
-from relay_fast.modules import LoopedBlock
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.recipes._common import (
     Activation,
     Panel,
@@ -41,8 +40,9 @@ from relay_fast.recipes._common import (
     draw_panels,
     train,
 )
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Count, Counts, Whole, settings
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Count, Counts, Whole, settings
 
 PLUS, EQUALS, END, VOCABULARY_SIZE = 2, 3, 4, 5
 _TEST = 2**32  # stream of the test problems; training counts its steps from 0

@@ -31,17 +31,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from relay_fast.display import Display
-from relay_fast.linear_attention import loop_linear_attention
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
+from relay_fast.recipes._linear_attention import loop_linear_attention
 from relay_fast.recipes._regression import (
     check_deviations,
     draw_prompts,
     one_step_error,
     one_step_rate,
 )
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Count, Counts, Positive, settings
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Count, Counts, Positive, settings
 
 FORMS = ("restricted", "general")
 PUBLISHED: dict[str, Any] = {}  # the paper plots its losses and prints none

@@ -1,8 +1,8 @@
 """Stacks that are drawn towards loops while they train, and then made loops (Saunshi et al. 2025).
 
 loss = cross-entropy + λ · mean over groups of (1 − cosine between consecutive blocks), see
-`relay_fast.regularizer`; the paper prints a sign that would push the blocks apart. The task is
-p-hop (`relay_fast.recipes.p_hop`): the paper regularises language models of 24 layers and 1.5 B
+`relay_fast.models.layer_stack`; the paper prints a sign that would push the blocks apart. The task
+is p-hop (`relay_fast.recipes.p_hop`): the paper regularises language models of 24 layers and 1.5 B
 parameters on 250 B tokens of the Pile, so `paper` takes the sizes of its p-hop experiment.
 """
 
@@ -16,15 +16,14 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from relay_fast.display import Display
-from relay_fast.looped_classifier import LoopedClassifier
+from relay_fast.models.classifier import LoopedClassifier
+from relay_fast.models.layer_stack import HOW, block_cosines, check_period, loop_regularizer, tie
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, Shapes, draw_panels, train
 from relay_fast.recipes._models import classifier_loss, parse_shape
-from relay_fast.regularizer import HOW, block_cosines, loop_regularizer, tie
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Count, NotNegative, settings
-from relay_fast.stack import check_period
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Count, NotNegative, settings
 
 # Table 4 of the paper (24 layers, the Pile): perplexity, mean of its tasks, reasoning primitives.
 # With k = 4 and λ = 10 the cosines are at least 0.98, without the regulariser near 0.

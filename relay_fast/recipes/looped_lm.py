@@ -4,8 +4,9 @@ Loops are drawn for each batch and gradients flow through the last few only, as 
 2025 (arXiv 2502.05171); `paper` takes the sizes of the middle-looped model of Saunshi et al. 2025
 (4⊗1, 4⊗4, 4⊗1) and Adafactor, which that paper names for its other trainings, for a corpus that is
 given. Reported on text that was not trained on: perplexity
-(per byte) against loops, perplexity and loops with early exit (`relay_fast.looped_lm`), text, and
-variable assignment (`relay_fast.primitives`), which no model of this size is expected to solve.
+(per byte) against loops, perplexity and loops with early exit
+(`relay_fast.decoding.language_model`), text, and variable assignment
+(`relay_fast.recipes._primitives`), which no model of this size is expected to solve.
 
 Corpus: a file or folder given as `corpus`, else the sources of Python's own standard library, which
 come with every installation (PSF licence).
@@ -28,23 +29,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from relay_fast._inference import inference
 from relay_fast.config import BlockConfig
-from relay_fast.display import Display
-from relay_fast.looped_classifier import LoopedClassifier
-from relay_fast.looped_lm import generate, sample_loops, score
-from relay_fast.primitives import FORMS, variable_assignment_accuracy
-from relay_fast.recipes._common import (
-    Activation,
-    Heads,
-    Panel,
-    Training,
-    Width,
-    draw_panels,
-    train,
-)
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Count, Counts, Positive, Whole, settings
+from relay_fast.decoding._inference import inference
+from relay_fast.decoding.language_model import generate, sample_loops, score
+from relay_fast.models.classifier import LoopedClassifier
+from relay_fast.recipes._common import Activation, Heads, Panel, Training, Width, draw_panels, train
+from relay_fast.recipes._primitives import FORMS, variable_assignment_accuracy
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Count, Counts, Positive, Whole, settings
 
 PUBLISHED: dict[str, Any] = {}  # nothing is published on this corpus, byte by byte
 SUFFIXES = (".py", ".txt", ".md", ".rst")

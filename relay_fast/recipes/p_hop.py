@@ -3,7 +3,7 @@
 For characters v_1 … v_n: find_1(v, i) = max({0} ∪ {j ≤ i : v_{j−1} = v_i}), find_p = find_1 ∘
 find_{p−1}, hop_p(v) = v_{find_p(v, n)}: look the last character up in what came before, take its
 successor there, and so on, p times. One layer can do it in ⌊log2 p⌋ + 2 loops (the paper's
-Corollary 5.3, built in tests/test_construction_p_hop.py).
+Corollary 5.3, built in tests/models/test_construction_p_hop.py).
 
 target "last": Saunshi's form, one p a model, one answer a sequence; p hops always exist.
 target "every": the denser form of Sanford et al. 2024 (arXiv 2402.09268): p is written in front, no
@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from relay_fast._inference import inference
-from relay_fast.display import Display
-from relay_fast.looped_classifier import LoopedClassifier
+from relay_fast.decoding._inference import inference
+from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.recipes._common import (
     Activation,
     Heads,
@@ -40,8 +39,9 @@ from relay_fast.recipes._common import (
 )
 from relay_fast.recipes._compare import comparison_rows
 from relay_fast.recipes._models import classifier_loss, make_classifier
-from relay_fast.runs import RunFolder
-from relay_fast.settings import Count, Counts, settings
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.utils.settings import Count, Counts, settings
 
 TARGETS = ("every", "last")
 _TEST = 2**32  # stream of the test problems; training counts its steps from 0

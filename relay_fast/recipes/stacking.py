@@ -1,10 +1,11 @@
 """Stacks that grow while they train, against the whole stack (MIDAS: Saunshi et al. 2024, arXiv
 2409.19044).
 
-`relay_fast.growth` has the operators (middle and gradual stacking) and the Prop-α schedule. Tasks:
-p-hop (`relay_fast.recipes.p_hop`), and RELAY's autoregressive model on the arithmetic chains of the
-preset `cpu`. Reported: accuracy, similarity of the layers, and the speed-up, ideal (layer work) and
-measured (seconds of a step at each depth, taken in turns, over the schedule).
+`relay_fast.models.layer_stack` has the operators (middle and gradual stacking) and the Prop-α
+schedule. Tasks: p-hop (`relay_fast.recipes.p_hop`), and RELAY's autoregressive model on the
+arithmetic chains of the preset `cpu`. Reported: accuracy, similarity of the layers, and the
+speed-up, ideal (layer work) and measured (seconds of a step at each depth, taken in turns, over the
+schedule).
 
 The paper trains language models of up to 8 B parameters with UL2; its tables could not be read, and
 `paper` takes the sizes of the p-hop experiment of Saunshi et al. 2025 instead.
@@ -25,24 +26,29 @@ from pydantic import Field
 from torch import nn
 
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.data import Form, TruthStream
-from relay_fast.display import Display
-from relay_fast.evaluate import evaluate_autoregressive
-from relay_fast.growth import STATE, WHERE, GrowthSchedule, grow
-from relay_fast.looped_classifier import LoopedClassifier
-from relay_fast.modules import AutoregressiveTransformer
-from relay_fast.optim import make_optimizer
-from relay_fast.presets import load_preset
+from relay_fast.data.streams import Form, TruthStream
+from relay_fast.models.classifier import LoopedClassifier
+from relay_fast.models.layer_stack import (
+    STATE,
+    WHERE,
+    GrowthSchedule,
+    grow,
+    layer_similarity,
+    stack_of,
+)
+from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, Shapes, Training, draw_panels, train
 from relay_fast.recipes._models import classifier_loss
-from relay_fast.regularizer import layer_similarity
-from relay_fast.runs import RunFolder
-from relay_fast.schedule import Schedule
-from relay_fast.settings import Count, NotNegative, settings
-from relay_fast.stack import stack_of
-from relay_fast.store import run_tasks
-from relay_fast.trainer import BeforeStep, Trained, train_model
+from relay_fast.relay.evaluation import evaluate_autoregressive
+from relay_fast.relay.presets import load_preset
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.progress import Display
+from relay_fast.training.model_files import run_tasks
+from relay_fast.training.optim import make_optimizer
+from relay_fast.training.schedule import Schedule
+from relay_fast.training.trainer import BeforeStep, Trained, train_model
+from relay_fast.utils.settings import Count, NotNegative, settings
 
 TASKS = ("p_hop", "arithmetic")
 TIMED_STEPS = 9  # at each depth, for the measured speed-up

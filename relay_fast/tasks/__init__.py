@@ -49,7 +49,7 @@ def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
 
 def _of_their_kinds(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters as the constructor annotates them; ValueError for one of another type."""
-    from relay_fast.settings import check_value  # needs pydantic, which a block does not
+    from relay_fast.utils.settings import check_value  # needs pydantic, which a block does not
 
     hints = get_type_hints(_CLASSES[name].__init__)
     return {

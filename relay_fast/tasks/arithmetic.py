@@ -12,15 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from relay_fast._numbers import whole
-from relay_fast.tasks.base import (
-    NO_ANSWER,
-    Rounds,
-    Task,
-    last_rounds,
-    split_after,
-    until_eos,
-)
+from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
 from relay_fast.tasks.feedback import FedPlaces
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import (
@@ -35,6 +27,7 @@ from relay_fast.tasks.vocabulary import (
     TIMES,
     Vocabulary,
 )
+from relay_fast.utils.numbers import whole
 
 _OPERATORS = {"+": PLUS, "-": MINUS, "*": TIMES, "/": DIVIDE}
 _TOKEN = re.compile(r"\[ARI\]|<\w+>|\w+|\S")

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from relay_fast.ragged import offsets_of
 from relay_fast.tasks.feedback import FedPlaces
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
+from relay_fast.utils.ragged import offsets_of
 
 Rounds = Sequence[Sequence[int]]
 NO_ANSWER = -1  # where there is none to read

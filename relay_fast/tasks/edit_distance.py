@@ -15,14 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from relay_fast.tasks.base import (
-    NO_ANSWER,
-    Rounds,
-    Task,
-    last_rounds,
-    split_after,
-    until_eos,
-)
+from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
 from relay_fast.tasks.feedback import FedPlaces, body_rows
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import (

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks.vocabulary import PAD
+from relay_fast.utils.ragged import offsets_of, ragged_index
 
 LATEST, FROM_ROUND = 0, -1  # of `FedPlaces.since`, of `FedPlaces.token`
 

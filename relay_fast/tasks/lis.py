@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from relay_fast._numbers import whole
-from relay_fast.ragged import offsets_of
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, split_after, until_eos
 from relay_fast.tasks.feedback import FROM_ROUND, FedPlaces, body_rows
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
 from relay_fast.tasks.vocabulary import NUMBER0, SEP, Vocabulary
+from relay_fast.utils.numbers import whole
+from relay_fast.utils.ragged import offsets_of
 
 
 class LIS(Task):

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from relay_fast.ragged import offsets_of, ragged_index
 from relay_fast.tasks.vocabulary import EOS
+from relay_fast.utils.ragged import offsets_of, ragged_index
 
 TASK_NAMES = ("arithmetic", "edit_distance", "lis")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from relay_fast._numbers import whole
+from relay_fast.utils.numbers import whole
 
 PAD, EOS = 0, 1
 ARITHMETIC, EDIT_DISTANCE, LIS = 2, 3, 4

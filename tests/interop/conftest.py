@@ -1,3 +1,3 @@
 """The fixtures of these tests."""
 
-from regression import trained  # noqa: F401
+from tests.support.regression import trained  # noqa: F401

@@ -1,7 +1,8 @@
 """accelerate prepares model, optimiser and data."""
 
 import pytest
-from regression import Regression, assert_trained, batches, make_optimizers
+
+from tests.support.regression import Regression, assert_trained, batches, make_optimizers
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -1,7 +1,8 @@
 """Lightning's Trainer (which steps with a closure) and Fabric."""
 
 import pytest
-from regression import STEPS, Regression, assert_trained, batches, make_optimizers
+
+from tests.support.regression import STEPS, Regression, assert_trained, batches, make_optimizers
 
 lightning = pytest.importorskip("lightning")
 

@@ -1,10 +1,10 @@
 """torch's own: mixed precision with a GradScaler, an average of the weights, export."""
 
 import torch
-from regression import STEPS, Regression, assert_trained, batches, make_optimizers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from relay_fast import LoopedBlock
+from tests.support.regression import STEPS, Regression, assert_trained, batches, make_optimizers
 
 
 def test_grad_scaler(trained) -> None:

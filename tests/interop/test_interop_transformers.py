@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from regression import STEPS, Regression, assert_trained, data, make_optimizers
 from torch.optim.lr_scheduler import LambdaLR
+
+from tests.support.regression import STEPS, Regression, assert_trained, data, make_optimizers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

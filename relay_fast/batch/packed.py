@@ -1,0 +1,147 @@
+"""Batches without padding: sequences laid end to end, sorted by loops, with their plan and
+targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relay_fast.batch.feeder import Feeder
+from relay_fast.batch.plan import Plan
+from relay_fast.utils.ragged import pieces, ragged_index
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """B sequences of N tokens in all, largest loop count first.
+
+    tokens (N,) int64; plan: order, active prefix, offsets (see `Plan`).
+    rows (R,) int64: rows with a target, as index into the active prefix of their iteration,
+    iteration-major; row_offsets: T + 1 ints, where the rows of iteration t start (index t − 1);
+    targets (R,) int64; weights (R,) fp32: w_task · λ / (B · T_i · |M_t|).
+    answers (B,) int64 and answer_weights (B,) fp32: w_task / B.
+    order (B,): which sample of the caller each sequence is; max_token: the largest token id.
+    fed (N,) int64: the true rounds that a `side_by_side` batch is fed, whose sequences are
+    iterations (each sample's last one at the end, in `order`); target_offsets (sequences + 1,):
+    where their rows start. feeder: for a model that is fed its own rounds. true_feed (Σ n_i · T_i,)
+    int64, iteration-major: what every iteration is fed of true rounds where the state is carried;
+    truth: the share of the iterations that are fed them, the others the model's own.
+    """
+
+    tokens: Tensor
+    plan: Plan
+    rows: Tensor
+    row_offsets: tuple[int, ...]
+    targets: Tensor
+    weights: Tensor
+    answers: Tensor
+    answer_weights: Tensor
+    order: np.ndarray
+    max_token: int
+    fed: Tensor | None = None
+    target_offsets: np.ndarray | None = None
+    feeder: Feeder | None = None
+    true_feed: Tensor | None = None
+    truth: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def answer_rows(self) -> Tensor:
+        """(B,) int64: the rows at whose last state the answers are read."""
+        return self.plan.last_rows[self.plan.sequences - len(self) :]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on another device; itself if it is there already."""
+        device = torch.device(device)
+        if device.type == self.plan.device.type and device.index in (None, self.plan.device.index):
+            return self
+        moved = self._tensors(lambda t: t.to(device, non_blocking=True))
+        if self.feeder is not None:
+            moved["feeder"] = self.feeder.to(device)
+        return replace(self, plan=self.plan.to(device), **moved)
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in pinned memory, as a DataLoader with `pin_memory=True` asks for it."""
+        return replace(self, **self._tensors(Tensor.pin_memory))
+
+    def _tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: change(t) for name, t in values.items() if isinstance(t, Tensor)}
+
+    def parts(self, tokens: int) -> Iterator[PackedBatch]:
+        """A `side_by_side` batch as batches of about so many tokens each, whose losses add up to
+        its own; any other batch as it is."""
+        plan = self.plan
+        if self.fed is None or plan.rows <= tokens:
+            yield self
+            return
+        first_answer = plan.sequences - len(self)
+        for chosen in pieces(plan.lengths, tokens):
+            first, last = int(chosen[0]), int(chosen[-1]) + 1
+            rows = slice(int(plan.offsets[first]), int(plan.offsets[last]))
+            offsets = self.target_offsets[first : last + 1]
+            targets = slice(int(offsets[0]), int(offsets[-1]))
+            answers = slice(max(0, first - first_answer), max(0, last - first_answer))
+            yield replace(
+                self,
+                plan=plan.part(first, last),
+                tokens=self.tokens[rows],
+                fed=self.fed[rows],
+                rows=self.rows[targets] - rows.start,
+                row_offsets=(0, targets.stop - targets.start),
+                target_offsets=offsets - offsets[0],
+                targets=self.targets[targets],
+                weights=self.weights[targets],
+                answers=self.answers[answers],
+                answer_weights=self.answer_weights[answers],
+                order=self.order[answers],
+            )
+
+    @staticmethod
+    def looped(*arguments, **options) -> PackedBatch:
+        """The batch of `relay_fast.data.collate.collate_looped`, which see."""
+        from relay_fast.data.collate import collate_looped
+
+        return collate_looped(*arguments, **options)
+
+    @staticmethod
+    def side_by_side(*arguments, **options) -> PackedBatch:
+        """The batch of `relay_fast.data.collate.collate_side_by_side`, which see."""
+        from relay_fast.data.collate import collate_side_by_side
+
+        return collate_side_by_side(*arguments, **options)
+
+    @staticmethod
+    def carried(*arguments, **options) -> PackedBatch:
+        """The batch of `relay_fast.data.collate.collate_carried`, which see."""
+        from relay_fast.data.collate import collate_carried
+
+        return collate_carried(*arguments, **options)
+
+    @staticmethod
+    def autoregressive(*arguments, **options) -> PackedBatch:
+        """The batch of `relay_fast.data.collate.collate_autoregressive`, which see."""
+        from relay_fast.data.collate import collate_autoregressive
+
+        return collate_autoregressive(*arguments, **options)
+
+
+def _positions(widths: np.ndarray, span: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Ascending positions in 0..span − 1 of inputs laid end to end: drawn, or spread evenly."""
+    longest = int(widths.max(initial=0))
+    if longest > span:
+        raise ValueError(
+            f"an input of {longest} tokens has no room in position_range = {span}: use a larger "
+            "range, or shorter problems"
+        )
+    if rng is not None:
+        ranks = rng.random((len(widths), span)).argsort(1).argsort(1)
+        return np.nonzero(ranks < widths[:, None])[1]
+    place = ragged_index(np.zeros_like(widths), widths)
+    return np.rint(place * (span - 1) / np.repeat(np.maximum(1, widths - 1), widths)).astype(int)

@@ -1,0 +1,397 @@
+"""The plan: everything about a batch that is known on the host before the first kernel.
+
+Sequences are sorted by loops, largest first, so that the ones still looping at iteration t are a
+prefix of the rows (the *active prefix*). The plan holds the sizes of that prefix as Python ints,
+and the index tensors on the device; after it nothing reads a tensor back to Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relay_fast.kernels.attention_ref import Group, PaddedLayout
+from relay_fast.utils.numbers import is_truth, whole
+
+GROUP_COST = 16_000  # what one more attention group costs, in score elements (measured on a CPU)
+MAX_GROUPS = 6
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive sequences that one iteration works on together.
+
+    `grad` is False where truncated backpropagation keeps the gradient out.
+    """
+
+    iteration: int  # 1-based
+    first_sequence: int
+    last_sequence: int  # exclusive
+    first_row: int
+    last_row: int  # exclusive
+    grad: bool = True
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.last_row)
+
+
+class Plan:
+    """The order, the active prefix and the attention layout of a batch of packed sequences.
+
+    Parameters
+    ----------
+    lengths: tokens of each sequence, in the caller's order.
+    loops: iterations of each sequence (≥ 0), in the caller's order.
+    device: where index tensors are put.
+    positions: position of each token in the caller's row order; default 0..n−1 of each sequence.
+
+    Attributes (all sequence-wise ones in sorted order)
+    ----------
+    lengths, loops: int64 arrays (sequences,).
+    order: caller's index of each sorted sequence; the identity when the caller had sorted them.
+    offsets: first row of each sequence, (sequences + 1,).
+    max_loops: the largest loop count T.
+    active_sequences, active_rows: tuples of T ints, for t = 1..T.
+    state_offsets: T + 1 ints: where state t starts (index t − 1) in an iteration-major buffer
+    of all states.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        loops: Sequence[int] | np.ndarray,
+        device: torch.device | str = "cpu",
+        positions: np.ndarray | None = None,
+    ):
+        lengths = np.asarray(lengths, dtype=np.int64)
+        loops = np.asarray(loops, dtype=np.int64)
+        self.device = torch.device(device)
+        self.sorted = bool(np.all(loops[:-1] >= loops[1:]))
+        self.order = np.arange(len(loops)) if self.sorted else np.argsort(-loops, kind="stable")
+        self.lengths, self.loops = lengths[self.order], loops[self.order]
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.max_loops = int(self.loops.max(initial=0))
+        steps = np.arange(1, self.max_loops + 1)
+        active = np.searchsorted(-self.loops, -steps, side="right")
+        self.active_sequences = tuple(active.tolist())
+        self.active_rows = tuple(self.offsets[active].tolist())
+        self.state_offsets = (0, *np.cumsum(self.active_rows, dtype=np.int64).tolist())
+        self._caller_positions = positions
+        self._layouts: dict[tuple[int, int], PaddedLayout] = {}
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan for another device, its sorted order taken as the caller's."""
+        positions = None if self._caller_positions is None else self.positions.cpu().numpy()
+        return Plan(self.lengths, self.loops, device, positions)
+
+    def part(self, first: int, last: int) -> Plan:
+        """The plan of sequences first..last − 1 alone."""
+        return self._part(first, last, self.loops[first:last])
+
+    def once(self, iteration: int) -> Plan:
+        """The plan of one iteration alone: the sequences that reach it, one loop each."""
+        active = self.active_sequences[iteration - 1]
+        return self._part(0, active, np.ones(active, np.int64))
+
+    def _part(self, first: int, last: int, loops: np.ndarray) -> Plan:
+        positions = self._caller_positions
+        if positions is not None:
+            positions = positions if self.row_order is None else positions[self.row_order]
+            positions = positions[self.offsets[first] : self.offsets[last]]
+        return Plan(self.lengths[first:last], loops, self.device, positions)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def token_iterations(self) -> int:
+        """Σ n_i · T_i, what the batch costs."""
+        return self.state_offsets[-1]
+
+    # A static plan's sizes are a capacity's: what is live then is known on the device alone
+    # (`relay_fast.batch.capacity`). Here every row is.
+
+    static = False
+
+    def live(self, iteration: int) -> Tensor | None:
+        """(N_t, 1) bool: which rows of an iteration are live; None: all."""
+        return None
+
+    def row_count(self, iteration: int) -> Tensor | None:
+        """(1,) int32 on the device: live rows of an iteration; None: all."""
+        return None
+
+    def layout_of(self, segment: Segment) -> PaddedLayout:
+        """The attention layout of a segment."""
+        return self.layout(segment.first_sequence, segment.last_sequence)
+
+    def rows_at(self, iteration: int) -> int:
+        """Rows of the active prefix at iteration t (0 beyond the last)."""
+        return self.active_rows[iteration - 1] if 1 <= iteration <= self.max_loops else 0
+
+    def segments(self, iteration: int, truncate: int | None = None) -> tuple[Segment, ...]:
+        """The segments of an iteration: one, or two where truncation (to each sequence's last
+        `truncate` iterations) keeps the gradient out of a part of the prefix."""
+        last = self.active_sequences[iteration - 1]
+        later = iteration + truncate if truncate else self.max_loops + 1
+        cut = self.active_sequences[later - 1] if later <= self.max_loops else 0
+        bounds = [(0, cut, False), (cut, last, True)]
+        return tuple(
+            Segment(iteration, a, b, int(self.offsets[a]), int(self.offsets[b]), grad)
+            for a, b, grad in bounds
+            if self.offsets[b] > self.offsets[a]
+        )
+
+    def chosen_states(self, return_states: bool | Sequence[int]) -> tuple[int, ...]:
+        """See the function of this name."""
+        return chosen_states(return_states, self.max_loops)
+
+    # Index tensors, each made once on the host and copied to the device. A batch that is evaluated
+    # under inference_mode may be trained on afterwards: they are never inference tensors.
+
+    def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return _tensor(array, dtype, self.device)
+
+    @cached_property
+    def row_order(self) -> np.ndarray | None:
+        """Caller's row index of each sorted row, None when the two orders agree."""
+        if self.sorted:
+            return None
+        caller_lengths = np.empty_like(self.lengths)
+        caller_lengths[self.order] = self.lengths
+        caller_offsets = np.concatenate([[0], np.cumsum(caller_lengths)])
+        shift = caller_offsets[self.order] - self.offsets[:-1]
+        return np.arange(self.rows) + np.repeat(shift, self.lengths)
+
+    @cached_property
+    def to_sorted(self) -> Tensor | None:
+        """(rows,) int64: sorted = caller[to_sorted]."""
+        return None if self.row_order is None else self._tensor(self.row_order, torch.int64)
+
+    @cached_property
+    def to_caller(self) -> Tensor | None:
+        """(rows,) int64: caller = sorted[to_caller]."""
+        return (
+            None
+            if self.row_order is None
+            else self._tensor(np.argsort(self.row_order), torch.int64)
+        )
+
+    def active_to_caller(self, iteration: int) -> Tensor | None:
+        """(N_t,) int64: brings the rows of state t into the caller's relative order."""
+        if self.row_order is None:
+            return None
+        return self._tensor(np.argsort(self.row_order[: self.rows_at(iteration)]), torch.int64)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(rows,) int64: the caller's token index of each row, which keys the dropout masks."""
+        rows = np.arange(self.rows) if self.row_order is None else self.row_order
+        return self._tensor(rows, torch.int64)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(rows,) int32 position of each row."""
+        positions = self._caller_positions
+        if positions is None:
+            positions = np.arange(self.rows) - np.repeat(self.offsets[:-1], self.lengths)
+        elif self.row_order is not None:
+            positions = np.asarray(positions)[self.row_order]
+        return self._tensor(positions, torch.int32)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(sequences + 1,) int32 row offsets."""
+        return self._tensor(self.offsets, torch.int32)
+
+    @cached_property
+    def last_rows(self) -> Tensor:
+        """(sequences,) int64: the last row of each sequence (of a sequence without rows: the
+        row before)."""
+        return self._tensor(self.offsets[1:] - 1, torch.int64)
+
+    @cached_property
+    def _paddings(self) -> _Paddings:
+        return _Paddings(self.lengths, self.device)
+
+    def layout(self, first: int, last: int) -> PaddedLayout:
+        """Row offsets of sequences first..last − 1, and their padding for the torch attention."""
+        key = (first, last)
+        if key not in self._layouts:
+            lengths = self.lengths[first:last]
+            with torch.inference_mode(False):
+                cu_seqlens = self.cu_seqlens[first : last + 1]
+                cu_seqlens = cu_seqlens - cu_seqlens[:1] if first else cu_seqlens
+            self._layouts[key] = PaddedLayout(
+                cu_seqlens,
+                int(lengths.max(initial=0)),
+                partial(self._paddings.make, first, last),
+                int(lengths.sum()),
+            )
+        return self._layouts[key]
+
+
+class _Paddings:
+    """How some of a plan's sequences are padded for the torch attention, the one op that pads;
+    sequences of similar length share a group.
+
+    Apart from the plan, which holds the layouts that ask for it: a batch that is dropped is freed
+    at once, and one that was used can be pickled.
+    """
+
+    def __init__(self, lengths: np.ndarray, device: torch.device):
+        self.lengths, self.device = lengths, device
+
+    @cached_property
+    def _group_bounds(self) -> np.ndarray:
+        """Largest length of each attention group, ascending, chosen to waste least."""
+        lengths, counts = np.unique(self.lengths[self.lengths > 0], return_counts=True)
+        if len(lengths) == 0:
+            return lengths
+        totals = np.concatenate([[0], np.cumsum(counts)])
+        best = np.full(len(lengths) + 1, np.inf)
+        best[0] = 0
+        chosen: list[np.ndarray] = []
+        costs = np.full((len(lengths) + 1, len(lengths) + 1), np.inf)
+        for end in range(1, len(lengths) + 1):
+            width = float(lengths[end - 1]) ** 2
+            costs[:end, end] = (totals[end] - totals[:end]) * width + GROUP_COST
+        table = best
+        finals = []
+        for _ in range(min(MAX_GROUPS, len(lengths))):
+            candidates = table[:, None] + costs
+            chosen.append(candidates.argmin(0))
+            table = candidates.min(0)
+            finals.append(table[-1])
+        end, bounds = len(lengths), []
+        for depth in range(int(np.argmin(finals)), -1, -1):
+            bounds.append(lengths[end - 1])
+            end = int(chosen[depth][end])
+        return np.array(bounds[::-1])
+
+    def make(self, first: int, last: int) -> tuple[int, Tensor | None, tuple[Group, ...]]:
+        """Slots, slot and groups (see `PaddedLayout`) of sequences first..last − 1."""
+        lengths = self.lengths[first:last]
+        rows = int(lengths.sum())
+        member = np.searchsorted(self._group_bounds, lengths)
+        base = np.zeros(len(lengths), dtype=np.int64)
+        groups, slot = [], 0
+        for g in range(len(self._group_bounds)):
+            inside = np.flatnonzero((member == g) & (lengths > 0))
+            if len(inside) == 0:
+                continue
+            inner = lengths[inside]
+            width = int(inner.max())
+            base[inside] = slot + np.arange(len(inside)) * width
+            mask = None
+            if inner.min() < width:
+                mask = np.arange(width)[None, :] >= inner[:, None]
+                mask = _tensor(mask[:, None], torch.bool, self.device)
+            groups.append(Group(slot, len(inside), width, mask))
+            slot += len(inside) * width
+        if len(groups) <= 1 and slot == rows:
+            return slot, None, tuple(groups)
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        slots = np.arange(rows) + np.repeat(base - starts, lengths)
+        return slot, _tensor(slots, torch.int64, self.device), tuple(groups)
+
+
+@torch.inference_mode(False)
+def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
+
+
+def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:
+    """Which of the iterations 1..loops are asked for: none, all, or the ones given, ascending.
+
+    Raises ValueError for an iteration that the batch does not reach, and for a single int.
+    """
+    if is_truth(return_states):
+        return tuple(range(1, loops + 1)) if return_states else ()
+    if isinstance(return_states, Tensor | np.ndarray):
+        return_states = return_states.tolist()
+    if not hasattr(return_states, "__iter__"):
+        raise ValueError(
+            f"return_states = {return_states}: pass True for all states, or a list of iterations"
+        )
+    wanted = tuple(sorted({whole("an iteration in return_states", t) for t in return_states}))
+    if wanted and not 1 <= wanted[0] <= wanted[-1] <= loops:
+        raise ValueError(
+            f"return_states asks for iterations {list(wanted)} but the batch loops 1..{loops}"
+        )
+    return wanted
+
+
+def check_floating(x: Tensor) -> None:
+    """Raises TypeError for an x that is no state."""
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}: a state is in floating point, so embed the tokens first")
+
+
+def check_cu_seqlens(
+    cu_seqlens: Sequence[int] | np.ndarray | Tensor, rows: int, of: str = "x"
+) -> np.ndarray:
+    """Row offsets (sequences + 1,) int64 on the host, 0 to `rows`, which are those of `of`.
+
+    A CUDA tensor costs one synchronisation here. Raises ValueError for offsets that are no such
+    row, TypeError for ones that are not integers.
+    """
+    if isinstance(cu_seqlens, Tensor):
+        cu_seqlens = cu_seqlens.detach().cpu().numpy()
+    offsets = np.asarray(cu_seqlens)
+    if offsets.ndim != 1 or not offsets.size or offsets[0] != 0:
+        start = offsets.reshape(-1)[:1].tolist()
+        raise ValueError(f"cu_seqlens must be (sequences + 1,) and start at 0, not at {start}")
+    if not np.issubdtype(offsets.dtype, np.integer):
+        raise TypeError(f"cu_seqlens must be integers, got {offsets.dtype}")
+    lengths = np.diff(offsets)
+    if lengths.min(initial=0) < 0:
+        i = int(np.argmax(lengths < 0))
+        raise ValueError(
+            f"cu_seqlens falls from {offsets[i]} to {offsets[i + 1]} at sequence {i}: give the row "
+            "offsets of the sequences in order"
+        )
+    if offsets[-1] != rows:
+        raise ValueError(f"cu_seqlens ends at {offsets[-1]} but {of} has {rows} rows")
+    return offsets.astype(np.int64)
+
+
+def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int) -> np.ndarray:
+    """Loop counts (sequences,) int64 on the host, from an int, a list, an array or a tensor.
+
+    A CUDA tensor costs one synchronisation here, and nowhere later. Raises ValueError for negative
+    counts or another number of counts than sequences, TypeError for counts that are not integers.
+    """
+    if isinstance(loops, Tensor):
+        loops = loops.detach().cpu().numpy()
+    try:
+        counts = np.asarray(loops)
+    except ValueError:  # a ragged list
+        raise TypeError(f"loops = {loops}: pass an int or one int per sequence") from None
+    if counts.dtype == np.bool_ or not np.issubdtype(counts.dtype, np.integer):
+        if counts.size or counts.ndim != 1:
+            raise TypeError(
+                f"loops must be integers, got {counts.dtype}: pass an int or one int per sequence"
+            )
+    if counts.ndim == 0:
+        counts = np.full(sequences, int(counts), dtype=np.int64)
+    if counts.shape != (sequences,):
+        raise ValueError(
+            f"loops has shape {tuple(counts.shape)} but the batch holds {sequences} sequences: "
+            "pass an int or one count per sequence"
+        )
+    if counts.size and counts.min() < 0:
+        worst = int(counts.argmin())
+        raise ValueError(f"loops[{worst}] = {counts[worst]} is negative: a loop count is 0 or more")
+    return counts.astype(np.int64)

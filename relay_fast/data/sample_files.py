@@ -1,0 +1,35 @@
+"""Samples on disk: one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from relay_fast.tasks import Samples
+from relay_fast.utils.tensor_files import CheckpointError, load_checkpoint, save_checkpoint
+
+
+def save_samples(path: str | os.PathLike, samples: Samples, info: Mapping[str, Any]) -> None:
+    """Write `samples`, and JSON-able `info` about where they come from."""
+    tensors = {f.name: torch.from_numpy(getattr(samples, f.name)) for f in fields(samples)}
+    save_checkpoint(path, tensors, {"kind": "samples", "info": dict(info)})
+
+
+def load_samples(path: str | os.PathLike) -> Samples:
+    """The samples that `save_samples` wrote; raises CheckpointError for any other file."""
+    tensors, metadata = load_checkpoint(path)
+    if metadata.get("kind") != "samples":
+        raise CheckpointError(
+            f"{path} holds no samples: give a file of relay_fast.data.sample_files"
+        )
+    names = {f.name for f in fields(Samples)}
+    if differing := names ^ set(tensors):
+        raise CheckpointError(
+            f"{path} was written by another version of relay_fast, with other columns "
+            f"({min(differing)!r}); use that version, or delete it to have it made anew."
+        )
+    return Samples(**{name: value.numpy() for name, value in tensors.items()})

@@ -1,0 +1,1 @@
+"""What models write: chains of a looped model, autoregressive decoding, their caches."""

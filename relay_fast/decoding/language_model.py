@@ -1,0 +1,270 @@
+"""Writing and scoring text with a looped language model: key/value cache and early exit.
+
+A model is a `relay_fast.models.classifier.LoopedClassifier`, or has its parts and no forward of
+its own: `embedding`, `prelude`, `block`, `coda` (LoopedBlocks; the ends may be None), `norm`,
+`head` and `loops`. The passes here are over these parts: other models are refused.
+Each (iteration, layer) has a slot of its own in the cache.
+
+Early exit: a token leaves the loop after the first iteration (from `least_loops` on) that changes
+its state by less than `exit_below` of the state's length. Later iterations do not compute it; to
+later tokens, which may loop longer, the keys and values of its last iteration stand for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from relay_fast.batch.plan import Plan, Segment
+from relay_fast.decoding._inference import inference
+from relay_fast.decoding.kv_cache import Group, KVCache
+from relay_fast.engine.block_iteration import BlockBody
+from relay_fast.engine.plain_modules import check_parts, check_pass
+from relay_fast.kernels.cross_entropy_ref import readout_ref
+from relay_fast.kernels.norm_ref import wide
+from relay_fast.models.classifier import LoopedClassifier
+from relay_fast.models.looped_block import LoopedBlock, Norm
+from relay_fast.utils.numbers import whole
+
+
+class Written(NamedTuple):
+    """What `generate` wrote after each prompt, both (B, new) int64 on the host."""
+
+    tokens: np.ndarray
+    loops: np.ndarray  # iterations of the block that each token took to be chosen
+
+
+class Scores(NamedTuple):
+    """Of tokens 1 … n − 1 given those before, both (B, n − 1) on the host."""
+
+    losses: np.ndarray  # −log probability, in nats
+    loops: np.ndarray
+
+
+def sample_loops(rng: np.random.Generator, mean: float, most: int, sigma: float = 0.5) -> int:
+    """A loop count of about `mean` on average, 1 to `most`: log-normal Poisson plus one, as
+    Geiping et al. 2025 (arXiv 2502.05171) draw it for each batch."""
+    rate = np.exp(rng.normal(np.log(max(mean - 1, 1e-9)) - sigma**2 / 2, sigma))
+    return min(most, 1 + int(rng.poisson(rate)))
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    *,
+    loops: int | None = None,
+    exit_below: float = 0.0,
+    least_loops: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Written:
+    """Continues every prompt by `new` tokens.
+
+    loops: of the block, default the model's; prompts always get all of them. exit_below: 0 for no
+    early exit. temperature 0 is greedy. Raises ValueError for empty prompts and numbers out of
+    range; TypeError for a model with a forward of its own, RuntimeError for parts with one.
+    """
+    loops, least_loops = _check(model, loops, exit_below, least_loops)
+    new, seed = whole("new", new), whole("seed", seed)
+    if not prompts or min(map(len, prompts)) < 1:
+        raise ValueError("a prompt is empty: give at least one token each, and one prompt")
+    if new < 1 or temperature < 0:
+        raise ValueError(f"new = {new}, temperature = {temperature}: give at least 1, and 0")
+    lengths = np.array([len(prompt) for prompt in prompts])
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
+    with inference(model):
+        reader = _Reader(model, len(prompts), int(lengths.max()) + new, loops)
+        state, used = reader.prefill(np.concatenate(prompts), lengths), reader.loops
+        tokens, taken = [], [np.full(len(prompts), used)]
+        for k in range(new):
+            logits = reader.logits(state)
+            if temperature:
+                # The largest of logits plus Gumbel noise is a draw from their softmax.
+                noise = torch.empty_like(logits).exponential_(generator=generator)
+                logits = (logits / temperature).sub_(noise.log_())
+            tokens.append(logits.argmax(-1))
+            if k < new - 1:
+                state, used = reader.step(tokens[-1], lengths + k, exit_below, least_loops)
+                taken.append(used)
+        return Written(torch.stack(tokens, 1).cpu().numpy(), np.stack(taken, 1))
+
+
+def score(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    loops: int | None = None,
+    exit_below: float = 0.0,
+    least_loops: int = 1,
+) -> Scores:
+    """Losses of given texts (B, n), read token by token, with early exit.
+
+    Without early exit it is what the model gives for whole texts at once, only slower. Options and
+    errors are those of `generate`.
+    """
+    loops, least_loops = _check(model, loops, exit_below, least_loops)
+    batch, n = tokens.shape
+    losses, taken = [], []
+    with inference(model):
+        reader = _Reader(model, batch, n, loops)
+        for k in range(n - 1):
+            places = np.full(batch, k)
+            state, used = reader.step(tokens[:, k], places, exit_below, least_loops)
+            logits = reader.logits(state)
+            losses.append(nn.functional.cross_entropy(logits, tokens[:, k + 1], reduction="none"))
+            taken.append(used)
+        return Scores(torch.stack(losses, 1).cpu().numpy(), np.stack(taken, 1))
+
+
+def _check(
+    model: nn.Module, loops: int | None, exit_below: float, least_loops: int
+) -> tuple[int | None, int]:
+    """loops and least_loops, where all is well."""
+    check_pass(model, LoopedClassifier, "forward", "loss", "row_losses", "predict", "_states")
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise RuntimeError(
+            f"{type(model).__name__} has a forward hook, which would be ignored here: remove it"
+        )
+    parts = {"prelude": LoopedBlock, "block": LoopedBlock, "coda": LoopedBlock, "head": nn.Linear}
+    check_parts(model, norm=Norm, **parts)
+    loops = None if loops is None else whole("loops", loops)
+    least_loops = whole("least_loops", least_loops)
+    if loops is not None and loops < 1:
+        raise ValueError(f"loops = {loops}: give at least 1")
+    if exit_below < 0 or least_loops < 1:
+        raise ValueError(
+            f"exit_below = {exit_below}, least_loops = {least_loops}: give at least 0, and 1"
+        )
+    for part in (model.prelude, model.block, model.coda):
+        if part is not None and not part.config.causal:
+            raise ValueError("a language model needs BlockConfig(causal=True)")
+    return loops, least_loops
+
+
+class _Reader:
+    """The model over caches for `batch` texts of up to `length` tokens."""
+
+    def __init__(self, model: nn.Module, batch: int, length: int, loops: int | None):
+        self.model, self.loops = model, loops or model.loops
+        self._ends = [
+            None if part is None else _CachedBlock(part, 1, batch, length)
+            for part in (model.prelude, model.coda)
+        ]
+        self._block = _CachedBlock(model.block, self.loops, batch, length)
+
+    def prefill(self, tokens: np.ndarray, lengths: np.ndarray) -> Tensor:
+        """Last states (B, d) of packed prompts."""
+        prelude, coda = self._ends
+        h = self.model.embedding(self._tensor(tokens))
+        for part in (prelude, self._block, coda):
+            if part is not None:
+                h = part.prefill(h, lengths)
+        return h[self._tensor(np.cumsum(lengths) - 1)]
+
+    def step(
+        self, tokens: Tensor, positions: np.ndarray, exit_below: float, least_loops: int
+    ) -> tuple[Tensor, np.ndarray]:
+        """Last states (B, d), and the loops (B,) they took, after one more token (B,) each."""
+        prelude, coda = self._ends
+        h = self.model.embedding(tokens)
+        if prelude is not None:
+            h, _ = prelude.step(h, positions)
+        h, used = self._block.step(h, positions, exit_below, least_loops)
+        if coda is not None:
+            h, _ = coda.step(h, positions)
+        return h, used
+
+    def logits(self, state: Tensor) -> Tensor:
+        """(B, V), wide."""
+        c, norm = self.model.block.config, self.model.norm
+        head = self.model.head.weight.to(state.dtype)
+        return wide(readout_ref(state, norm.weight, norm.bias, head, c.eps, c.norm))
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self.model.embedding.weight.device)
+
+
+@dataclass(frozen=True)
+class _TokenPlan:
+    """What BlockBody asks of a plan, for one token a text."""
+
+    positions: Tensor  # (A,) int32
+    static = False
+
+    def layout_of(self, segment: Segment) -> None:
+        return None
+
+
+class _CachedBlock:
+    """A block, looped `loops` times over a cache of its own."""
+
+    def __init__(self, block: LoopedBlock, loops: int, batch: int, length: int):
+        c = self._config = block.config
+        weight = block.layers[0].qkv.weight
+        self._device, self._loops = weight.device, loops
+        run = block.run(Plan([], [], self._device))
+        self._ops, self._dtype = run.ops, run.compute_dtype
+        self._parameters = dict(block.named_parameters())
+        shape = (loops * c.n_layers, batch, c.kv_heads, length, c.head_dim)
+        self._cache = KVCache(shape, self._dtype, self._device)
+
+    def prefill(self, x: Tensor, lengths: np.ndarray) -> Tensor:
+        """States (N, d) of packed texts that start at position 0."""
+        plan = Plan(lengths, np.full(len(lengths), self._loops), self._device)
+        rows = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self._device)
+        ops = self._cache.prefill(self._ops, rows, plan.positions.long())
+        body = BlockBody(self._config, self._parameters, plan, x, ops, self._dtype)
+        h = x
+        for t in range(1, self._loops + 1):
+            h = self._iterate(body, h, t, len(lengths))
+        return h
+
+    def step(
+        self, x: Tensor, positions: np.ndarray, exit_below: float = 0.0, least_loops: int = 1
+    ) -> tuple[Tensor, np.ndarray]:
+        """States (B, d) of one token a text at `positions` (B,), and the loops (B,) they took."""
+        final, used = x.clone(), np.full(len(x), self._loops)
+        active, h, layers = np.arange(len(x)), x, self._config.n_layers
+        for t in range(1, self._loops + 1):
+            index = torch.from_numpy(active).to(self._device)
+            places = torch.from_numpy(positions[active]).to(self._device)
+            groups = _runs(active, positions)
+            ops = self._cache.step(self._ops, groups, places, (t - 1) * layers)
+            plan = _TokenPlan(places.int())
+            body = BlockBody(self._config, self._parameters, plan, x[index], ops, self._dtype)
+            new = self._iterate(body, h, t, len(active))
+            if t == self._loops or not exit_below or t < least_loops:
+                h = new
+                continue
+            change = torch.linalg.vector_norm(new - h, dim=1)
+            done = (change < exit_below * torch.linalg.vector_norm(new, dim=1)).cpu().numpy()
+            if done.any():
+                left = torch.from_numpy(done).to(self._device)
+                final[index[left]] = new[left]
+                used[active[done]] = t
+                self._cache.repeat(index[left], places[left], (t - 1) * layers, t * layers)
+                active, new = active[~done], new[~left]
+            h = new
+            if not len(active):
+                return final, used
+        final[torch.from_numpy(active).to(self._device)] = h
+        return final, used
+
+    def _iterate(self, body: BlockBody, h: Tensor, t: int, sequences: int) -> Tensor:
+        out = torch.empty_like(h)
+        body.forward(h, Segment(t, 0, sequences, 0, len(h)), out, keep=False)
+        return out
+
+
+def _runs(active: np.ndarray, positions: np.ndarray) -> list[Group]:
+    """The active rows (A,), ascending, as few groups of neighbours."""
+    return [
+        Group(int(run[0]), int(run[-1]) + 1, int(positions[run].max()) + 1)
+        for run in np.split(active, np.flatnonzero(np.diff(active) > 1) + 1)
+    ]

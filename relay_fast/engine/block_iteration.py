@@ -1,0 +1,331 @@
+"""One iteration of the block as explicit ops, forward and backward: what the engine runs.
+
+A layer: qkv = norm_linear(u) → o = attention(qkv) → mid = linear_residual(o, u) → u' = mlp(mid).
+Before the first layer the state may be normalised (`loop_norm="pre"`), joined with the input
+(injection) and given the iteration's embedding; after the last it may be normalised (`"post"`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from relay_fast.batch.plan import Plan, Segment
+from relay_fast.config import BlockConfig
+from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
+from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref, wide_dtype
+from relay_fast.kernels.supports import require
+from relay_fast.ops.dispatch import TORCH, Ops
+from relay_fast.ops.gradients import GradientBuffers
+
+NOISE_SITE = 0xFFFF
+_noise_table = functools.cache(torch.inference_mode(False)(noise_table))
+
+
+class LayerSaved(NamedTuple):
+    """What the backward of one layer needs."""
+
+    u: Tensor  # (rows, d) the layer's input
+    qkv: Tensor  # (rows, (heads + 2 kv_heads) · head_dim), after RoPE
+    o: Tensor  # (rows, heads · head_dim)
+    lse: Tensor  # (rows, heads)
+    mid: Tensor  # (rows, d) the residual stream between attention and MLP
+    up: Tensor  # (rows, hidden)
+    gate: Tensor | None
+    hidden: Tensor  # (rows, hidden)
+
+
+class BlockBody:
+    """The block bound to its parameters, a plan and a batch's input.
+
+    `parameters` maps state-dict keys (`parameter_names`) to tensors. The modules that hold them are
+    not called, so hooks on them do not fire.
+    Nothing here depends on the recompute policy.
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        parameters: Mapping[str, Tensor],
+        plan: Plan,
+        x: Tensor,  # (rows, d), the input that injection adds at each iteration
+        ops: Ops,
+        compute_dtype: torch.dtype,
+        dropout_seed: Tensor | None = None,
+    ):
+        self.config, self.plan, self.x, self.ops = config, plan, x, ops
+        self.index = {name: i for i, name in enumerate(parameters)}
+        self.cast = {
+            name: p.to(compute_dtype) if _is_linear(name) else p for name, p in parameters.items()
+        }
+        self.seed = dropout_seed
+        self.counting = plan.static and ops is not TORCH
+        require(uncounted_reason(config) if self.counting else None)
+        self.saved_width = config.n_layers * len(LayerSaved._fields) + (config.loop_norm == "post")
+        self.dx: Tensor | None = None
+        self.rotary = 0
+        self.cos = self.sin = None
+        if config.rope_base is not None:
+            self.rotary = (config.n_heads + config.kv_heads) * config.head_dim
+            dtype = wide_dtype(*parameters.values())
+            self.cos, self.sin = rope_table(
+                plan.positions, config.head_dim, config.rope_base, dtype
+            )
+
+    def _weight(self, name: str) -> Tensor | None:
+        return self.cast.get(name)
+
+    def _dropout(self, site: int, segment: Segment) -> Dropout | None:
+        if self.seed is None or not self.config.dropout:
+            return None
+        return self._counters(self.config.dropout, site, segment)
+
+    def _counters(self, p: float, site: int, segment: Segment) -> Dropout:
+        tokens = self.plan.tokens[segment.rows]
+        return Dropout(p, self.seed, site, segment.iteration, tokens)
+
+    def _counted(self, segment: Segment) -> dict[str, Tensor]:
+        """How many rows are live, for kernels under a static plan; the reference takes all."""
+        return {"row_count": self.plan.row_count(segment.iteration)} if self.counting else {}
+
+    def _rope(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, int]:
+        if self.cos is None:
+            return None, None, 0
+        return self.cos[segment.rows], self.sin[segment.rows], self.rotary
+
+    # Forward
+
+    def forward(
+        self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
+    ) -> list[Tensor | None]:
+        """Writes state t of the segment's rows into `out` (rows, d), given state t − 1 in `h`.
+
+        Returns what the backward needs, flat, if `keep`; else it may be incomplete.
+        """
+        c = self.config
+        u = self._enter(h, segment)
+        saved: list[Tensor | None] = []
+        for i in range(c.n_layers):
+            last = i == c.n_layers - 1 and c.loop_norm != "post"
+            u, layer = self._layer(u, i, segment, out if last else None, keep)
+            saved.extend(layer)
+        if c.loop_norm == "post":
+            saved.append(u)
+            out.copy_(self._norm(u, "loop_norm"))
+        return saved
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        c = self.config
+        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+        return norm_fwd_ref(x, weight, bias, c.eps, c.norm)
+
+    def _enter(self, h: Tensor, segment: Segment) -> Tensor:
+        c = self.config
+        h = self._noisy(h, segment)
+        if c.loop_norm == "pre":
+            h = self._norm(h, "loop_norm")
+        if c.injection == "add":
+            h = h + self.x[segment.rows]
+        elif c.injection == "concat":
+            joined = torch.cat((h, self.x[segment.rows].to(h.dtype)), dim=-1)
+            weight = self._weight("injection.weight")
+            h = torch.nn.functional.linear(joined.to(weight.dtype), weight).to(h.dtype)
+        if c.max_loops:
+            h = h + self._weight("loop_embedding.weight")[segment.iteration - 1].to(h.dtype)
+        return h
+
+    def _layer(
+        self, u: Tensor, i: int, segment: Segment, out: Tensor | None, keep: bool
+    ) -> tuple[Tensor, LayerSaved]:
+        c, ops, w = self.config, self.ops, self._weight
+        p, count = f"layers.{i}.", self._counted(segment)
+        qkv = ops.norm_linear_fwd(
+            u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"), w(p + "qkv.bias"),
+            *self._rope(segment), c.eps, c.norm, **count,
+        )  # fmt: skip
+        layout = self.plan.layout_of(segment)
+        o, lse = ops.attention_fwd(qkv, layout, c.n_heads, c.kv_heads, c.causal, **count)
+        mid = ops.linear_residual_fwd(
+            o, w(p + "out.weight"), w(p + "out.bias"), u, self._dropout(1 + 2 * i, segment),
+            **count,
+        )  # fmt: skip
+        new, up, gate, hidden = ops.mlp_fwd(
+            mid, w(p + "norm2.weight"), w(p + "norm2.bias"),
+            w(p + "up.weight"), w(p + "up.bias"), w(p + "gate.weight"), w(p + "gate.bias"),
+            w(p + "down.weight"), w(p + "down.bias"),
+            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment), out, keep,
+            **count,
+        )  # fmt: skip
+        return new, LayerSaved(u, qkv, o, lse, mid, up, gate, hidden)
+
+    # Backward
+
+    def backward(
+        self,
+        g: Tensor,
+        h: Tensor,
+        saved: Sequence[Tensor | None],
+        segment: Segment,
+        grads: GradientBuffers,
+    ) -> Tensor:
+        """Gradient of state t − 1 (rows, d) from that of state t; parameters' go into `grads`."""
+        c = self.config
+        if c.loop_norm == "post":
+            g = self._norm_backward(g, saved[-1], "loop_norm", segment, grads)
+        width = len(LayerSaved._fields)
+        for i in reversed(range(c.n_layers)):
+            layer = LayerSaved(*saved[i * width : (i + 1) * width])
+            g = self._layer_backward(g, layer, i, segment, grads)
+        return self._enter_backward(g, h, segment, grads)
+
+    def _norm_backward(
+        self, g: Tensor, x: Tensor, name: str, segment: Segment, grads: GradientBuffers
+    ) -> Tensor:
+        c = self.config
+        if self.counting:  # dead rows hold anything, NaN too, and the weight's gradient sums over x
+            dead = ~self.plan.live(segment.iteration)
+            g, x = g.masked_fill(dead, 0), x.masked_fill(dead, 1)
+        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+        dx, dweight, dbias, _ = norm_bwd_ref(g, x, weight, bias, c.eps, c.norm)
+        grads.vector(self.index.get(f"{name}.weight"), dweight)
+        grads.vector(self.index.get(f"{name}.bias"), dbias)
+        return dx
+
+    def _layer_backward(
+        self, g: Tensor, s: LayerSaved, i: int, segment: Segment, grads: GradientBuffers
+    ) -> Tensor:
+        c, ops, w = self.config, self.ops, self._weight
+        p, count = f"layers.{i}.", self._counted(segment)
+
+        def linear(name: str, dy: Tensor | None, x: Tensor) -> None:
+            if dy is not None:
+                grads.weight(self.index.get(f"{p}{name}.weight"), dy, x, **count)
+                grads.bias(self.index.get(f"{p}{name}.bias"), dy)
+
+        def norm(name: str, dweight: Tensor, dbias: Tensor) -> None:
+            grads.vector(self.index.get(f"{p}{name}.weight"), dweight)
+            grads.vector(self.index.get(f"{p}{name}.bias"), dbias)
+
+        dx, dweight, dbias, y, dup, dgate, dbranch = ops.mlp_bwd(
+            g, s.mid, s.up, s.gate, w(p + "norm2.weight"), w(p + "norm2.bias"),
+            w(p + "up.weight"), w(p + "gate.weight"), w(p + "down.weight"),
+            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment), **count,
+        )  # fmt: skip
+        linear("down", dbranch, s.hidden)
+        linear("up", dup, y)
+        linear("gate", dgate, y)
+        norm("norm2", dweight, dbias)
+        g = g + dx
+
+        do, dbranch = ops.linear_residual_bwd(
+            g, w(p + "out.weight"), self._dropout(1 + 2 * i, segment), **count
+        )
+        linear("out", dbranch, s.o)
+        layout = self.plan.layout_of(segment)
+        dqkv = ops.attention_bwd(
+            do, s.qkv, s.o, s.lse, layout, c.n_heads, c.kv_heads, c.causal, **count
+        )
+        dx, dweight, dbias, dz, y = ops.norm_linear_bwd(
+            dqkv, s.u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"),
+            *self._rope(segment), c.eps, c.norm, **count,
+        )  # fmt: skip
+        linear("qkv", dz, y)
+        norm("norm1", dweight, dbias)
+        return g + dx
+
+    def _noisy(self, h: Tensor, segment: Segment) -> Tensor:
+        """h with the training noise, whose scale counts as constant: the gradient passes by."""
+        p = self.config.state_noise
+        if self.seed is None or not p:
+            return h
+        table = _noise_table(h.shape[1], h.dtype, h.device)
+        return state_noise_ref(self._counters(p, NOISE_SITE, segment), h, table)
+
+    def _enter_backward(
+        self, g: Tensor, h: Tensor, segment: Segment, grads: GradientBuffers
+    ) -> Tensor:
+        c = self.config
+        if c.loop_norm == "pre":
+            h = self._noisy(h, segment)
+        if c.max_loops and grads.needs(index := self.index["loop_embedding.weight"]):
+            grads.buffer(index)[segment.iteration - 1].add_(g.sum(0))
+        if c.injection == "add":
+            self._add_dx(g, segment)
+        elif c.injection == "concat":
+            entered = self._norm(h, "loop_norm") if c.loop_norm == "pre" else h
+            weight = self._weight("injection.weight")
+            joined = torch.cat((entered, self.x[segment.rows].to(h.dtype)), -1).to(weight.dtype)
+            dy = g.to(weight.dtype)
+            grads.weight(self.index["injection.weight"], dy, joined)
+            g, dx = (dy @ weight).to(g.dtype).chunk(2, dim=-1)
+            self._add_dx(dx, segment)
+        if c.loop_norm == "pre":
+            g = self._norm_backward(g, h, "loop_norm", segment, grads)
+        return g
+
+    def _add_dx(self, g: Tensor, segment: Segment) -> None:
+        if self.dx is None:
+            self.dx = torch.zeros(self.x.shape, dtype=g.dtype, device=g.device)
+        self.dx[segment.rows] += g
+
+
+def check_max_loops(config: BlockConfig, plan: Plan) -> None:
+    """Raises ValueError where the loop-index embedding is too small for the plan."""
+    if config.max_loops and plan.max_loops > config.max_loops:
+        raise ValueError(
+            f"loops = {plan.max_loops} is more than the {config.max_loops} iterations that the "
+            "loop-index embedding holds: build the block with a larger max_loops"
+        )
+
+
+def parameter_names(config: BlockConfig) -> list[str]:
+    """State-dict keys of a block's parameters."""
+    norm = ("weight", "bias") if config.bias and config.norm == "layer" else ("weight",)
+    linear = ("weight", "bias") if config.bias else ("weight",)
+    layer = {"norm1": norm, "qkv": linear, "out": linear, "norm2": norm, "up": linear}
+    if config.activation == "swiglu":
+        layer["gate"] = linear
+    layer["down"] = linear
+    parts = {
+        f"layers.{i}.{name}": kinds for i in range(config.n_layers) for name, kinds in layer.items()
+    }
+    if config.loop_norm != "none":
+        parts["loop_norm"] = norm
+    if config.injection == "concat":
+        parts["injection"] = ("weight",)
+    if config.max_loops:
+        parts["loop_embedding"] = ("weight",)
+    return [f"{part}.{kind}" for part, kinds in parts.items() for kind in kinds]
+
+
+def rope_table(
+    positions: Tensor, head_dim: int, base: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (rows, head_dim / 2) of integer `positions` (rows,).
+
+    The angles are taken in fp64: in fp32 that of position 1,000,000 is off by 0.03.
+    """
+    half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
+    angle = positions.double().unsqueeze(1) * base ** (-half / (head_dim // 2))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def uncounted_reason(config: BlockConfig) -> str | None:
+    """Why the kernels cannot leave dead rows out in this block: a part of it that is plain torch
+    sums over rows."""
+    parts = {
+        "biases": config.bias,
+        "injection": config.injection != "none",
+        "a loop-index embedding": config.max_loops > 0,
+    }
+    found = " and ".join(name for name, there in parts.items() if there)
+    return f"a static batch takes no block with {found}" if found else None
+
+
+def _is_linear(name: str) -> bool:
+    """Whether a parameter belongs to a GEMM (and is cast to the compute dtype)."""
+    return "norm" not in name and "embedding" not in name

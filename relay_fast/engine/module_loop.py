@@ -1,0 +1,339 @@
+"""The loop engine around any nn.Module: `relay_fast.loop`.
+
+The module's own autograd gives the gradients of one iteration; active prefix, recompute policies,
+states, truncation and the sum of the weight gradients are the engine's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
+
+from relay_fast.batch.plan import Plan, Segment, check_cu_seqlens, check_floating, check_loops
+from relay_fast.engine.loop import run_loop
+from relay_fast.engine.recompute import Policy
+from relay_fast.engine.side_graphs import graphs_left
+from relay_fast.engine.spec import Run
+from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
+from relay_fast.kernels.norm_ref import wide
+from relay_fast.ops.dispatch import refuse_transforms, select
+from relay_fast.ops.gradients import GradientBuffers
+from relay_fast.utils.numbers import is_truth
+
+
+# Long: the signature and its description are most of it.
+@torch.compiler.disable
+def loop(
+    module: nn.Module,
+    x: Tensor,
+    loops: int | Sequence[int] | Tensor,
+    *,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    per_row: Mapping[str, object] | None = None,
+    shared: Mapping[str, object] | None = None,
+    recompute: str = "state",
+    return_states: bool | Sequence[int] = False,
+    truncate: int | None = None,
+) -> Tensor | list[Tensor]:
+    """Applies `module` to x `loops` times: h ← module(h, **per_row, **shared), h of x's shape.
+
+    x: (B, …) padded, or any other batch-first shape, or (N, …) packed with `cu_seqlens` (B + 1,).
+    loops: an int, or one count per sequence (≥ 0); a finished sequence is no longer computed.
+    per_row: tensors with one entry per sequence (padded) or per row (packed), cut with the active
+    prefix; shared: arguments handed over as they are. A packed module that has a `cu_seqlens`
+    argument gets that of the sequences it sees. Gradients flow into x, the module's parameters, and
+    tensors in per_row and shared, where they may lie in lists, tuples and dicts (of which the
+    module then sees copies). recompute: see `relay_fast.engine.recompute`; random numbers (dropout)
+    are drawn again as in forward. Returns what `LoopedBlock.forward` does.
+
+    A module whose buffers change in forward (batch norm in training) is refused with RuntimeError,
+    and so is one that changes its input in place, one that holds a tensor that needs a gradient but
+    is not registered as a parameter, and one that leaves a tensor with a gradient graph behind
+    (an auxiliary loss on itself), whose gradient would not come through. To see that, the first
+    iteration runs with gradients under every policy.
+    A forward that is non-deterministic otherwise than through torch's generators gives wrong
+    gradients when recomputed: use recompute="none".
+    Under torch.compile this call is a graph break (the module itself may be compiled); weight
+    gradients are summed per iteration. Under hooks on saved tensors (checkpointing around the call,
+    offloading), "none" keeps what "state" keeps.
+    """
+    check_floating(x)
+    arguments = (t for t in tree_leaves((per_row, shared)) if isinstance(t, Tensor))
+    refuse_transforms(x, *arguments, module=module)
+    refuse_wrapped(module)
+    refuse_flattened(module)
+    _refuse_batch_norm(module)
+    plan = _make_plan(x, loops, cu_seqlens)
+    per_row = dict(per_row or {})
+    _check_rows(per_row, plan.rows, x.device)
+    if plan.to_sorted is not None:
+        x = x[plan.to_sorted]
+        per_row = tree_map(lambda value: value[plan.to_sorted], per_row)
+    policy = Policy.parse(recompute)
+    if policy.kind == "none" and _hooked():  # graphs do not pass through hooks on saved tensors
+        policy = Policy("state")
+    call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
+    call.redraws = torch.is_grad_enabled() and policy.kind != "none"
+    call.checked = not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (x, *call.tensors))
+    )
+    return_states = bool(return_states) if is_truth(return_states) else return_states
+    wanted = plan.chosen_states(return_states)
+    inner = tuple(t for t in wanted if t < plan.max_loops)
+    run = Run(plan, call.body, select("torch"), policy, inner, truncate)
+    final, states, _, _ = run_loop(run, x, call.tensors)
+    if return_states is False:
+        return final if plan.to_caller is None else final[plan.to_caller]
+    return run.collect(wanted, final, states)
+
+
+def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:
+    """Packed: rows are rows. Padded: a whole sequence counts as one row."""
+    if cu_seqlens is None:
+        return Plan(np.ones(len(x), np.int64), check_loops(loops, len(x)), x.device)
+    lengths = np.diff(check_cu_seqlens(cu_seqlens, len(x)))
+    return Plan(lengths, check_loops(loops, len(lengths)), x.device)
+
+
+def _check_rows(per_row: Mapping[str, object], rows: int, device: torch.device) -> None:
+    for path, value in tree_flatten_with_path(per_row)[0]:
+        name = f"per_row{keystr(path)}"
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is of type {type(value).__name__}, not a tensor: pass it in `shared`"
+            )
+        if value.device != device:
+            raise ValueError(
+                f"x is on {device} and {name} on {value.device}: move them to one device"
+            )
+        if value.shape[:1] != (rows,):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} but x has {rows} rows: pass it in `shared` "
+                "if it is the same for all of them"
+            )
+
+
+def _refuse_batch_norm(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        tracks = isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
+        if tracks and part.training:
+            raise RuntimeError(
+                f"{name or 'the module'} ({type(part).__name__}) changes its running statistics in "
+                "forward, which recomputation would do twice: use eval(), or a norm without them"
+            )
+
+
+class _Call:
+    """One call of `loop`: its tensors as leaves of their own, and its random states."""
+
+    def __init__(self, module: nn.Module, plan: Plan, per_row, shared, packed: bool, x: Tensor):
+        self.module, self.plan = module, plan
+        self.parameters = dict(module.named_parameters())
+        self.per_row, self.per_row_tree = tree_flatten(per_row)
+        held = [t for t in tree_leaves(shared) if isinstance(t, Tensor)]
+        # Everything that a gradient may flow into, in the order of the engine's parameters.
+        self.tensors = [*self.parameters.values(), *self.per_row, *held]
+        # What the module sees instead: its graphs must end here, not in the caller's graph.
+        leaf = lambda t: t.detach().requires_grad_(t.requires_grad)
+        self.weights = {name: leaf(p) for name, p in self.parameters.items()}
+        self.shared_leaves = [leaf(t) for t in held]
+        leaves = iter(self.shared_leaves)
+        self.shared = {k: _with_tensors(v, leaves) for k, v in shared.items()}
+        self.redraws = False
+        self.checked = True  # whether a graph of the module has been looked at, or none is wanted
+        self.random: dict[tuple[int, int], _Random] = {}
+        kind = x.device.type
+        self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self.takes_cu_seqlens = packed and _accepts(module, "cu_seqlens")
+
+    def body(self, x: Tensor, _: Sequence[Tensor | None]) -> _ModuleBody:
+        return _ModuleBody(self, x.device)
+
+
+def _with_tensors(value: object, tensors: Iterator[Tensor]) -> object:
+    """A copy of a nested value with the next `tensors` in place of its own; without any, itself."""
+    if not any(isinstance(t, Tensor) for t in tree_leaves(value)):
+        return value
+    return tree_map(lambda t: next(tensors) if isinstance(t, Tensor) else t, value)
+
+
+def _refuse_strangers(new: Tensor, known: Iterable[Tensor]) -> None:
+    """Raises RuntimeError where the graph of `new` ends in other leaves than the known ones."""
+    ids, seen, todo = {id(t) for t in known}, set(), [new.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(parent for parent, _ in node.next_functions)
+        if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in ids:
+            raise RuntimeError(
+                f"the module uses a tensor of shape {tuple(node.variable.shape)} that needs a "
+                "gradient, but the loop does not know it: register it as an nn.Parameter, or pass "
+                "it in `shared`"
+            )
+
+
+def _refuse_side_graphs(module: nn.Module, before: Mapping[int, tuple[str, Tensor]]) -> None:
+    """Raises RuntimeError where the module holds other tensors with a graph than `before`."""
+    for key, (where, _) in graphs_left(module).items():
+        if key not in before:
+            raise RuntimeError(
+                f"the module left a tensor that needs a gradient in {where!r} (an auxiliary loss?) "
+                "and the loop hands gradients through the state alone: detach() it if it is only "
+                "looked at, or compute it outside of the module from return_states=True"
+            )
+
+
+def _hooked() -> bool:
+    """Whether hooks on saved tensors are active."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _accepts(module: nn.Module, name: str) -> bool:
+    return name in inspect.signature(module.forward).parameters
+
+
+class _Random:
+    """The state of torch's generators, to draw the same numbers again."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def again(self):
+        devices = [] if self.cuda is None else [self.device]
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
+
+
+class _ModuleBody:
+    """One iteration of a user's module (see `relay_fast.engine.spec.Body`)."""
+
+    dx = None
+    counting = False
+
+    def __init__(self, call: _Call, device: torch.device):
+        self.call, self.device = call, device
+        self.saved_width = 2 + len(call.per_row)
+
+    def forward(
+        self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
+    ) -> list[Tensor | None]:
+        """Writes the next state into `out`; with `keep`, returns the iteration's graph: its input,
+        its output, and the parts of the per-row tensors that it saw."""
+        call, key = self.call, (segment.iteration, segment.first_sequence)
+        if key in call.random:
+            with call.random[key].again():
+                saved = self._run(h, segment, keep)
+        else:
+            if call.redraws:
+                call.random[key] = _Random(self.device)
+            saved = self._run(h, segment, keep) if call.checked else self._first(h, segment)
+        new = saved[1]
+        if new.shape != h.shape:
+            raise ValueError(
+                f"the module turned a state of shape {tuple(h.shape)} into {tuple(new.shape)}: a "
+                "looped module must keep the shape"
+            )
+        out.copy_(new.detach())
+        return saved if keep else []
+
+    def _first(self, h: Tensor, segment: Segment) -> list[Tensor]:
+        """The first iteration of a call, with its graph, which is looked at."""
+        call, same = self.call, lambda t: t
+        before = graphs_left(call.module)
+        # Hooks of the caller's would store what is dropped soon.
+        with saved_tensors_hooks(same, same) if _hooked() else nullcontext():
+            entered, new, *cut = self._run(h, segment, keep=True)
+        _refuse_strangers(new, [entered, *cut, *call.weights.values(), *call.shared_leaves])
+        _refuse_side_graphs(call.module, before)
+        call.checked = True
+        return [entered, new, *cut]
+
+    def _run(self, h: Tensor, segment: Segment, keep: bool) -> list[Tensor]:
+        call = self.call
+        # Not detach(): later states go into the same buffer, and would count as changes of it.
+        entered = h.data.requires_grad_(keep)
+        cut = [
+            value.detach()[segment.rows].requires_grad_(keep and value.requires_grad)
+            for value in call.per_row
+        ]
+        arguments = {**tree_unflatten(cut, call.per_row_tree), **call.shared}
+        if call.takes_cu_seqlens:
+            cu = call.plan.cu_seqlens[segment.first_sequence : segment.last_sequence + 1]
+            arguments["cu_seqlens"] = cu - segment.first_row if segment.first_row else cu
+        buffers = [(name, b, b._version) for name, b in call.module.named_buffers()]
+        kind, dtype, enabled = call.autocast
+        with torch.set_grad_enabled(keep), torch.autocast(kind, dtype, enabled=enabled):
+            new = torch.func.functional_call(call.module, call.weights, (entered,), arguments)
+        if not isinstance(new, Tensor):
+            raise TypeError(
+                f"the module returned a value of type {type(new).__name__}: a looped module must "
+                "return the next state alone, so wrap it in one that does"
+            )
+        now = dict(call.module.named_buffers())
+        for name, buffer, before in buffers:
+            if now.get(name) is not buffer or buffer._version != before:
+                raise RuntimeError(
+                    f"the module changed its buffer {name!r} in forward, which recomputation would "
+                    "do twice: keep such a state outside of the module"
+                )
+        if entered._version:
+            raise RuntimeError(
+                "the module changed its input in place, but that is a state that the loop still "
+                "needs: let it work on a copy"
+            )
+        return [entered, new, *cut]
+
+    def backward(
+        self,
+        g: Tensor,
+        h: Tensor,
+        saved: Sequence[Tensor | None],
+        segment: Segment,
+        grads: GradientBuffers,
+    ) -> Tensor:
+        call = self.call
+        entered, new, *cut = saved
+        if not new.requires_grad:
+            return g.new_zeros(g.shape)
+        leaves = [*call.weights.values(), *cut, *call.shared_leaves]
+        needed = [i for i in range(len(leaves)) if grads.needs(i)]
+        # A recomputed graph serves once. One of policy "none" serves as often as the caller's.
+        again = not call.redraws and torch._C._autograd._get_current_graph_task_keep_graph()
+        dh, *values = torch.autograd.grad(
+            new,
+            [entered, *(leaves[i] for i in needed)],
+            g.to(new.dtype),
+            allow_unused=True,
+            retain_graph=again,
+        )
+        first_cut = len(call.weights)
+        for i, value in zip(needed, values, strict=True):
+            if value is None:
+                continue
+            if first_cut <= i < first_cut + len(cut):
+                grads.buffer(i)[segment.rows] += value
+            else:
+                grads.vector(i, value)
+        return g.new_zeros(g.shape) if dh is None else wide(dh)

@@ -1,0 +1,1 @@
+"""nn.Modules: the looped block, the models around it, their layer stacks and losses."""

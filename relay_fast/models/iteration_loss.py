@@ -1,0 +1,117 @@
+"""The loss of all iterations in one call, as a module."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from relay_fast.engine.plain_modules import check_parts, reset_inside
+from relay_fast.kernels.norm_ref import NORMS
+from relay_fast.models.looped_block import Norm
+from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
+from relay_fast.utils.numbers import real, whole
+
+
+class IterationLoss(NamedTuple):
+    """Loss and what a log wants, all on the device: nothing is read back."""
+
+    loss: Tensor  # () weighted sum over all rows
+    losses: Tensor  # (T,) the iterations' parts of it, detached
+    accuracy: Tensor  # (T,) share of an iteration's rows whose argmax is the target, 0 without rows
+    counts: Tensor  # (T,) int64, rows of each iteration that carry a target
+
+
+class IterationCrossEntropy(nn.Module):
+    """Final norm, head and cross-entropy of every iteration's supervised rows at once.
+
+    No logits of more than a chunk of rows ever exist; the backward recomputes them from the saved
+    log-sum-exp. norm: "rms" or "layer"; bias: of the norm (LayerNorm only). Raises ValueError for
+    options out of range.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        vocabulary_size: int,
+        *,
+        norm: str = "rms",
+        bias: bool = False,
+        eps: float = 1e-6,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm = {norm!r} is unknown: use one of {NORMS}")
+        if bias and norm != "layer":
+            raise ValueError(f'a bias goes with norm = "layer", not with norm = {norm!r}')
+        d_model = whole("d_model", d_model, least=1)
+        vocabulary_size = whole("vocabulary_size", vocabulary_size, least=1)
+        eps, z_loss = real("eps", eps), real("z_loss", z_loss)
+        label_smoothing = real("label_smoothing", label_smoothing)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing = {label_smoothing}: it must lie in [0, 1)")
+        if z_loss < 0:
+            raise ValueError(f"z_loss = {z_loss}: it must be 0 or more")
+        self.norm = Norm(d_model, bias)
+        self.head = nn.Linear(d_model, vocabulary_size, bias=False)
+        self.options = {
+            "eps": eps, "norm": norm, "label_smoothing": label_smoothing, "z_loss": z_loss,
+            "impl": impl,
+        }  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the constructor does."""
+        reset_inside(self)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+    def forward(
+        self,
+        states: Tensor | list[Tensor],
+        rows: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        iteration: Tensor | None = None,
+        iterations: int | None = None,
+    ) -> IterationLoss:
+        """Loss of rows (R,) of the states against targets (R,) (negative: ignored).
+
+        states: (N, d), or the list that `LoopedBlock(..., return_states=True)` returns, which is
+        laid end to end; rows index into that. weights (R,): default 1 / R each. iteration (R,)
+        int64, 0-based: which of the `iterations` (default 1) a row belongs to, for the log. Raises
+        ValueError for shapes that do not fit, and for targets outside of the vocabulary where they
+        are on the host (reading them from a GPU would wait for it).
+        """
+        if iteration is not None and iterations is None:
+            raise ValueError("iteration says which of the iterations: give their number too")
+        iterations = 1 if iterations is None else whole("iterations", iterations)
+        check_parts(self, norm=Norm, head=nn.Linear)
+        if isinstance(states, list):
+            states = torch.cat([s.flatten(0, -2) for s in states])
+        if weights is None:
+            weights = torch.full_like(rows, 1 / max(1, len(rows)), dtype=torch.float32)
+        if weights.shape != rows.shape:
+            raise ValueError(
+                f"weights {tuple(weights.shape)} must have one entry for each of the {len(rows)} "
+                "rows"
+            )
+        loss, correct = row_cross_entropy(
+            states, rows, targets, self.norm.weight, self.head.weight, self.norm.bias,
+            **self.options,
+        )  # fmt: skip
+        weighted = weighted_losses(loss, weights, targets)
+        if iteration is None:
+            iteration = torch.zeros_like(rows)
+        per_iteration = lambda values: torch.zeros(
+            iterations, dtype=values.dtype, device=values.device
+        ).index_add_(0, iteration, values)
+        counts = per_iteration((targets >= 0).long())
+        right = per_iteration(correct.long())
+        return IterationLoss(
+            weighted.sum(), per_iteration(weighted.detach()), right / counts.clamp(min=1), counts
+        )

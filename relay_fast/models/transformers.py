@@ -1,0 +1,327 @@
+"""The two models of RELAY around a looped block: looped and autoregressive.
+
+Shapes: B sequences, N rows of a packed batch, d model width, R rows that carry a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.config import ModelConfig, tell_hub
+from relay_fast.engine.fused_inference import feedback_reason, read_whole_loop
+from relay_fast.engine.loop import iterate, run_loop
+from relay_fast.engine.plain_modules import check_parts, check_pass, reset_inside
+from relay_fast.engine.spec import Readout, Run
+from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
+from relay_fast.models.looped_block import LoopedBlock, Norm
+from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
+from relay_fast.tasks.vocabulary import PAD
+
+
+class Losses(NamedTuple):
+    """A step's losses and counts, all on the device (nothing is read back)."""
+
+    loss: Tensor  # () total
+    chain: Tensor  # () weighted chain loss
+    answer: Tensor  # () weighted answer loss
+    chain_correct: Tensor  # () share of supervised rows read out right
+    answer_correct: Tensor  # () share of answers right
+
+
+class _Transformer(nn.Module):
+    """Embedding, block, final norm and chain head: what both models share."""
+
+    def __init__(self, config: ModelConfig, recompute: str, impl: str):
+        super().__init__()
+        c = self.config = ModelConfig.of(config)
+        self.embedding = nn.Embedding(c.vocabulary_size, c.block.d_model)
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        self.block = LoopedBlock(config=c.block, recompute=recompute, impl=impl)
+        self.norm = Norm(c.block.d_model, c.block.bias and c.block.norm == "layer")
+        self.chain_head = nn.Linear(c.block.d_model, c.vocabulary_size, bias=False)
+        tell_hub(self, recompute=recompute, impl=impl)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the constructor does."""
+        reset_inside(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def forward(self, batch: PackedBatch) -> Losses:
+        """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it. Under
+        torch.compile it is a graph break."""
+        if torch.compiler.is_compiling():
+            from relay_fast.ops.eager import eager
+
+            return eager(self.loss, batch)
+        return self.loss(batch)
+
+    def loss(self, batch: PackedBatch) -> Losses:
+        raise NotImplementedError
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """(N, d) embeddings of the batch's tokens, with dropout in training."""
+        self._check(batch)
+        x = self._embed_tokens(batch)
+        p = self.config.block.dropout
+        if self.training and p:
+            seed = torch.randint(2**31, (), device=x.device)
+            x = x * dropout_mask_ref(Dropout(p, seed, 0, 0, batch.plan.tokens), x.shape[1], x.dtype)
+        return x
+
+    def _embed_tokens(self, batch: PackedBatch) -> Tensor:
+        return self.embedding(batch.tokens)
+
+    def _check(self, batch: PackedBatch) -> None:
+        fed = batch.fed is not None or batch.true_feed is not None
+        if fed and self.config.feedback == "none":
+            raise ValueError(
+                "the batch has rounds that are fed back, the model takes none: use "
+                'ModelConfig(feedback="tokens") or PackedBatch.looped'
+            )
+        if batch.max_token >= self.config.vocabulary_size:
+            raise ValueError(
+                f"token {batch.max_token} is outside the model's vocabulary of "
+                f"{self.config.vocabulary_size}: encode with the vocabulary the model was made with"
+            )
+        longest = int(batch.plan.lengths.max(initial=0))
+        if longest > self.config.max_tokens:
+            raise ValueError(
+                f"a sequence of {longest} tokens is longer than the model's limit of "
+                f"{self.config.max_tokens}: shorten the problem or build the model with larger "
+                f"max_tokens"
+            )
+
+    def check_parts(self) -> None:
+        """Raises RuntimeError, naming it, for a part whose weights are read and that would do more
+        than they say (a forward of its own, hooks)."""
+        check_parts(self, block=LoopedBlock, norm=Norm, chain_head=nn.Linear)
+
+    def _readout_parameters(self) -> list[Tensor | None]:
+        return [self.norm.weight, self.norm.bias, self.chain_head.weight]
+
+    def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """final (N, d), row losses (R,) and correct (R,)."""
+        self.check_parts()
+        c = self.config.block
+        readout = None
+        if supervised and batch.targets.numel():
+            readout = Readout(batch.rows, batch.targets, batch.row_offsets, c.eps, c.norm)
+        run = self.block.run(batch.plan, readout=readout)
+        parameters = list(self.block.parameters())
+        if readout is not None:
+            parameters += self._readout_parameters()
+        final, _, loss, correct = run_loop(run, self.embed(batch), parameters)
+        return final, loss, correct
+
+
+class LoopedTransformer(_Transformer):
+    """The looped model: embedding, block, chain head on every state, answer head on the last.
+
+    `supervise="chain"` aligns every iteration with a round; `"answer"` is the vanilla looped model.
+    With feedback (`ModelConfig.feedback`) it trains on `PackedBatch.side_by_side`, or, with the
+    state carried too, on `PackedBatch.carried`; and reads `PackedBatch.looped(..., feedback=True)`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        supervise: str = "chain",
+        recompute: str = "state",
+        impl: str = "auto",
+    ):
+        super().__init__(config, recompute, impl)
+        config = self.config
+        if supervise not in ("chain", "answer"):
+            raise ValueError(f'supervise = {supervise!r} is unknown: use "chain" or "answer"')
+        self.supervise = supervise
+        tell_hub(self, supervise=supervise, recompute=recompute, impl=impl)
+        self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
+        if config.feedback != "none":
+            if supervise == "answer":
+                raise ValueError(
+                    'a model that learns answers only (supervise = "answer") writes no rounds that '
+                    'could be fed back: use feedback = "none"'
+                )
+            self.fed_embedding = nn.Embedding(config.vocabulary_size, config.block.d_model)
+
+    def _embed_tokens(self, batch: PackedBatch) -> Tensor:
+        x = super()._embed_tokens(batch)
+        if batch.fed is None:
+            return x
+        return x + self._embed_fed(batch.fed)
+
+    def _embed_fed(self, fed: Tensor) -> Tensor:
+        """(N, d) embeddings of what is fed, with noise in training."""
+        p = self.config.feedback_noise
+        if self.training and p and len(fed):
+            wrong = torch.rand(fed.shape, device=fed.device) < p
+            others = fed[torch.randint(len(fed), fed.shape, device=fed.device)]
+            fed = torch.where(wrong & (fed != PAD), others, fed)
+        return self.fed_embedding(fed)
+
+    def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.config.carry_state:
+            return super()._pass(batch, supervised)
+        c, plan = self.config.block, batch.plan
+        parameters = [*self.block.parameters(), *self._readout_parameters()]
+        state, own = self.embed(batch), batch.feeder.start()
+        final = [state[plan.rows_at(1) :]]
+        losses, corrects = [state.new_empty(0)], [own.new_empty(0, dtype=torch.bool)]
+        for t in range(1, plan.max_loops + 1):
+            rows, later = plan.rows_at(t), plan.rows_at(t + 1)
+            once, part = plan.once(t), slice(*batch.row_offsets[t - 1 : t + 1])
+            fed = batch.true_feed[plan.state_offsets[t - 1] : plan.state_offsets[t]]
+            if batch.truth < 1:
+                told = torch.rand(once.sequences, device=fed.device) < batch.truth
+                told = told.repeat_interleave(once.cu_seqlens.diff(), output_size=rows)
+                fed = torch.where(told, fed, own)
+            offsets = (0, part.stop - part.start)
+            readout = Readout(batch.rows[part], batch.targets[part], offsets, c.eps, c.norm)
+            run = self.block.run(once, readout=readout)
+            entered = state[:rows] + self._embed_fed(fed)
+            state, _, loss, correct = run_loop(run, entered, parameters)
+            final.append(state[later:])
+            losses.append(loss)
+            corrects.append(correct)
+            if batch.truth < 1 and later:
+                own = batch.feeder.after(t, self._best(run, state, self.chain_head), fed, later)
+        return torch.cat(final[::-1]), torch.cat(losses), torch.cat(corrects)
+
+    def check_parts(self) -> None:
+        super().check_parts()
+        check_parts(self, answer_head=nn.Linear)
+
+    def loss(self, batch: PackedBatch) -> Losses:
+        """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
+        self._check_training_batch(batch)
+        final, row_loss, correct = self._pass(batch, self.supervise == "chain")
+        c = self.config.block
+        answer_loss, answer_correct = row_cross_entropy(
+            final, batch.answer_rows, batch.answers, self.norm.weight, self.answer_head.weight,
+            self.norm.bias, eps=c.eps, norm=c.norm, impl=self.block.impl,
+        )  # fmt: skip
+        chain = _chain_loss(row_loss, batch) if row_loss.numel() else final.new_zeros(())
+        answer = weighted_losses(answer_loss, batch.answer_weights, batch.answers).sum()
+        return Losses(
+            chain + answer, chain.detach(), answer.detach(), _share(correct), _share(answer_correct)
+        )
+
+    def _check_training_batch(self, batch: PackedBatch) -> None:
+        c = self.config
+        if c.feedback != "none" and (batch.true_feed if c.carry_state else batch.fed) is None:
+            maker = "carried" if c.carry_state else "side_by_side"
+            raise ValueError(
+                f"a model with feedback = {c.feedback!r} and carry_state = {c.carry_state} learns "
+                f"from true rounds that are fed back: make the batch with PackedBatch.{maker}"
+            )
+
+    @torch.no_grad()
+    def read(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
+        """Reads the chains off: token ids (N_t,) of each iteration's active prefix, answers (B,).
+
+        No state outlives its iteration; only token ids are kept. One launch where the whole-loop
+        kernel serves (`relay_fast.engine.fused_inference`). Raises TypeError for a subclass with a
+        forward or loss of its own, which this pass would not follow.
+        """
+        check_pass(self, LoopedTransformer, "forward", "loss", "_pass")
+        self.check_parts()
+        run = self.block.run(batch.plan)
+        x = self.embed(batch)
+        read = feedback_reason(self.config) or read_whole_loop(
+            self.config.block, run, x, dict(self.block.named_parameters()), self.norm.weight,
+            self.chain_head.weight, self.training,
+        )  # fmt: skip
+        final, rounds = self._read_iterations(run, x, batch) if isinstance(read, str) else read
+        return rounds, self._best(run, final[batch.plan.last_rows], self.answer_head)
+
+    @torch.no_grad()
+    def _best(self, run: Run, states: Tensor, head: nn.Linear) -> Tensor:
+        """(rows,) the most likely token of each row."""
+        c, weight = self.config.block, head.weight.to(run.compute_dtype)
+        return run.ops.argmax(states, self.norm.weight, self.norm.bias, weight, c.eps, c.norm)
+
+    def _read_iterations(
+        self, run: Run, x: Tensor, batch: PackedBatch
+    ) -> tuple[Tensor, list[Tensor]]:
+        """final (N, d), and the token ids (N_t,) of each iteration."""
+        plan, final, rounds = run.plan, x.clone(), []
+        for t, state, ids in self.iterations(run, x, batch):
+            rounds.append(ids)
+            final[plan.rows_at(t + 1) : len(state)] = state[plan.rows_at(t + 1) :]
+        return final, rounds
+
+    def iterations(
+        self, run: Run, x: Tensor, batch: PackedBatch
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yields (t, state t of the active prefix, its token ids), without gradients.
+
+        A state is valid until the next but one is asked for. With feedback, each iteration is fed
+        the ids of those before it.
+
+        Args:
+            run: a pass of the block over the batch's plan.
+            x: (N, d) the batch's embeddings.
+            batch: of `PackedBatch.looped`.
+        """
+        feeder, parameters = batch.feeder, list(self.block.parameters())
+        if self.config.feedback == "none":
+            for t, state in iterate(run, x, parameters):
+                yield t, state, self._best(run, state, self.chain_head)
+            return
+        if feeder is None:
+            raise ValueError(
+                f"a model with feedback = {self.config.feedback!r} reads its own rounds back: make "
+                "the batch with PackedBatch.looped(..., feedback=True)"
+            )
+        fed = feeder.start()
+
+        def enter(state: Tensor, t: int) -> Tensor:
+            before = state if self.config.carry_state else x
+            return before[: run.plan.rows_at(t)] + self.fed_embedding(fed)
+
+        for t, state in iterate(run, x, parameters, enter):
+            ids = self._best(run, state, self.chain_head)
+            yield t, state, ids
+            fed = feeder.after(t, ids, fed, run.plan.rows_at(t + 1))
+
+
+class AutoregressiveTransformer(_Transformer):
+    """The autoregressive model: the same block, causal, one iteration."""
+
+    def __init__(self, config: ModelConfig, *, recompute: str = "none", impl: str = "auto"):
+        config = ModelConfig.of(config)
+        if not config.block.causal:
+            raise ValueError("an autoregressive model needs BlockConfig(causal=True)")
+        super().__init__(config, recompute, impl)
+
+    def loss(self, batch: PackedBatch) -> Losses:
+        """Weighted next-token cross-entropy of everything after the problem."""
+        final, row_loss, correct = self._pass(batch, True)
+        loss = _chain_loss(row_loss, batch) if row_loss.numel() else final[:0].sum()
+        zero = loss.new_zeros(())
+        return Losses(loss, loss.detach(), zero, _share(correct), zero)
+
+    @torch.no_grad()
+    def forced(self, batch: PackedBatch) -> Tensor:
+        """correct (R,) bool: whether each target is the argmax, given the true tokens before it.
+
+        Raises TypeError for a subclass with a forward or loss of its own."""
+        check_pass(self, AutoregressiveTransformer, "forward", "loss")
+        return self._pass(batch, True)[2]
+
+
+def _chain_loss(row_loss: Tensor, batch: PackedBatch) -> Tensor:
+    return weighted_losses(row_loss, batch.weights, batch.targets).sum()
+
+
+def _share(correct: Tensor) -> Tensor:
+    return correct.sum() / max(1, correct.numel())

@@ -1,0 +1,306 @@
+"""The readout's cross-entropy, as autograd Functions and as custom ops.
+
+Under torch.compile(fullgraph=True) the custom ops are one node each; their fakes repeat the
+allocations, not the math. Eager calls use the plain autograd Functions: the dispatcher costs 21 µs
+a call with autograd registered, a plain autograd Function 5.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from relay_fast.kernels.norm_ref import wide_dtype
+from relay_fast.ops.dispatch import (
+    compute_dtype,
+    differentiable_once,
+    select,
+    undisturbed,
+)
+from relay_fast.ops.gradients import GradientBuffers
+
+SMALL_VOCABULARY = 1024  # up to it the logits are cheaper to recompute than to keep in memory
+
+
+class _RowCrossEntropy(torch.autograd.Function):
+    """Row losses of a flat list of state rows; saves the log-sum-exp only."""
+
+    @staticmethod
+    def forward(ctx, ops, options, dtype, rows, targets, states, norm_weight, norm_bias, head):
+        with _no_autocast(states):
+            loss, lse, correct = ops.cross_entropy_fwd(
+                states, targets, norm_weight, norm_bias, head.to(dtype), rows, **options
+            )
+        ctx.ops, ctx.options, ctx.dtype = ops, options, dtype
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(correct)
+        ctx.save_for_backward(rows, targets, lse, states, norm_weight, norm_bias, head)
+        return loss, correct
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, g_loss, _):
+        rows, targets, lse, states, norm_weight, norm_bias, head = ctx.saved_tensors
+        parameters = (norm_weight, norm_bias, head)
+        grads = GradientBuffers(parameters, ctx.needs_input_grad[6:], ctx.ops.weight_grad)
+        dstates = None
+        if g_loss is not None:
+            with _no_autocast(states):
+                dh = ctx.ops.cross_entropy_bwd(
+                    g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
+                    grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
+                )  # fmt: skip
+            if ctx.needs_input_grad[5]:
+                dstates = _scatter(rows, dh, states.shape, states.dtype)
+        return None, None, None, None, None, dstates, *grads.results()
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """Σ weights · row losses; the gradient is formed in forward, from the same logits, and kept in
+    the wide dtype until backward has scaled it: before that 16 bits may not hold it."""
+
+    @staticmethod
+    def forward(
+        ctx, ops, options, dtype, rows, targets, weights, states, norm_weight, norm_bias, head
+    ):
+        parameters = (norm_weight, norm_bias, head)
+        grads = GradientBuffers(parameters, ctx.needs_input_grad[7:], ops.weight_grad)
+        wide = [grads.buffer(i) for i in range(3)]
+        with _no_autocast(states):
+            loss, dh = ops.cross_entropy_grad(
+                weights, states, targets, norm_weight, norm_bias, head.to(dtype),
+                wide[2], wide[0], wide[1], rows, **options,
+            )  # fmt: skip
+        if not ctx.needs_input_grad[6]:
+            dh = None
+        ctx.shape = states.shape
+        inputs = (weights, states, *parameters)
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
+        ctx.save_for_backward(rows, loss, dh, *wide)
+        return weighted_losses(loss, weights, targets).sum()
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, g):
+        rows, loss, dh, *parameters = ctx.saved_tensors
+        dstates = dweights = None
+        of_weights, of_states, *dtypes = ctx.dtypes
+        if dh is not None:
+            dstates = _scatter(rows, dh * g, ctx.shape, of_states)
+        if ctx.needs_input_grad[5]:
+            dweights = (loss * g).to(of_weights)
+        scaled = (
+            None if p is None else (p * g).to(dtype)
+            for p, dtype in zip(parameters, dtypes, strict=True)
+        )
+        return None, None, None, None, None, dweights, dstates, *scaled
+
+
+def _scatter(rows: Tensor, dh: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Gradient of all states from that of some rows."""
+    dstates = torch.zeros(shape, dtype=dtype, device=dh.device)
+    return dstates.index_add_(0, rows, dh.to(dtype))
+
+
+def _no_autocast(t: Tensor):
+    """What the kernels are given is in the dtype it is meant to be in, and stays in it."""
+    kind = t.device.type
+    if not torch.amp.is_autocast_available(kind):  # meta
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def weighted_losses(loss: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
+    """loss · weights (R,) in the losses' dtype; 0 where the target is ignored, whatever the
+    weight."""
+    return (loss * weights.to(loss.dtype)).masked_fill(targets < 0, 0)
+
+
+def _check_rows(states: Tensor, rows: Tensor, targets: Tensor, head: Tensor) -> None:
+    if rows.shape != targets.shape or rows.ndim != 1:
+        raise ValueError(
+            f"rows {tuple(rows.shape)} and targets {tuple(targets.shape)} must both be (R,)"
+        )
+    if states.ndim != 2 or head.ndim != 2 or states.shape[1] != head.shape[1]:
+        raise ValueError(
+            f"states {tuple(states.shape)} must be (N, d) and head {tuple(head.shape)} (V, d) "
+            f"with one d"
+        )
+
+
+def row_cross_entropy(
+    states: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor,
+    head: Tensor,
+    norm_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    norm: str = "rms",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `softmax(norm(states[rows]) · headᵀ)` against `targets`, row by row.
+
+    states (N, d): for all iterations at once, the states of every iteration end to end; rows (R,)
+    int64, each at most once; targets (R,) int64, negative ones are ignored; head (V, d). No
+    logits of more than a chunk of rows ever exist. Returns loss (R,) and correct (R,) bool (the
+    argmax is the target). Losses are fp32, or fp64 where the states or the head are; each gradient
+    has its tensor's dtype. What an ignored row's state holds does not matter, NaN neither.
+
+    Raises ValueError where shapes do not fit together, and for targets at or beyond V and rows that
+    are no states where they are on the host. On a GPU a look would wait for it: such a target fails
+    on the device, or makes its loss and the gradients NaN.
+    """
+    _check_rows(states, rows, targets, head)
+    options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    dtype = compute_dtype(head)
+    if torch.compiler.is_compiling():
+        loss, _, correct = row_cross_entropy_fwd(
+            states, rows, targets, norm_weight, norm_bias, head.to(dtype), *options.values(), impl
+        )
+        return loss, correct
+    return _RowCrossEntropy.apply(
+        select(impl, states.device), options, dtype, rows, targets, states, norm_weight, norm_bias,
+        head,
+    )  # fmt: skip
+
+
+def iteration_cross_entropy(
+    states: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    norm_weight: Tensor,
+    head: Tensor,
+    norm_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    norm: str = "rms",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Weighted sum of `row_cross_entropy` over all iterations' rows: one call for the whole loop.
+
+    weights (R,): w_task · λ / (B · T_i · |M_t|) of each row gives RELAY's loss
+    (`PackedBatch.weights`); of any dtype, they are taken in that of the losses. Returns a scalar.
+
+    The weights being known beforehand, the gradient of a vocabulary over SMALL_VOCABULARY is formed
+    in forward, where one is wanted: the logits, a chunk of rows at a time, are computed once. It is
+    kept in fp32 (fp64) until backward has scaled it.
+    """
+    if weights.shape != rows.shape:
+        raise ValueError(
+            f"weights {tuple(weights.shape)} must be (R,) like rows {tuple(rows.shape)}"
+        )
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (states, norm_weight, norm_bias, head)
+    )
+    if not wanted or head.shape[0] <= SMALL_VOCABULARY or torch.compiler.is_compiling():
+        loss, _ = row_cross_entropy(
+            states, rows, targets, norm_weight, head, norm_bias, eps=eps, norm=norm,
+            label_smoothing=label_smoothing, z_loss=z_loss, impl=impl,
+        )  # fmt: skip
+        return weighted_losses(loss, weights, targets).sum()
+    _check_rows(states, rows, targets, head)
+    options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    return _WeightedCrossEntropy.apply(
+        select(impl, states.device), options, compute_dtype(head), rows, targets, weights, states,
+        norm_weight, norm_bias, head,
+    )  # fmt: skip
+
+
+def _options(eps: float, kind: str, label_smoothing: float, z_loss: float) -> dict:
+    return {"eps": eps, "kind": kind, "label_smoothing": label_smoothing, "z_loss": z_loss}
+
+
+@torch.library.custom_op("relay_fast::row_cross_entropy_fwd", mutates_args=())
+def row_cross_entropy_fwd(
+    states: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    head: Tensor,
+    eps: float,
+    kind: str,
+    label_smoothing: float,
+    z_loss: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, lse (R,) wide and correct (R,) bool."""
+    options = _options(eps, kind, label_smoothing, z_loss)
+    ops = select(impl, states.device)
+    with undisturbed(states):
+        return ops.cross_entropy_fwd(states, targets, norm_weight, norm_bias, head, rows, **options)
+
+
+@row_cross_entropy_fwd.register_fake
+def _(states, rows, targets, norm_weight, norm_bias, head, *_):
+    loss = states.new_empty(targets.shape, dtype=wide_dtype(states, head))
+    return loss, torch.empty_like(loss), torch.empty_like(targets, dtype=torch.bool)
+
+
+@torch.library.custom_op("relay_fast::row_cross_entropy_bwd", mutates_args=())
+def row_cross_entropy_bwd(
+    grad: Tensor,
+    states: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    head: Tensor,
+    eps: float,
+    kind: str,
+    label_smoothing: float,
+    z_loss: float,
+    impl: str,
+    needed: list[bool],
+) -> list[Tensor]:
+    """Gradients of states, norm weight, norm bias and head, as far as they are needed."""
+    ops, parameters = select(impl, states.device), (norm_weight, norm_bias, head)
+    grads = GradientBuffers(parameters, needed[1:], ops.weight_grad)
+    with undisturbed(states):
+        dh = ops.cross_entropy_bwd(
+            grad, states, targets, lse, *parameters,
+            grads.buffer(2), grads.buffer(0), grads.buffer(1),
+            rows, **_options(eps, kind, label_smoothing, z_loss),
+        )  # fmt: skip
+        dstates = []
+        if needed[0]:
+            dstates = [states.new_zeros(states.shape).index_add_(0, rows, dh.to(states.dtype))]
+        return dstates + [g.contiguous() for g in grads.results() if g is not None]
+
+
+@row_cross_entropy_bwd.register_fake
+def _(grad, states, rows, targets, lse, norm_weight, norm_bias, head, e, k, s, z, impl, needed):
+    inputs = (states, norm_weight, norm_bias, head)
+    return [t.new_empty(t.shape) for t, wanted in zip(inputs, needed, strict=True) if wanted]
+
+
+def _save(ctx, inputs, output) -> None:
+    states, rows, targets, norm_weight, norm_bias, head, *ctx.options = inputs
+    loss, lse, correct = output
+    ctx.mark_non_differentiable(lse, correct)
+    ctx.save_for_backward(states, rows, targets, lse, norm_weight, norm_bias, head)
+
+
+def _backward(ctx, grad, _lse, _correct):
+    needs = ctx.needs_input_grad
+    needed = [needs[0], needs[3], needs[4], needs[5]]
+    gradients = iter(
+        torch.ops.relay_fast.row_cross_entropy_bwd(
+            grad, *ctx.saved_tensors, *ctx.options, needed=needed
+        )
+    )
+    states, *parameters = (next(gradients) if wanted else None for wanted in needed)
+    return states, None, None, *parameters, *(None for _ in ctx.options)
+
+
+row_cross_entropy_fwd.register_autograd(_backward, setup_context=_save)

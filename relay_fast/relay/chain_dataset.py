@@ -1,0 +1,410 @@
+"""Chains on disk: a folder of shards, written whole or not at all, and a manifest.
+
+| file | content |
+|---|---|
+| `manifest.json` | `identity` (tasks, vocabulary, counts by length, seed, check, model), how many shards, and once all of them are there `complete` and the counts of `relay_fast.relay.filter_metrics` |
+| `shard-00000.safetensors`, … | the columns of `Samples`, and `passed` (S,) bool; in the header the dataset and place that it belongs to, a digest, its counts |
+
+A shard depends on the identity and its index alone. An interrupted writer therefore leaves complete
+shards only, and the same call writes those that are missing: the finished folder is the same, bit
+for bit, whatever happened on the way.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from relay_fast.decoding.chains import decode_chains, generate_chains, read_chains
+from relay_fast.models.transformers import AutoregressiveTransformer
+from relay_fast.relay import filter_metrics
+from relay_fast.tasks import Samples, Task, Vocabulary, make_task
+from relay_fast.tasks.verify import check_verify, right_chains, verify_chains
+from relay_fast.training.model_files import Model, model_hash
+from relay_fast.utils.files import (
+    cannot_write,
+    clear_partials,
+    differences,
+    first_differences,
+    json_text,
+    write_json,
+)
+from relay_fast.utils.locks import LOCK, FolderInUse, lock_folder
+from relay_fast.utils.ragged import offsets_of
+from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
+
+KIND = "relay_fast chains"
+_MANIFEST = ("identity", "shards", "complete")
+_IDENTITY = ("model", "tasks", "vocabulary", "counts", "seed", "verify", "shard_chains")
+SHARD_CHAINS = 2048
+WRITTEN = 1 << 41  # added to a seed: neither training streams nor evaluation draw these problems
+
+Counts = Mapping[str, Mapping[int, int]]
+
+
+class DatasetError(RuntimeError):
+    """A dataset folder that cannot be used; the text is one sentence that says what to do."""
+
+
+def write_dataset(
+    folder: str | os.PathLike,
+    model: Model,
+    tasks: Mapping[str, Task],
+    counts: Counts,
+    *,
+    seed: int = 0,
+    verify: str | None = "self",
+    shard_chains: int = SHARD_CHAINS,
+    progress: Callable[[int, int], Any] | None = None,
+) -> dict[str, Any]:
+    """Lets a model write chains into a folder, or continues that; returns the manifest.
+
+    counts: {task: {length: how many}}. Each shard has its share of every task and length, in random
+    order. verify: as in `relay_fast.tasks.verify.verify_chains`; all chains are kept, and which
+    passed is recorded. progress is called with (chains done, all of them) as chains are written.
+
+    Raises ValueError for what the model or a task cannot do, DatasetError for a folder of other
+    chains or with a damaged shard, CheckpointError where a file cannot be read or written.
+    """
+    folder = Path(folder)
+    _check(model, tasks, counts, seed, verify, shard_chains)
+    identity = _identity(model, tasks, counts, seed, verify, shard_chains)
+    chains = sum(sum(own.values()) for own in counts.values())
+    shards = -(-chains // shard_chains)
+    manifest = {"kind": KIND, "identity": identity, "shards": shards, "complete": False}
+    with _locked(folder):
+        _open(folder, manifest)
+        fingerprint, tables, done = _fingerprint(identity), [], 0
+        for index in range(shards):
+            path = shard_path(folder, index)
+            if path.exists():
+                tensors, metadata = _read_shard(path, fingerprint, index)
+                done += len(tensors["task"])
+            else:
+                problems = _problems(tasks, counts, seed, index, shards)
+                metadata = {"dataset": fingerprint, "index": index}
+                report = progress and (lambda k, _, done=done: progress(done + k, chains))
+                _write_shard(path, model, problems, tasks, verify, metadata, report)
+                done += len(problems)
+            tables.append(filter_metrics.from_json(metadata["counts"]))
+        manifest |= {"complete": True, "counts": filter_metrics.to_json(filter_metrics.add(tables))}
+        _write_manifest(folder, manifest)
+    return manifest
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of manifest.json. Raises DatasetError where there is none."""
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        manifest = None
+    except ValueError as error:
+        raise DatasetError(
+            f"{path} is damaged ({error}); delete the folder and write the chains again."
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise DatasetError(
+            f"{folder} is no folder of chains (it has no manifest.json of one); make one with "
+            f"python -m relay_fast.generate --out RUN --dataset {folder}."
+        )
+    identity = manifest.get("identity")
+    missing = [key for key in _MANIFEST if key not in manifest]
+    missing += [key for key in _IDENTITY if not isinstance(identity, dict) or key not in identity]
+    if missing:
+        raise DatasetError(
+            f"the chains in {folder} were written by another version of relay_fast: their "
+            f"manifest.json has no {missing[0]!r}; use that version, or write them anew."
+        )
+    return manifest
+
+
+def dataset_tasks(manifest: Mapping[str, Any]) -> dict[str, Task]:
+    """The tasks of a dataset, by name."""
+    identity = manifest["identity"]
+    vocabulary = Vocabulary.from_dict(identity["vocabulary"])
+    return {
+        name: make_task(vocabulary=vocabulary, **parameters)
+        for name, parameters in identity["tasks"].items()
+    }
+
+
+def shard_path(folder: str | os.PathLike, index: int) -> Path:
+    return Path(folder) / f"shard-{index:05d}.safetensors"
+
+
+class ChainDataset(Dataset):
+    """The chains of one or more dataset folders: checked once, then mapped into memory.
+
+    An item is a `Samples` of one chain, a slice or a batch of a `DataLoader` one of several. `take`
+    gives many at once, so that this can stand for the
+    samples of `relay_fast.data.streams.SampleStream`, which shuffles them from its seed anew each
+    epoch: `SampleStream(ChainDataset("DIR"), tasks, form, schedule, …)`.
+
+    only_passed: leave out what did not pass the dataset's check. unfinished: take a folder whose
+    writer has not finished, with the shards that are there. Raises DatasetError, CheckpointError.
+    """
+
+    def __init__(
+        self,
+        folders: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        only_passed: bool = True,
+        unfinished: bool = False,
+    ):
+        single = isinstance(folders, (str, os.PathLike))
+        self.folders = [Path(folders)] if single else [Path(folder) for folder in folders]
+        self._places: list[tuple[Path, str, int]] = []
+        for folder in self.folders:
+            manifest = read_manifest(folder)
+            if not manifest["complete"] and not unfinished:
+                raise DatasetError(
+                    f"the chains in {folder} are not finished; run the command that writes them "
+                    f"again, or ask for unfinished=True."
+                )
+            fingerprint = _fingerprint(manifest["identity"])
+            indices = range(manifest["shards"])
+            there = [i for i in indices if shard_path(folder, i).exists()]
+            if manifest["complete"] and len(there) < len(indices):
+                missing = next(i for i in indices if i not in there)
+                raise DatasetError(
+                    f"{shard_path(folder, missing)} is missing; run the command that writes the "
+                    f"chains again."
+                )
+            self._places += [(shard_path(folder, i), fingerprint, i) for i in there]
+        passed = [shard["passed"].numpy() for shard in self._shards]
+        chosen = [np.flatnonzero(p) if only_passed else np.arange(len(p)) for p in passed]
+        self._rows = np.concatenate([np.zeros(0, np.int64), *chosen])
+        self._offsets = offsets_of(np.array([len(own) for own in chosen], np.int64))
+
+    @cached_property
+    def _shards(self) -> list[dict[str, Tensor]]:
+        return [_read_shard(*place)[0] for place in self._places]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Samples:
+        """The chain of an index, counted from the end if negative, or those of a slice."""
+        places = range(len(self))[index]
+        return self.take(np.array(places if isinstance(index, slice) else [places], np.int64))
+
+    def take(self, index: Any) -> Samples:
+        """The chains that numpy indexing with `index` selects, in order."""
+        chosen = np.atleast_1d(np.arange(len(self))[index])
+        shard = np.searchsorted(self._offsets, chosen, side="right") - 1
+        order = np.argsort(shard, kind="stable")
+        parts = []
+        for k in np.unique(shard):
+            own = chosen[order[shard[order] == k]]
+            parts.append(_samples(self._shards[k]).take(self._rows[own]))
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return Samples.concat(parts).take(back)
+
+
+def _collate(chains: list[Samples], *, collate_fn_map: Any = None) -> Samples:
+    """A batch of a `DataLoader` is their `Samples`; chains have no common length to stack."""
+    return Samples.concat(chains)
+
+
+default_collate_fn_map[Samples] = _collate
+
+
+def _check(
+    model: Model,
+    tasks: Mapping[str, Task],
+    counts: Counts,
+    seed: int,
+    verify: str | None,
+    shard_chains: int,
+) -> None:
+    check_verify(verify)
+    if seed < 0:
+        raise ValueError(f"seed = {seed}: give at least 0")
+    if shard_chains < 1:
+        raise ValueError(f"shard_chains = {shard_chains}: give at least 1")
+    if getattr(model, "supervise", "chain") == "answer":
+        raise ValueError("this looped model writes answers only; give one that was aligned")
+    written = isinstance(model, AutoregressiveTransformer)
+    limit = model.config.max_tokens
+    for name, own in counts.items():
+        task = tasks[name]
+        for length, number in own.items():
+            task.check_length(length)
+            if number < 0:
+                raise ValueError(f"{number} chains of {name} length {length}: give 0 or more")
+            need = task.max_problem_tokens(length)
+            need = task.max_sequence_tokens(length) - 1 if written else need
+            if need > limit:
+                raise ValueError(
+                    f"{name} length {length} can need {need} tokens, more than the model's limit "
+                    f"of {limit}: use a smaller length, or train a model with a larger test length."
+                )
+
+
+def _identity(
+    model: Model,
+    tasks: Mapping[str, Task],
+    counts: Counts,
+    seed: int,
+    verify: str | None,
+    shard_chains: int,
+) -> dict[str, Any]:
+    """All that the chains depend on; JSON-able."""
+    present = {name: tasks[name] for name in counts}
+    identity = {
+        "model": {"kind": type(model).__name__, "hash": model_hash(model)},
+        "tasks": {name: task.to_dict() for name, task in present.items()},
+        "vocabulary": next(iter(present.values())).vocabulary.to_dict(),
+        "counts": {name: dict(own) for name, own in counts.items()},
+        "seed": seed,
+        "verify": verify,
+        "shard_chains": shard_chains,
+    }
+    return json.loads(json_text(identity))
+
+
+def _fingerprint(identity: Mapping[str, Any]) -> str:
+    text = json_text(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes the folder, unless it is another's, and keeps other writers out; a killed process holds
+    no lock."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = any(not file.name.startswith(LOCK) for file in folder.iterdir())
+        if others and not (folder / "manifest.json").exists():
+            raise DatasetError(
+                f"{folder} is not empty and holds no chains (no manifest.json); give another "
+                f"--dataset."
+            )
+        lock = lock_folder(folder)
+    except FolderInUse as error:
+        raise DatasetError(
+            f"another process is writing {folder} ({error}); wait for it, or give another "
+            f"--dataset."
+        ) from error
+    except OSError as error:
+        raise DatasetError(
+            f"the folder {folder} cannot be used ({error.strerror}); give another --dataset."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _open(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest of a new folder; raises DatasetError where the folder is another's."""
+    clear_partials(folder, workers=False)
+    if not (folder / "manifest.json").exists():
+        _write_manifest(folder, manifest)
+        return
+    found = differences(manifest["identity"], read_manifest(folder)["identity"], there="there")
+    if found:
+        raise DatasetError(
+            f"the folder {folder} holds other chains: {first_differences(found)}; give another "
+            f"--dataset, or the same command and model to continue it."
+        )
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    path = folder / "manifest.json"
+    try:
+        write_json(path, manifest)
+    except OSError as error:
+        raise DatasetError(cannot_write(path, error)) from error
+
+
+def _problems(
+    tasks: Mapping[str, Task], counts: Counts, seed: int, index: int, shards: int
+) -> Samples:
+    """The problems of a shard, solved: its share of each task's, whose lengths are shuffled."""
+    parts = []
+    for name, own in counts.items():
+        lengths = np.repeat(list(own), list(own.values()))
+        lengths = np.random.default_rng([seed, tasks[name].index]).permutation(lengths)
+        a, b = (k * len(lengths) // shards for k in (index, index + 1))
+        parts.append(tasks[name].sample(lengths[a:b], seed + WRITTEN, a))
+    return Samples.concat(parts)
+
+
+def _write_shard(
+    path: Path,
+    model: Model,
+    problems: Samples,
+    tasks: Mapping[str, Task],
+    verify: str | None,
+    metadata: dict[str, Any],
+    progress: Callable[[int, int], Any] | None,
+) -> None:
+    """Writes the shard, and into `metadata` what its header says."""
+    ended = None
+    if isinstance(model, AutoregressiveTransformer):
+        decoded = decode_chains(model, problems, tasks, progress=progress)
+        written, ended = read_chains(decoded, problems, tasks), decoded.ended
+    else:
+        written = generate_chains(model, problems, tasks, progress=progress)
+    if verify == "task":  # the problems are solved already
+        passed = right_chains(written, problems)
+    else:
+        passed = verify_chains(written, tasks, verify)
+    tensors = {f.name: torch.from_numpy(getattr(written, f.name)) for f in fields(written)}
+    tensors["passed"] = torch.from_numpy(passed)
+    counts = filter_metrics.count(written, problems, tasks, passed, ended)
+    metadata |= {"counts": filter_metrics.to_json(counts), "digest": _digest(tensors)}
+    save_checkpoint(path, tensors, metadata)
+
+
+def _read_shard(
+    path: Path, fingerprint: str, index: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, metadata = load_checkpoint(path)
+    if (metadata.get("dataset"), metadata.get("index")) != (fingerprint, index):
+        raise DatasetError(
+            f"{path} belongs to another dataset or place; move it out of the folder and run the "
+            f"command that writes the chains again."
+        )
+    if missing := {"passed", *(f.name for f in fields(Samples))} - set(tensors):
+        raise DatasetError(
+            f"{path} was written by another version of relay_fast, without {min(missing)!r}; use "
+            f"that version, or write the chains anew."
+        )
+    if metadata.get("digest") != _digest(tensors):
+        raise DatasetError(
+            f"{path} is damaged (its content does not match its digest); delete it and run the "
+            f"command that writes the chains again."
+        )
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name].numpy()))
+    return digest.hexdigest()
+
+
+def _samples(tensors: Mapping[str, Tensor]) -> Samples:
+    return Samples(**{f.name: tensors[f.name].numpy() for f in fields(Samples)})

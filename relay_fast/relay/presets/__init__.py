@@ -1,0 +1,129 @@
+"""Presets: runs as data. Each is a TOML file beside this one."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, RunConfig
+from relay_fast.utils.settings import Count, Seed, changed, check, check_value
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(
+        p.name.removesuffix(".toml") for p in files(__name__).iterdir() if p.name.endswith(".toml")
+    )
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The run config of a preset, a fresh dictionary. Raises ValueError for an unknown name."""
+    if name not in preset_names():
+        raise ValueError(f"preset {name!r} is unknown: use one of {', '.join(preset_names())}")
+    return tomllib.loads((files(__name__) / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def override(
+    config: dict[str, Any],
+    *,
+    tasks: list[str] | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    eval_problems: int | None = None,
+    seed: int | None = None,
+    scale: float | None = None,
+    values: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A copy of the config with a run's own choices put in, checked as a whole by
+    `relay_fast.relay.presets.schema`; raises ValueError for what it does not know.
+
+    steps: so many in every training stage (and about one batch of problems in every generated set,
+    at least one of each length), for a smoke run. scale: this share (0 < scale ≤ 1) of the steps,
+    of the problems in every generated set and of those in evaluation, at least one each, for a
+    rehearsal. values: texts like "model.d_model=64" for what the preset holds, or what every
+    training takes. They are put in first, then scale, then the others.
+    """
+    config = _with_values(config, values)
+    if tasks is not None:
+        unknown = [name for name in tasks if name not in config["tasks"]]
+        if unknown or not tasks:
+            raise ValueError(
+                f"task {unknown[0] if unknown else ''!r} is not in preset {config['name']!r}: "
+                f"use some of {', '.join(config['tasks'])}"
+            )
+        config["tasks"] = {name: config["tasks"][name] for name in config["tasks"] if name in tasks}
+    check(RunConfig, config)
+    if scale is not None:
+        if not 0 < scale <= 1:
+            raise ValueError(f"scale = {scale:g}: give more than 0 and at most 1")
+        _shrink(config, scale)
+    for what, value in (("steps", steps), ("batch size", batch_size), ("problems", eval_problems)):
+        if value is not None:
+            check_value(what, value, Count)
+    if seed is not None:
+        check_value("seed", seed, Seed)
+    if batch_size is not None:
+        for recipe in (config["training"], *config["stages"].values()):
+            recipe.pop("batch_tokens", None)
+            if "batch_size" in recipe or recipe is config["training"]:
+                recipe["batch_size"] = batch_size
+    if steps is not None:
+        size = config["training"]["batch_size"]
+        for recipe in config["stages"].values():
+            for key in ("epochs", "token_iterations"):
+                recipe.pop(key, None)
+            recipe["steps"] = steps
+        for task in config["tasks"].values():
+            task["merge_inside"] = min(task["merge_inside"], steps * size)
+            for key in ("merge_beyond", "self_counts"):
+                share = max(1, size // len(task[key]))
+                task[key] = [min(n, share) for n in task[key]]
+    if eval_problems is not None:
+        config["evaluation"]["problems"] = eval_problems
+    if seed is not None:
+        config["seed"] = seed
+    return config
+
+
+def recipe(config: dict[str, Any], stage: str) -> dict[str, Any]:
+    """A training stage's recipe: what all stages share, overridden by its own."""
+    return {**config["training"], **config["stages"][stage]}
+
+
+def _with_values(config: dict[str, Any], values: Sequence[str]) -> dict[str, Any]:
+    """A copy with the texts `values` put in. Raises ValueError for what changes nothing."""
+    new = changed(config, values, RunConfig)
+    for text in values:
+        path, _, name = text.partition("=")[0].rpartition(".")
+        if (path, name) == ("", "name"):
+            raise ValueError(
+                f"{text!r}: the name is the preset's own: choose another with --preset"
+            )
+        if path == "training" and all(name in stage for stage in config["stages"].values()):
+            raise ValueError(
+                f"{text!r} sets nothing that preset {config['name']!r} holds: each stage has its "
+                f"own {name}, set stages.{next(iter(config['stages']))}.{name}"
+            )
+    for stage, before in zip(new["stages"].values(), config["stages"].values(), strict=True):
+        if any(key in stage and key not in before for key in LENGTHS_OF_A_STAGE):
+            for key in LENGTHS_OF_A_STAGE:  # another way to say how long it is
+                if key in before:
+                    del stage[key]
+    return new
+
+
+def _shrink(config: dict[str, Any], scale: float) -> None:
+    """Takes this share of everything that makes a run long."""
+    share = lambda n: max(1, math.ceil(n * scale))
+    for stage in config["stages"].values():
+        for key in ("steps", "epochs", "token_iterations"):
+            if key in stage:
+                stage[key] = share(stage[key]) if key == "steps" else stage[key] * scale
+    for task in config["tasks"].values():
+        task["merge_inside"] = share(task["merge_inside"])
+        for key in ("merge_beyond", "self_counts"):
+            task[key] = [share(n) for n in task[key]]
+    config["evaluation"]["problems"] = share(config["evaluation"]["problems"])

@@ -1,0 +1,52 @@
+"""Run folders as the commands open them: RELAY's own, and a sentence about all others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relay_fast.relay.presets.schema import SavedRun
+from relay_fast.relay.run_folder import RunFolder, RunFolderError
+from relay_fast.utils.settings import check
+
+
+def open_run(path: str | os.PathLike, write: bool = False) -> RunFolder:
+    """The folder of a run of RELAY, by whichever version.
+
+    write: also make sure that results can be written. Raises RunFolderError, before anything is
+    written, for a folder that holds something else.
+    """
+    folder = RunFolder.open(path)
+    try:
+        check(SavedRun, folder.config, others=True)
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} holds {what_is(folder.config)} where a run of RELAY was expected ({error}); "
+            f"give the --out of python -m relay_fast.train."
+        ) from error
+    return RunFolder.open(path, write=True) if write else folder
+
+
+def refuse_foreign(path: str | os.PathLike, recipe: bool = False) -> None:
+    """Raises RunFolderError if the folder is there and is no run of RELAY; recipe: of a recipe."""
+    if not (Path(path) / "config.json").is_file():
+        return
+    if not recipe:
+        open_run(path)
+    elif "recipe" not in (config := RunFolder.open(path).config):
+        raise RunFolderError(
+            f"{path} holds {what_is(config)} where a recipe's run was expected; give another --out."
+        )
+
+
+def what_is(config: Mapping[str, Any]) -> str:
+    """What wrote a config.json, as far as it can be told."""
+    if "recipe" in config:
+        return f"a run of the recipe {config['recipe']!r}"
+    if "model_type" in config or "architectures" in config:
+        return f"a model of another library ({config.get('model_type', 'unknown type')!r})"
+    if "stages" in config and "tasks" in config:
+        return "a run of RELAY by another version"
+    return "the config of something else"

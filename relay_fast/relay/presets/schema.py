@@ -1,0 +1,234 @@
+"""What a run of RELAY is set up with: every key, its range, what it means."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from relay_fast.config import FEEDBACKS, INJECTIONS, LOOP_NORMS
+from relay_fast.engine.recompute import Policy
+from relay_fast.kernels.mlp_ref import ACTIVATIONS
+from relay_fast.kernels.norm_ref import NORMS
+from relay_fast.utils.settings import (
+    ABSENT,
+    BatchSize,
+    Below1,
+    BetaPair,
+    Clip,
+    Count,
+    Counts,
+    DecayKind,
+    Ema,
+    LearningRate,
+    MuonRate,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Table,
+    Warmup,
+    WeightDecay,
+    Whole,
+    says,
+)
+
+LENGTHS_OF_A_STAGE = ("steps", "epochs", "token_iterations")
+
+
+def _ordered(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    if len(lengths) != 2 or lengths[0] > lengths[1]:
+        raise ValueError
+    return lengths
+
+
+def _recompute(text: str) -> str:
+    Policy.parse(text)
+    return text
+
+
+Lengths = Annotated[
+    tuple[Count, ...],
+    Field(strict=False),
+    AfterValidator(_ordered),
+    says("the shortest and the longest length, like [1, 10]"),
+]
+
+
+class VocabularyTable(Table):
+    max_number: Whole = Field(249, description="the numbers 0 to this are tokens")
+    multiple: Count = Field(64, description="the embedding's rows are rounded up to this")
+
+
+class SavedTask(Table):
+    """Of a task, what evaluation needs: a run of any version has it."""
+
+    train: Lengths = Field(description="the shortest and the longest length in training")
+    test: Lengths = Field(description="the same, in evaluation: from the shortest trained on")
+    parameters: dict[str, Any] = Field(description="the task's own, which checks them")
+
+
+class TaskTable(SavedTask):
+    self_lengths: Counts = Field(description="lengths of the self-written chains, one a phase")
+    self_counts: Counts = Field(description="how many of each length a phase writes")
+    merge_inside: Count = Field(description="true problems in the fine-tuning of ar_relay")
+    merge_beyond: Counts = Field(description="chains of the looped model, by length beyond train")
+    hit_matrix: tuple[Count, ...] = Field(description="lengths of which each token is judged")
+
+
+class BlockTable(Table):
+    """As `relay_fast.config.BlockConfig`, which checks that the parts fit together."""
+
+    d_model: Count = Field(ABSENT, description="width of the states")
+    n_heads: Count = Field(ABSENT, description="heads of the attention")
+    n_layers: Count = Field(ABSENT, description="layers of the block")
+    n_kv_heads: Count | None = Field(None, description="key/value heads, default n_heads")
+    d_hidden: Count | None = Field(None, description="width of the MLP, default 4 d_model")
+    norm: Literal[*NORMS] = Field("rms", description="kind of norm")
+    eps: Positive = Field(1e-6, description="added in the norm")
+    activation: Literal[*ACTIVATIONS] = Field("gelu_tanh", description="of the MLP")
+    bias: bool = Field(False, description="whether linear layers have biases")
+    rope_base: Positive | None = Field(10_000.0, description="of RoPE; null: no positions")
+    dropout: Below1 = Field(0.0, description="share of the states dropped in training")
+    loop_norm: Literal[*LOOP_NORMS] = Field("none", description="norm between iterations")
+    injection: Literal[*INJECTIONS] = Field("none", description="how iterations see the input")
+    max_loops: Whole = Field(0, description="size of the loop-index embedding, 0 for none")
+    state_noise: NotNegative = Field(0.0, description="noise on the state, relative to its RMS")
+    feedback: Literal[*FEEDBACKS] = Field("none", description="what an iteration sees")
+    carry_state: bool = Field(False, description="with feedback: whether the state goes on too")
+    feedback_noise: Below1 = Field(0.0, description="share of fed tokens made wrong in training")
+    position_range: Whole = Field(0, description="random positions below this, 0 for none")
+
+
+class ModelTable(BlockTable):
+    d_model: Count = Field(description="width of the states")
+    n_heads: Count = Field(description="heads of the attention")
+    n_layers: Count = Field(description="layers of the block")
+    looped: BlockTable = Field(ABSENT, description="what the looped models have else")
+    autoregressive: BlockTable = Field(ABSENT, description="the autoregressive ones")
+
+
+class EvaluationTable(Table):
+    problems: Count = Field(description="problems of each length")
+
+
+class FineTuning(Table):
+    """What every stage may have of its own."""
+
+    lr: LearningRate = ABSENT
+    muon_lr: MuonRate | None = None
+    weight_decay: WeightDecay = ABSENT
+    betas: BetaPair = ABSENT
+    warmup: Warmup = ABSENT
+    decay: DecayKind = ABSENT
+    clip: Clip | None = None
+    ema: Ema | None = None
+    autocast: Literal["fp32", "bf16"] = Field("fp32", description="precision of the GEMMs")
+    graph: bool = Field(False, description="a step as one CUDA graph")
+    batch_size: BatchSize = ABSENT
+    batch_tokens: Count = Field(ABSENT, description="most tokens in a batch")
+    weighting: Literal["sequence", "row"] = Field("sequence", description="what counts alike")
+    task_weights: dict[str, NotNegative] = Field(
+        ABSENT, description="weight of each task in the loss, {NAME = 1.0, ...}"
+    )
+
+
+class FromScratch(FineTuning):
+    lengths: Literal["proportional", "uniform"] = Field(
+        "uniform", description="longer problems more often, or all lengths alike"
+    )
+    lengths_per_batch: Count = Field(ABSENT, description="lengths in a batch, default any")
+    dataset_size: Count = Field(ABSENT, description="problems of each task, default no end")
+    curriculum: Share = Field(0.0, description="share of the stage until the longest problems")
+    pad_probability: Share = Field(0.0, description="of padding a problem on the left")
+    pad_to: Whole = Field(0, description="up to so many tokens")
+    chain_weight: NotNegative = Field(1.0, description="of the chain's tokens in the loss")
+    truth: Share = Field(1.0, description="carry_state: share of true rounds fed in the end")
+
+
+class TrainingTable(FromScratch):
+    recompute: Annotated[str, AfterValidator(_recompute)] = Field(
+        "none", description="recompute policy: none, state, sqrt, every:k, last:m, budget:BYTES"
+    )
+
+
+class _Long(Table):
+    """How long a stage is: one of these."""
+
+    steps: Count = Field(ABSENT, description="steps of the stage")
+    epochs: Positive = Field(ABSENT, description="or passes over its data")
+    token_iterations: Positive = Field(ABSENT, description="or tokens times loops, in all")
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        given = [name for name in LENGTHS_OF_A_STAGE if name in self.model_fields_set]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none of them"
+            raise ValueError(
+                f"a stage's length is its steps, epochs or token_iterations: give one, not {found}"
+            )
+        return self
+
+
+class ScratchStage(_Long, FromScratch):
+    pass
+
+
+class FineTuningStage(_Long, FineTuning):
+    pass
+
+
+class StagesTable(Table):
+    looped_aligned: ScratchStage
+    looped_vanilla: ScratchStage
+    ar_baseline: ScratchStage
+    ar_relay: FineTuningStage
+    ar_self: FineTuningStage
+
+
+class SavedRun(Table):
+    """What a run's config needs for its models to be read, whichever version wrote it."""
+
+    vocabulary: VocabularyTable
+    tasks: dict[str, SavedTask] = Field(min_length=1)
+
+
+class RunConfig(SavedRun):
+    """A preset, and the config of a run."""
+
+    name: str = Field(description="the preset's")
+    seed: Seed = Field(description="of all random numbers")
+    workers: Count = Field(description="training processes side by side")
+    data_workers: Whole = Field(description="processes that make batches ahead")
+    tasks: dict[str, TaskTable] = Field(min_length=1)
+    model: ModelTable
+    evaluation: EvaluationTable
+    training: TrainingTable
+    stages: StagesTable
+
+    @model_validator(mode="after")
+    def _tasks_fit_together(self):
+        phases = {len(task.self_lengths) for task in self.tasks.values()}
+        for name, task in self.tasks.items():
+            _check_task(f"tasks.{name}", task, phases)
+        return self
+
+
+def _check_task(key: str, task: TaskTable, phases: set[int]) -> None:
+    """Raises ValueError for lengths of a task that do not go together."""
+    if task.test[1] < task.train[0]:
+        raise ValueError(
+            f"{key}.test = {list(task.test)} ends below train = {list(task.train)}: "
+            f"test up to longer problems"
+        )
+    farthest = max(task.test[1], task.train[1] + len(task.merge_beyond), *task.self_lengths)
+    if max(task.hit_matrix, default=0) > farthest:
+        raise ValueError(
+            f"{key}.hit_matrix = {list(task.hit_matrix)}: give lengths up to {farthest}, the "
+            f"longest that this run reads"
+        )
+    if len({len(task.self_lengths), len(task.self_counts)} | phases) > 1:
+        raise ValueError(
+            f"{key}.self_lengths = {list(task.self_lengths)} and self_counts = "
+            f"{list(task.self_counts)}: give one of each for every phase, as many in all tasks"
+        )

@@ -1,0 +1,271 @@
+"""The run folder: one folder per run, and the same command continues it.
+
+| file | content |
+|---|---|
+| `config.json` | the config; a folder with another config is refused |
+| `stages.json` | the finished stages, with when and what |
+| `results.json` | every number of the run; null where one is not finite (a loss that diverged) |
+| `checkpoints/*.safetensors` | models and training states |
+
+Every write is atomic: an interrupted run leaves nothing half-written. One process at a time runs
+in a folder; what it needs to know of the machine (`MACHINE`) may change from one to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from relay_fast.utils.files import (
+    cannot_write,
+    clear_partials,
+    differences,
+    finite,
+    first_differences,
+    json_text,
+    write_json,
+)
+from relay_fast.utils.locks import LOCK, FolderInUse, lock_folder
+
+MACHINE = ("workers", "data_workers")  # of the config: what changes no number of a run
+_EVALUATION = "evaluation"  # may be written while the run goes on
+
+
+class RunFolderError(RuntimeError):
+    """A run folder that cannot be used; the text is one sentence that says what to do."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    path: where it is. config: what the run was started with, as read back from JSON.
+    """
+
+    def __init__(self, path: str | os.PathLike, config: Mapping[str, Any]) -> None:
+        """Make the folder, or continue it if it is there with the same config.
+
+        `config` must be JSON-able. Raises RunFolderError for a file in the folder's place, a folder
+        that is not a run folder and not empty, one with another config, one that is not writable,
+        or one that another process runs in; ValueError for a config that JSON cannot hold.
+        """
+        self._use(path, config, LOCK)
+
+    def _use(self, path: str | os.PathLike, config: Mapping[str, Any], lock: str) -> None:
+        self.path = Path(path)
+        self.config: dict[str, Any] = json.loads(json_text(config))
+        try:
+            self._make_or_continue(lock)
+        except FolderInUse as error:
+            raise RunFolderError(
+                f"another process runs in the folder {self.path} ({error}); wait for it, or give "
+                f"another --out."
+            ) from error
+        except PermissionError as error:
+            raise RunFolderError(
+                f"no permission to write the run folder {self.path}; give another one with --out "
+                f"or change its permissions."
+            ) from error
+        except (NotADirectoryError, FileExistsError) as error:
+            raise RunFolderError(
+                f"{self.path} is a file, or lies below one, where a run folder should be; give "
+                f"another --out."
+            ) from error
+        except OSError as error:
+            raise RunFolderError(
+                f"the run folder {self.path} cannot be used ({error.strerror}); give another --out."
+            ) from error
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, write: bool = False) -> RunFolder:
+        """The run folder at `path`, with its own config.
+
+        `write`: also make sure that results can be written. Raises RunFolderError if there is no
+        such folder, or it cannot be read or written.
+        """
+        path = Path(path)
+        try:
+            if not (path / "config.json").is_file():
+                raise RunFolderError(
+                    f"{path} is not a run folder (no config.json); make one with "
+                    f"python -m relay_fast.train --out {path}."
+                )
+            config = _read_json(path / "config.json")
+        except PermissionError as error:
+            raise RunFolderError(
+                f"no permission to read the run folder {path}; change its permissions."
+            ) from error
+        run = cls.__new__(cls)
+        if write:
+            run._use(path, config, f"{LOCK}.{_EVALUATION}")
+        else:
+            run.path, run.config = path, config
+        return run
+
+    def _make_or_continue(self, lock: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        config_file = self.path / "config.json"
+        self._refuse_foreign(config_file)
+        self._lock = lock_folder(self.path, lock, again=True)
+        evaluates = lock != LOCK
+        clear_partials(self.path, lambda stem: (stem == _EVALUATION) == evaluates)
+        if config_file.is_file():
+            theirs = _read_json(config_file)
+            theirs |= {name: self.config[name] for name in MACHINE if name in self.config}
+            found = differences(self.config, theirs, there="in the folder")
+            if found:
+                raise RunFolderError(
+                    f"the run folder {self.path} belongs to another config: "
+                    f"{first_differences(found)}; give another --out, or the same config to "
+                    f"continue it."
+                )
+            # Not os.access: it asks for the real user and knows no read-only file system.
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        else:
+            write_json(config_file, self.config)
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+        if not evaluates:
+            clear_partials(self.path / "checkpoints")
+
+    def _refuse_foreign(self, config_file: Path) -> None:
+        """Raises RunFolderError for a folder that is not empty and no run's."""
+        others = (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+        if not config_file.is_file() and any(others):
+            raise RunFolderError(
+                f"{self.path} is not empty and is not a run folder (no config.json); give "
+                f"another --out."
+            )
+
+    def checkpoint(self, name: str) -> Path:
+        """Where the checkpoint called `name` is, or will be."""
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write the JSON file called `name`, null for what is not finite; raises RunFolderError
+        where that cannot be."""
+        try:
+            write_json(self.path / name, finite(value))
+        except OSError as error:
+            raise RunFolderError(cannot_write(self.path / name, error)) from error
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json; empty if there is none yet."""
+        file = self.path / "results.json"
+        return _read_json(file) if file.is_file() else {}
+
+    def update_results(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge `part` into results.json and return the whole.
+
+        Dictionaries merge key by key, anything else replaces what was there.
+        """
+        whole = _merged(self.results(), json.loads(json_text(finite(part))))
+        self.write("results.json", whole)
+        return whole
+
+    def stage_done(self, name: str) -> bool:
+        return name in self._stages()
+
+    def mark_done(self, name: str, info: Mapping[str, Any] | None = None) -> None:
+        """Record that a stage is finished, after all that it leaves is on disk."""
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        stages = {**self._stages(), name: {"finished": finished, **(info or {})}}
+        self.write("stages.json", stages)
+
+    def _stages(self) -> dict[str, dict[str, Any]]:
+        file = self.path / "stages.json"
+        return _read_json(file) if file.is_file() else {}
+
+
+def versions(device: str = "cpu") -> dict[str, Any]:
+    """What the numbers of a run depend on beside its config; JSON-able.
+
+    `device`: "cpu" or a CUDA device, whose name is looked up (which initialises CUDA).
+    """
+    import numpy
+    import torch
+
+    from relay_fast import __version__
+
+    processor = _processor()
+    name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else processor
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _installed_version("triton"),
+        "numpy": numpy.__version__,
+        "relay_fast": __version__,
+        "commit": _commit(),
+        "machine": platform.platform(),
+        "processor": processor,
+        "cpu_count": os.cpu_count(),
+        "device": str(device),
+        "device_name": name,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} is damaged ({error}); restore it, or start anew with another --out."
+        ) from error
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path} holds no JSON object; start anew with another --out.")
+    return value
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    result = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _installed_version(name: str) -> str | None:
+    # Not by importing it: triton looks for drivers when imported.
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `+` if tracked files have changed. Outside a checkout (a copy of
+    one on a lent machine) what the environment variable RELAY_FAST_COMMIT says, or None."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed package may lie inside somebody's repository
+        return os.environ.get("RELAY_FAST_COMMIT")
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Tables, plots and progress for people to read."""

@@ -1,0 +1,191 @@
+"""A whole training step as one CUDA graph: zero_grad → loss → backward → clipping → optimiser.
+
+The first steps run eagerly over the static buffers, which also compiles every kernel; then the step
+is captured, and from then on a new batch is copied into the buffers and the graph replayed: no
+launch, no allocation and no synchronisation is left in Python. Where that cannot be had, the step
+runs as it always did and `reason` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.kernels.supports import Unsupported
+from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
+from relay_fast.ops.dispatch import on_device
+
+__all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
+
+# Tokens in one pass of a batch whose iterations train side by side: what its parts' memory is for.
+PART_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
+WARM_UP = 3  # eager steps before the capture, as PyTorch asks for
+
+
+def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str | None:
+    """Why a step cannot be captured at all; None if it may be tried."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, the model is on {device.type!r}"
+    if not all("capturable" in group for group in optimizer.param_groups):
+        return f"{type(optimizer).__name__} has no capturable form: use AdamW"
+    return None
+
+
+def feedback_graph_reason(model: nn.Module) -> str | None:
+    if model.config.feedback == "none":
+        return None
+    return "batches with rounds that are fed back have no fixed shape yet: eager steps"
+
+
+def take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    *,
+    clip: float | None = None,
+    autocast: torch.dtype | None = None,
+) -> Any:
+    """One eager training step; returns what `model(batch)` does, which has a `loss`.
+
+    clip: largest norm of all gradients. autocast: dtype of the GEMMs, None for the parameters'.
+    """
+    optimizer.zero_grad()
+    if isinstance(batch, PackedBatch) and batch.fed is not None:
+        parts = list(batch.parts(PART_TOKENS[model.device.type]))
+        losses = _joined([_add_gradients(model, part, autocast) for part in parts], parts)
+    else:
+        losses = _add_gradients(model, batch, autocast)
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return losses
+
+
+def _add_gradients(model: nn.Module, batch: Any, autocast: torch.dtype | None) -> Any:
+    # A cache of casts would outlive the memory of a graph that is captured here.
+    with torch.autocast(
+        model.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+    ):
+        losses = model(batch)
+    losses.loss.backward()
+    return losses
+
+
+def _joined(losses: Sequence[Losses], parts: Sequence[PackedBatch]) -> Losses:
+    """The losses of a batch whose parts these are."""
+    if len(parts) == 1:
+        return losses[0]
+    total = [torch.stack([own[i] for own in losses]).detach() for i in range(5)]
+    counts = [[len(part.targets) for part in parts], [len(part) for part in parts]]
+    shares = [
+        (values * values.new_tensor(count)).sum() / max(1, sum(count))
+        for values, count in zip(total[3:], counts, strict=True)
+    ]
+    return Losses(*(values.sum() for values in total[:3]), *shares)
+
+
+class GraphedStep:
+    """Takes training steps of a model, as replays of one CUDA graph where it can.
+
+        step = GraphedStep(model, optimizer, Capacity.of(some_batches), clip=1.0)
+        losses = step(batch)
+
+    optimizer: an AdamW, with Muon beside it or not; on CUDA its learning rates become tensors
+    (`relay_fast.training.optim.set_factor` fills them). clip: largest norm of all gradients.
+    autocast: dtype of the GEMMs. A batch beyond the capacity takes an eager step, after which
+    graphs go on. Every step counts, the first ones too: no batch is taken twice. A model put into
+    eval() or another mode needs a new one.
+    """
+
+    def __init__(
+        self,
+        model: LoopedTransformer | AutoregressiveTransformer,
+        optimizer: torch.optim.Optimizer,
+        capacity: Capacity,
+        *,
+        clip: float | None = None,
+        autocast: torch.dtype | None = None,
+    ):
+        self.model, self.optimizer, self.capacity = model, optimizer, capacity
+        self.clip, self.autocast = clip, autocast
+        self.reason: str | None = None  # why the last step was no replay; None if it was one
+        self._never = graph_reason(model.device, optimizer) or feedback_graph_reason(model)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._losses: Losses | None = None
+        self._warm = 0
+        if self._never is None:
+            self._static = StaticBatch(capacity, model.device)
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+                if not isinstance(group["lr"], Tensor):
+                    group["lr"] = torch.tensor(float(group["lr"]), device=model.device)
+
+    def __call__(self, batch: PackedBatch) -> Losses:
+        """Takes one step. The losses are the batch's own, on the device."""
+        with on_device(self.model.device):  # streams and captures are the current device's
+            return self._step(batch)
+
+    def _step(self, batch: PackedBatch) -> Losses:
+        self.model._check(batch)
+        self.reason = self._never or self.capacity.reason(batch)
+        if self.reason is not None:
+            return self._take(batch)
+        self._static.load(batch)
+        if self._warm < WARM_UP:
+            self._warm += 1
+            self.reason = f"warming up, step {self._warm} of {WARM_UP}"
+            try:
+                return self._own(self._warm_up(), batch)
+            except Unsupported as error:  # before the optimiser: the step is still to be taken
+                self.reason = self._never = str(error)
+                return self._take(batch)
+        if self._graph is None:
+            self.reason = self._capture()
+            if self.reason is not None:
+                self._never = self.reason
+                return self._take(batch)
+        self._graph.replay()
+        return self._own(self._losses, batch)
+
+    def _take(self, batch: PackedBatch) -> Losses:
+        """One eager step; what is captured."""
+        losses = take_step(
+            self.model, self.optimizer, batch, clip=self.clip, autocast=self.autocast
+        )
+        return Losses(*(value.detach() for value in losses))
+
+    def _warm_up(self) -> Losses:
+        """An eager step on a stream of its own, as a capture will run."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            losses = self._take(self._static.batch)
+        torch.cuda.current_stream().wait_stream(side)
+        return losses
+
+    def _capture(self) -> str | None:
+        """Captures the step without running it; the reason if that fails."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._losses = self._take(self._static.batch)
+        except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
+            torch.cuda.synchronize()
+            return f"the step could not be captured: {' '.join(str(error).split())[:300]}"
+        self._graph = graph
+        return None
+
+    def _own(self, losses: Losses, batch: PackedBatch) -> Losses:
+        """The losses of a static batch as the batch's own: shares count its own rows only."""
+        full = self._static.batch
+        rows = len(full.targets) / max(1, len(batch.targets))
+        sequences = len(full) / max(1, len(batch))
+        return Losses(
+            losses.loss.clone(), losses.chain.clone(), losses.answer.clone(),
+            losses.chain_correct * rows, losses.answer_correct * sequences,
+        )  # fmt: skip

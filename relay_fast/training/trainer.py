@@ -1,0 +1,289 @@
+"""Trains one model on one stream: resumable, interruptible, deterministic from its seed."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from relay_fast.batch.capacity import Capacity
+from relay_fast.data.streams import Step, run_ahead
+from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
+from relay_fast.reporting.progress import Progress
+from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
+from relay_fast.training.cuda_graph import GraphedStep, graph_reason, take_step
+from relay_fast.training.optim import make_optimizer, set_factor
+from relay_fast.utils.errors import Diverged
+from relay_fast.utils.files import finite
+from relay_fast.utils.interrupts import interrupts_deferred
+from relay_fast.utils.numbers import plain_numbers, whole
+from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
+
+Model = LoopedTransformer | AutoregressiveTransformer
+BeforeStep = Callable[[int, torch.optim.Optimizer], None]
+
+LOG_EVERY = 2.0  # seconds between two progress reports (each reads a loss back)
+SAVE_EVERY = 20.0  # seconds between two resume points
+PART_BYTES = 12 << 20  # of a file of the resume point: machines that are lent return small files
+# A CUDA graph's capacity: of so many batches over the whole training, with so much more. None of
+# 400 others of preset paper-fast was larger (12 % of them without the spread, at slack 0.1).
+CAPACITY_BATCHES, SLACK, SPREAD = 12, 0.05, 2.0
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+class Trained(NamedTuple):
+    """What a finished training leaves beside the model; times are over all the calls it took.
+
+    history: step, seconds since the beginning, loss, chain_accuracy, answer_accuracy. waited: the
+    seconds in which the next batch was not there yet (without data workers: was made). cuda_graph:
+    "replayed", or why the last step was no replay of a CUDA graph.
+    """
+
+    history: list[dict[str, float]]
+    longest_true: dict[str, int]
+    seconds: float
+    samples: int
+    waited: float
+    cuda_graph: str
+
+    @staticmethod
+    def of_phases(phases: Sequence[Trained]) -> Trained:
+        """Trainings one after the other as one, whose steps count anew in each."""
+        history: list[dict[str, float]] = []
+        longest_true: dict[str, int] = {}
+        seconds = 0.0
+        for phase in phases:
+            history += [
+                {**e, "seconds": round(e.get("seconds", 0.0) + seconds, 3)} for e in phase.history
+            ]
+            _raise_to(longest_true, phase.longest_true)
+            seconds += phase.seconds
+        samples, waited = sum(p.samples for p in phases), sum(p.waited for p in phases)
+        return Trained(history, longest_true, seconds, samples, waited, phases[-1].cuda_graph)
+
+    def record(self) -> dict[str, float | str]:
+        """What results.json says about the time that the training took."""
+        return {
+            "seconds": round(self.seconds, 2),
+            "samples": self.samples,
+            "samples_per_s": round(self.samples / self.seconds, 1),
+            "data_wait_share": round(self.waited / self.seconds, 4),
+            "cuda_graph": self.cuda_graph,
+        }
+
+
+def _raise_to(longest: dict[str, int], found: Mapping[str, int]) -> None:
+    """Makes every task's entry at least what was found."""
+    for name, length in found.items():
+        longest[name] = max(length, longest.get(name, 0))
+
+
+def train_model(
+    model: Model,
+    stream: Dataset,
+    recipe: Mapping[str, Any],
+    state_path: str | os.PathLike,
+    *,
+    seed: int,
+    data_workers: int = 0,
+    report: Callable[[Progress], None] = lambda progress: None,
+    before_step: BeforeStep | None = None,
+) -> Trained:
+    """Takes every step of `stream`, in place; continues from `state_path` if it is there.
+
+    recipe: lr, optimizer, muon_lr, weight_decay, betas (`relay_fast.training.optim`), clip, ema,
+    autocast ("bf16": of the GEMMs), graph (on CUDA, a step is one CUDA graph where that can be
+    had). Interrupted (Ctrl-C), it saves its state between two steps and raises KeyboardInterrupt;
+    the same call then continues exactly, and returns at once where the last step was taken. Raises
+    Diverged for a loss or a state that is not finite, which is looked at where values are read back
+    anyway, WorkerDied as `relay_fast.data.streams.run_ahead` does, and CheckpointError.
+    before_step(step, optimizer) may change model and optimizer, as
+    `relay_fast.models.layer_stack.grow` does (without ema); a call that continues first calls it
+    for the steps that were taken.
+    """
+    training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
+    with interrupts_deferred() as asked:
+        return training.run(data_workers, report, asked)
+
+
+def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first that holds NaN or inf; read back once."""
+    names = [name for name, value in tensors.items() if value.is_floating_point()]
+    finite = [tensors[name].isfinite().all() for name in names]
+    home = finite[0].device
+    good = torch.stack([value.to(home, non_blocking=True) for value in finite]).tolist()
+    return next((name for name, well in zip(names, good, strict=True) if not well), None)
+
+
+class _Training:
+    def __init__(
+        self,
+        model: Model,
+        stream: Dataset,
+        recipe: Mapping,
+        path: Path,
+        seed: int,
+        before_step: BeforeStep | None,
+    ):
+        self.model, self.stream, self.path = model.train(), stream, path
+        self.before_step = before_step or (lambda step, optimizer: None)
+        self.name = path.name.removesuffix(".safetensors").removesuffix(".state")
+        self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
+        seed = whole("seed", seed)
+        self.identity = {"seed": seed, "steps": len(stream), "recipe": plain_numbers(recipe)}
+        names = ("optimizer", "weight_decay", "betas", "muon_lr")
+        options = {k: recipe[k] for k in names if k in recipe}
+        self.optimizer = make_optimizer(model, lr=recipe["lr"], **options)
+        self.ema = None
+        if self.ema_decay:
+            self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+        torch.manual_seed(seed)
+        self.step, self.samples, self.seconds, self.waited = 0, 0, 0.0, 0.0
+        self.history: list[dict[str, float]] = []
+        self.longest_true: dict[str, int] = {}
+        self._generators = {"cpu": torch.default_generator}
+        if model.device.type == "cuda":
+            self._generators["cuda"] = torch.cuda.default_generators[model.device.index or 0]
+        self.take = self._step_taker(DTYPES[recipe.get("autocast", "fp32")], recipe.get("graph"))
+        if path.exists():
+            self._resume()
+
+    def _step_taker(self, autocast: torch.dtype | None, graph: bool | None) -> Callable:
+        options = {"clip": self.clip, "autocast": autocast}
+        self.no_graph: str | None = "not asked for"
+        if graph:
+            self.no_graph = graph_reason(self.model.device, self.optimizer)
+        if self.no_graph:
+            return partial(take_step, self.model, self.optimizer, **options)
+        steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
+        drawn = (self.stream[step].batch for step in sorted(set(steps.tolist())))
+        capacity = Capacity.of(drawn, SLACK, SPREAD)
+        return GraphedStep(self.model, self.optimizer, capacity, **options)
+
+    def run(
+        self, data_workers: int, report: Callable[[Progress], None], asked: Callable[[], bool]
+    ) -> Trained:
+        started, spent = time.monotonic(), self.seconds
+        logged, saved, first, before = started, started, self.step, self.samples
+        steps = run_ahead(self.stream, self.step, data_workers, asked)
+        try:
+            for batch, longest_true in self._awaited(steps):
+                self.before_step(self.step, self.optimizer)
+                losses = self._train_step(batch.to(self.model.device))
+                self.samples += len(batch)
+                _raise_to(self.longest_true, longest_true)
+                last = self.step == len(self.stream)
+                now = time.monotonic()
+                if now - logged >= LOG_EVERY or self.step == first + 1 or last:
+                    losses = Losses(*(value.item() for value in losses))  # waits for the device
+                    now = logged = time.monotonic()
+                    self.seconds = spent + now - started
+                    report(self._log(losses, (self.samples - before) / (now - started)))
+                self.seconds = spent + now - started
+                if last or now - saved >= SAVE_EVERY:
+                    self._save()
+                    saved = now
+                if asked():
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            self._save()
+            raise
+        finally:
+            steps.close()  # ends the data workers
+        if self.ema is not None:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    p.copy_(self.ema[name])
+        self.model.eval()
+        graph = self.no_graph or self.take.reason or "replayed"
+        return Trained(
+            self.history, self.longest_true, self.seconds, self.samples, self.waited, graph
+        )
+
+    def _awaited(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps; adds up the time that they are waited for."""
+        while True:
+            began = time.monotonic()
+            step = next(steps, None)
+            self.waited += time.monotonic() - began
+            if step is None:
+                return
+            yield step
+
+    def _train_step(self, batch):
+        set_factor(self.optimizer, self.stream.schedule.factor(self.step))
+        losses = self.take(batch)
+        self.step += 1
+        if self.ema is not None:
+            with torch.no_grad():
+                decay = min(self.ema_decay, self.step / (self.step + 10))
+                torch._foreach_lerp_(
+                    list(self.ema.values()), list(self.model.parameters()), 1 - decay
+                )
+        return losses
+
+    def _log(self, losses: Losses, samples_per_s: float) -> Progress:
+        """Adds to the history; raises Diverged where the loss is not finite."""
+        entry = {
+            "step": self.step,
+            "seconds": round(self.seconds, 3),
+            "loss": losses.loss,
+            "chain_accuracy": losses.chain_correct,
+            "answer_accuracy": losses.answer_correct,
+        }
+        self.history.append(finite(entry))
+        if not math.isfinite(losses.loss):
+            raise self._diverged(f"the loss is {losses.loss}")
+        return Progress(
+            self.step, len(self.stream), samples_per_s, entry["loss"], entry["chain_accuracy"]
+        )
+
+    def _diverged(self, what: str) -> Diverged:
+        losses = [(entry["step"], entry["loss"]) for entry in self.history]
+        last = next((seen for seen in reversed(losses) if seen[1] is not None), None)
+        seen = f" (last seen finite at step {last[0]}: {last[1]:.4g})" if last else ""
+        return Diverged(
+            f"the training of {self.name} diverged: {what} at step {self.step}{seen}; give a "
+            f"smaller lr or muon_lr, a longer warmup or a smaller clip, and a new folder.",
+            self.history,
+        )
+
+    def _save(self) -> None:
+        """Raises Diverged, and leaves the last state, where this one is not finite."""
+        if not self.step:
+            return
+        tensors = pack_training_state(self.model, self.optimizer, self.ema, self._generators)
+        trained = {f"model.{name}" for name, _ in self.model.named_parameters()}
+        learnt = {k: v for k, v in tensors.items() if k in trained or not k.startswith("model.")}
+        if name := _not_finite(learnt):
+            raise self._diverged(f"{name} holds NaN or inf")
+        metadata = {
+            "config": self.identity,
+            "step": self.step,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "waited": self.waited,
+            "history": self.history,
+            "longest_true": self.longest_true,
+        }
+        save_checkpoint(self.path, tensors, metadata, PART_BYTES)
+
+    def _resume(self) -> None:
+        tensors, metadata = load_checkpoint(self.path, expect=self.identity)
+        for step in range(metadata["step"]):
+            self.before_step(step, self.optimizer)
+        # A state of another kind of device has not all of them; the others go on from the seed.
+        generators = {k: g for k, g in self._generators.items() if f"rng.{k}" in tensors}
+        unpack_training_state(tensors, self.model, self.optimizer, self.ema, generators, self.path)
+        self.step, self.seconds = metadata["step"], metadata["seconds"]
+        # A state written before these were counted goes on all the same.
+        self.samples, self.waited = metadata.get("samples", 0), metadata.get("waited", 0.0)
+        self.history, self.longest_true = metadata["history"], metadata["longest_true"]

@@ -1,0 +1,1 @@
+"""Files, tensor files, ragged arrays, the cores and the lengths that others build on."""

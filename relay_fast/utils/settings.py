@@ -1,0 +1,364 @@
+"""Settings that are checked as a whole: one schema for presets, recipes, `--set` and saved configs.
+
+A schema is a pydantic model (`Table`) or a frozen pydantic dataclass (`@settings`) whose fields say
+what they mean. Here are the kinds of numbers that they share, the sentence for a value that does
+not fit, and the reader of `--set key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
+_CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_KINDS = {
+    "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false",
+    "string_type": "a text", "tuple_type": "a list", "list_type": "a list",
+    "finite_number": "a finite number", "int_parsing_size": "a smaller whole number",
+}  # fmt: skip
+_RANGES = {
+    "greater_than_equal": "at least {ge}", "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}", "less_than": "less than {lt}",
+    "too_short": "at least {min_length} of them", "too_long": "at most {max_length} of them",
+}  # fmt: skip
+_TABLES = ("model_type", "model_attributes_type", "dataclass_type", "dict_type")
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+class Table(BaseModel):
+    """A table of settings: unknown keys and values of another type are refused."""
+
+    model_config = ConfigDict(**_CONFIG, frozen=True)
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are checked; raises ValueError with one sentence."""
+    made = pydantic_dataclass(cls, frozen=True, config=_CONFIG)
+    build = made.__init__
+
+    def __init__(self, *args, **kwargs) -> None:
+        if len(args) > len(fields_of(made)):
+            raise TypeError(f"{cls.__name__} has {len(fields_of(made))} settings, not {len(args)}")
+        try:
+            build(self, *args, **kwargs)
+        except ValidationError as error:
+            given = dict(zip(fields_of(made), args, strict=False)) | kwargs
+            raise ValueError(_sentence(error, made, given)) from None
+
+    made.__init__ = __init__
+    return made
+
+
+def says(words: str) -> WrapValidator:
+    """A number or list out of range is refused with `give WORDS`, and what is no number too."""
+
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            if first["loc"]:
+                raise
+            whole = words
+            if first["type"] in ("int_type", "float_type") and "number" not in words:
+                whole = f"{_KINDS[first['type']]}, {words}"
+            raise PydanticCustomError("setting", "give {words}", {"words": whole}) from None
+
+    return WrapValidator(check)
+
+
+# The default of a key that may be left out; where null may be given, the annotation says so.
+ABSENT: Any = None
+MAX_SEED = 2**63 - 1
+
+Count = Annotated[int, Field(ge=1), says("at least 1")]
+Whole = Annotated[int, Field(ge=0), says("at least 0")]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), says("at least 0 and less than 2^63")]
+NotNegative = Annotated[float, Field(ge=0), says("a number of at least 0")]
+Positive = Annotated[float, Field(gt=0), says("a positive number")]
+Share = Annotated[float, Field(ge=0, le=1), says("0 to 1")]
+Below1 = Annotated[float, Field(ge=0, lt=1), says("at least 0 and less than 1")]
+# `says` hands lists on as they are, which a strict tuple would refuse.
+Counts = Annotated[
+    tuple[Count, ...], Field(min_length=1, strict=False), says("at least one number")
+]
+Betas = Annotated[
+    tuple[Below1, ...],
+    Field(min_length=2, max_length=2, strict=False),
+    says("two numbers, like [0.9, 0.95]"),
+]
+Decay = Literal["linear", "cosine", "late", "constant"]  # of relay_fast.training.schedule.DECAYS
+
+# What every training knows, of RELAY and of the recipes.
+Steps = Annotated[Count, Field(description="steps of the training")]
+BatchSize = Annotated[Count, Field(description="problems in a batch")]
+LearningRate = Annotated[Positive, Field(description="learning rate")]
+MuonRate = Annotated[
+    Positive, Field(description="learning rate of Muon for the block's matrices; without it, AdamW")
+]
+WeightDecay = Annotated[NotNegative, Field(description="weight decay, of matrices only")]
+BetaPair = Annotated[Betas, Field(description="AdamW's two moving averages")]
+Warmup = Annotated[Share, Field(description="share of the steps until the full learning rate")]
+DecayKind = Annotated[Decay, Field(description="how the learning rate falls afterwards")]
+Clip = Annotated[Positive, Field(description="the largest norm of the gradient")]
+Ema = Annotated[
+    Below1, Field(description="decay of the averaged weights that are kept; without it, no average")
+]
+
+
+def check(schema: type[T], values: Mapping[str, Any], *, others: bool = False) -> T:
+    """`values` (JSON-able) as the schema reads them; ValueError with one sentence for the first
+    that does not fit. others: let unknown keys pass, as in a file of another version."""
+    text = json.dumps(values)
+    try:
+        return TypeAdapter(schema).validate_json(text, extra="ignore" if others else "forbid")
+    except ValidationError as error:
+        raise ValueError(_sentence(error, schema, json.loads(text))) from None
+
+
+def check_value(key: str, value: Any, kind: Any) -> Any:
+    """The value as this kind has it (numpy's numbers become Python's, lists tuples). Raises
+    ValueError, naming the key, for one that is not of this kind."""
+    text = json.dumps(value, default=lambda number: number.item())
+    try:
+        return TypeAdapter(Annotated[kind, Field(strict=True)]).validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{key} = {_shown(value)}: {_wanted(first)}") from None
+
+
+def changed(values: Mapping[str, Any], changes: Sequence[str], schema: type) -> dict[str, Any]:
+    """A copy of `values` with the `changes`, texts like "model.d_model=64", put in unchecked.
+
+    A value is TOML or JSON; a bare word is text. Raises ValueError for what sets nothing, naming
+    the nearest key.
+    """
+    copy = json.loads(json.dumps(values))
+    for change in changes:
+        _put(copy, change, schema)
+    return copy
+
+
+def with_changes(values: T, changes: Sequence[str]) -> T:
+    """The settings with the `changes` put in, checked once all of them are. Raises ValueError."""
+    return check(type(values), changed(asdict(values), changes, type(values)))
+
+
+def fields_of(schema: Any) -> dict[str, Any]:
+    """Name -> field of a schema, none for anything else."""
+    return getattr(schema, "__pydantic_fields__", {})
+
+
+class Row(NamedTuple):
+    """A setting as help texts show it. names: what NAME in the key stands for, if it has one."""
+
+    key: str
+    takes: str
+    meaning: str
+    names: str = ""
+
+
+def described(schema: type, start: str = "", names: str = "") -> Iterator[Row]:
+    """Every setting of a schema; those of equal tables (stages, tasks) once, with NAME."""
+    fields, seen = fields_of(schema), []
+    for name, field in fields.items():
+        kind = _inner(field.annotation)
+        if get_origin(kind) is dict and fields_of(_inner(get_args(kind)[1])):
+            yield from described(
+                _inner(get_args(kind)[1]), f"{start}{name}.NAME.", f"one of the {name}"
+            )
+        elif not fields_of(kind):
+            yield Row(f"{start}{name}", _takes(kind), _meaning(field), names)
+        elif kind not in seen:
+            seen.append(kind)
+            alike = [other for other, f in fields.items() if _inner(f.annotation) is kind]
+            inner = name if len(alike) == 1 else "NAME"
+            yield from described(
+                kind, f"{start}{inner}.", names if len(alike) == 1 else ", ".join(alike)
+            )
+
+
+def described_text(schema: type) -> str:
+    """The settings of a schema, a line each."""
+    rows, lines, names = list(described(schema)), [], ""
+    keys, takes = (max(len(row[i]) for row in rows) for i in (0, 1))
+    for row in rows:
+        if row.names != names and row.names:
+            lines.append(f"NAME: {row.names}")
+        names = row.names
+        lines.append(f"  {row.key:{keys}s}  {row.takes:{takes}s}  {row.meaning}".rstrip())
+    return "\n".join(lines)
+
+
+def _inner(annotation: Any) -> Any:
+    """The annotation without None and metadata."""
+    if get_origin(annotation) is Annotated:
+        return _inner(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _inner(next(a for a in get_args(annotation) if a is not type(None)))
+    return annotation
+
+
+def _meaning(field: Any) -> str:
+    """The field's description, or that of its kind where null may stand for it."""
+    of_parts = [
+        part.description for choice in get_args(field.annotation)
+        for part in getattr(choice, "__metadata__", ()) if getattr(part, "description", None)
+    ]  # fmt: skip
+    return field.description or "".join(of_parts[:1])
+
+
+def _takes(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    names = {int: "whole number", float: "number", str: "text", bool: "true | false"}
+    return names.get(kind, "list" if get_origin(kind) is tuple else "table")
+
+
+def _put(values: dict[str, Any], change: str, schema: type) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in change):  # bytes that are no text
+        raise ValueError(f"{change!a} is not text: write KEY=VALUE")
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        example = next(described(schema)).key
+        raise ValueError(f"{change!r} sets nothing: write KEY=VALUE, like {example}=…")
+    *path, name = key.split(".")
+    table, kind = values, schema
+    for depth, part in enumerate([*path, name]):
+        below = _below(kind, part, table)
+        if below is None:
+            raise ValueError(f"{change!r}: {_unknown(schema, values, [*path, name][: depth + 1])}")
+        if depth == len(path):
+            if keys := fields_of(below):
+                raise ValueError(
+                    f"{change!r}: {key} is a table: set one of its keys, like "
+                    f"{key}.{next(iter(keys))}=…"
+                )
+            table[name] = _value(text)
+            return
+        if table.get(part) is None:
+            table[part] = {}
+        table, kind = table[part], below
+        if not isinstance(table, dict):
+            raise ValueError(f"{change!r}: {'.'.join(path)} has no parts: write it without a dot")
+
+
+def _below(kind: Any, part: str, table: Mapping[str, Any]) -> Any:
+    """What the key `part` of a table of this kind holds; None for no such key."""
+    if part in fields_of(kind):
+        return _inner(fields_of(kind)[part].annotation)
+    if get_origin(kind) is dict and (get_args(kind)[1] is Any or part in table):
+        return _inner(get_args(kind)[1])
+    if get_origin(kind) is tuple:
+        return _inner(get_args(kind)[0])
+    has_keys = fields_of(kind) or get_origin(kind) is dict
+    return None if kind is None or has_keys else Any
+
+
+def _value(text: str) -> Any:
+    """What a text after `=` means."""
+    try:
+        read = tomllib.loads(f"value = {text}")
+        if list(read) == ["value"]:
+            json.dumps(read)  # a date is text
+            return read["value"]
+    except (ValueError, TypeError, RecursionError):
+        pass
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _sentence(error: ValidationError, schema: type, values: Any) -> str:
+    """What the first error says, for a person: key, value, what was expected."""
+    first = error.errors(include_url=False)[0]
+    loc = list(first["loc"])
+    if loc and isinstance(loc[0], int):  # an argument by its place
+        loc[0] = list(fields_of(schema))[loc[0]]
+    if loc and loc[-1] == "[key]":
+        return _unknown(schema, values, loc[:-1])
+    whole = tuple(loc)
+    while loc and isinstance(loc[-1], int):  # an element is shown in its list
+        loc.pop()
+    key = ".".join(map(str, loc))
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+    if first["type"] in _UNKNOWN:
+        return _unknown(schema, values, loc)
+    if first["type"] == "missing":
+        return f"{key} is missing: give it a value"
+    value = _at(values, loc)
+    if first["type"] == "literal_error":
+        known = get_args(_inner(_annotation(schema, whole)))
+        how = "one" if len(loc) == len(whole) else "some"
+        return f"{key} = {_shown(value)} is unknown: use {how} of {', '.join(map(str, known))}"
+    if first["type"] in _TABLES:
+        return f"{key or 'the config'} = {_shown(value)}: give a table of settings"
+    return f"{key} = {_shown(value)}: {_wanted(first)}"
+
+
+def _wanted(error: Mapping[str, Any]) -> str:
+    if error["type"] == "setting":
+        return error["msg"]
+    if error["type"] in _KINDS:
+        return f"give {_KINDS[error['type']]}"
+    if error["type"] in _RANGES:
+        return f"give {_RANGES[error['type']].format(**error['ctx'])}"
+    return error["msg"].lower()
+
+
+def _annotation(schema: Any, loc: Sequence[Any]) -> Any:
+    for part in loc:
+        schema = _below(_inner(schema), str(part), {str(part): None})
+    return schema
+
+
+def _at(values: Any, loc: Sequence[Any]) -> Any:
+    for part in loc:
+        if is_dataclass(values):
+            values = getattr(values, str(part), None)
+        elif isinstance(values, Mapping):
+            values = values.get(part)
+    return values
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown(schema: type, values: Any, loc: Sequence[Any]) -> str:
+    """The sentence for a key that nothing has: the nearest beside it, or one of that name."""
+    *path, name = map(str, loc)
+    kind, table = _annotation(schema, path), _at(values, path)
+    known = list(fields_of(kind)) or [key for key in table or () if key != name]
+    start = "".join(f"{part}." for part in path)
+    near = [row.key for row in described(schema) if row.key.rpartition(".")[2] == name]
+    near += [f"{start}{key}" for key in difflib.get_close_matches(name, known, 1, cutoff=0.0)]
+    what = "table" if isinstance(_at(values, [*path, name]), Mapping) else "setting"
+    nearest = f": the nearest is {near[0]}" if near else ""
+    return f"{what} {start}{name} is unknown{nearest}"

@@ -1,0 +1,114 @@
+"""What the paper's experiment should take on a card: sums that can be checked by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.card import predict
+from benchmarks.card.predict import Training, Writing
+from relay_fast.relay.presets import load_preset, override
+from relay_fast.relay.stages import Context
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def context(**options) -> Context:
+    config = override(load_preset("paper-fast"), **options)
+    return Context(Path("nowhere"), config, "cpu", "triton")
+
+
+def test_what_is_written_is_counted_by_task_and_length() -> None:
+    own = context(tasks=["lis"])
+    one = predict.writing(own, [("lis", 10, 1)])
+    two = predict.writing(own, [("lis", 10, 3), ("lis", 120, 2)])
+    # 10 values, <sep>, the answer, <eos>.
+    assert one.tokens == 13 and two.tokens == 3 * 13 + 2 * (12 * 11 + 2) and two.chains == 5
+    # 256 positions of 2 · 3 layers · 256 numbers of 4 bytes, 13 times.
+    seconds = 13 * 256 * 2 * 3 * 256 * 4 / (4.3e12 * predict.ROWS_AT_WORK)
+    assert one.autoregressive == pytest.approx(seconds)
+    # 12 problem tokens, one iteration, 3 layers of 12 · 256² weights.
+    work = 2 * 12 * 3 * 12 * 256**2
+    assert one.looped == pytest.approx(work / (67e12 * predict.FP32_SHARE), rel=0.1)
+
+
+def test_sets_are_those_of_the_preset() -> None:
+    sets = predict.sets(context(scale=0.001))
+    tasks = load_preset("paper-fast")["tasks"].values()
+    lengths = sum(task["test"][1] for task in tasks)
+    assert sets["evaluation"].chains == lengths  # one problem a length
+    assert sets["chains"].chains == sum(
+        int(np.ceil(n / 1000)) for task in tasks for n in task["merge_beyond"]
+    )
+    own = [-(-n // 1000) * (k + 1) for task in tasks for k, n in enumerate(task["self_counts"])]
+    assert sets["self chains"].chains == sum(own)
+
+
+def test_the_whole_is_the_sum_of_its_stages() -> None:
+    training = {name: Training(name, 8, 10, 1, 1.0, 1.0, 0.5, 1, 1.0) for name in predict.KIND}
+    written = {
+        "evaluation": Writing(1, 1, 7.0, 3.0), "chains": Writing(1, 1, 0.0, 11.0),
+        "self chains": Writing(1, 1, 13.0, 17.0),
+    }  # fmt: skip
+    found = predict.stages(training, written, phases=5)
+    assert found["looped_aligned"] == found["looped_vanilla"] == 5 + 3 + 2 * predict.BEGIN
+    assert found["ar_self_loop"] - found["ar_self_truth"] == 17
+    assert found["ar_self_truth"] == 5 * 5 + 13 + 7 + 2 * predict.BEGIN
+    assert found["chains"] == 11 + predict.BEGIN
+    second = found.pop("looped model, second seed")
+    assert second == found["looped_aligned"]
+    assert found.pop("all") == pytest.approx(sum(found.values()))
+
+
+def test_what_was_measured_stands_beside_it() -> None:
+    entry = lambda step, seconds: {"step": step, "seconds": seconds}
+    results = {
+        "history": {
+            "looped_aligned": [entry(1, 30.0), entry(51, 31.0), entry(101, 34.0)],  # 30 s to begin
+            "ar_self_loop": [entry(1, 5.0), entry(3, 5.2), entry(1, 9.0), entry(3, 9.2)],
+            "ar_relay": [entry(1, 9.0)],  # nothing to tell yet
+        },
+        "training": {
+            name: {"data_wait_share": 0.125, "cuda_graph": "replayed"}
+            for name in ("looped_aligned", "ar_self_loop", "ar_relay")
+        },
+        "versions": {"device_name": "NVIDIA H200", "commit": "abc"},
+    }
+    found = predict.measured_steps(results)
+    assert found == {
+        "looped_aligned": (pytest.approx(0.04), 0.125), "ar_self_loop": (pytest.approx(0.1), 0.125),
+    }  # fmt: skip
+    training = {name: Training(name, 8, 10, 1, 2e12, 0.04, 0.02, 1, 1.0) for name in predict.KIND}
+    text = predict.compared(training, results)
+    (line,) = (row for row in text.splitlines() if row.startswith("| looped_aligned"))
+    # Of 2 TFLOP half, in 0.04 s: 25 TFLOP/s of 790.
+    assert line == "| looped_aligned | 20 | 40 | 2.00× | 25 | 3.2% | 12.5% | replayed |"
+    assert "NVIDIA H200, commit abc" in text
+
+
+SMALL = """
+from benchmarks.card import predict
+from relay_fast.relay.presets import load_preset, override
+from relay_fast.relay.stages import Context
+from pathlib import Path
+found = []
+for place in (0.0, 0.9):
+    config = override(load_preset("paper-fast"), batch_size=6, tasks=["arithmetic"])
+    config["training"]["curriculum"] = place
+    own = predict.training(Context(Path("nowhere"), config, "cpu", "triton"), "looped_aligned")
+    found.append(own)
+whole, growing = found
+assert whole.mean == whole.longest > growing.mean > 0, found  # shorter problems are quicker
+assert whole.batch == 6 and whole.steps == config["stages"]["looped_aligned"]["steps"]
+assert whole.nodes > 1000 and whole.memory > 1e6 and whole.flops > 1e9, whole
+"""
+
+
+def test_a_step_of_a_growing_curriculum_is_quicker() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL], cwd=ROOT, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]

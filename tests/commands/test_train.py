@@ -1,0 +1,500 @@
+"""`python -m relay_fast.train` from end to end, what it leaves, and what it says to bad input."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from relay_fast.relay.pipeline import _unfinished, with_needs
+from relay_fast.relay.presets import load_preset, override, preset_names, recipe
+from relay_fast.relay.run_folder import RunFolder
+from relay_fast.relay.stages import MODELS, NEEDS, Context, run_stage
+from relay_fast.reporting.progress import Display, Problems, Progress
+from relay_fast.reporting.tables import MODEL_NAMES
+from relay_fast.tasks import TASK_NAMES
+from relay_fast.train import main, train
+from relay_fast.training.model_files import RUN_MODELS, load_run_model
+from relay_fast.utils.tensor_files import load_checkpoint
+
+SMALL = ["--preset", "cpu", "--steps", "2", "--batch-size", "8", "--eval-problems", "4"]
+
+
+def small(**options):
+    return override(load_preset("cpu"), steps=2, batch_size=8, eval_problems=4, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a whole run, made by the command."""
+    out = tmp_path_factory.mktemp("runs") / "cpu"
+    assert main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def results_of(out) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+# A whole run
+
+
+def test_results_have_their_form(finished) -> None:
+    results, config = results_of(finished), small()
+    assert results["config"] == config and results["seed"] == config["seed"]
+    assert results["versions"]["torch"] == torch.__version__
+    assert set(results["accuracy"]) == set(MODEL_NAMES) == set(MODELS) == set(RUN_MODELS)
+    for model, tasks in results["accuracy"].items():
+        assert set(tasks) == set(config["tasks"])
+        for task, by_length in tasks.items():
+            entry = config["tasks"][task]
+            lengths = range(entry["train"][0], entry["test"][1] + 1)
+            assert [int(n) for n in by_length] == list(lengths)
+            for row in by_length.values():
+                columns = {"answer", "bit", "chain", "n"}
+                columns |= {"bit_forced"} if model.startswith("ar_") else set()
+                assert set(row) == columns and row["n"] == 4
+                assert all(0 <= row[key] <= 1 for key in columns - {"n"})
+    assert results["train_lengths"] == {t: e["train"] for t, e in config["tasks"].items()}
+    assert set(results["seconds"]) == {"total", *NEEDS}
+    assert results["seconds"]["total"] > 0
+    assert set(results["history"]) == set(results["training"]) == set(MODELS)
+    for name, history in results["history"].items():
+        phases = 5 if name.startswith("ar_self") else 1
+        times = [entry["seconds"] for entry in history]
+        assert (
+            times == sorted(times) and 0 < times[-1] <= results["training"][name]["seconds"] + 0.1
+        )
+        assert results["training"][name]["samples"] == {5: 80, 1: 16}[phases]
+        assert 0 <= results["training"][name]["data_wait_share"] <= 1
+    (call,) = results["calls"]
+    assert set(call["finished"]) == set(NEEDS) and call["seconds"] == results["seconds"]["total"]
+    assert call["torch"] == torch.__version__ and call["device_name"]
+    for control in ("ar_self_loop", "ar_self_truth"):
+        assert [row["phase"] for row in results["kept"][control]] == [1, 2, 3, 4, 5]
+        assert all(0 <= row["kept"] <= row["written"] for row in results["kept"][control])
+    for task, entry in config["tasks"].items():
+        written = [counts["written"] for counts in results["trust"][task].values()]
+        assert written == entry["merge_beyond"]
+        assert set(results["hit_matrix"][task]) == {str(n) for n in entry["hit_matrix"]}
+        for models in results["hit_matrix"][task].values():
+            assert set(models) == set(MODELS)
+
+
+def test_no_true_problem_beyond_the_training_range(finished) -> None:
+    results = results_of(finished)
+    assert set(results["longest_true_problem"]) == set(results["config"]["tasks"])
+    for task, longest in results["longest_true_problem"].items():
+        shortest, bound = results["train_lengths"][task]
+        assert shortest <= longest <= bound
+
+
+def test_models_and_plots_are_there(finished) -> None:
+    for name in MODEL_NAMES:
+        load_run_model(finished, name)
+    names = {file.name for file in finished.glob("*.png")}
+    assert {"accuracy_answer.png", "accuracy_chain.png", "accuracy_bit.png"} <= names
+    for task, entry in small()["tasks"].items():
+        assert {f"hits_{task}_{n}.png" for n in entry["hit_matrix"]} <= names
+    assert all(file.stat().st_size > 1000 for file in finished.glob("*.png"))
+
+
+def test_without_matplotlib_the_rest_is_there(finished, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert main([*SMALL, "--out", str(finished)]) == 0
+    out, warning = capsys.readouterr()
+    assert "plots need matplotlib" in warning and warning.count("\n") == 1
+    assert "pip install relay_fast[train]; the same" in warning
+    assert "whole chain right" in out and "results:" in out
+
+
+def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
+    before = results_of(finished)
+    stages = (finished / "stages.json").read_bytes()
+    models = {name: (finished / f"{name}.safetensors").stat().st_mtime_ns for name in MODEL_NAMES}
+    assert main([*SMALL, "--out", str(finished)]) == 0
+    assert results_of(finished) == before
+    assert (finished / "stages.json").read_bytes() == stages
+    for name, time_ns in models.items():
+        assert (finished / f"{name}.safetensors").stat().st_mtime_ns == time_ns
+    out = capsys.readouterr().out
+    assert "started" not in out
+    assert "whole chain right" in out and "results:" in out  # the table is shown again
+    assert main([*SMALL, "--no-report", "--out", str(finished)]) == 0
+    assert not capsys.readouterr().out
+
+
+def test_another_config_in_the_same_folder_is_refused(finished, capsys) -> None:
+    before = (finished / "results.json").read_bytes()
+    assert main([*SMALL, "--seed", "1", "--out", str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the run folder") and "belongs to another config" in error
+    assert "seed (1 here, 0 in the folder)" in error and "give another --out" in error
+    assert error.count("\n") == 1
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_some_stages_and_their_needs(tmp_path) -> None:
+    results = train(small(), tmp_path / "run", stages=["looped_vanilla"])
+    assert set(results["seconds"]) == {"looped_vanilla", "total"} and "accuracy" not in results
+    results = train(small(), tmp_path / "run", stages=["evaluate.looped_vanilla"])
+    assert set(results["accuracy"]) == {"looped_vanilla"}
+    first = results["seconds"]["looped_vanilla"]
+    assert results["seconds"]["total"] > first
+    stages = [call["finished"] for call in results["calls"]]
+    assert stages == [["looped_vanilla"], ["evaluate.looped_vanilla"]]
+    total = sum(call["seconds"] for call in results["calls"])
+    assert results["seconds"]["total"] == pytest.approx(total)
+
+
+def test_ctrl_c(tmp_path) -> None:
+    out, stage = tmp_path / "run", "looped_vanilla"
+    command = [sys.executable, "-m", "relay_fast.train", "--preset", "cpu", "--steps", "3000"]
+    command += ["--batch-size", "8", "--stages", stage, "--out", str(out)]
+    # As from a terminal: the whole group gets the signal, and it is not ignored.
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    for line in process.stdout:
+        if "step" in line:
+            break
+    for _ in range(3):  # impatient
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.15)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted; the same command continues this run" in error
+    assert "Traceback" not in error
+    state = out / "checkpoints" / f"{stage}.state.safetensors"
+    assert state.is_file() and not (out / "stages.json").exists()
+    assert not list(out.rglob("*.partial*")) and not list(out.rglob(".lock*"))
+    assert load_checkpoint(state)[1]["step"] > 0
+    deadline = time.monotonic() + 20
+    while _group_is_alive(process.pid):
+        assert time.monotonic() < deadline, "something is left running"
+        time.sleep(0.1)
+
+
+def test_a_killed_run_leaves_no_process_and_continues_to_the_same_model(finished, tmp_path) -> None:
+    out, stage = tmp_path / "run", "ar_self_truth"
+    command = [sys.executable, "-m", "relay_fast.train", *SMALL, "--stages", stage]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    scratch = out / "checkpoints"
+    while not (scratch / f"{stage}.3.chains.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()  # no chance to say anything to its workers
+    process.wait()
+    deadline = time.monotonic() + 40
+    while _group_is_alive(process.pid):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.1)
+    assert not (out / f"{stage}.safetensors").exists()
+    results = train(small(), out, stages=[stage])
+    assert len(results["kept"][stage]) == 5
+    assert results["kept"][stage] == results_of(finished)["kept"][stage]
+    assert not list(scratch.iterdir())
+    one, other = (load_run_model(folder, stage).state_dict() for folder in (out, finished))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_killed_worker_ends_the_run_with_one_sentence(tmp_path, capsys, monkeypatch) -> None:
+    out, stages = tmp_path / "run", ["ar_baseline", "looped_vanilla"]
+    reported = set()
+
+    def kill_one(display, name, progress) -> None:
+        if name in reported:
+            return
+        reported.add(name)
+        if len(reported) == len(stages):  # both have taken a step
+            workers = multiprocessing.active_children()
+            next(p for p in workers if p.name.startswith("SpawnProcess")).kill()
+
+    monkeypatch.setattr(Display, "progress", kill_one)
+    command = ["--preset", "cpu", "--steps", "30000", "--batch-size", "8"]
+    assert main([*command, "--stages", ",".join(stages), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "error: a worker process was killed while" in error and "Traceback" not in error
+    assert all(stage in error for stage in stages)
+    assert "memory" in error and "the same command continues this run" in error
+    assert list((out / "checkpoints").glob("*.state.safetensors"))  # of the one that was not killed
+    assert not (out / "stages.json").exists() and not multiprocessing.active_children()
+
+
+def test_out_of_minutes(finished, tmp_path, capsys) -> None:
+    out, stage = tmp_path / "run", "looped_vanilla"
+    command = ["--preset", "cpu", "--steps", "100000", "--batch-size", "8", "--stages", stage]
+    state = out / "checkpoints" / f"{stage}.state.safetensors"
+    for _ in range(10):  # a busy machine may need more than one go to take a step
+        assert main([*command, "--minutes", "0.15", "--out", str(out)]) == 0
+        text = "0.15 minutes are over; the same command continues this run"
+        assert text in capsys.readouterr().out
+        if state.exists():
+            break
+    assert state.exists() and not (out / "stages.json").exists()
+    calls = results_of(out)["calls"]
+    assert calls[-1]["seconds"] >= 9 and calls[-1]["finished"] == []  # its time counts all the same
+    assert main([*SMALL, "--minutes", "0", "--out", str(tmp_path / "none")]) == 2
+    assert "minutes = 0: give more than 0" in capsys.readouterr().err
+
+
+def test_what_was_lost_is_made_again_only_if_needed(finished, tmp_path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "chains.safetensors").unlink()
+    folder = RunFolder.open(copy)
+    assert _unfinished(folder, list(NEEDS)) == []
+    stages = json.loads((copy / "stages.json").read_text())
+    del stages["ar_relay"]
+    (copy / "stages.json").write_text(json.dumps(stages))
+    assert _unfinished(folder, list(NEEDS)) == ["chains", "ar_relay"]
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks", "sorting"], "task 'sorting' is not in preset 'cpu': use some of arithmetic"),
+        (["--preset", "huge"], "preset 'huge' is unknown: use one of cpu, paper, paper-fast"),
+        (["--steps", "0"], "steps = 0: give at least 1"),
+        (["--batch-size", "0"], "batch size = 0: give at least 1"),
+        (["--eval-problems", "-3"], "problems = -3: give at least 1"),
+        (["--scale", "0"], "scale = 0: give more than 0 and at most 1"),
+        (["--set", "model.width=8"], "'model.width=8': setting model.width is unknown: the near"),
+        (["--set", "model.d_model"], "'model.d_model' sets nothing: write KEY=VALUE, like"),
+        (
+            ["--set", "model.d_model=big"],
+            "model.d_model = 'big': give a whole number, at least 1",
+        ),
+        (
+            ["--set", "model.d_model=0.5"],
+            "model.d_model = 0.5: give a whole number, at least 1",
+        ),
+        (["--seed", "-1"], "seed = -1: give at least 0"),
+        (["--stages", "looped"], "stage 'looped' is unknown: use some of looped_aligned"),
+        (["--device", "abacus"], "device 'abacus' is unknown: use cpu or cuda"),
+        (["--device", "meta"], "device 'meta' is unknown: use cpu or cuda"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(tmp_path, capsys, arguments, message) -> None:
+    assert main([*SMALL, *arguments, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(tmp_path, capsys) -> None:
+    assert main([*SMALL, "--device", "cuda", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "device 'cuda'" in error and "CUDA is not available: use cpu" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_is_a_file_or_somebody_elses_folder(tmp_path, capsys) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below"):
+        assert main([*SMALL, "--out", str(out)]) == 2
+        assert "is a file, or lies below one" in capsys.readouterr().err
+    assert main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "is not empty and is not a run folder" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--impl", "c"], ["--steps", "x"]])
+def test_argparse_refuses_with_2(arguments, capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "usage: python -m relay_fast.train" in capsys.readouterr().err
+
+
+# Presets, stages, display
+
+
+def test_presets_are_data_and_whole() -> None:
+    assert preset_names() == ["cpu", "paper", "paper-fast"]
+    for name in preset_names():
+        config = load_preset(name)
+        assert config["name"] == name
+        config["tasks"].clear()
+        assert load_preset(name)["tasks"]  # fresh each time
+        context = Context("nowhere", load_preset(name), "cpu", "auto")
+        for task, entry in context.config["tasks"].items():
+            context.tasks[task].check_length(context.farthest(task))
+            assert entry["train"][1] < context.farthest(task)
+            assert len(entry["self_counts"]) == len(entry["self_lengths"]) == 5
+            assert min(entry["self_lengths"]) > entry["train"][1]
+        for stage in ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self"):
+            settings = recipe(context.config, stage)
+            assert {"lr", "batch_size", "warmup", "decay"} <= set(settings), stage
+            assert sum(key in settings for key in ("steps", "epochs", "token_iterations")) == 1
+
+
+def test_the_paper_preset_says_what_the_paper_does() -> None:
+    config = load_preset("paper")
+    assert tuple(config["tasks"]) == TASK_NAMES
+    ranges = {name: (e["train"], e["test"]) for name, e in config["tasks"].items()}
+    assert ranges == {
+        "arithmetic": ([1, 15], [15, 25]),
+        "edit_distance": ([1, 30], [30, 40]),
+        "lis": ([1, 100], [100, 120]),
+    }
+    model = {"d_model": 256, "n_heads": 4, "n_layers": 3, "dropout": 0.1}
+    assert config["model"] == model
+    for entry in config["tasks"].values():  # a merged set of 100 k a task, but for rounding
+        merged = entry["merge_inside"] + sum(entry["merge_beyond"])
+        assert abs(merged - 100_000) <= 100
+        assert len(entry["merge_beyond"]) == entry["test"][1] - entry["train"][1]
+    stages = ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self")
+    recipes = {name: recipe(config, name) for name in stages}
+    assert [recipes[n]["lr"] for n in stages] == [5e-4, 1e-3, 5e-4, 1e-4, 5e-5]
+    assert [recipes[n]["epochs"] for n in stages] == [500, 500, 500, 500, 100]
+    assert all(r["batch_size"] == 512 and r["weight_decay"] == 0.01 for r in recipes.values())
+    weights = {"arithmetic": 1.0, "edit_distance": 10.0, "lis": 5.0}
+    for name in ("looped_vanilla", "ar_baseline", "ar_relay"):
+        assert recipes[name]["task_weights"] == weights
+    assert "task_weights" not in recipes["looped_aligned"] | recipes["ar_self"]
+
+
+def test_paper_fast_changes_the_recipe_only() -> None:
+    paper, fast = load_preset("paper"), load_preset("paper-fast")
+    for task in paper["tasks"].values():  # the controls write a fifth of the chains
+        task["self_counts"] = [n // 5 for n in task["self_counts"]]
+    for part in ("tasks", "vocabulary", "evaluation"):
+        assert fast[part] == paper[part]
+    assert fast["model"].pop("looped") == {"loop_norm": "post"}
+    assert {**paper["model"], "dropout": 0.0} == fast["model"]  # data that never repeats
+    for stage in fast["stages"]:
+        settings = recipe(fast, stage)
+        assert settings["graph"] and settings["autocast"] == "bf16"
+        assert "dataset_size" not in settings
+
+
+def test_overrides() -> None:
+    config = override(load_preset("paper"), tasks=["lis", "arithmetic"], steps=3, batch_size=4,
+                      eval_problems=5, seed=6)  # fmt: skip
+    assert list(config["tasks"]) == ["arithmetic", "lis"]  # in the preset's order
+    assert (config["seed"], config["evaluation"]["problems"]) == (6, 5)
+    for stage in config["stages"]:
+        settings = recipe(config, stage)
+        assert (settings["steps"], settings["batch_size"]) == (3, 4)
+        assert not {"epochs", "token_iterations"} & set(settings)
+    for entry in config["tasks"].values():
+        assert entry["merge_inside"] == 12 and set(entry["merge_beyond"]) == {1}
+    assert override(load_preset("paper")) == load_preset("paper")
+    with pytest.raises(ValueError, match="task '' is not in preset"):
+        override(load_preset("paper"), tasks=[])
+
+
+def test_a_scale_takes_that_share_of_everything_long() -> None:
+    whole, part = load_preset("paper-fast"), override(load_preset("paper-fast"), scale=0.01)
+    for stage, settings in part["stages"].items():
+        assert settings["steps"] == math.ceil(whole["stages"][stage]["steps"] / 100)
+    for name, task in part["tasks"].items():
+        for key in ("merge_beyond", "self_counts"):
+            assert task[key] == [math.ceil(n / 100) for n in whole["tasks"][name][key]]
+        assert task["train"] == whole["tasks"][name]["train"]  # the problems stay what they are
+    assert part["evaluation"]["problems"] == 10
+    assert part["model"] == whole["model"] and part["training"] == whole["training"]
+    assert override(load_preset("paper"), scale=0.01)["stages"]["ar_self"]["epochs"] == 1.0
+    work = override(load_preset("cpu"), scale=0.01)["stages"]["looped_aligned"]["token_iterations"]
+    assert work == pytest.approx(7e4)
+    assert override(load_preset("cpu"), scale=1e-9)["stages"]["ar_baseline"]["steps"] == 1
+
+
+def test_values_of_the_preset_can_be_set() -> None:
+    values = ["model.d_model=32", "training.autocast=fp32", "training.graph=false",
+              "model.dropout=0", "stages.ar_baseline.lr=2e-3",
+              "tasks.lis.test=[100, 101]"]  # fmt: skip
+    config = override(load_preset("paper-fast"), values=values)
+    assert config["model"]["d_model"] == 32 and config["model"]["dropout"] == 0
+    settings = recipe(config, "ar_baseline")
+    assert (settings["autocast"], settings["graph"], settings["lr"]) == ("fp32", False, 2e-3)
+    assert config["tasks"]["lis"]["test"] == [100, 101]
+
+
+def test_stages_bring_their_needs_in_order() -> None:
+    assert with_needs(["ar_relay"]) == ["looped_aligned", "ar_baseline", "chains", "ar_relay"]
+    assert with_needs(NEEDS) == list(NEEDS)
+    assert with_needs(["evaluate.looped_vanilla"]) == ["looped_vanilla", "evaluate.looped_vanilla"]
+    for name, needs in NEEDS.items():
+        assert all(list(NEEDS).index(need) < list(NEEDS).index(name) for need in needs)
+
+
+def test_plain_progress_has_rate_and_time_left(capsys, monkeypatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Display() as display:
+        display.start("looped_aligned")
+        for step in (1, 2, 51):  # the second comes too soon to be shown
+            display.progress("looped_aligned", Progress(step, 101, 320.0, 0.25, 0.5))
+            clock[0] += 1.0 if step == 1 else 9.0
+        display.finish("looped_aligned", 12.4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("looped_aligned ") for line in lines)
+    assert "step 1/101" in lines[1] and "left" not in lines[1]
+    assert "step 51/101" in lines[2] and "loss 0.2500" in lines[2] and "50.0%" in lines[2]
+    assert "320 samples/s" in lines[2] and "10 s left" in lines[2]
+    assert lines[3].endswith("done in 12 s")
+
+
+def test_progress_of_stages_in_phases(capsys, monkeypatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    train_step = lambda step: Progress(step, 101, 320.0, 0.25, 0.5)
+    phases = [
+        *map(train_step, (1, 51)),
+        *map(train_step, (11, 21)),
+        Problems(30, 90),
+        Problems(60, 90),
+    ]
+    with Display() as display:
+        display.start("ar_self_truth")
+        for progress in phases:
+            display.progress("ar_self_truth", progress)
+            clock[0] += 10.0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert ["left" in line for line in lines] == [False, True] * 3  # each phase by its own rate
+    assert lines[1].endswith("10 s left") and lines[3].endswith("80 s left")
+    assert lines[5].split() == "ar_self_truth problem 60/90 3 problems/s 10 s left".split()
+
+
+@pytest.mark.parametrize("stage", ["chains", "evaluate.looped_aligned", "evaluate.ar_baseline"])
+def test_stages_that_write_chains_say_how_far_they_are(finished, stage) -> None:
+    seen = []
+    run_stage(Context(finished, results_of(finished)["config"], "cpu", "auto"), stage, seen.append)
+    assert seen and all(0 <= p.done <= p.total and p.total > 1 for p in seen)
+
+
+def test_bars_on_a_terminal(monkeypatch, capsys) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with Display() as display:
+        display.start("ar_baseline")
+        display.progress("ar_baseline", Progress(3, 10, 320.0, 0.25, 0.5))
+        display.progress("ar_baseline", Problems(1, 2))
+        display.finish("ar_baseline", 1.0)
+    out = capsys.readouterr().out
+    assert "ar_baseline" in out and "done in 1 s" in out

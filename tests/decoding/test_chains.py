@@ -1,0 +1,484 @@
+"""Looped and autoregressive chains: what is read off, what is kept, what the command prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.decoding import chains
+from relay_fast.decoding.autoregressive import Decoded
+from relay_fast.decoding.chains import (
+    UNSEEN,
+    generate_chains,
+    generate_scored,
+    stream_chains,
+    unseen_problems,
+    write_chains,
+)
+from relay_fast.generate import chain_text, main
+from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.tasks import NO_ANSWER, Samples, Vocabulary, build_tasks
+from relay_fast.tasks.verify import verify_chains
+from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD
+from relay_fast.training.model_files import model_path, save_model
+from relay_fast.utils.ragged import offsets_of
+from tests.support.memory import peak_bytes
+
+VOCABULARY = Vocabulary(max_number=60, multiple=1)
+TASKS = build_tasks(
+    ["arithmetic", "edit_distance", "lis"],
+    VOCABULARY,
+    arithmetic={"prime": 5},
+    lis={"group": 4, "high": 60},
+)
+
+
+def looped_model(supervise: str = "chain", max_tokens: int = 64) -> LoopedTransformer:
+    config = ModelConfig(BlockConfig(16, 2, 1), VOCABULARY.size, max_tokens)
+    return LoopedTransformer(config, supervise=supervise)
+
+
+def looped_copy(model: LoopedTransformer) -> LoopedTransformer:
+    copy = looped_model()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def ar_model(max_tokens: int = 200) -> AutoregressiveTransformer:
+    config = ModelConfig(BlockConfig(16, 2, 1, causal=True), VOCABULARY.size, max_tokens)
+    return AutoregressiveTransformer(config)
+
+
+def mixed_problems(number: int = 12) -> Samples:
+    """All tasks, mixed lengths, in an order that no batch keeps."""
+    rng = np.random.default_rng(0)
+    parts = [task.sample(rng.integers(1, 7, number), 1) for task in TASKS.values()]
+    problems = Samples.concat(parts)
+    return problems.take(rng.permutation(len(problems)))
+
+
+class Oracle(LoopedTransformer):
+    """Reads the truth off, with garbage left of each round's boundary <pad>."""
+
+    def __init__(self, problems: Samples):
+        super().__init__(looped_model().config)
+        self.answers = {
+            tuple(problems.problem_of(i).tolist()): (
+                [r.tolist() for r in problems.rounds_of(i)],
+                int(problems.answer[i]),
+            )
+            for i in range(len(problems))
+        }
+        self.batches: list[PackedBatch] = []
+
+    def read(self, batch: PackedBatch):
+        self.batches.append(batch)
+        plan, tokens = batch.plan, batch.tokens.numpy()
+        known = []
+        for a, b in zip(plan.offsets[:-1], plan.offsets[1:], strict=True):
+            row = tokens[a:b]
+            known.append(self.answers[tuple(row[row != PAD].tolist())])
+        rounds = []
+        for t, active in enumerate(plan.active_sequences):
+            ids = np.full(plan.rows_at(t + 1), 7)
+            for s in range(active):
+                text = known[s][0][t]
+                end = plan.offsets[s + 1]
+                ids[end - len(text) : end] = text
+                ids[end - len(text) - 1] = PAD
+            rounds.append(torch.from_numpy(ids))
+        return rounds, torch.tensor([answer for _, answer in known])
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
+def test_rounds_are_read_from_the_right_in_the_callers_order(batch_tokens):
+    problems = mixed_problems()
+    oracle = Oracle(problems)
+    seen = []
+    written = generate_chains(
+        oracle, problems, TASKS, batch_tokens=batch_tokens, progress=lambda *a: seen.append(a)
+    )
+    for name in Samples.__dataclass_fields__:
+        assert np.array_equal(getattr(written, name), getattr(problems, name)), name
+    assert seen[-1] == (len(problems), len(problems))
+    assert len(oracle.batches) == len(seen)
+    loops = [batch.plan.loops for batch in oracle.batches]
+    assert np.all(np.diff(np.concatenate(loops)) <= 0), "batches of similar loop counts"
+    assert verify_chains(written, TASKS, "task").all()
+
+
+def test_the_truth_is_not_read():
+    problems = mixed_problems()
+    lies = replace(
+        problems, rounds=np.full_like(problems.rounds, 5), answer=np.full_like(problems.answer, 6)
+    )
+    model = looped_model()
+    written, again = (generate_chains(model, p, TASKS) for p in (problems, lies))
+    for name in Samples.__dataclass_fields__:
+        assert np.array_equal(getattr(written, name), getattr(again, name)), name
+
+
+def test_batching_does_not_change_what_a_model_writes():
+    problems = mixed_problems()
+    model = looped_model()
+    one = generate_chains(model, problems, TASKS, batch_tokens=1)
+    all_at_once = generate_chains(model, problems, TASKS)
+    assert np.array_equal(one.rounds, all_at_once.rounds)
+    assert np.array_equal(one.round_offsets, all_at_once.round_offsets)
+    assert np.array_equal(one.answer, all_at_once.answer)
+    assert np.array_equal(one.loops, problems.loops)
+
+
+def test_rows_of_pad_and_rows_without_any():
+    problems = TASKS["arithmetic"].sample([2, 3], 0)
+    model = looped_model()
+
+    def read(batch):
+        ids = [torch.full((n,), PAD if t else 9) for t, n in enumerate(batch.plan.active_rows)]
+        return ids, torch.zeros(len(batch), dtype=torch.int64)
+
+    model.read = read
+    written = generate_chains(model, problems, TASKS)
+    sizes = np.diff(problems.problem_offsets).tolist()
+    assert np.diff(written.round_offsets).tolist() == [sizes[0], 0, sizes[1], 0, 0]
+
+
+def test_no_problems():
+    problems = TASKS["lis"].sample([], 0)
+    assert len(generate_chains(looped_model(), problems, TASKS)) == 0
+    assert len(write_chains(ar_model(), problems, TASKS)) == 0
+
+
+def test_training_mode_is_kept():
+    model = looped_model().train()
+    generate_chains(model, mixed_problems(2), TASKS)
+    assert model.training
+
+
+def test_a_problem_longer_than_the_model_takes():
+    with pytest.raises(ValueError, match="prompt 19 of 19 tokens is longer .* limit of 8: shorten"):
+        generate_chains(looped_model(max_tokens=8), mixed_problems(), TASKS)
+    # The input is padded to 6 tokens: `min_input_tokens` counts as the model sees it.
+    with pytest.raises(ValueError, match="prompt 0 of 6 tokens is longer .* limit of 5"):
+        generate_chains(looped_model(max_tokens=5), TASKS["lis"].sample([2], 0), TASKS)
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY.size])
+def test_a_problem_with_an_unknown_token(token):
+    problems = TASKS["arithmetic"].sample([2, 3, 2], 0)
+    problems.problem[problems.problem_offsets[1] + 2] = token
+    with pytest.raises(ValueError, match=f"token {token} of prompt 1 is outside the model's voc"):
+        generate_chains(looped_model(), problems, TASKS)
+
+
+def test_another_kind_of_model_a_missing_task_and_no_batch():
+    problems = mixed_problems(2)
+    with pytest.raises(
+        TypeError, match="writes chains with .*write_chains, generate_chains takes a looped"
+    ):
+        generate_chains(ar_model(), problems, TASKS)
+    with pytest.raises(ValueError, match="the model is not causal"):
+        write_chains(looped_model(), problems, TASKS)
+    for write, model in ((generate_chains, looped_model()), (write_chains, ar_model())):
+        with pytest.raises(ValueError, match="hold 'edit_distance', which is not among the tasks"):
+            write(model, problems, {k: TASKS[k] for k in ("arithmetic", "lis")})
+    with pytest.raises(ValueError, match="batch_tokens = 0: it must be 1 or more"):
+        generate_chains(looped_model(), problems, TASKS, batch_tokens=0)
+
+
+def test_batches_come_as_they_are_done():
+    problems = mixed_problems()
+    model = looped_model()
+    whole = generate_chains(model, problems, TASKS)
+    seen, loops = [], []
+    for chosen, written in stream_chains(model, problems, TASKS, batch_tokens=60):
+        part = whole.take(chosen)
+        for name in Samples.__dataclass_fields__:
+            assert np.array_equal(getattr(written, name), getattr(part, name)), name
+        assert np.diff(written.problem_offsets).sum() <= 60
+        seen += chosen.tolist()
+        loops += written.loops.tolist()
+    assert sorted(seen) == list(range(len(problems))) and loops == sorted(loops, reverse=True)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch):
+    problems = mixed_problems()
+    model = looped_model()
+    sizes = []
+
+    def read(batch):
+        sizes.append(batch.plan.rows)
+        if batch.plan.rows > 100:
+            raise torch.OutOfMemoryError("no room")
+        return LoopedTransformer.read(model, batch)
+
+    model.read = read
+    expected = generate_chains(looped_copy(model), problems, TASKS)
+    written = generate_chains(model, problems, TASKS)
+    for name in Samples.__dataclass_fields__:
+        assert np.array_equal(getattr(written, name), getattr(expected, name)), name
+    failed = [size for size in sizes if size > 100]
+    assert sizes[: len(failed)] == failed, "what comes later is cut as small from the start"
+    assert 2 <= len(failed) <= 5
+    model.read = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate_chains(model, problems, TASKS)
+
+
+def test_batches_fit_into_free_memory(monkeypatch):
+    problems = mixed_problems()
+    model = looped_model()
+    seen = []
+    monkeypatch.setattr(chains, "free_bytes", lambda device: 1 << 20)
+    generate_chains(model, problems, TASKS, progress=lambda *a: seen.append(a))
+    few = len(seen)
+    monkeypatch.setattr(chains, "free_bytes", lambda device: 1 << 40)
+    generate_chains(model, problems, TASKS, progress=lambda *a: seen.append(a))
+    assert few > 1 and len(seen) == few + 1
+
+
+def test_log_probabilities_of_looped_chains():
+    problems = mixed_problems(4)
+    model = looped_model()
+    written, scores = generate_scored(model, problems, TASKS, batch_tokens=50)
+    plain = generate_chains(model, problems, TASKS)
+    for name in Samples.__dataclass_fields__:
+        assert np.array_equal(getattr(written, name), getattr(plain, name)), name
+    assert scores.rounds.dtype == scores.answer.dtype == np.float32
+
+    def log_softmax(state, head):
+        y = torch.nn.functional.rms_norm(state, state.shape[-1:], model.norm.weight, 1e-6)
+        return head(y).log_softmax(-1)
+
+    for i in range(len(problems)):
+        batch = PackedBatch.looped(problems.take([i]), TASKS)
+        with torch.no_grad():
+            x = model.embedding(batch.tokens)
+            states = model.block(x[None], int(problems.loops[i]), return_states=True)
+            own = []
+            for state, text in zip(states, written.rounds_of(i), strict=True):
+                rows = log_softmax(state[0], model.chain_head)[len(x) - len(text) :]
+                own += rows[torch.arange(len(text)), torch.from_numpy(text).long()].tolist()
+            answer = log_softmax(states[-1][0, -1], model.answer_head)[int(written.answer[i])]
+        a, b = written.round_offsets[written.first_round[i : i + 2]]
+        np.testing.assert_allclose(scores.rounds[a:b], own, atol=1e-5)
+        np.testing.assert_allclose(scores.answer[i], float(answer), atol=1e-5)
+
+
+def test_memory_is_flat_in_loops_and_in_problems():
+    model = looped_model()
+    one = TASKS["arithmetic"].sample(np.full(40, 3), 0)
+
+    def peak(problems: Samples, **options) -> int:
+        def call() -> None:
+            for _ in stream_chains(model, problems, TASKS, **options):
+                pass
+
+        return peak_bytes(call)
+
+    base = peak(one, batch_tokens=200)
+    many = Samples.concat([one] * 6)
+    assert peak(many, batch_tokens=200) < 1.2 * base
+    more_loops = replace(
+        one,
+        loops=np.full(40, 24, np.int32),
+        rounds=np.zeros(0, np.int32),
+        round_offsets=np.zeros(40 * 24 + 1, np.int64),
+    )
+    ids = 8 * 200 * 24  # the token ids of the further iterations, which leave the device
+    assert peak(more_loops, batch_tokens=200) < 1.2 * base + 3 * ids
+
+
+def corrupt_last_round(samples: Samples, i: int) -> Samples:
+    rounds = samples.rounds.copy()
+    end = samples.round_offsets[samples.first_round[i + 1]]
+    rounds[end - 1] = PAD + 8
+    return replace(samples, rounds=rounds)
+
+
+def test_verification():
+    problems = mixed_problems(4)
+    assert verify_chains(problems, TASKS, "task").all()
+    assert verify_chains(problems, TASKS, "self").all()
+
+    broken = corrupt_last_round(problems, 3)
+    for how in ("task", "self"):
+        assert np.flatnonzero(~verify_chains(broken, TASKS, how)).tolist() == [3]
+    assert verify_chains(broken, TASKS, None).all()
+
+    answer = problems.answer.copy()
+    answer[5] += 1
+    wrong = replace(problems, answer=answer)
+    for how in ("task", "self"):
+        assert np.flatnonzero(~verify_chains(wrong, TASKS, how)).tolist() == [5]
+    with pytest.raises(ValueError, match="verify = \"?'?truth"):
+        verify_chains(problems, TASKS, "truth")
+
+
+def test_a_consistent_error_passes_the_label_free_filter_only():
+    task = TASKS["arithmetic"]
+    problems = task.sample([3], 0)
+    rounds = problems.rounds.copy()
+    middle = problems.round_offsets[1]
+    number = middle + int(np.argmax(rounds[middle:] >= NUMBER0))
+    rounds[number] = NUMBER0 + 60
+    written = replace(problems, rounds=rounds)
+    assert verify_chains(written, TASKS, "self").all()
+    assert not verify_chains(written, TASKS, "task").any()
+
+
+def test_autoregressive_chains_are_split_as_the_task_says(monkeypatch):
+    problems = mixed_problems(3)
+    sequence, offsets, prompts = problems.sequences(TASKS)
+    texts = [sequence[a + p : b] for a, b, p in zip(offsets, offsets[1:], prompts, strict=False)]
+    texts[0] = np.array([8, 8, EOS], np.int32)  # can be read by no task
+    texts[1] = np.zeros(0, np.int32)
+    sizes = np.array([len(text) for text in texts])
+    decoded = Decoded(np.concatenate(texts), offsets_of(sizes), np.ones(len(texts), bool))
+    limits = {}
+
+    def fake(model, prompt, prompt_offsets, *, max_new):
+        limits["max_new"] = max_new
+        assert np.array_equal(prompt, problems.problem)
+        return decoded
+
+    monkeypatch.setattr(chains, "decode", fake)
+    written = write_chains(ar_model(), problems, TASKS)
+    assert written.answer[:2].tolist() == [NO_ANSWER, NO_ANSWER]
+    assert written.loops[1] == 0
+    rest, truth = written.take(slice(2, None)), problems.take(slice(2, None))
+    for name in Samples.__dataclass_fields__:
+        assert np.array_equal(getattr(rest, name), getattr(truth, name)), name
+    assert np.all(limits["max_new"] >= np.diff(offsets) - prompts)
+
+
+def test_unseen_problems_are_nested_and_far_from_training_seeds():
+    task = TASKS["arithmetic"]
+    few, many = unseen_problems(task, 5, 3, seed=2), unseen_problems(task, 5, 9, seed=2)
+    assert np.array_equal(few.problem, many.take(slice(0, 3)).problem)
+    assert np.array_equal(few.problem, task.sample([5] * 3, 2 + UNSEEN).problem)
+
+
+def test_chain_text_marks_each_round():
+    task = TASKS["arithmetic"]
+    problem = task.encode("1 + 2 + 1 + 4 =")
+    rounds, answer = task.solve(problem)
+    right = chain_text(task, problem, rounds, answer)
+    assert right.splitlines() == ["1+2+1+4=", "  ✓ 3+1+4=", "  ✓ 4+4=", "  ✓ 3", "  answer 3 ✓"]
+
+    wrong = chain_text(task, problem, [rounds[0], rounds[2]], NO_ANSWER)
+    assert wrong.splitlines()[2:] == [
+        "  ✗ 3   expected 4+4=",
+        "  ✗ (no round)   expected 3",
+        "  answer (none) ✗ expected 3",
+    ]
+    surplus = chain_text(task, problem, [*rounds, []], answer).splitlines()
+    assert surplus[-2] == "  ✗ (nothing)   expected no further round"
+    assert len(chain_text(task, problem, None, answer).splitlines()) == 2
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder of untrained models."""
+    config = {
+        "vocabulary": VOCABULARY.to_dict(),
+        "tasks": {
+            "arithmetic": {"parameters": {"prime": 5}, "train": [1, 4], "test": [4, 6]},
+            "edit_distance": {"parameters": {}, "train": [1, 3], "test": [3, 4]},
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_model(model_path(tmp_path, "looped_aligned"), looped_model(), {})
+    save_model(model_path(tmp_path, "looped_vanilla"), looped_model("answer"), {})
+    save_model(model_path(tmp_path, "ar_relay"), ar_model(), {})
+    return tmp_path
+
+
+@pytest.mark.parametrize("model", ["looped_aligned", "looped_vanilla", "ar_relay"])
+def test_command(run, capsys, model):
+    arguments = f"--task arithmetic --length 5 --number 3 --model {model}".split()
+    arguments += ["--out", str(run)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{model} on arithmetic of length 5; trained on 1 to 4\n\n")
+    summary = text.splitlines()[-1]
+    assert "of 3 answers right" in summary
+    assert ("chains right" in summary) == (model != "looped_vanilla")
+    assert text.count("  answer ") == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--length": None}, "give --length to print chains, or --lengths and --dataset"),
+        ({"--dataset": "d"}, "--dataset needs --lengths, for example --lengths 1-25"),
+        ({"--dataset": "d", "--lengths": "3-x"}, "--lengths '3-x' is not understood"),
+        ({"--dataset": "/dev/null/d", "--lengths": "3"}, "d cannot be used (Not a directory)"),
+        ({"--out": None}, "give --out RUN and --task, or --show DIR"),
+        ({"--show": "/nowhere"}, "/nowhere is no folder of chains"),
+        ({"--task": "sorting"}, "unknown task 'sorting'; this run has arithmetic, edit_distance."),
+        ({"--task": "lis"}, "unknown task 'lis'"),
+        ({"--length": "0"}, "length 0 is too short"),
+        ({"--task": "edit_distance", "--length": "50"}, "can need numbers beyond 60"),
+        ({"--length": "40"}, "arithmetic length 40 needs"),
+        ({"--length": "40", "--model": "ar_relay"}, "beyond the model's limit of 200"),
+        ({"--length": "100000"}, "needs 100000 tokens or more, beyond the model's limit of 64"),
+        ({"--number": "1000000000000"}, "--number is 1000000000000; at most 10000 chains are"),
+        ({"--device": "mps"}, "device 'mps' is unknown: use cpu or cuda"),
+        ({"--model": "ar_baseline"}, "there is no checkpoint"),
+        ({"--model": "gpt"}, "unknown model 'gpt'"),
+        ({"--number": "0"}, "--number is 0"),
+        ({"--out": "/nowhere"}, "is not a run folder"),
+    ],
+)
+def test_bad_input_gets_one_sentence(run, capsys, change, message):
+    options = {"--out": str(run), "--task": "arithmetic", "--length": "3", **change}
+    options = {name: value for name, value in options.items() if value is not None}
+    assert main([part for pair in options.items() for part in pair]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1 and (printed.out == "" or "--dataset" in options)
+
+
+def test_command_writes_continues_and_shows_a_folder(run, capsys):
+    folder = run / "chains"
+    arguments = "--task edit_distance --lengths 1-3 --number 8 --shard 3".split()
+    arguments += ["--out", str(run)]
+    assert main([*arguments, "--dataset", str(folder), "--verify", "task"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["looped_aligned", "started"]
+    assert lines[2].split()[:3] == ["looped_aligned", "problem", "2/8"]
+    assert lines[3].split()[:3] == ["looped_aligned", "done", "in"]
+    cells = [line.split() for line in lines if line.startswith("edit_distance")]
+    assert [row[1:3] for row in cells] == [["1", "3"], ["2", "3"], ["3", "2"], ["all", "8"]]
+
+    assert main([*arguments, "--dataset", str(folder)]) == 2  # another check
+    assert "holds other chains: verify" in capsys.readouterr().err
+    assert main(["--show", str(folder), "--number", "2"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("edit_distance of length") == 2 and text.count("  answer ") == 2
+    assert "passed: by the task's rules" in text and text.splitlines()[-1].split()[1] == "all"
+
+
+def test_chains_that_never_end_are_reported(run, capsys):
+    model = ar_model()
+    with torch.no_grad():
+        model.chain_head.weight[EOS] = 0  # hardly ever the largest
+    save_model(model_path(run, "ar_baseline"), model, {})
+    arguments = "--task arithmetic --length 3 --number 2 --model ar_baseline".split()
+    assert main([*arguments, "--out", str(run)]) == 0
+    assert capsys.readouterr().out.endswith(", 2 did not end within the limit\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda(run, capsys):
+    arguments = "--task arithmetic --length 3 --device cuda".split()
+    arguments += ["--out", str(run)]
+    assert main(arguments) == 2
+    assert "CUDA is not available" in capsys.readouterr().err

@@ -1,0 +1,250 @@
+"""torch.compile(fullgraph=True) of the block, and DDP: the same bits as without."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from benchmarks.numerics import assert_bitwise, assert_close
+from relay_fast import LoopedBlock
+
+D = 16
+
+
+def compiled(block: nn.Module, backend: str = "aot_eager", **options):
+    torch.compiler.reset()
+    return torch.compile(block, fullgraph=True, backend=backend, **options)
+
+
+def outcome(call, block: nn.Module, shape: tuple[int, ...], *args, **options) -> list[Tensor]:
+    """Outputs and every gradient."""
+    torch.manual_seed(1)
+    x = torch.randn(*shape, dtype=next(block.parameters()).dtype, requires_grad=True)
+    block.zero_grad()
+    outputs = call(x, *args, **options)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    sum((i + 1) * s.square().sum() for i, s in enumerate(outputs)).backward()
+    return [*outputs, x.grad, *(p.grad.clone() for p in block.parameters() if p.grad is not None)]
+
+
+CALLS = {
+    "padded": ((3, 4, D), (3,), {}),
+    "no loops": ((3, 4, D), (0,), {}),
+    "all states": ((3, 4, D), (3,), {"return_states": True}),
+    "chosen states": ((3, 4, D), (5,), {"return_states": [4, 2], "truncate": 3}),
+    "truncated": ((3, 4, D), (3,), {"truncate": 2}),
+    "loops as list": ((2, 5, D), ([2, 4],), {}),
+    "loops as tensor": ((3, 4, D), (torch.tensor([1, 3, 0]),), {}),
+    "packed": ((9, D), (torch.tensor([1, 3, 2]),), {"cu_seqlens": torch.tensor([0, 2, 6, 9])}),
+    "positions": ((2, 5, D), (2,), {"positions": 2 * torch.arange(5)}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("policy", ["none", "state", "sqrt", "budget:4000"])
+def test_the_same_bits(policy: str, call: str) -> None:
+    block = LoopedBlock(D, 2, 1, injection="concat", recompute=policy)
+    shape, args, options = CALLS[call]
+    truth = outcome(block, block, shape, *args, **options)
+    got = outcome(compiled(block), block, shape, *args, **options)
+    assert len(got) == len(truth)
+    for i, (value, expected) in enumerate(zip(got, truth, strict=True)):
+        assert_bitwise(f"{i}", value, expected)
+
+
+def test_a_state_asked_for_twice_comes_once() -> None:
+    block, x = LoopedBlock(D, 2, 1), torch.randn(2, 3, D)
+    got = compiled(block)(x, 2, return_states=[1, 1])
+    assert len(got) == len(block(x, 2, return_states=[1, 1])) == 1
+
+
+def test_parameters_in_another_order() -> None:
+    block = LoopedBlock(D, 2, 1, bias=True)
+    prune.identity(block.layers[0].up, "weight")
+    x = torch.randn(2, 3, D)
+    with pytest.raises(Exception, match="are not those of its config"):
+        compiled(block)(x)
+    prune.remove(block.layers[0].up, "weight")  # which puts it after the bias
+    assert_bitwise("output", compiled(block)(x, 2), block(x, 2))
+
+
+def test_one_graph_for_all_shapes_and_loops() -> None:
+    block = LoopedBlock(D, 2, 1)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = compiled(block, counter, dynamic=True)
+    frames = []
+    for batch, n in ((2, 4), (3, 5), (5, 7)):
+        loops = torch.arange(batch) + 1
+        truth = outcome(block, block, (batch, n, D), loops)
+        for value, expected in zip(outcome(call, block, (batch, n, D), loops), truth, strict=True):
+            assert_bitwise("value", value, expected)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[-1]
+
+
+def test_dropout_differs_from_call_to_call() -> None:
+    block = LoopedBlock(D, 2, 1, dropout=0.5)
+    call = compiled(block)
+    x = torch.randn(2, 3, D)
+    assert not torch.equal(call(x, 2), call(x, 2))
+
+
+def test_frozen_parameters_and_no_grad() -> None:
+    block = LoopedBlock(D, 2, 1)
+    block.layers[0].up.weight.requires_grad_(False)
+    truth = outcome(block, block, (2, 3, D), 2)
+    for value, expected in zip(outcome(compiled(block), block, (2, 3, D), 2), truth, strict=True):
+        assert_bitwise("value", value, expected)
+    with torch.no_grad():
+        x = torch.randn(2, 3, D)
+        assert_bitwise("no grad", compiled(block)(x, 3), block(x, 3))
+
+
+def test_autocast() -> None:
+    block = LoopedBlock(D, 2, 1)
+    x = torch.randn(2, 3, D)
+    call = compiled(block)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_bitwise("autocast", call(x, 2), block(x, 2))
+
+
+def test_inside_a_model() -> None:
+    # Autograd, partitioner and decompositions as inductor's, without its C++ compiler.
+    backend = "aot_eager_decomp_partition"
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.block = nn.Embedding(9, D), LoopedBlock(D, 2, 1)
+
+        def forward(self, x: Tensor, loops) -> Tensor:
+            return self.block(x + self.embedding.weight[3], loops).tanh()
+
+    model = Model().double()
+    loops = torch.tensor([2, 3])
+    truth = outcome(model, model, (2, 3, D), loops)
+    for value, expected in zip(
+        outcome(compiled(model, backend), model, (2, 3, D), loops), truth, strict=True
+    ):
+        assert_close("value", value, expected)
+
+
+def test_inductor() -> None:
+    block = LoopedBlock(D, 2, 1)
+    x, loops = torch.randn(2, 3, D), torch.tensor([2, 3])
+    with torch.no_grad():
+        assert_bitwise("output", compiled(block, "inductor")(x, loops), block(x, loops))
+
+
+def test_ops_keep_the_rules_of_custom_ops() -> None:
+    block = LoopedBlock(D, 2, 1)
+    x = torch.randn(6, D, requires_grad=True)
+    arguments = (
+        x, list(block.parameters()), block._spec, '["state", "torch", 256]', torch.float32, 2,
+        None, 3, None, None, None, [1, 3], 0, True,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.relay_fast.loop_fwd.default, arguments)
+
+
+def test_bad_input_under_compile() -> None:
+    block = LoopedBlock(D, 2, 1, max_loops=2)
+    x = torch.randn(2, 3, D)
+    with pytest.raises(Exception, match="needs loops to be an int"):
+        compiled(block)(x, torch.tensor([1, 2]), return_states=True)
+    for options, message in (
+        ({"return_states": 1}, "return_states = 1: pass True"),
+        ({"return_states": [3]}, "asks for iterations .3. but the batch loops 1..2"),
+        ({"truncate": 0}, "truncate = 0"),
+        ({"truncate": 1.5}, "truncate = 1.5"),
+        ({"positions": torch.rand(3)}, "positions must be integers"),
+        ({"positions": torch.arange(5)}, "positions has shape"),
+    ):
+        with pytest.raises(Exception, match=message):
+            compiled(block)(x, 2, **options)
+    with pytest.raises(ValueError, match="larger max_loops"):
+        compiled(block)(x, torch.tensor([1, 3]))
+    with pytest.raises(ValueError, match="negative"):
+        compiled(block)(x, torch.tensor([1, -3]))
+
+
+def _worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    _two_steps(rank, folder)  # its model is gone before the group is
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _two_steps(rank: int, folder: str) -> None:
+    torch.manual_seed(0)
+    block = LoopedBlock(D, 2, 1).double()
+    model = nn.parallel.DistributedDataParallel(block)
+    x, loops = _data()
+    for _ in range(2):  # two steps: buckets are rebuilt after the first
+        model.zero_grad()
+        model(x[2 * rank : 2 * rank + 2], loops[2 * rank : 2 * rank + 2]).square().sum().backward()
+    if rank == 0:
+        torch.save([p.grad for p in block.parameters()], f"{folder}/grads.pt")
+
+
+def _data() -> tuple[Tensor, list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(4, 3, D, dtype=torch.float64, generator=generator), [1, 4, 2, 0]
+
+
+def test_ddp_averages_the_gradients(tmp_path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    workers = mp.spawn(_worker, (port, str(tmp_path)), nprocs=2, join=False)
+    try:
+        assert any(workers.join(timeout=60) for _ in range(3)), "the workers hang"
+    finally:
+        for process in workers.processes:
+            process.kill()
+    torch.manual_seed(0)
+    block = LoopedBlock(D, 2, 1).double()
+    x, loops = _data()
+    (block(x, loops).square().sum() / 2).backward()
+    grads = torch.load(tmp_path / "grads.pt")
+    for (name, p), grad in zip(block.named_parameters(), grads, strict=True):
+        assert_close(name, grad, p.grad)
+
+
+@pytest.mark.parametrize("kind", ["ints", "lists"])
+def test_other_counts_and_lengths_of_lists_compile_no_further(kind: str) -> None:
+    block = LoopedBlock(8, 2, 1)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = compiled(block, counter)
+    for n in range(2, 7):
+        x, cu = torch.randn(2 * n, 8, requires_grad=True), list(range(0, 2 * n + 1, 2))
+        call = (x.view(2, n, 8), n) if kind == "ints" else (x, [n % 4 + 1] * n)
+        options = {} if kind == "ints" else {"cu_seqlens": cu}
+        truth, out = block(*call, **options), fast(*call, **options)
+        assert_close("output", out, truth, 1e-6)
+        for value, expected in zip(
+            torch.autograd.grad(out.sum(), [x, *block.parameters()]),
+            torch.autograd.grad(truth.sum(), [x, *block.parameters()]),
+            strict=True,
+        ):
+            assert_close("gradient", value, expected, 1e-5)
+    assert counter.frame_count <= 3
+
+
+def test_the_ops_do_not_see_the_callers_autocast() -> None:
+    block = LoopedBlock(8, 2, 1)
+    fast, x, grads = compiled(block), torch.randn(1, 4, 8), []
+    for enabled in (False, True):
+        out = fast(x, 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(out.square().sum(), list(block.parameters())))
+    for value, expected in zip(*grads, strict=True):
+        assert torch.equal(value, expected)

@@ -1,0 +1,217 @@
+"""The wings of the package import downwards only, and no file or function grows out of hand.
+
+Lazy imports (in functions), relative ones and modules named by a string (importlib) count.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# The lowest floor first. A wing imports itself and what stands on lower floors.
+FLOORS = (
+    ("kernels",),
+    ("utils",),
+    ("config",),
+    ("tasks", "batch", "reporting"),
+    ("data", "ops"),
+    ("functional", "engine"),
+    ("models",),
+    ("training", "decoding"),
+    ("relay",),
+    ("train", "generate", "evaluate", "recipes"),
+)
+LEVEL = {wing: level for level, wings in enumerate(FLOORS) for wing in wings}
+# Documented aliases: PackedBatch.looped and PackedBatch.autoregressive collate samples.
+EXCEPTIONS = {("relay_fast.batch.packed", "relay_fast.data.collate")}
+# These name other modules for their users and are imported by everybody.
+HOOKS = {"relay_fast", "relay_fast._kernels_hook", "relay_fast._moved_paths"}
+SHIMS = {"chain_dataset", "graphs", "presets"}  # paths of before that keep working
+COMMANDS_AND_MORE = {"config", "evaluate", "functional", "generate", "train"}
+MOST_LINES, LONGEST_FUNCTION = 450, 60
+REASON = "# Long: "  # above a longer function, and then why
+
+
+class Import(NamedTuple):
+    source: str  # module that imports
+    target: str
+    place: str  # file and line
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "relay_fast" else ("relay_fast", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {
+    module_of(path): path
+    for top in ("relay_fast", "kernels")
+    for path in sorted((ROOT / top).rglob("*.py"))
+}
+
+
+def docstrings(tree: ast.AST) -> set[ast.AST]:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    first = (n.body[0] for n in ast.walk(tree) if isinstance(n, kinds) and n.body)
+    return {n.value for n in first if isinstance(n, ast.Expr)}
+
+
+def absolute(module: str, node: ast.ImportFrom) -> str:
+    """What `from .x import y` imports from, seen from `module`."""
+    if not node.level:
+        return node.module or ""
+    package = module.split(".") if FILES[module].stem == "__init__" else module.split(".")[:-1]
+    above = package[: len(package) - node.level + 1]
+    return ".".join([*above, node.module] if node.module else above)
+
+
+def targets(module: str, node: ast.AST) -> Iterator[str]:
+    """The modules of the package that a node imports or names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        source = absolute(module, node)
+        for alias in node.names:
+            below = f"{source}.{alias.name}"
+            if below in FILES:
+                yield below
+            elif source != "relay_fast" or not alias.name.startswith("__"):
+                yield source
+    elif isinstance(node, ast.Constant) and node.value in FILES and "." in node.value:
+        yield node.value
+
+
+def imports() -> Iterator[Import]:
+    for module, path in FILES.items():
+        tree = ast.parse(path.read_text())
+        left_out = docstrings(tree)
+        for node in ast.walk(tree):
+            if node in left_out:
+                continue
+            for target in targets(module, node):
+                if target.split(".")[0] == "relay_fast" and target != module:
+                    place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+                    yield Import(module, target, place)
+
+
+def wing(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def checked_imports() -> list[Import]:
+    """All but those of the hooks and shims, and the named exceptions."""
+    return [
+        found
+        for found in imports()
+        if found.source not in HOOKS
+        and not (wing(found.source) in SHIMS and found.source.count(".") == 1)
+        and found.target not in HOOKS - {"relay_fast"}
+        and (found.source, found.target) not in EXCEPTIONS
+    ]
+
+
+def test_every_module_belongs_to_a_floor() -> None:
+    unknown = {m for m in FILES if m not in HOOKS and wing(m) not in {*LEVEL, *SHIMS}}
+    assert not unknown, f"{sorted(unknown)} stand on no floor of tests/test_architecture.py"
+
+
+def test_no_import_runs_up() -> None:
+    wrong = []
+    for source, target, place in checked_imports():
+        above, below = wing(source), wing(target)
+        if above == below or LEVEL.get(below, len(FLOORS)) < LEVEL[above]:
+            continue
+        wrong.append(f"{place} imports {target}: {above} may not import {below or 'the package'}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_imports_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in FILES}
+    for source, target, _ in checked_imports():
+        graph[source] |= {target} & set(FILES)
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            circle = " -> ".join([*path[path.index(module) :], module])
+            pytest.fail(f"imports in a circle: {circle}", pytrace=False)
+        if module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_only_doors_stand_directly_in_the_package() -> None:
+    hooks = {name.partition(".")[2] or "__init__" for name in HOOKS}
+    there = {path.stem for path in (ROOT / "relay_fast").glob("*.py")}
+    allowed = hooks | SHIMS | COMMANDS_AND_MORE
+    assert there <= allowed, f"{sorted(there - allowed)} belong into a wing"
+    for name in SHIMS & there:
+        tree = ast.parse((ROOT / "relay_fast" / f"{name}.py").read_text())
+        assert len(tree.body) <= 3, f"relay_fast/{name}.py is more than a shim"
+
+
+def test_no_file_is_too_long() -> None:
+    lines = {path.relative_to(ROOT): path.read_text().count("\n") for path in FILES.values()}
+    long = {str(path): count for path, count in lines.items() if count > MOST_LINES}
+    assert not long, f"over {MOST_LINES} lines: {long}"
+
+
+def is_exempt(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> bool:
+    """Compiled for a device or by numba, an argument parser, or with a reason beside it."""
+    decorators = [ast.unparse(d) for d in node.decorator_list]
+    if any("jit" in decorator for decorator in decorators):
+        return True
+    if any("ArgumentParser" in ast.unparse(n) for n in ast.walk(node) if isinstance(n, ast.Call)):
+        return True
+    above = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 2
+    while above >= 0 and lines[above].lstrip().startswith("#"):
+        if lines[above].lstrip().startswith(REASON):
+            return True
+        above -= 1
+    return False
+
+
+def test_no_function_is_too_long() -> None:
+    wrong = []
+    for path in FILES.values():
+        text = path.read_text()
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            length = node.end_lineno - node.lineno + 1
+            if length > LONGEST_FUNCTION and not is_exempt(node, lines):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
+    assert not wrong, f"over {LONGEST_FUNCTION} lines and no '{REASON}…' above:\n" + "\n".join(
+        wrong
+    )
+
+
+def test_no_test_imports_a_test_and_no_benchmark_imports_tests() -> None:
+    wrong = []
+    for top in ("tests", "benchmarks"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: a relative import")
+                names = [a.name for a in getattr(node, "names", ()) if isinstance(a, ast.alias)]
+                if isinstance(node, ast.ImportFrom):
+                    names = [f"{node.module}.{name}" for name in names]
+                for name in names:
+                    parts = name.split(".")
+                    of_tests = parts[0] == "tests" and (
+                        top == "benchmarks" or parts[1] != "support"
+                    )
+                    if of_tests or any(part.startswith("test_") for part in parts[:2]):
+                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,375 @@
+"""Static batches compute what the batches in them do, whatever was in them before; and a step over
+them never asks the host."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.common import synthetic_batch, task_batch
+from benchmarks.numerics import assert_close
+from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.training import cuda_graph
+from relay_fast.training.cuda_graph import GraphedStep, graph_reason
+from relay_fast.training.optim import make_optimizer, set_factor
+
+VOCABULARY = 40
+SHAPES = (  # lengths and loops; the last ones are over before the capacity is
+    ([3, 7, 1, 5], [1, 4, 3, 2]),
+    ([6, 2], [3, 3]),
+    ([4, 4, 4], [1, 1, 1]),
+    ([1, 3], [4, 0]),
+)
+
+
+def batch_of(lengths, loops, seed: int = 0, targets: int | None = 2) -> PackedBatch:
+    return synthetic_batch(np.array(lengths), np.array(loops), targets, VOCABULARY, seed=seed)
+
+
+def batches() -> list[PackedBatch]:
+    return [batch_of(*shape, seed=seed) for seed, shape in enumerate(SHAPES)]
+
+
+def make_model(impl: str = "torch", recompute: str = "state", **options) -> LoopedTransformer:
+    torch.manual_seed(0)
+    block = BlockConfig(**({"d_model": 16, "n_heads": 2, "n_layers": 2} | options))
+    model = LoopedTransformer(ModelConfig(block, VOCABULARY), recompute=recompute, impl=impl)
+    return model.to(torch.float64 if impl == "torch" else torch.float32)
+
+
+def gradients(model: LoopedTransformer, batch: PackedBatch) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(1)  # of the dropout masks
+    losses = model.loss(batch)
+    losses.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {"loss": losses.loss.detach(), "answer": losses.answer} | grads
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute": "none"},
+        {"recompute": "every:2"},
+        {"recompute": "last:1", "causal": True, "n_kv_heads": 1, "norm": "layer", "bias": True},
+        {"loop_norm": "pre", "injection": "concat", "max_loops": 9, "activation": "swiglu"},
+        {"loop_norm": "post", "injection": "add", "dropout": 0.3, "state_noise": 0.1},
+    ],
+)
+def test_a_static_batch_computes_what_the_batch_does(options: dict) -> None:
+    model = make_model(**options)
+    static = StaticBatch(Capacity.of(batches(), slack=0.5), "cpu")
+    for batch in batches():
+        truth = gradients(model, batch)
+        static.load(batch)
+        for name, value in gradients(model, static.batch).items():
+            assert_close(name, value, truth[name], 1e-12)
+
+
+def test_the_papers_mix_and_the_autoregressive_model() -> None:
+    drawn = [task_batch("multitask", 5, seed, "cpu")[0] for seed in range(2)]
+    static = StaticBatch(Capacity.of(drawn), "cpu")
+    config = ModelConfig(BlockConfig(8, 2, 1, causal=True), 320)
+    for model in (
+        LoopedTransformer(config, impl="torch").double(),
+        AutoregressiveTransformer(config, impl="torch").double(),
+    ):
+        for batch in drawn:
+            truth = gradients(model, batch)
+            static.load(batch)
+            for name, value in gradients(model, static.batch).items():
+                assert_close(name, value, truth[name], 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "options", [{}, {"loop_norm": "post", "state_noise": 0.1}, {"loop_norm": "pre"}], ids=str
+)
+def test_kernels_leave_dead_rows_out(options: dict) -> None:
+    """What a kernel does not write stays NaN here, and none of it comes through."""
+    model = make_model("triton", d_model=16, n_heads=1, n_layers=1, **options)
+    static = StaticBatch(Capacity.of([batch_of([3, 2], [2, 1]), batch_of([6], [1])], 0.5), "cpu")
+    static.load(batch_of([6], [1]))
+    batch = batch_of([3, 2], [2, 1], seed=3)
+    truth = gradients(model, batch)
+    static.load(batch)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is allocated with NaN
+    try:
+        value = gradients(model, static.batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, v in value.items():
+        assert_close(name, v, truth[name], 1e-5)
+
+
+def test_kernels_refuse_blocks_with_sums_outside_them() -> None:
+    static = StaticBatch(Capacity.of(batches()), "cpu")
+    model = make_model("triton", bias=True, injection="add")
+    with pytest.raises(RuntimeError, match="no block with biases and injection"):
+        model.loss(static.batch)
+
+
+class Recorded(TorchDispatchMode):
+    """Every op with its shapes; none may read a tensor back or bring one from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        assert not name.startswith(("_local_scalar", "nonzero", "unique", "equal")), name
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        assert len({t.device.type for t in tensors}) <= 1, f"{name} mixes devices"
+        self.ops.append((name, tuple(tuple(t.shape) for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def whole_step(model: LoopedTransformer, batch: PackedBatch) -> list[tuple]:
+    with Recorded() as recorded:
+        model.zero_grad()
+        model.loss(batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return recorded.ops
+
+
+def test_every_batch_is_the_same_ops_on_the_same_shapes() -> None:
+    model, static = make_model(dropout=0.1), StaticBatch(Capacity.of(batches()), "cpu")
+    seen = []
+    for batch in batches():
+        static.load(batch)
+        seen.append(whole_step(model, static.batch))
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+    assert whole_step(model, batches()[0]) != whole_step(model, batches()[1])
+
+
+def test_a_step_brings_nothing_from_the_host() -> None:
+    """On meta tensors a read-back raises, and a tensor from the host is seen."""
+    model = make_model(dropout=0.1).to("meta")
+    ops = whole_step(model, StaticBatch(Capacity.of(batches()), "meta").batch)
+    assert len(ops) > 500
+
+
+KERNELS_ON_META = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from benchmarks.card.profile import traced
+from tests.training.test_cuda_graph import Recorded, batches, make_model
+from relay_fast.batch.capacity import Capacity, StaticBatch
+model = make_model("triton", d_model=32, dropout=0.1).to("meta")
+static = StaticBatch(Capacity.of(batches()), "meta")
+with Recorded(), traced() as trace:
+    model.loss(static.batch).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+parts = trace.parts
+# 4 iterations of 2 layers, forward twice and backward once; four weights a layer and the two heads
+assert parts["_mlp_fwd_kernel"].launches == 16 == 2 * parts["_mlp_bwd_kernel"].launches, parts
+assert parts["_weight_grad_kernel"].launches == 4 * 2 * 4 + 2, parts
+"""
+
+
+def test_kernels_bring_nothing_from_the_host_either() -> None:
+    """The launchers on meta tensors, their launches recorded instead of made."""
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS_ON_META], cwd=Path(__file__).parents[2],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_capacity_of_batches_by_hand() -> None:
+    capacity = Capacity.of(batches(), slack=0.0)
+    assert capacity.active == (4, 3, 2, 1)
+    assert capacity.rows == (64, 64, 64, 64)  # 16, 13, 8, 7 in whole blocks
+    assert capacity.targets == (7, 5, 4, 2)
+    assert (capacity.sequences, capacity.longest) == (4, 7)
+    assert capacity.token_iterations == 256
+    assert Capacity.of([batch_of([100], [1])], slack=0.3).rows == (192,)
+
+
+def test_a_spread_makes_room_for_other_draws() -> None:
+    rng = np.random.default_rng(0)
+
+    def drawn():
+        loops = rng.choice(30, 256, p=np.arange(1, 31) / 465) + 1  # few sequences loop longest
+        return batch_of((40 + loops).tolist(), loops.tolist())
+
+    measured, others = [drawn() for _ in range(12)], [drawn() for _ in range(60)]
+    larger = lambda capacity: sum(capacity.reason(b) is not None for b in others)
+    tight, roomy = Capacity.of(measured, 0.05), Capacity.of(measured, 0.05, 2.0)
+    assert larger(tight) >= 4 and larger(roomy) == 0
+    assert roomy.token_iterations < 1.3 * tight.token_iterations
+    assert all(a <= roomy.sequences for a in roomy.active)
+    model = make_model()
+    few = [batch_of([100, 60, 50], [3, 2, 1]), batch_of([1, 90], [3, 2])]
+    capacity = Capacity.of(few, 0.0, 2.0)  # fewer sequences, each with much more room: in order
+    assert capacity.rows == tuple(sorted(capacity.rows, reverse=True))
+    static = StaticBatch(capacity, "cpu")
+    for batch in few:
+        truth = gradients(model, batch)
+        static.load(batch)
+        for name, value in gradients(model, static.batch).items():
+            assert_close(name, value, truth[name], 1e-12)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    capacity = Capacity((64, 64), (3, 2), (6, 2), 3, 10)
+    for lengths, loops, reason in (
+        ([1], [3], "loops 3 times, the capacity is 2"),
+        ([1] * 4, [1, 0, 0, 0], "4 sequences, the capacity is 3"),
+        ([11], [1], "11 tokens in its longest sequence, the capacity is 10"),
+        ([1] * 3, [2] * 3, "3 active sequences in iteration 2, the capacity is 2"),
+        ([2, 2], [2, 2], "4 targets in iteration 2, the capacity is 2"),
+    ):
+        batch = batch_of(lengths, loops)
+        assert reason in capacity.reason(batch)
+        with pytest.raises(ValueError, match="Capacity.of takes batches and a slack"):
+            StaticBatch(capacity, "cpu").load(batch)
+    assert "70 rows, the capacity" in Capacity((64,), (9,), (99,), 9, 99).reason(
+        batch_of([35, 35], [1, 1])
+    )
+    assert capacity.reason(batch_of([9, 1], [2, 1])) is None
+
+
+def test_capacities_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="at least one iteration, got 0, 0 and 0"):
+        Capacity((), (), (), 1, 1)
+    with pytest.raises(ValueError, match="rows must not grow with the iteration"):
+        Capacity((64, 128), (1, 1), (1, 1), 1, 1)
+    with pytest.raises(ValueError, match="at least one batch"):
+        Capacity.of([])
+    with pytest.raises(ValueError, match="cannot truncate"):
+        StaticBatch(Capacity((64,), (1,), (1,), 1, 1), "cpu").plan.segments(1, truncate=1)
+
+
+def train(step, model, optimizer) -> list[float]:
+    taken = []
+    for i, batch in enumerate([*batches(), batch_of([9, 3], [2, 1]), *batches()]):
+        set_factor(optimizer, 1 / (1 + i))
+        losses = step(batch)
+        taken += [
+            float(losses.loss.detach()),
+            float(losses.chain_correct),
+            float(losses.answer_correct),
+        ]
+    return taken + [float(p.detach().double().sum()) for p in model.parameters()]
+
+
+def plain_step(model, optimizer):
+    def step(batch):
+        losses = model.loss(batch)
+        optimizer.zero_grad()
+        losses.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        return losses
+
+    return step
+
+
+def sgd(model) -> torch.optim.Optimizer:
+    """Takes tensor learning rates on a CPU, which a capturable AdamW does not."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer.param_groups[0]["base_lr"] = 1e-2
+    return optimizer
+
+
+def test_without_cuda_the_step_is_eager_and_says_so() -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, lr=1e-2)
+    step = GraphedStep(model, optimizer, Capacity.of(batches()), clip=0.1)
+    found = train(step, model, optimizer)
+    assert step.reason == "CUDA graphs need a CUDA device, the model is on 'cpu'"
+    model = make_model()
+    optimizer = make_optimizer(model, lr=1e-2)
+    assert found == train(plain_step(model, optimizer), model, optimizer)
+
+
+def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -> None:
+    """The graph is played by a function that takes the step again over the static buffers."""
+    monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
+    monkeypatch.setattr(GraphedStep, "_warm_up", lambda self: self._take(self._static.batch))
+
+    def capture(self) -> None:
+        def replay() -> None:
+            self._losses = self._take(self._static.batch)
+
+        self._graph = SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(GraphedStep, "_capture", capture)
+    model = make_model()
+    optimizer = sgd(model)
+    graphed = GraphedStep(model, optimizer, Capacity.of(batches()), clip=0.1)
+    reasons = []
+
+    def step(batch):
+        losses = graphed(batch)
+        reasons.append(graphed.reason)
+        return losses
+
+    found = train(step, model, optimizer)
+    assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
+    assert reasons[:4] == [f"warming up, step {k} of 3" for k in (1, 2, 3)] + [None]
+    assert "longest sequence" in reasons[4] and reasons[5:] == [None] * 4
+    model = make_model()
+    optimizer = sgd(model)
+    truth = train(plain_step(model, optimizer), model, optimizer)
+    assert found == pytest.approx(truth, rel=1e-6)
+
+
+def test_a_failed_capture_is_told_and_the_step_taken(monkeypatch) -> None:
+    monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
+    monkeypatch.setattr(cuda_graph, "WARM_UP", 0)
+    monkeypatch.setattr(GraphedStep, "_capture", lambda self: "the step could not be captured: x")
+    model = make_model()
+    step = GraphedStep(model, sgd(model), Capacity.of(batches()))
+    before = model.norm.weight.detach().clone()
+    for batch in batches():
+        step(batch)
+        assert step.reason == "the step could not be captured: x"
+    assert not torch.equal(before, model.norm.weight)
+
+
+def test_a_batch_that_the_model_cannot_read_is_refused() -> None:
+    model = make_model()
+    step = GraphedStep(model, make_optimizer(model, lr=1e-2), Capacity.of(batches()))
+    with pytest.raises(ValueError, match="outside the model's vocabulary"):
+        step(task_batch("lis", 1, 0, "cpu")[0])
+
+
+def test_optimisers_that_cannot_be_captured() -> None:
+    model, cuda = make_model(), torch.device("cuda")
+    assert graph_reason(cuda, make_optimizer(model, lr=1e-2)) is None
+    assert graph_reason(cuda, make_optimizer(model, lr=1e-2, muon_lr=1e-2)) is None
+    assert "SGD has no capturable form" in graph_reason(cuda, torch.optim.SGD(model.parameters()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_graph_takes_the_same_steps_as_eager(impl: str) -> None:
+    def run(graphed: bool) -> list[float]:
+        model = make_model("triton").to("cuda") if impl == "triton" else make_model().cuda()
+        optimizer = make_optimizer(model, lr=1e-2)
+        step = plain_step(model, optimizer)
+        if graphed:
+            step = GraphedStep(model, optimizer, Capacity.of(batches()), clip=0.1)
+        on_card = lambda batch: step(batch.to("cuda"))
+        found = train(on_card, model, optimizer)
+        assert not graphed or step.reason is None
+        return found
+
+    assert run(True) == pytest.approx(run(False), rel=1e-4)
