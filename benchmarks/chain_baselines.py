@@ -14,7 +14,7 @@ from benchmarks.baselines import EagerTransformer, rotate
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import ModelConfig
 from relay_fast.tasks.vocabulary import EOS, PAD
-from relay_fast.utils.ragged import offsets_of, ragged_index
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
 class EagerReader(EagerTransformer):
@@ -162,5 +162,5 @@ def left_padded(
 
 def flat(written: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(S, steps) tokens as flat tokens up to each limit, and their offsets."""
-    index = ragged_index(np.arange(len(limits)) * written.shape[1], limits)
-    return written.ravel()[index], offsets_of(limits)
+    index = concat_ranges(np.arange(len(limits)) * written.shape[1], limits)
+    return written.ravel()[index], lengths_to_offsets(limits)

@@ -32,7 +32,7 @@ from benchmarks import chain_baselines, common  # noqa: E402
 from benchmarks.baselines import EagerTransformer  # noqa: E402
 from relay_fast.config import ModelConfig  # noqa: E402
 from relay_fast.decoding.autoregressive import decode  # noqa: E402
-from relay_fast.decoding.chains import generate_chains, read_batch  # noqa: E402
+from relay_fast.decoding.chains import generate_looped_chains, read_batch  # noqa: E402
 from relay_fast.functional import supports  # noqa: E402
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer  # noqa: E402
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks  # noqa: E402
@@ -154,7 +154,7 @@ def looped_providers(
 
     def ours(impl: str) -> Callable[[Case], np.ndarray]:
         own = load(LoopedTransformer(config, impl=impl))
-        return lambda case: _tokens(generate_chains(own, case.problems, TASKS))
+        return lambda case: _tokens(generate_looped_chains(own, case.problems, TASKS))
 
     made = []
     for name in names:

@@ -27,7 +27,7 @@ from relay_fast.batch.plan import Plan
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
-from relay_fast.utils.ragged import offsets_of
+from relay_fast.utils.ragged import lengths_to_offsets
 
 RESULTS = Path(__file__).parent / "results"
 CONFIGS = {
@@ -98,7 +98,7 @@ def synthetic_batch(
         to(rng.integers(vocabulary, size=plan.rows)),
         plan,
         to(rows),
-        tuple(offsets_of(per_iteration).tolist()),
+        tuple(lengths_to_offsets(per_iteration).tolist()),
         to(rng.integers(vocabulary, size=len(rows))),
         to(np.concatenate(weights).astype(np.float32)),
         to(rng.integers(vocabulary, size=plan.sequences)),

@@ -54,7 +54,7 @@ def rows_left(M, base, BLOCK_M: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class Facts:
+class DeviceProps:
     """What launch configurations depend on."""
 
     arch: int  # compute capability, 90 for sm_90
@@ -63,9 +63,9 @@ class Facts:
 
 
 FACTS = {
-    80: Facts(80, 108, 163 << 10),
-    90: Facts(90, 132, 227 << 10),
-    100: Facts(100, 148, 227 << 10),
+    80: DeviceProps(80, 108, 163 << 10),
+    90: DeviceProps(90, 132, 227 << 10),
+    100: DeviceProps(100, 148, 227 << 10),
 }
 _assumed = FACTS[90]
 
@@ -77,14 +77,14 @@ def assume(arch: int) -> None:
 
 
 @cache
-def _cuda_facts(index: int) -> Facts:
+def _cuda_facts(index: int) -> DeviceProps:
     p = torch.cuda.get_device_properties(index)
     shared = getattr(p, "shared_memory_per_block_optin", FACTS[90].shared_bytes)
-    return Facts(10 * p.major + p.minor, p.multi_processor_count, shared)
+    return DeviceProps(10 * p.major + p.minor, p.multi_processor_count, shared)
 
 
-def facts(device: torch.device) -> Facts:
-    """Facts about a tensor's device, asked for once."""
+def facts(device: torch.device) -> DeviceProps:
+    """DeviceProps about a tensor's device, asked for once."""
     if device.type != "cuda":
         return _assumed
     return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
@@ -113,12 +113,12 @@ def block_of(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def readable(x: Tensor) -> Tensor:
+def contiguous_columns(x: Tensor) -> Tensor:
     """x with contiguous columns; any row stride, zero included, is read as it is."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def share_tiles(tiles: int, row_blocks: int, device: torch.device) -> tuple[int, int]:
+def split_columns(tiles: int, row_blocks: int, device: torch.device) -> tuple[int, int]:
     """How many column tiles a program takes, and how many programs share a block of rows: one, or
     more where row blocks alone would not give every processor two programs."""
     programs = min(tiles, max(1, 2 * facts(device).processors // row_blocks))

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, dot, readable
+from ._runtime import Config, block_of, cdiv, contiguous_columns, dot
 from .attention_ref import PaddedLayout
 from .supports import heads_reason, layout_reason, require, row_count_reason, rows_reason
 from .tuning import pick
@@ -205,7 +205,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """o (rows, heads * head_dim) in qkv's dtype and lse (rows, heads) in fp32."""
     check(qkv, layout, heads, kv_heads, row_count)
-    qkv = readable(qkv)
+    qkv = contiguous_columns(qkv)
     rows, head_dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
     o = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=qkv.device)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, dot, readable
+from ._runtime import block_of, cdiv, contiguous_columns, dot
 from .attention import (
     LOG2_E,
     check,
@@ -248,7 +248,12 @@ def attention_bwd(
     width = (qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads)
     rows = (qkv.shape[0], heads)
     require(shapes_reason(("do", do, width), ("o", o, width), ("lse", lse, rows)))
-    qkv, o, do, lse = readable(qkv), readable(o), readable(do), lse.contiguous()
+    qkv, o, do, lse = (
+        contiguous_columns(qkv),
+        contiguous_columns(o),
+        contiguous_columns(do),
+        lse.contiguous(),
+    )
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if qkv.shape[0] == 0:
         return dqkv

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention_ref import Group, PaddedLayout, attention_bwd_ref, attention_fwd_ref
-from .norm_ref import wide
+from .norm_ref import upcast
 
 _FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -65,7 +65,7 @@ def attention_fwd_cpu(
         return attention_fwd_ref(qkv, layout, heads, kv_heads, causal)
     padded = layout.pad(_by_rows(qkv))
     o = qkv.new_empty(layout.slots, qkv.shape[1] // 3)
-    lse = wide(qkv[:0]).new_empty(layout.slots, heads)
+    lse = upcast(qkv[:0]).new_empty(layout.slots, heads)
     for group in layout.groups:
         q, k, v = _heads(padded, group, 3 * heads).chunk(3, dim=1)
         bias = _bias(group, qkv.dtype, causal)

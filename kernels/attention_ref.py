@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .norm_ref import wide
+from .norm_ref import upcast
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _probabilities(
     q: Tensor, k: Tensor, group: Group, kv_heads: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Masked, scaled scores and their softmax, (kv_heads · S, heads / kv_heads · L, L), wide."""
-    scores = wide(torch.bmm(q, k.mT)).mul_(q.shape[-1] ** -0.5)
+    scores = upcast(torch.bmm(q, k.mT)).mul_(q.shape[-1] ** -0.5)
     if group.pad_mask is not None:
         by_sequence = scores.view(kv_heads, group.sequences, *scores.shape[1:])
         by_sequence.masked_fill_(group.pad_mask, float("-inf"))
@@ -142,7 +142,7 @@ def attention_fwd_ref(
     padded = layout.pad(qkv)
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
     o = qkv.new_empty(layout.slots, heads * head_dim)
-    lse = wide(qkv[:0]).new_empty(layout.slots, heads) if with_lse else None
+    lse = upcast(qkv[:0]).new_empty(layout.slots, heads) if with_lse else None
     for group in layout.groups:
         packed = _heads_first(padded, group, heads + 2 * kv_heads)
         q, k, v = _queries_and_keys(packed, heads, kv_heads)
@@ -172,7 +172,7 @@ def attention_bwd_ref(
         per_query = _heads_first(do, group, heads).unflatten(0, (kv_heads, -1)).transpose(1, 2)
         do_q = per_query.flatten(2, 3).flatten(0, 1)
         _, p = _probabilities(q, k, group, kv_heads, causal)
-        dp = wide(torch.bmm(do_q, v.mT))
+        dp = upcast(torch.bmm(do_q, v.mT))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
         ds, p = ds.to(q.dtype), p.to(q.dtype)
         shape = (-1, group.sequences, group.length, q.shape[-1])

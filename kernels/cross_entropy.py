@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, counted_rows, dot, facts, readable
+from ._runtime import Config, block_of, cdiv, contiguous_columns, counted_rows, dot, facts
 from .cross_entropy_ref import argmax_ref, check_lists, cross_entropy_fwd_ref
 from .norm import normalize, scale_shift
 from .supports import (
@@ -209,7 +209,7 @@ def argmax(
     check_readout(h, norm_weight, norm_bias, head, kind, row_count)
     if not norm_is_fused(h.shape[1], head.dtype) and h.shape[0]:
         return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)
-    h, rows = readable(h), h.shape[0]
+    h, rows = contiguous_columns(h), h.shape[0]
     if rows == 0:
         return torch.empty(0, dtype=torch.int64, device=h.device)
     config = readout_config(rows, h.shape[1], head.dtype, h.device)
@@ -244,7 +244,7 @@ def cross_entropy_fwd(
         return cross_entropy_fwd_ref(
             h, targets, norm_weight, norm_bias, head, index, eps, kind, label_smoothing, z_loss
         )
-    h, rows, vocabulary = readable(h), targets.shape[0], head.shape[0]
+    h, rows, vocabulary = contiguous_columns(h), targets.shape[0], head.shape[0]
     index = None if index is None else index.contiguous()
     targets = targets.contiguous()
     empty = _allocator(h, row_count)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, counted_rows, dot, readable
+from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, dot
 from .cross_entropy import check_readout, load_states, readout_config
 from .cross_entropy_ref import cross_entropy_bwd_ref
 from .norm import (
@@ -128,7 +128,7 @@ def cross_entropy_bwd(
             grad, h, targets, lse, norm_weight, norm_bias, head, head_grad, norm_grad,
             norm_bias_grad, index, eps, kind, label_smoothing, z_loss,
         )  # fmt: skip
-    h, targets, lse = readable(h), targets.contiguous(), lse.contiguous()
+    h, targets, lse = contiguous_columns(h), targets.contiguous(), lse.contiguous()
     index = None if index is None else index.contiguous()
     rows, (vocabulary, d) = targets.shape[0], head.shape
     new = torch.empty if row_count is None else torch.zeros

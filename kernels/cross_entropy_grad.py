@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, readable
+from ._runtime import block_of, contiguous_columns
 from .cross_entropy import check_readout
 from .cross_entropy_ref import UNIT, masked_states
 from .norm import norm_bwd, norm_fwd
@@ -90,7 +90,7 @@ def cross_entropy_grad(
 ) -> tuple[Tensor, Tensor]:
     """loss (rows,) and dh (rows, d) of the rows named by `index`, both fp32."""
     check_readout(h, norm_weight, norm_bias, head, kind, None, targets, index, grad)
-    h, targets = readable(h), targets.contiguous()
+    h, targets = contiguous_columns(h), targets.contiguous()
     rows, (vocabulary, d) = targets.shape[0], head.shape
     loss = torch.empty(rows, dtype=torch.float32, device=h.device)
     dh = torch.empty(rows, d, dtype=torch.float32, device=h.device)

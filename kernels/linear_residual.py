@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, cdiv, counted_rows, dot, readable
+from ._runtime import Config, cdiv, contiguous_columns, counted_rows, dot
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
@@ -115,7 +115,7 @@ def linear_residual_fwd(
     )
     if d > FUSED_WIDTH:
         return linear_residual_fwd_ref(a, weight, bias, residual, dropout, out)
-    a, residual = readable(a), readable(residual)
+    a, residual = contiguous_columns(a), contiguous_columns(residual)
     if out is None:
         out = torch.empty(rows, d, dtype=residual.dtype, device=a.device)
     require("out needs contiguous columns" if out.stride(-1) != 1 else None)
@@ -202,7 +202,7 @@ def linear_residual_bwd(
     (rows, d), columns = dout.shape, weight.shape[1]
     if d > FUSED_WIDTH:
         return linear_residual_bwd_ref(dout, weight, dropout)
-    dout = readable(dout)
+    dout = contiguous_columns(dout)
     da = torch.empty(rows, columns, dtype=weight.dtype, device=dout.device)
     same = dropout is None and dout.dtype == weight.dtype
     dbranch = dout if same else torch.empty(rows, d, dtype=weight.dtype, device=dout.device)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, dot, readable
+from ._runtime import block_of, contiguous_columns, dot
 from .activation import activate
 from .attention import LOG2_E
 from .loop_ref import LoopLayout, LoopWeights
@@ -198,7 +198,7 @@ def loop_fwd(
     """final (rows, d), each sequence's state after its last iteration, in fp32, and the token ids
     int64 of all iterations end to end, each of the rows still looping then."""
     require(loop_reason(x, layout, weights, cos, sin, heads, kv_heads, activation, kind))
-    w, x = weights, readable(x)
+    w, x = weights, contiguous_columns(x)
     d, head_dim = x.shape[1], w.qkv.shape[1] // (heads + 2 * kv_heads)
     final = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     ids = torch.empty(int(layout.state_offsets[-1]), dtype=torch.int64, device=x.device)

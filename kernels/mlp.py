@@ -29,9 +29,9 @@ from ._runtime import (
     Config,
     block_of,
     cdiv,
+    contiguous_columns,
     counted_rows,
     dot,
-    readable,
     rows_left,
 )
 from .activation import activation_fwd
@@ -184,7 +184,7 @@ def mlp_fwd(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
         row_count, up_bias, gate_bias, down_bias, out,
     )  # fmt: skip
-    x = readable(x)
+    x = contiguous_columns(x)
     (rows, d), hidden_size = x.shape, up_weight.shape[0]
     if not mlp_is_fused(d, up_weight.dtype):
         norm = (norm_weight, norm_bias)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, counted_rows, dot, readable, rows_left
+from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, dot, rows_left
 from .activation import activate_grad, activation_bwd
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
@@ -149,15 +149,15 @@ def mlp_bwd(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
         row_count, dout=dout, up=up, gate=gate,
     )  # fmt: skip
-    x, dout = readable(x), readable(dout)
+    x, dout = contiguous_columns(x), contiguous_columns(dout)
     if not mlp_is_fused(x.shape[1], up_weight.dtype):
         return _mlp_wide_bwd(
             dout, x, up, gate, norm_weight, norm_bias, up_weight, gate_weight, down_weight,
             activation, eps, kind, dropout, row_count,
         )  # fmt: skip
     (rows, d), hidden = x.shape, up_weight.shape[0]
-    up, gated = readable(up), gate is not None
-    gate = readable(gate) if gated else None
+    up, gated = contiguous_columns(up), gate is not None
+    gate = contiguous_columns(gate) if gated else None
     y = torch.empty(rows, d, dtype=up_weight.dtype, device=x.device)
     dup = torch.empty(rows, hidden, dtype=up_weight.dtype, device=x.device)
     dgate = torch.empty_like(dup) if gated else None

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, counted_rows, dot, rows_left, share_tiles
+from ._runtime import Config, block_of, cdiv, counted_rows, dot, rows_left, split_columns
 from .activation import activate
 from .norm import normalize, scale_shift
 from .tuning import pick
@@ -143,7 +143,7 @@ def mlp_up_fwd(
     if rows:
         config = _config(d, up_weight.dtype, x.device, gated)
         row_blocks, tiles = cdiv(rows, config.block_m), cdiv(hidden_size, config.block_n)
-        tiles_each, column_blocks = share_tiles(tiles, row_blocks, x.device)
+        tiles_each, column_blocks = split_columns(tiles, row_blocks, x.device)
         _mlp_up_fwd_kernel[(column_blocks * row_blocks,)](
             x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias,
             up, gate, hidden, row_count, stride_xm=x.stride(0), stride_un=up_weight.stride(0),

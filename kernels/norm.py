@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, counted_rows, readable
+from ._runtime import block_of, cdiv, contiguous_columns, counted_rows
 from .supports import norm_reason, require, row_count_reason, shapes_reason
 
 
@@ -147,7 +147,7 @@ def norm_fwd(
         )
         or row_count_reason(row_count, x)
     )
-    x = readable(x)
+    x = contiguous_columns(x)
     rows, d = x.shape
     y = torch.empty(rows, d, dtype=dtype or x.dtype, device=x.device)
     if rows:
@@ -174,7 +174,7 @@ def norm_bwd(
         or shapes_reason(("the norm's weight", weight, x.shape[1:]), ("dy", dy, x.shape))
         or row_count_reason(row_count, x)
     )
-    x, dy = readable(x), readable(dy)
+    x, dy = contiguous_columns(x), contiguous_columns(dy)
     rows, d = x.shape
     block = _block_rows(d)
     programs = min(cdiv(rows, block), 256)

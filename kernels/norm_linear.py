@@ -28,11 +28,11 @@ from ._runtime import (
     Config,
     block_of,
     cdiv,
+    contiguous_columns,
     counted_rows,
     dot,
-    readable,
     rows_left,
-    share_tiles,
+    split_columns,
 )
 from .norm import (
     clear_norm_partials,
@@ -216,7 +216,7 @@ def norm_linear_fwd(
 ) -> Tensor:
     """out (rows, columns) in the weight's dtype."""
     _check(x, norm_weight, norm_bias, weight, bias, None, cos, sin, rotary, kind, row_count)
-    x = readable(x)
+    x = contiguous_columns(x)
     (rows, d), columns = x.shape, weight.shape[0]
     if not norm_is_fused(d, weight.dtype):
         y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype, row_count)
@@ -227,7 +227,7 @@ def norm_linear_fwd(
         return out
     config = _config(rows, d, weight.dtype, x.device, back=False)
     row_blocks, tiles = cdiv(rows, config.block_m), cdiv(columns, 2 * config.block_n)
-    tiles_each, column_blocks = share_tiles(tiles, row_blocks, x.device)
+    tiles_each, column_blocks = split_columns(tiles, row_blocks, x.device)
     _norm_linear_fwd_kernel[(column_blocks * row_blocks,)](
         x, norm_weight, norm_bias, weight, bias, cos if rotary else None, sin if rotary else None,
         out, row_count, stride_xm=x.stride(0), stride_wn=weight.stride(0),
@@ -334,7 +334,7 @@ def norm_linear_bwd(
     dz (rows, columns), y (rows, d)."""
     _check(x, norm_weight, norm_bias, weight, None, dout, cos, sin, rotary, kind, row_count)
     (rows, d), columns = x.shape, weight.shape[0]
-    x, dout = readable(x), readable(dout)
+    x, dout = contiguous_columns(x), contiguous_columns(dout)
     if not norm_is_fused(d, weight.dtype):
         dz = _rope(dout.clone(), cos, sin, rotary, -1.0, row_count) if rotary else dout
         y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype, row_count)

@@ -17,7 +17,7 @@ from torch import Tensor
 NORMS = ("rms", "layer")
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in the dtype in which sums are taken: fp32, or fp64 for fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -31,7 +31,7 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 def normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
     """x̂ (rows, d) and r (rows, 1) of the rows of x. With eps = 0 both are 0 for a row that has
     nothing to norm."""
-    x = wide(x)
+    x = upcast(x)
     if kind == "layer":
         x = x - x.mean(-1, keepdim=True)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -55,8 +55,8 @@ def norm_fwd_ref(
 
 
 def _scale(x_hat: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x_hat * wide(weight)
-    return y if bias is None else y.add_(wide(bias))
+    y = x_hat * upcast(weight)
+    return y if bias is None else y.add_(upcast(bias))
 
 
 def norm_bwd_ref(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, cdiv, counted_rows, dot, facts, readable
+from ._runtime import Config, cdiv, contiguous_columns, counted_rows, dot, facts
 from .supports import norm_reason, require, row_count_reason, shapes_reason, weights_reason
 from .tuning import pick
 
@@ -111,7 +111,7 @@ def weight_grad(
     if dy.dtype != x.dtype:
         dtype = torch.promote_types(dy.dtype, x.dtype)
         dy, x = dy.to(dtype), x.to(dtype)
-    dy, x = readable(dy), readable(x)
+    dy, x = contiguous_columns(dy), contiguous_columns(x)
     rows, (columns, d) = x.shape[0], acc.shape
     if rows == 0:
         return

@@ -20,7 +20,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from relay_fast._moved_paths import forward
-from relay_fast.decoding.chains import decode_chains, fitting_problems, generate_chains, read_chains
+from relay_fast.decoding.chains import (
+    decode_chains,
+    fitting_problems,
+    generate_looped_chains,
+    parse_chains,
+)
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.relay import filter_metrics
 from relay_fast.relay.chain_dataset import (
@@ -81,10 +86,10 @@ def _print_chains(model: Model, task: Task, problems: Samples) -> None:
     """Prints what the model writes for each problem, and how much of it is right."""
     tasks, unended = {task.name: task}, 0
     if looped := isinstance(model, LoopedTransformer):
-        written = generate_chains(model, problems, tasks)
+        written = generate_looped_chains(model, problems, tasks)
     else:
         decoded = decode_chains(model, problems, tasks)
-        written, unended = read_chains(decoded, problems, tasks), int((~decoded.ended).sum())
+        written, unended = parse_chains(decoded, problems, tasks), int((~decoded.ended).sum())
     writes_chains = not looped or model.supervise == "chain"
     for i in range(len(problems)):
         rounds = written.rounds_of(i) if writes_chains else None

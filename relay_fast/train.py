@@ -19,7 +19,7 @@ from relay_fast.relay.presets import load_preset, override, preset_names
 from relay_fast.relay.presets.saved import refuse_foreign
 from relay_fast.relay.presets.schema import RunConfig
 from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
-from relay_fast.relay.stages import NEEDS, Context
+from relay_fast.relay.stages import STAGE_DEPENDENCIES, Context
 from relay_fast.reporting.progress import Display
 from relay_fast.reporting.terminal import draw_all, lenient_output, refused
 from relay_fast.training.model_files import check_device
@@ -48,7 +48,7 @@ def train(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
-    names = with_needs(NEEDS if stages is None else stages)
+    names = with_needs(STAGE_DEPENDENCIES if stages is None else stages)
     check_device(device)
     prove(config, device, impl)
     refuse_foreign(out)

@@ -24,7 +24,7 @@ def test_a_from_import_says_it_too() -> None:
     with pytest.raises(ModuleNotFoundError, match="moved to relay_fast.engine.recompute"):
         from relay_fast import policy  # noqa: F401
     with pytest.raises(ModuleNotFoundError, match="moved to relay_fast.engine.recompute"):
-        from relay_fast.policy import Policy  # noqa: F401
+        from relay_fast.policy import RecomputePolicy  # noqa: F401
 
 
 def test_what_never_was_is_not_found_as_ever() -> None:
@@ -42,7 +42,7 @@ def test_what_never_was_is_not_found_as_ever() -> None:
         ("relay_fast.batch", "relay_fast.batch.packed", "PackedBatch"),
         ("relay_fast.data", "relay_fast.data.streams", "SampleStream"),
         ("relay_fast.generate", "relay_fast.decoding.chains", "unseen_problems"),
-        ("relay_fast.evaluate", "relay_fast.relay.evaluation", "mark_looped"),
+        ("relay_fast.evaluate", "relay_fast.relay.evaluation", "grade_looped"),
     ],
 )
 def test_old_names_are_the_same_objects(old: str, new: str, name: str) -> None:

@@ -83,7 +83,7 @@ class Case:
         return forward, nbytes(*given, g, *out.values(), *grads.values()) if grads else 0
 
 
-def upcast(inputs: SimpleNamespace) -> SimpleNamespace:
+def upcast_inputs(inputs: SimpleNamespace) -> SimpleNamespace:
     """The same inputs in fp64, for the truth."""
     wide = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
     return SimpleNamespace(**tree_map(wide, vars(inputs)))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.card.cases import Case, Draw, Named, upcast
+from benchmarks.card.cases import Case, Draw, Named, upcast_inputs
 from benchmarks.card.device import ROOT, poisoned
 from benchmarks.card.session import Row, Skip
 from benchmarks.numerics import RMS_RATIO, assert_as_good_as_eager, describe, rms_ratio
@@ -59,7 +59,7 @@ def check(case: Case, dtype: torch.dtype, seed: int, device: str) -> list[Row]:
     with poisoned():
         value, again = outputs(kernels, inputs), outputs(kernels, inputs)
     with torch.no_grad():
-        truth = outputs(REFERENCE, upcast(inputs))
+        truth = outputs(REFERENCE, upcast_inputs(inputs))
         eager = outputs(REFERENCE, inputs)  # last: a reference may overwrite what it is given
     names = [name for name in truth if name in value]  # the reference may leave lse to autograd
     reasons = [wrong(n, value[n], eager[n], truth[n], dtype) for n in names]

@@ -25,7 +25,7 @@ import torch
 from relay_fast import train
 from relay_fast.relay.pipeline import with_needs
 from relay_fast.relay.run_folder import RunFolder
-from relay_fast.relay.stages import MODELS, NEEDS, scratch_files, stage_files
+from relay_fast.relay.stages import MODELS, STAGE_DEPENDENCIES, scratch_files, stage_files
 from relay_fast.training.model_files import load_model, model_path, save_model
 
 PART_BYTES = 15 << 20  # of a file that travels
@@ -92,9 +92,9 @@ def what_travels(run: Path, since: float) -> Iterator[list[Path]]:
     left = {folder: unfinished(folder, stages) for folder, stages in wanted.items()}
     yield [file for folder in wanted for file in sorted(folder.glob("*.json"))]
     for folder, names in left.items():
-        needed = {need for name in names for need in NEEDS[name]}
+        needed = {need for name in names for need in STAGE_DEPENDENCIES[name]}
         if "chains" in needed:  # which may have to be written again
-            needed.update(NEEDS["chains"])
+            needed.update(STAGE_DEPENDENCIES["chains"])
         for name in MODELS:
             for file in stage_files(folder, name):
                 if file.exists() and (name in needed or file.stat().st_mtime >= since):
@@ -110,7 +110,7 @@ def what_travels(run: Path, since: float) -> Iterator[list[Path]]:
     yield [file for folder in wanted for file in sorted(folder.glob("*.png"))]
     yield [file for file in (run / CACHE).rglob("*") if file.is_file()]
     for folder, names in left.items():
-        if any("chains" in NEEDS[name] for name in names):
+        if any("chains" in STAGE_DEPENDENCIES[name] for name in names):
             yield [file for file in stage_files(folder, "chains") if file.exists()]
     yield from ([file] for file in scratch if ".state." not in file.name)  # parts of chains
 

@@ -30,7 +30,7 @@ from benchmarks import common
 from benchmarks.card.profile import ARCH, traced
 from benchmarks.card.table import markdown
 from benchmarks.kernel_costs import CARDS
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.data.streams import TruthStream
 from relay_fast.decoding.step import LENGTH_STEP
@@ -104,7 +104,7 @@ def training(context: Context, stage: str) -> Training:
     drawn = np.linspace(0, steps - 1, CAPACITY_BATCHES).astype(int).tolist()
     capacity = Capacity.of((stream[i].batch for i in drawn), SLACK, SPREAD)
     with traced() as graph:
-        model.loss(StaticBatch(capacity, "meta").batch).loss.backward()
+        model.loss(CapacityBatch(capacity, "meta").batch).loss.backward()
     nodes = sum(part.launches for part in graph.parts.values())
     fixed, growth = NODE * nodes + HOST[KIND[stage]], stream.curriculum
     fixed += MUON * ("muon_lr" in recipe(context.config, stage))

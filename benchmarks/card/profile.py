@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks import common
 from benchmarks.card.table import INTERPRETED, markdown
 from benchmarks.kernel_costs import CARDS, FLOPS, launch_cost
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.kernels._runtime import FACTS, assume
 from relay_fast.models.transformers import LoopedTransformer
@@ -143,7 +143,7 @@ def trace_graph(samples: int) -> tuple[Trace, int]:
     """The same step as one CUDA graph with room for other batches; its token-iterations."""
     drawn = [common.task_batch("multitask", samples, seed, "cpu")[0] for seed in range(3)]
     capacity = Capacity.of(drawn, 0.05)
-    return _trace(StaticBatch(capacity, "meta").batch), capacity.token_iterations
+    return _trace(CapacityBatch(capacity, "meta").batch), capacity.token_iterations
 
 
 def _trace(batch: PackedBatch) -> Trace:

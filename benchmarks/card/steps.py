@@ -19,7 +19,7 @@ from benchmarks.baselines import EagerTransformer, PaddedBatch, buckets
 from benchmarks.card.device import Timer
 from benchmarks.card.kernels import compiled
 from benchmarks.card.session import Row, Skip, Unit
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import LoopedTransformer
@@ -105,7 +105,7 @@ def relay(
         others = [batch, *(workload.make(seed, "cpu")[0] for seed in (1, 2))]
         lowered = None if dtype == torch.float32 else dtype
         capacity = Capacity.of(others, 0.05)
-        static = StaticBatch(capacity, device)
+        static = CapacityBatch(capacity, device)
         static.load(batch)
         provider.batch, provider.pieces = batch, [static.batch]  # what is held to the truth
         provider.graphed = GraphedStep(model, provider.optimizer, capacity, autocast=lowered)

@@ -1,6 +1,6 @@
 """Batches of one fixed shape, whatever they hold: what a CUDA graph is captured over.
 
-A `Capacity` says how much of everything fits; `StaticBatch` has the tensors, and `load` copies a
+A `Capacity` says how much of everything fits; `CapacityBatch` has the tensors, and `load` copies a
 batch into them. Iteration t always works on the capacity's rows; how many of them are live (the
 active prefix of the batch that is loaded) is known on the device alone. Rows beyond are other
 sequences' or nobody's: the engine keeps their states and gradients as they were, and their
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch.packed import PackedBatch
-from relay_fast.batch.plan import Plan, Segment
+from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.kernels.attention_ref import Group, PaddedLayout
-from relay_fast.utils.ragged import offsets_of, ragged_index
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 ALIGN = 64  # capacities in rows are whole blocks of the kernels
 
@@ -112,10 +112,10 @@ def _at(values: Sequence[int], iteration: int) -> int:
     return int(values[iteration - 1]) if iteration <= len(values) else 0
 
 
-class StaticPlan(Plan):
+class CapacityPlan(Plan):
     """A plan whose sizes are a capacity's, with the loaded batch's own counts on the device."""
 
-    static = True
+    fixed_capacity = True
 
     def __init__(self, capacity: Capacity, device: torch.device | str):
         c = self.capacity = capacity
@@ -162,11 +162,11 @@ class StaticPlan(Plan):
         self._offsets.clear()  # worked out from another batch
         self._live.clear()
 
-    def segments(self, iteration: int, truncate: int | None = None) -> tuple[Segment, ...]:
+    def row_ranges(self, iteration: int, truncate: int | None = None) -> tuple[RowRange, ...]:
         if truncate is not None:
             raise ValueError("a static plan cannot truncate: where to depends on the batch")
         t = iteration - 1
-        return (Segment(iteration, 0, self.active_sequences[t], 0, self.active_rows[t]),)
+        return (RowRange(iteration, 0, self.active_sequences[t], 0, self.active_rows[t]),)
 
     def row_count(self, iteration: int) -> Tensor:
         """(1,) int32: live rows of an iteration."""
@@ -184,9 +184,9 @@ class StaticPlan(Plan):
         return self._live[iteration]
 
     @torch.inference_mode(False)
-    def layout_of(self, segment: Segment) -> PaddedLayout:
+    def layout_of(self, row_range: RowRange) -> PaddedLayout:
         """Offsets of the sequences that loop in this iteration, the others being empty."""
-        t, last = segment.iteration, segment.last_sequence
+        t, last = row_range.iteration, row_range.last_sequence
         if t not in self._offsets:
             self._offsets[t] = torch.minimum(self.cu_seqlens[: last + 1], self.row_count(t))
         offsets, longest = self._offsets[t], self.capacity.longest
@@ -217,13 +217,13 @@ def _fill(buffer: Tensor, values: Tensor, beyond: float = 0) -> None:
     buffer[len(values) :].fill_(beyond)
 
 
-class StaticBatch:
+class CapacityBatch:
     """The tensors of a batch at a capacity; `batch` is what a model takes."""
 
     def __init__(self, capacity: Capacity, device: torch.device | str):
         self.capacity = capacity
-        self.plan = StaticPlan(capacity, device)
-        offsets = offsets_of(np.asarray(capacity.targets))
+        self.plan = CapacityPlan(capacity, device)
+        offsets = lengths_to_offsets(np.asarray(capacity.targets))
         new = lambda n, dtype=torch.int64: torch.zeros(n, dtype=dtype, device=self.plan.device)
         self.batch = PackedBatch(
             tokens=new(capacity.rows[0]),
@@ -248,7 +248,7 @@ class StaticBatch:
         _fill(into.tokens, batch.tokens)
         counts = np.diff(batch.row_offsets)
         starts = np.asarray(into.row_offsets[: len(counts)], np.int64)
-        place = torch.from_numpy(ragged_index(starts, counts)).to(into.rows.device)
+        place = torch.from_numpy(concat_ranges(starts, counts)).to(into.rows.device)
         for buffer, values, beyond in (
             (into.rows, batch.rows, 0), (into.targets, batch.targets, -1),
             (into.weights, batch.weights, 0),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relay_fast.batch.feeder import Feeder
 from relay_fast.batch.plan import Plan
-from relay_fast.utils.ragged import pieces, ragged_index
+from relay_fast.utils.ragged import concat_ranges, pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,5 +143,5 @@ def _positions(widths: np.ndarray, span: int, rng: np.random.Generator | None) -
     if rng is not None:
         ranks = rng.random((len(widths), span)).argsort(1).argsort(1)
         return np.nonzero(ranks < widths[:, None])[1]
-    place = ragged_index(np.zeros_like(widths), widths)
+    place = concat_ranges(np.zeros_like(widths), widths)
     return np.rint(place * (span - 1) / np.repeat(np.maximum(1, widths - 1), widths)).astype(int)

@@ -23,7 +23,7 @@ MAX_GROUPS = 6
 
 
 @dataclass(frozen=True)
-class Segment:
+class RowRange:
     """Consecutive sequences that one iteration works on together.
 
     `grad` is False where truncated backpropagation keeps the gradient out.
@@ -122,7 +122,7 @@ class Plan:
     # A static plan's sizes are a capacity's: what is live then is known on the device alone
     # (`relay_fast.batch.capacity`). Here every row is.
 
-    static = False
+    fixed_capacity = False
 
     def live(self, iteration: int) -> Tensor | None:
         """(N_t, 1) bool: which rows of an iteration are live; None: all."""
@@ -132,23 +132,23 @@ class Plan:
         """(1,) int32 on the device: live rows of an iteration; None: all."""
         return None
 
-    def layout_of(self, segment: Segment) -> PaddedLayout:
-        """The attention layout of a segment."""
-        return self.layout(segment.first_sequence, segment.last_sequence)
+    def layout_of(self, row_range: RowRange) -> PaddedLayout:
+        """The attention layout of a row range."""
+        return self.layout(row_range.first_sequence, row_range.last_sequence)
 
     def rows_at(self, iteration: int) -> int:
         """Rows of the active prefix at iteration t (0 beyond the last)."""
         return self.active_rows[iteration - 1] if 1 <= iteration <= self.max_loops else 0
 
-    def segments(self, iteration: int, truncate: int | None = None) -> tuple[Segment, ...]:
-        """The segments of an iteration: one, or two where truncation (to each sequence's last
+    def row_ranges(self, iteration: int, truncate: int | None = None) -> tuple[RowRange, ...]:
+        """The row ranges of an iteration: one, or two where truncation (to each sequence's last
         `truncate` iterations) keeps the gradient out of a part of the prefix."""
         last = self.active_sequences[iteration - 1]
         later = iteration + truncate if truncate else self.max_loops + 1
         cut = self.active_sequences[later - 1] if later <= self.max_loops else 0
         bounds = [(0, cut, False), (cut, last, True)]
         return tuple(
-            Segment(iteration, a, b, int(self.offsets[a]), int(self.offsets[b]), grad)
+            RowRange(iteration, a, b, int(self.offsets[a]), int(self.offsets[b]), grad)
             for a, b, grad in bounds
             if self.offsets[b] > self.offsets[a]
         )

@@ -13,7 +13,7 @@ from relay_fast.batch.plan import Plan
 from relay_fast.data.feedback import feeder_of, places_of, true_tokens
 from relay_fast.tasks import TASK_NAMES, FedPlaces, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
-from relay_fast.utils.ragged import offsets_of, ragged_index
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
 
@@ -54,8 +54,8 @@ def collate_looped(
     plan = Plan(width, s.loops, device, positions)
     tokens = np.full(plan.rows, PAD, np.int64)
     ends = plan.offsets[1:]
-    tokens[ragged_index(ends - sizes + 1, sizes - 1)] = s.problem[
-        ragged_index(s.problem_offsets[:-1] + 1, sizes - 1)
+    tokens[concat_ranges(ends - sizes + 1, sizes - 1)] = s.problem[
+        concat_ranges(s.problem_offsets[:-1] + 1, sizes - 1)
     ]
     tokens[plan.offsets[:-1]] = s.problem[s.problem_offsets[:-1]]
 
@@ -68,11 +68,11 @@ def collate_looped(
     if np.any(lengths >= width[owner]):
         raise ValueError("a round does not fit into its input: raise the task's min_input_tokens")
     counts = lengths + 1
-    rows = ragged_index(ends[owner] - counts, counts)
+    rows = concat_ranges(ends[owner] - counts, counts)
     targets = np.full(len(rows), PAD, np.int64)
-    starts = offsets_of(counts)[:-1]
-    targets[ragged_index(starts + 1, lengths)] = s.rounds[
-        ragged_index(s.round_offsets[:-1][major], lengths)
+    starts = lengths_to_offsets(counts)[:-1]
+    targets[concat_ranges(starts + 1, lengths)] = s.rounds[
+        concat_ranges(s.round_offsets[:-1][major], lengths)
     ]
     per_iteration = np.bincount(iteration, weights=counts, minlength=plan.max_loops)
     feeder = None
@@ -87,7 +87,7 @@ def collate_looped(
         torch.from_numpy(tokens).to(device),
         plan,
         torch.from_numpy(rows).to(device),
-        tuple(offsets_of(per_iteration.astype(np.int64)).tolist()),
+        tuple(lengths_to_offsets(per_iteration.astype(np.int64)).tolist()),
         torch.from_numpy(targets).to(device),
         torch.from_numpy(np.repeat(share, counts).astype(np.float32)).to(device),
         torch.from_numpy(s.answer.astype(np.int64)).to(device),
@@ -143,7 +143,7 @@ def collate_side_by_side(
         answer_weights=torch.from_numpy(answer_share.astype(np.float32)).to(device),
         order=owner[len(owner) - len(samples) :],
         fed=torch.from_numpy(fed).to(device),
-        target_offsets=offsets_of(counts),
+        target_offsets=lengths_to_offsets(counts),
     )
 
 
@@ -160,10 +160,10 @@ def collate_carried(
     batch = collate_looped(samples, tasks, feedback=True, **options)
     plan, s = batch.plan, samples.take(batch.order)
     active = np.array(plan.active_sequences, np.int64)
-    owner = ragged_index(np.zeros_like(active), active)
+    owner = concat_ranges(np.zeros_like(active), active)
     before = np.repeat(np.arange(len(active)), active)
     widths = plan.lengths[owner]
-    rows = ragged_index(plan.offsets[owner], widths)
+    rows = concat_ranges(plan.offsets[owner], widths)
     places = FedPlaces(*(column[rows] for column in places_of(s, tasks, plan.lengths)))
     fed = torch.from_numpy(true_tokens(s, owner, before, widths, places))
     return replace(batch, true_feed=fed.to(plan.device), truth=truth)
@@ -184,11 +184,11 @@ def collate_autoregressive(
     _check_weighting(weighting, task_weights)
     sequence, offsets, prompts = samples.sequences(tasks)
     sizes = np.diff(offsets)
-    inputs = ragged_index(offsets[:-1], sizes - 1)
+    inputs = concat_ranges(offsets[:-1], sizes - 1)
     plan = Plan(sizes - 1, np.ones(len(samples), np.int64), device)
     counts = sizes - prompts
-    rows = ragged_index(plan.offsets[:-1] + prompts - 1, counts)
-    targets = sequence[ragged_index(offsets[:-1] + prompts, counts)]
+    rows = concat_ranges(plan.offsets[:-1] + prompts - 1, counts)
+    targets = sequence[concat_ranges(offsets[:-1] + prompts, counts)]
     task_weight = _task_weights(samples, task_weights)
     if weighting == "sequence":
         share = task_weight / (max(1, len(samples)) * counts)

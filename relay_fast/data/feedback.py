@@ -17,7 +17,7 @@ from relay_fast.batch.feeder import Feeder
 from relay_fast.tasks import TASK_NAMES, FedPlaces, Samples, Task
 from relay_fast.tasks.feedback import FROM_ROUND, LATEST
 from relay_fast.tasks.vocabulary import PAD
-from relay_fast.utils.ragged import offsets_of, ragged_index
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
 def places_of(samples: Samples, tasks: Mapping[str, Task], widths: np.ndarray) -> FedPlaces:
@@ -31,10 +31,10 @@ def places_of(samples: Samples, tasks: Mapping[str, Task], widths: np.ndarray) -
         places = tasks[TASK_NAMES[present[0]]].fed_places(samples, widths)
     else:
         places = FedPlaces.nothing(widths)
-        starts = offsets_of(widths)[:-1]
+        starts = lengths_to_offsets(widths)[:-1]
         for k in present:
             own = np.flatnonzero(samples.task == k)
-            rows = ragged_index(starts[own], widths[own])
+            rows = concat_ranges(starts[own], widths[own])
             part = tasks[TASK_NAMES[k]].fed_places(samples.take(own), widths[own])
             for whole, values in zip(places, part, strict=True):
                 whole[rows] = values

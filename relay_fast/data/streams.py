@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Form:
+class BatchFormat:
     """How samples become a batch: `kind` looped or autoregressive, and the batch's options;
     feedback, carry_state, position_range: as the looped model has them."""
 
@@ -59,7 +59,7 @@ class Form:
     position_range: int = 0
     batch_tokens: int | None = None  # upper bound on a batch's tokens: the samples that fit
 
-    def pack(
+    def collate(
         self,
         samples: Samples,
         tasks: Mapping[str, Task],
@@ -68,7 +68,7 @@ class Form:
     ) -> PackedBatch:
         """The batch. more: further options of the looped model's (rng, truth)."""
         if self.batch_tokens is not None:
-            samples, extra_pad = self._cut(samples, tasks, extra_pad)
+            samples, extra_pad = self._limit_tokens(samples, tasks, extra_pad)
         options = {"task_weights": self.task_weights, "weighting": self.weighting}
         if self.kind == "autoregressive":
             return collate_autoregressive(samples, tasks, **options)
@@ -80,7 +80,9 @@ class Form:
             position_range=self.position_range, **options, **more,
         )  # fmt: skip
 
-    def _cut(self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None):
+    def _limit_tokens(
+        self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None
+    ):
         """The first samples that fit, tasks in turns so that none of them is cut off."""
         if self.kind == "autoregressive":
             tokens = np.diff(samples.sequences(tasks)[1]) - 1
@@ -114,7 +116,7 @@ class TruthStream(Dataset):
         self,
         tasks: Mapping[str, Task],
         ranges: Mapping[str, Sequence[int]],
-        form: Form,
+        form: BatchFormat,
         schedule: Schedule,
         *,
         batch_size: int,
@@ -167,7 +169,7 @@ class TruthStream(Dataset):
             options["rng"] = np.random.default_rng([_POSITIONS, self.seed, step])
         if self.truth < 1:
             options["truth"] = 1 - (1 - self.truth) * float(self.schedule.progress[step])
-        return Step(self.form.pack(samples, self.tasks, extra, **options), longest_true)
+        return Step(self.form.collate(samples, self.tasks, extra, **options), longest_true)
 
     def _block(self, step: int) -> int:
         """Which block of `share` samples a step takes: ever new ones, or each once an epoch."""
@@ -204,7 +206,7 @@ class SampleStream(Dataset):
         self,
         samples: Samples,
         tasks: Mapping[str, Task],
-        form: Form,
+        form: BatchFormat,
         schedule: Schedule,
         *,
         batch_size: int,
@@ -228,11 +230,11 @@ class SampleStream(Dataset):
             self._shuffled = epoch, order
         order = self._shuffled[1]
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-        batch = self.form.pack(self.samples.take(chosen), self.tasks, None)
+        batch = self.form.collate(self.samples.take(chosen), self.tasks, None)
         return Step(batch, self.longest_true)
 
 
-def run_ahead(
+def prefetch(
     stream: Dataset, start: int, workers: int, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Step]:
     """The stream's steps from `start` on, made ahead by `workers` processes (0: in this one), at

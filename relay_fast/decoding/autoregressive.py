@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from relay_fast.decoding._inference import free_bytes, inference
-from relay_fast.decoding.kv_cache import Group
+from relay_fast.decoding.kv_cache import CacheSlice
 from relay_fast.decoding.step import Stepper
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.utils.numbers import whole
-from relay_fast.utils.ragged import offsets_of, ragged_index
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 1 << 40}  # at most half of what is free, and at most this
 MAX_BATCH = {"cpu": 512, "cuda": 4096}  # more gains nothing on a CPU, where this was measured
@@ -83,7 +83,7 @@ def decode(
     if not model.config.block.causal:
         raise ValueError(
             "the model is not causal, so it cannot continue a text: a looped model writes chains "
-            "with relay_fast.decoding.chains.generate_chains"
+            "with relay_fast.decoding.chains.generate_looped_chains"
         )
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more, and finite")
@@ -104,12 +104,12 @@ def decode(
         raise ValueError(f"max_new = {limits.min()}: it must be 0 or more")
     # The last token is written but never read.
     limits = np.minimum(limits, model.config.max_tokens + 1 - lengths)
-    texts = _Texts(prompts, offsets, limits, eos)
+    texts = _DecodedTexts(prompts, offsets, limits, eos)
     options = {"loops": loops, "temperature": temperature, "seed": seed, "scored": scored}
     with inference(model), torch.autocast(model.device.type, enabled=False):
         totals = lengths + limits
         fit = lambda length: batch or _rows_that_fit(model, length + sync_every, loops)
-        for waiting in _bands(totals, limits > 0, fit):
+        for waiting in _length_buckets(totals, limits > 0, fit):
             longest = int(totals[waiting[0]])
             rows = min(fit(longest), len(waiting))
             while len(waiting):
@@ -178,7 +178,9 @@ def check_prompts(
         )
 
 
-def _bands(totals: np.ndarray, wanted: np.ndarray, fit: Callable[[int], int]) -> list[np.ndarray]:
+def _length_buckets(
+    totals: np.ndarray, wanted: np.ndarray, fit: Callable[[int], int]
+) -> list[np.ndarray]:
     """The wanted sequences, longest first; apart where a cache whose rows hold the longest would
     hold fewer of the shorter ones than their own."""
     order = np.argsort(-totals, kind="stable")
@@ -204,7 +206,7 @@ def _rows_that_fit(model: AutoregressiveTransformer, length: int, loops: int) ->
     return max(1, min(MAX_BATCH[kind], fit))
 
 
-class _Texts:
+class _DecodedTexts:
     """Prompts and limits of S sequences, and what was written after each so far."""
 
     def __init__(self, prompts: np.ndarray, offsets: np.ndarray, limits: np.ndarray, eos: int):
@@ -220,7 +222,7 @@ class _Texts:
     def prompts_of(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Their tokens, flat, and lengths."""
         lengths = np.diff(self.offsets)[sequences]
-        return self.prompts[ragged_index(self.offsets[sequences], lengths)], lengths
+        return self.prompts[concat_ranges(self.offsets[sequences], lengths)], lengths
 
     def add(
         self,
@@ -255,7 +257,7 @@ class _Texts:
         sizes = np.zeros(len(self.limits), np.int64)
         for sequence, _, counts, _, _ in self._records:
             sizes[sequence] += counts
-        offsets = offsets_of(sizes)
+        offsets = lengths_to_offsets(sizes)
         flat = np.empty(offsets[-1], np.int32)
         flat_scores = np.empty(offsets[-1] if scored else 0, np.float32)
         for sequence, written, counts, tokens, scores in self._records:
@@ -269,7 +271,7 @@ class _Texts:
 
 
 @dataclass
-class _Part:
+class _RowGroup:
     """Neighbouring cache rows, first …, at similar positions.
 
     sequence (n,): which sequence each row holds; position (n,): where its next token goes; written
@@ -288,14 +290,14 @@ class _Part:
     def rows(self) -> slice:
         return slice(self.first, self.first + len(self))
 
-    def group(self, steps: int) -> Group:
+    def group(self, steps: int) -> CacheSlice:
         """The rows during the next `steps` steps."""
-        return Group(self.first, self.first + len(self), int(self.position.max()) + steps)
+        return CacheSlice(self.first, self.first + len(self), int(self.position.max()) + steps)
 
 
 def _parts(
     first: int, sequence: np.ndarray, position: np.ndarray, written: np.ndarray
-) -> list[_Part]:
+) -> list[_RowGroup]:
     """The cache rows first … in as few parts as PART_WASTE allows."""
     cuts, begin, longest = [], 0, 0
     total = np.concatenate([[0], np.cumsum(position)])
@@ -305,16 +307,18 @@ def _parts(
             cuts.append(i)
             begin, longest = i, own
     rows = np.split(np.arange(len(sequence)), cuts)
-    return [_Part(first + int(r[0]), sequence[r], position[r], written[r]) for r in rows]
+    return [_RowGroup(first + int(r[0]), sequence[r], position[r], written[r]) for r in rows]
 
 
 class _Scheduler:
     """Which sequence has which cache row, and who is next."""
 
-    def __init__(self, stepper: Stepper, texts: _Texts, waiting: np.ndarray, sync_every: int):
+    def __init__(
+        self, stepper: Stepper, texts: _DecodedTexts, waiting: np.ndarray, sync_every: int
+    ):
         self._stepper, self._texts, self._waiting = stepper, texts, waiting
         self._sync_every = sync_every
-        self._parts: list[_Part] = []
+        self._parts: list[_RowGroup] = []
 
     def advance(self) -> bool:
         """Refills if worth it, runs a few steps, compacts; False when nothing is left."""
@@ -351,7 +355,7 @@ class _Scheduler:
         self._parts += added
         self._settle(added, [self._written()])
 
-    def _settle(self, parts: list[_Part], written: list[list[torch.Tensor]]) -> None:
+    def _settle(self, parts: list[_RowGroup], written: list[list[torch.Tensor]]) -> None:
         """Takes in what all cache rows wrote in some steps, and compacts out what has ended."""
         columns = [torch.stack(steps).cpu().numpy() for steps in zip(*written, strict=True)]
         for part in parts:
@@ -361,7 +365,7 @@ class _Scheduler:
             self._compact(part, goes_on)
         self._parts = [part for part in self._parts if len(part)]
 
-    def _compact(self, part: _Part, keep: np.ndarray) -> None:
+    def _compact(self, part: _RowGroup, keep: np.ndarray) -> None:
         """Moves the part's last rows that go on into its holes."""
         left = int(keep.sum())
         if left == len(keep):

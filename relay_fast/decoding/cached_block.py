@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from relay_fast.batch.plan import Segment
+from relay_fast.batch.plan import RowRange
 from relay_fast.config import BlockConfig
-from relay_fast.engine.block_iteration import BlockBody
+from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.kernels.cross_entropy_ref import CHUNK_LOGITS, argmax_ref
 from relay_fast.kernels.linear_residual_ref import linear_residual_fwd_ref
 from relay_fast.kernels.mlp_ref import activation_fwd_ref
-from relay_fast.kernels.norm_ref import norm_fwd_ref, wide
+from relay_fast.kernels.norm_ref import norm_fwd_ref, upcast
 from relay_fast.ops.dispatch import Ops
 
 COLUMNS_AFTER = 8  # steps
@@ -24,20 +24,20 @@ COLUMNS_AFTER = 8  # steps
 
 @dataclass(frozen=True)
 class _StepPlan:
-    """What BlockBody asks of a plan, for one token a sequence."""
+    """What BlockIteration asks of a plan, for one token a sequence."""
 
     positions: Tensor  # (length,) int32: all that there are
-    static = False
+    fixed_capacity = False
 
-    def layout_of(self, segment: Segment) -> None:
+    def layout_of(self, row_range: RowRange) -> None:
         return None
 
 
-class StepBody(BlockBody):
+class CachedBlock(BlockIteration):
     """The block, made once with RoPE's tables of positions 0..length − 1, and told before each step
     which tokens it is about.
 
-    The layout of its segments is None: the attention in its ops has to know better.
+    The layout of its row ranges is None: the attention in its ops has to know better.
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class StepBody(BlockBody):
         plan = _StepPlan(torch.arange(length, dtype=torch.int32, device=device))
         super().__init__(config, parameters, plan, torch.empty(0, device=device), ops, dtype)
 
-    def turn_to(self, x: Tensor, positions: Tensor, ops: Ops) -> None:
+    def set_step(self, x: Tensor, positions: Tensor, ops: Ops) -> None:
         """x (A, d): the embeddings of the new tokens; positions (A,): where they go; ops: this
         body's, with the attention of the step."""
         self.x, self.ops = x, ops
         if self.cos is not None:
             self._tables = [t.index_select(0, positions) for t in (self.cos, self.sin)]
 
-    def _rope(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, int]:
+    def _rope(self, row_range: RowRange) -> tuple[Tensor | None, Tensor | None, int]:
         return (None, None, 0) if self.cos is None else (*self._tables, self.rotary)
 
 
-class LeanStepBody(StepBody):
+class TorchCachedBlock(CachedBlock):
     """The same in plain torch. Few rows cost as many kernels as are called: a layer is half as many
     as the references' ops, which keep what a backward needs.
 
@@ -83,20 +83,20 @@ class LeanStepBody(StepBody):
             tables = torch.cat((self.cos, self.cos), -1), torch.cat((-self.sin, self.sin), -1)
             self.cos, self.sin = (t.unsqueeze(1).to(self._layers[0]["qkv.weight"]) for t in tables)
 
-    def turn_to(self, x: Tensor, positions: Tensor, ops: Ops) -> None:
-        super().turn_to(x, positions, ops)
+    def set_step(self, x: Tensor, positions: Tensor, ops: Ops) -> None:
+        super().set_step(x, positions, ops)
         self._steps += 1
         if self._steps == COLUMNS_AFTER and x.is_cpu:
             for w in self._layers:
-                w |= {name: by_columns(value) for name, value in w.items() if value.ndim == 2}
+                w |= {name: column_major(value) for name, value in w.items() if value.ndim == 2}
 
     def _layer(
-        self, u: Tensor, i: int, segment: Segment, out: Tensor | None, keep: bool
+        self, u: Tensor, i: int, row_range: RowRange, out: Tensor | None, keep: bool
     ) -> tuple[Tensor, tuple]:
         c, w = self.config, self._layers[i]
         qkv = self._linear("qkv", self._normed("norm1", u, w), w)
         if self.cos is not None:
-            self._turn(qkv)
+            self._apply_rope(qkv)
         o, _ = self.ops.attention_fwd(qkv, None, c.n_heads, c.kv_heads, c.causal)
         mid = linear_residual_fwd_ref(o, w["out.weight"], w.get("out.bias"), u)
         y = self._normed("norm2", mid, w)
@@ -113,7 +113,7 @@ class LeanStepBody(StepBody):
         c, weight, bias = self.config, w[f"{name}.weight"], w.get(f"{name}.bias")
         return lean_norm(x, weight, bias, c.eps, c.norm, w["qkv.weight"].dtype)
 
-    def _turn(self, qkv: Tensor) -> None:
+    def _apply_rope(self, qkv: Tensor) -> None:
         """RoPE, in place."""
         cos, sin = self._tables
         heads = qkv[:, : self.rotary].unflatten(1, (-1, cos.shape[-1]))
@@ -121,7 +121,7 @@ class LeanStepBody(StepBody):
         heads.mul_(cos).addcmul_(exchanged, sin)
 
 
-def by_columns(weight: Tensor) -> Tensor:
+def column_major(weight: Tensor) -> Tensor:
     """The same matrix, its columns one after the other."""
     return weight.t().contiguous().t()
 
@@ -137,11 +137,11 @@ def lean_norm(
     """As `norm_fwd_ref`."""
     if kind != "rms":
         return norm_fwd_ref(x, weight, bias, eps, kind, dtype)
-    x = wide(x)
+    x = upcast(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     eps = _constant(eps, x.dtype, x.device)
     rstd = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
-    return (x * rstd).mul_(wide(weight)).to(dtype)
+    return (x * rstd).mul_(upcast(weight)).to(dtype)
 
 
 def lean_argmax(

@@ -19,7 +19,7 @@ from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTran
 from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.numbers import whole
-from relay_fast.utils.ragged import offsets_of, ragged_index
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 # Problem tokens in a batch, by device: what a CPU's caches hold (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
@@ -67,7 +67,7 @@ def fitting_problems(model: Model, task: Task, length: int, number: int, seed: i
     )
 
 
-def generate_chains(
+def generate_looped_chains(
     model: LoopedTransformer,
     problems: Samples,
     tasks: Mapping[str, Task],
@@ -90,7 +90,7 @@ def generate_chains(
 def generate_scored(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> tuple[Samples, Scores]:
-    """What `generate_chains` gives, and the log-probability of every token of it."""
+    """What `generate_looped_chains` gives, and the log-probability of every token of it."""
     parts = list(_stream(model, problems, tasks, True, **options))
     written = in_callers_order([(chosen, samples) for chosen, samples, _ in parts], problems)
     # As samples whose tokens are log-probabilities, so that they are reordered alike.
@@ -109,7 +109,7 @@ def stream_chains(
 
     Only one batch is in memory: they come in `stream_order`. first: how many of the problems in
     that order to leave out, for a call that continues another. Other options, errors: those of
-    `generate_chains`; errors that the problems cause are raised at the first batch.
+    `generate_looped_chains`; errors that the problems cause are raised at the first batch.
     """
     for chosen, samples, _ in _stream(model, problems, tasks, **options):
         yield chosen, samples
@@ -131,8 +131,9 @@ def _stream(
 ) -> Iterator[tuple[np.ndarray, Samples, Scores | None]]:
     if isinstance(model, AutoregressiveTransformer):
         raise TypeError(
-            "an autoregressive model writes chains with relay_fast.decoding.chains.write_chains, "
-            "generate_chains takes a looped one"
+            "an autoregressive model writes chains with "
+            "relay_fast.decoding.chains.generate_ar_chains, and generate_looped_chains takes a "
+            "looped one"
         )
     if batch_tokens is not None:
         batch_tokens = whole("batch_tokens", batch_tokens)
@@ -234,7 +235,7 @@ def _find_rounds(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """Where the rounds lie in the ids of every iteration's active prefix, iteration-major: index
     of each of their tokens, sequence by sequence, and the rounds' offsets."""
     active = np.array(plan.active_sequences, np.int64)
-    owner = ragged_index(np.zeros_like(active), active)
+    owner = concat_ranges(np.zeros_like(active), active)
     iteration = np.repeat(np.arange(len(active)), active)
     ends = np.cumsum(plan.lengths[owner])
     starts = ends - plan.lengths[owner]
@@ -243,7 +244,7 @@ def _find_rounds(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     begins = np.maximum(last_pad + 1, starts)
     by_sequence = np.lexsort((iteration, owner))
     begins, sizes = begins[by_sequence], (ends - begins)[by_sequence]
-    return ragged_index(begins, sizes), offsets_of(sizes)
+    return concat_ranges(begins, sizes), lengths_to_offsets(sizes)
 
 
 def decode_chains(
@@ -261,7 +262,7 @@ def decode_chains(
     return decode(model, problems.problem, problems.problem_offsets, max_new=limits, **options)
 
 
-def write_chains(
+def generate_ar_chains(
     model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> Samples:
     """The same problems with the rounds and answers that the autoregressive model writes.
@@ -269,10 +270,10 @@ def write_chains(
     The number of rounds is what the model wrote; an answer that cannot be read is NO_ANSWER.
     options: those of `relay_fast.decoding.autoregressive.decode`.
     """
-    return read_chains(decode_chains(model, problems, tasks, **options), problems, tasks)
+    return parse_chains(decode_chains(model, problems, tasks, **options), problems, tasks)
 
 
-def read_chains(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> Samples:
+def parse_chains(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> Samples:
     """The problems with the rounds and answers of what was decoded."""
     tokens, sizes, loops, answers = [NO_TOKENS], [], [], []
     for rounds, answer in _read_texts(decoded, problems, tasks):
@@ -283,7 +284,7 @@ def read_chains(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) 
     return replace(
         problems,
         rounds=np.concatenate(tokens),
-        round_offsets=offsets_of(np.array(sizes, np.int64)),
+        round_offsets=lengths_to_offsets(np.array(sizes, np.int64)),
         loops=np.array(loops, np.int32),
         answer=np.array(answers, np.int32),
     )

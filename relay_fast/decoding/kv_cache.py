@@ -1,7 +1,7 @@
 """Keys and values of sequences that are being written, and attention over them.
 
 `KVCache` stands in for the attention op of the model's own block
-(`relay_fast.engine.block_iteration.BlockBody`).
+(`relay_fast.engine.block_iteration.BlockIteration`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relay_fast.kernels.norm_ref import wide
+from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import Ops
 
 
-class Group(NamedTuple):
+class CacheSlice(NamedTuple):
     """Cache rows first..last − 1, whose new tokens all lie at positions below `length`."""
 
     first: int
@@ -28,7 +28,7 @@ class Group(NamedTuple):
         return slice(self.first, self.last)
 
 
-def join(tensor: Tensor, groups: Sequence[Group]) -> Tensor:
+def gather_rows(tensor: Tensor, groups: Sequence[CacheSlice]) -> Tensor:
     """The groups' rows of a tensor, one group after the other."""
     parts = [tensor[group.rows] for group in groups]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -74,14 +74,14 @@ class KVCache:
         targets = self._targets(self._first[rows], positions)
 
         def attention(qkv, layout, heads, kv_heads, causal):
-            self._store(_apart(qkv, heads, kv_heads)[1], targets)
+            self._store(_split_qkv(qkv, heads, kv_heads)[1], targets)
             self._slot += 1
             return ops.attention_fwd(qkv, layout, heads, kv_heads, causal)
 
         return ops._replace(attention_fwd=attention)
 
     def step(
-        self, ops: Ops, groups: Sequence[Group], positions: Tensor, first_slot: int = 0
+        self, ops: Ops, groups: Sequence[CacheSlice], positions: Tensor, first_slot: int = 0
     ) -> Ops:
         """`ops`, whose attention is that of one new token a sequence over the cache.
 
@@ -91,14 +91,14 @@ class KVCache:
         return next(self.steps(ops, groups, positions.unsqueeze(0), first_slot))
 
     def steps(
-        self, ops: Ops, groups: Sequence[Group], positions: Tensor, first_slot: int = 0
+        self, ops: Ops, groups: Sequence[CacheSlice], positions: Tensor, first_slot: int = 0
     ) -> Iterator[Ops]:
         """What `step` gives for each row of positions (steps, A), in turn."""
         sizes = [group.last - group.first for group in groups]
-        targets = self._targets(join(self._first, groups), positions)
+        targets = self._targets(gather_rows(self._first, groups), positions)
         pasts = [self._past(group) for group in groups]
         futures = [
-            self._future(own, group.length)
+            self._causal_bias(own, group.length)
             for group, own in zip(groups, positions.split(sizes, 1), strict=True)
         ]
         for targets_k, *futures_k in zip(targets, *futures, strict=True):
@@ -116,7 +116,7 @@ class KVCache:
         """The attention of new tokens that go to `targets`, groups of `sizes` apart."""
 
         def attention(qkv, layout, heads, kv_heads, causal):
-            q, new = _apart(qkv, heads, kv_heads)
+            q, new = _split_qkv(qkv, heads, kv_heads)
             self._store(new, targets)
             q = (q * q.shape[-1] ** -0.5).view(-1, heads // kv_heads, q.shape[-1])
             parts = [q] if len(sizes) == 1 else q.split([n * kv_heads for n in sizes])
@@ -129,11 +129,11 @@ class KVCache:
 
         return attention
 
-    def _past(self, group: Group) -> Tensor:
+    def _past(self, group: CacheSlice) -> Tensor:
         """(slots, 2, A · kv_heads, group.length, head_dim): a view of the group's rows."""
         return self._both[:, :, group.rows, :, : group.length].flatten(2, 3)
 
-    def _future(self, positions: Tensor, length: int) -> Tensor:
+    def _causal_bias(self, positions: Tensor, length: int) -> Tensor:
         """(steps, A · kv_heads, 1, length): −∞ behind each row's new token, else 0."""
         steps, kv_heads = len(positions), self._both.shape[3]
         mask = self._both.new_zeros(steps, positions.shape[1], kv_heads, length)
@@ -149,7 +149,7 @@ class KVCache:
         self._vectors[self._slot].index_copy_(0, targets, new.reshape(-1, new.shape[-1]))
 
 
-def _apart(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+def _split_qkv(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """q (rows, heads, head_dim), and k and v in one (rows, 2 · kv_heads, head_dim)."""
     return qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, 2 * kv_heads), 1)
 
@@ -157,5 +157,5 @@ def _apart(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
 def _attend(q: Tensor, past: Tensor, future: Tensor) -> Tensor:
     """(A · kv_heads, heads / kv_heads, head_dim), given q of this shape, scaled."""
     keys, values = past
-    scores = wide(torch.baddbmm(future, q, keys.mT))
+    scores = upcast(torch.baddbmm(future, q, keys.mT))
     return torch.bmm(scores.softmax(-1).to(q.dtype), values)

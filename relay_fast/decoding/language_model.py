@@ -5,9 +5,10 @@ its own: `embedding`, `prelude`, `block`, `coda` (LoopedBlocks; the ends may be 
 `head` and `loops`. The passes here are over these parts: other models are refused.
 Each (iteration, layer) has a slot of its own in the cache.
 
-Early exit: a token leaves the loop after the first iteration (from `least_loops` on) that changes
-its state by less than `exit_below` of the state's length. Later iterations do not compute it; to
-later tokens, which may loop longer, the keys and values of its last iteration stand for the rest.
+Early exit: a token leaves the loop after the first iteration (from `min_loops` on) that changes
+its state by less than `exit_threshold` of the state's length. Later iterations do not compute it;
+to later tokens, which may loop longer, the keys and values of its last iteration stand for the
+rest.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relay_fast.batch.plan import Plan, Segment
+from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.decoding._inference import inference
-from relay_fast.decoding.kv_cache import Group, KVCache
-from relay_fast.engine.block_iteration import BlockBody
+from relay_fast.decoding.kv_cache import CacheSlice, KVCache
+from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.plain_modules import check_parts, check_pass
 from relay_fast.kernels.cross_entropy_ref import readout_ref
-from relay_fast.kernels.norm_ref import wide
+from relay_fast.kernels.norm_ref import upcast
 from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.models.looped_block import LoopedBlock, Norm
 from relay_fast.utils.numbers import whole
@@ -59,18 +60,18 @@ def generate(
     new: int,
     *,
     loops: int | None = None,
-    exit_below: float = 0.0,
-    least_loops: int = 1,
+    exit_threshold: float = 0.0,
+    min_loops: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Written:
     """Continues every prompt by `new` tokens.
 
-    loops: of the block, default the model's; prompts always get all of them. exit_below: 0 for no
-    early exit. temperature 0 is greedy. Raises ValueError for empty prompts and numbers out of
+    loops: of the block, default the model's; prompts always get all of them. exit_threshold: 0 for
+    no early exit. temperature 0 is greedy. Raises ValueError for empty prompts and numbers out of
     range; TypeError for a model with a forward of its own, RuntimeError for parts with one.
     """
-    loops, least_loops = _check(model, loops, exit_below, least_loops)
+    loops, min_loops = _check(model, loops, exit_threshold, min_loops)
     new, seed = whole("new", new), whole("seed", seed)
     if not prompts or min(map(len, prompts)) < 1:
         raise ValueError("a prompt is empty: give at least one token each, and one prompt")
@@ -90,7 +91,7 @@ def generate(
                 logits = (logits / temperature).sub_(noise.log_())
             tokens.append(logits.argmax(-1))
             if k < new - 1:
-                state, used = reader.step(tokens[-1], lengths + k, exit_below, least_loops)
+                state, used = reader.step(tokens[-1], lengths + k, exit_threshold, min_loops)
                 taken.append(used)
         return Written(torch.stack(tokens, 1).cpu().numpy(), np.stack(taken, 1))
 
@@ -100,22 +101,22 @@ def score(
     tokens: Tensor,
     *,
     loops: int | None = None,
-    exit_below: float = 0.0,
-    least_loops: int = 1,
+    exit_threshold: float = 0.0,
+    min_loops: int = 1,
 ) -> Scores:
     """Losses of given texts (B, n), read token by token, with early exit.
 
     Without early exit it is what the model gives for whole texts at once, only slower. Options and
     errors are those of `generate`.
     """
-    loops, least_loops = _check(model, loops, exit_below, least_loops)
+    loops, min_loops = _check(model, loops, exit_threshold, min_loops)
     batch, n = tokens.shape
     losses, taken = [], []
     with inference(model):
         reader = _Reader(model, batch, n, loops)
         for k in range(n - 1):
             places = np.full(batch, k)
-            state, used = reader.step(tokens[:, k], places, exit_below, least_loops)
+            state, used = reader.step(tokens[:, k], places, exit_threshold, min_loops)
             logits = reader.logits(state)
             losses.append(nn.functional.cross_entropy(logits, tokens[:, k + 1], reduction="none"))
             taken.append(used)
@@ -123,9 +124,9 @@ def score(
 
 
 def _check(
-    model: nn.Module, loops: int | None, exit_below: float, least_loops: int
+    model: nn.Module, loops: int | None, exit_threshold: float, min_loops: int
 ) -> tuple[int | None, int]:
-    """loops and least_loops, where all is well."""
+    """loops and min_loops, where all is well."""
     check_pass(model, LoopedClassifier, "forward", "loss", "row_losses", "predict", "_states")
     if model._forward_hooks or model._forward_pre_hooks:
         raise RuntimeError(
@@ -134,17 +135,17 @@ def _check(
     parts = {"prelude": LoopedBlock, "block": LoopedBlock, "coda": LoopedBlock, "head": nn.Linear}
     check_parts(model, norm=Norm, **parts)
     loops = None if loops is None else whole("loops", loops)
-    least_loops = whole("least_loops", least_loops)
+    min_loops = whole("min_loops", min_loops)
     if loops is not None and loops < 1:
         raise ValueError(f"loops = {loops}: give at least 1")
-    if exit_below < 0 or least_loops < 1:
+    if exit_threshold < 0 or min_loops < 1:
         raise ValueError(
-            f"exit_below = {exit_below}, least_loops = {least_loops}: give at least 0, and 1"
+            f"exit_threshold = {exit_threshold}, min_loops = {min_loops}: give at least 0, and 1"
         )
     for part in (model.prelude, model.block, model.coda):
         if part is not None and not part.config.causal:
             raise ValueError("a language model needs BlockConfig(causal=True)")
-    return loops, least_loops
+    return loops, min_loops
 
 
 class _Reader:
@@ -168,14 +169,14 @@ class _Reader:
         return h[self._tensor(np.cumsum(lengths) - 1)]
 
     def step(
-        self, tokens: Tensor, positions: np.ndarray, exit_below: float, least_loops: int
+        self, tokens: Tensor, positions: np.ndarray, exit_threshold: float, min_loops: int
     ) -> tuple[Tensor, np.ndarray]:
         """Last states (B, d), and the loops (B,) they took, after one more token (B,) each."""
         prelude, coda = self._ends
         h = self.model.embedding(tokens)
         if prelude is not None:
             h, _ = prelude.step(h, positions)
-        h, used = self._block.step(h, positions, exit_below, least_loops)
+        h, used = self._block.step(h, positions, exit_threshold, min_loops)
         if coda is not None:
             h, _ = coda.step(h, positions)
         return h, used
@@ -184,7 +185,7 @@ class _Reader:
         """(B, V), wide."""
         c, norm = self.model.block.config, self.model.norm
         head = self.model.head.weight.to(state.dtype)
-        return wide(readout_ref(state, norm.weight, norm.bias, head, c.eps, c.norm))
+        return upcast(readout_ref(state, norm.weight, norm.bias, head, c.eps, c.norm))
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self.model.embedding.weight.device)
@@ -192,12 +193,12 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _TokenPlan:
-    """What BlockBody asks of a plan, for one token a text."""
+    """What BlockIteration asks of a plan, for one token a text."""
 
     positions: Tensor  # (A,) int32
-    static = False
+    fixed_capacity = False
 
-    def layout_of(self, segment: Segment) -> None:
+    def layout_of(self, row_range: RowRange) -> None:
         return None
 
 
@@ -219,14 +220,14 @@ class _CachedBlock:
         plan = Plan(lengths, np.full(len(lengths), self._loops), self._device)
         rows = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self._device)
         ops = self._cache.prefill(self._ops, rows, plan.positions.long())
-        body = BlockBody(self._config, self._parameters, plan, x, ops, self._dtype)
+        body = BlockIteration(self._config, self._parameters, plan, x, ops, self._dtype)
         h = x
         for t in range(1, self._loops + 1):
             h = self._iterate(body, h, t, len(lengths))
         return h
 
     def step(
-        self, x: Tensor, positions: np.ndarray, exit_below: float = 0.0, least_loops: int = 1
+        self, x: Tensor, positions: np.ndarray, exit_threshold: float = 0.0, min_loops: int = 1
     ) -> tuple[Tensor, np.ndarray]:
         """States (B, d) of one token a text at `positions` (B,), and the loops (B,) they took."""
         final, used = x.clone(), np.full(len(x), self._loops)
@@ -237,13 +238,13 @@ class _CachedBlock:
             groups = _runs(active, positions)
             ops = self._cache.step(self._ops, groups, places, (t - 1) * layers)
             plan = _TokenPlan(places.int())
-            body = BlockBody(self._config, self._parameters, plan, x[index], ops, self._dtype)
+            body = BlockIteration(self._config, self._parameters, plan, x[index], ops, self._dtype)
             new = self._iterate(body, h, t, len(active))
-            if t == self._loops or not exit_below or t < least_loops:
+            if t == self._loops or not exit_threshold or t < min_loops:
                 h = new
                 continue
             change = torch.linalg.vector_norm(new - h, dim=1)
-            done = (change < exit_below * torch.linalg.vector_norm(new, dim=1)).cpu().numpy()
+            done = (change < exit_threshold * torch.linalg.vector_norm(new, dim=1)).cpu().numpy()
             if done.any():
                 left = torch.from_numpy(done).to(self._device)
                 final[index[left]] = new[left]
@@ -256,15 +257,15 @@ class _CachedBlock:
         final[torch.from_numpy(active).to(self._device)] = h
         return final, used
 
-    def _iterate(self, body: BlockBody, h: Tensor, t: int, sequences: int) -> Tensor:
+    def _iterate(self, body: BlockIteration, h: Tensor, t: int, sequences: int) -> Tensor:
         out = torch.empty_like(h)
-        body.forward(h, Segment(t, 0, sequences, 0, len(h)), out, keep=False)
+        body.forward(h, RowRange(t, 0, sequences, 0, len(h)), out, keep=False)
         return out
 
 
-def _runs(active: np.ndarray, positions: np.ndarray) -> list[Group]:
+def _runs(active: np.ndarray, positions: np.ndarray) -> list[CacheSlice]:
     """The active rows (A,), ascending, as few groups of neighbours."""
     return [
-        Group(int(run[0]), int(run[-1]) + 1, int(positions[run].max()) + 1)
+        CacheSlice(int(run[0]), int(run[-1]) + 1, int(positions[run].max()) + 1)
         for run in np.split(active, np.flatnonzero(np.diff(active) > 1) + 1)
     ]

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relay_fast.batch.plan import Plan, Segment
-from relay_fast.decoding.cached_block import LeanStepBody, StepBody, lean_argmax
-from relay_fast.decoding.kv_cache import Group, KVCache, join
-from relay_fast.engine.block_iteration import BlockBody
+from relay_fast.batch.plan import Plan, RowRange
+from relay_fast.decoding.cached_block import CachedBlock, TorchCachedBlock, lean_argmax
+from relay_fast.decoding.kv_cache import CacheSlice, KVCache, gather_rows
+from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.plain_modules import check_pass
 from relay_fast.kernels.cross_entropy_ref import readout_ref
-from relay_fast.kernels.norm_ref import wide
+from relay_fast.kernels.norm_ref import upcast
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.ops.dispatch import TORCH
 from relay_fast.utils.ragged import pieces
@@ -60,9 +60,9 @@ class Stepper:
         self._head = model.chain_head.weight.to(self._dtype)
         of_step = (c, self._parameters, length, self._ops, self._dtype, self.device)
         if self._ops is TORCH:
-            self._body, self._argmax = LeanStepBody(*of_step), lean_argmax
+            self._body, self._argmax = TorchCachedBlock(*of_step), lean_argmax
         else:
-            self._body, self._argmax = StepBody(*of_step), self._ops.argmax
+            self._body, self._argmax = CachedBlock(*of_step), self._ops.argmax
         shape = (loops * c.n_layers, batch, c.kv_heads, length, c.head_dim)
         self.cache = KVCache(shape, self._dtype, self.device)
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
@@ -70,7 +70,7 @@ class Stepper:
         self.scores = torch.zeros(batch, device=self.device) if scored else None
         self._states = [self.tokens, self.positions] + ([self.scores] if scored else [])
         self._generator = torch.Generator(self.device).manual_seed(seed)
-        self._captured: dict[Group, Callable[[], None]] = {}
+        self._captured: dict[CacheSlice, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def prefill(self, prompts: np.ndarray, lengths: np.ndarray, first_row: int) -> None:
@@ -86,17 +86,17 @@ class Stepper:
         owner = torch.from_numpy(np.repeat(np.arange(rows.start, rows.stop), lengths))
         ops = self.cache.prefill(self._ops, owner.to(self.device), plan.positions.long())
         x = self._embed(torch.from_numpy(prompts.astype(np.int64)).to(self.device))
-        body = BlockBody(self.config, self._parameters, plan, x, ops, self._dtype)
+        body = BlockIteration(self.config, self._parameters, plan, x, ops, self._dtype)
         state = self._loop(body, x, len(lengths))[plan.last_rows]
-        self._choose(state, [Group(rows.start, rows.stop, 0)])
+        self._sample_next(state, [CacheSlice(rows.start, rows.stop, 0)])
         self.positions[rows] = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
 
-    def steps(self, groups: Sequence[Group], number: int) -> Iterator[None]:
+    def steps(self, groups: Sequence[CacheSlice], number: int) -> Iterator[None]:
         """Feeds the groups' rows their last token and writes the next, so many times."""
         if not self.captures:
             yield from self._steps(groups, number)
             return
-        group = self._static(groups)
+        group = self._fixed_slice(groups)
         if group not in self._captured:
             self._captured[group] = self._capture(group)
         for _ in range(number):
@@ -109,26 +109,28 @@ class Stepper:
         for state in self._states:
             state[to] = state[from_]
 
-    def _steps(self, groups: Sequence[Group], number: int) -> Iterator[None]:
-        places = join(self.positions, groups) + torch.arange(number, device=self.device)[:, None]
+    def _steps(self, groups: Sequence[CacheSlice], number: int) -> Iterator[None]:
+        places = (
+            gather_rows(self.positions, groups) + torch.arange(number, device=self.device)[:, None]
+        )
         for positions, ops in zip(places, self.cache.steps(self._ops, groups, places), strict=True):
-            x = self._embed(join(self.tokens, groups))
-            self._body.turn_to(x, positions, ops)
-            self._choose(self._loop(self._body, x, len(x)), groups)
+            x = self._embed(gather_rows(self.tokens, groups))
+            self._body.set_step(x, positions, ops)
+            self._sample_next(self._loop(self._body, x, len(x)), groups)
             for group in groups:
                 self.positions[group.rows].add_(1)
             if self.captures:  # rows without a sequence run along: they stay inside the cache
                 self.positions.clamp_(max=self.cache.length - 1)
             yield
 
-    def _static(self, groups: Sequence[Group]) -> Group:
+    def _fixed_slice(self, groups: Sequence[CacheSlice]) -> CacheSlice:
         """One group that holds all, of few different shapes."""
         last = max(group.last for group in groups)
         length = max(group.length for group in groups)
         rows = min(self.batch, 1 << (last - 1).bit_length())
-        return Group(0, rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
+        return CacheSlice(0, rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
 
-    def _capture(self, group: Group) -> Callable[[], None]:
+    def _capture(self, group: CacheSlice) -> Callable[[], None]:
         """The step of this shape as a CUDA graph."""
         before = [state.clone() for state in self._states]
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -148,23 +150,23 @@ class Stepper:
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.model.embedding(tokens)
 
-    def _loop(self, body: BlockBody, x: Tensor, sequences: int) -> Tensor:
+    def _loop(self, body: BlockIteration, x: Tensor, sequences: int) -> Tensor:
         """States (rows, d) after the last iteration."""
         h = x
         for t in range(1, self.loops + 1):
             out = torch.empty_like(x)
-            body.forward(h, Segment(t, 0, sequences, 0, len(x)), out, keep=False)
+            body.forward(h, RowRange(t, 0, sequences, 0, len(x)), out, keep=False)
             h = out
         return h
 
-    def _choose(self, state: Tensor, groups: Sequence[Group]) -> None:
+    def _sample_next(self, state: Tensor, groups: Sequence[CacheSlice]) -> None:
         """Writes the groups' next tokens, given their last states."""
         c, norm = self.config, self.model.norm
         readout = (state, norm.weight, norm.bias, self._head, c.eps, c.norm)
         sizes = [group.last - group.first for group in groups]
         scores = None
         if self.temperature or self.scored:
-            logits = wide(readout_ref(*readout))
+            logits = upcast(readout_ref(*readout))
             chosen = self._draw(logits)
             if self.scored:
                 own = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)

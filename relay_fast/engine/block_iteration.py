@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relay_fast.batch.plan import Plan, Segment
+from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.config import BlockConfig
 from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
 from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref, wide_dtype
@@ -39,7 +39,7 @@ class LayerSaved(NamedTuple):
     hidden: Tensor  # (rows, hidden)
 
 
-class BlockBody:
+class BlockIteration:
     """The block bound to its parameters, a plan and a batch's input.
 
     `parameters` maps state-dict keys (`parameter_names`) to tensors. The modules that hold them are
@@ -63,8 +63,8 @@ class BlockBody:
             name: p.to(compute_dtype) if _is_linear(name) else p for name, p in parameters.items()
         }
         self.seed = dropout_seed
-        self.counting = plan.static and ops is not TORCH
-        require(uncounted_reason(config) if self.counting else None)
+        self.skips_dead_rows = plan.fixed_capacity and ops is not TORCH
+        require(dead_rows_reason(config) if self.skips_dead_rows else None)
         self.saved_width = config.n_layers * len(LayerSaved._fields) + (config.loop_norm == "post")
         self.dx: Tensor | None = None
         self.rotary = 0
@@ -79,39 +79,41 @@ class BlockBody:
     def _weight(self, name: str) -> Tensor | None:
         return self.cast.get(name)
 
-    def _dropout(self, site: int, segment: Segment) -> Dropout | None:
+    def _dropout(self, site: int, row_range: RowRange) -> Dropout | None:
         if self.seed is None or not self.config.dropout:
             return None
-        return self._counters(self.config.dropout, site, segment)
+        return self._dropout_key(self.config.dropout, site, row_range)
 
-    def _counters(self, p: float, site: int, segment: Segment) -> Dropout:
-        tokens = self.plan.tokens[segment.rows]
-        return Dropout(p, self.seed, site, segment.iteration, tokens)
+    def _dropout_key(self, p: float, site: int, row_range: RowRange) -> Dropout:
+        tokens = self.plan.tokens[row_range.rows]
+        return Dropout(p, self.seed, site, row_range.iteration, tokens)
 
-    def _counted(self, segment: Segment) -> dict[str, Tensor]:
+    def _row_count_kwargs(self, row_range: RowRange) -> dict[str, Tensor]:
         """How many rows are live, for kernels under a static plan; the reference takes all."""
-        return {"row_count": self.plan.row_count(segment.iteration)} if self.counting else {}
+        return (
+            {"row_count": self.plan.row_count(row_range.iteration)} if self.skips_dead_rows else {}
+        )
 
-    def _rope(self, segment: Segment) -> tuple[Tensor | None, Tensor | None, int]:
+    def _rope(self, row_range: RowRange) -> tuple[Tensor | None, Tensor | None, int]:
         if self.cos is None:
             return None, None, 0
-        return self.cos[segment.rows], self.sin[segment.rows], self.rotary
+        return self.cos[row_range.rows], self.sin[row_range.rows], self.rotary
 
     # Forward
 
     def forward(
-        self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
+        self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
-        """Writes state t of the segment's rows into `out` (rows, d), given state t − 1 in `h`.
+        """Writes state t of the row range's rows into `out` (rows, d), given state t − 1 in `h`.
 
         Returns what the backward needs, flat, if `keep`; else it may be incomplete.
         """
         c = self.config
-        u = self._enter(h, segment)
+        u = self._prepare_state(h, row_range)
         saved: list[Tensor | None] = []
         for i in range(c.n_layers):
             last = i == c.n_layers - 1 and c.loop_norm != "post"
-            u, layer = self._layer(u, i, segment, out if last else None, keep)
+            u, layer = self._layer(u, i, row_range, out if last else None, keep)
             saved.extend(layer)
         if c.loop_norm == "post":
             saved.append(u)
@@ -123,41 +125,41 @@ class BlockBody:
         weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
         return norm_fwd_ref(x, weight, bias, c.eps, c.norm)
 
-    def _enter(self, h: Tensor, segment: Segment) -> Tensor:
+    def _prepare_state(self, h: Tensor, row_range: RowRange) -> Tensor:
         c = self.config
-        h = self._noisy(h, segment)
+        h = self._noisy(h, row_range)
         if c.loop_norm == "pre":
             h = self._norm(h, "loop_norm")
         if c.injection == "add":
-            h = h + self.x[segment.rows]
+            h = h + self.x[row_range.rows]
         elif c.injection == "concat":
-            joined = torch.cat((h, self.x[segment.rows].to(h.dtype)), dim=-1)
+            joined = torch.cat((h, self.x[row_range.rows].to(h.dtype)), dim=-1)
             weight = self._weight("injection.weight")
             h = torch.nn.functional.linear(joined.to(weight.dtype), weight).to(h.dtype)
         if c.max_loops:
-            h = h + self._weight("loop_embedding.weight")[segment.iteration - 1].to(h.dtype)
+            h = h + self._weight("loop_embedding.weight")[row_range.iteration - 1].to(h.dtype)
         return h
 
     def _layer(
-        self, u: Tensor, i: int, segment: Segment, out: Tensor | None, keep: bool
+        self, u: Tensor, i: int, row_range: RowRange, out: Tensor | None, keep: bool
     ) -> tuple[Tensor, LayerSaved]:
         c, ops, w = self.config, self.ops, self._weight
-        p, count = f"layers.{i}.", self._counted(segment)
+        p, count = f"layers.{i}.", self._row_count_kwargs(row_range)
         qkv = ops.norm_linear_fwd(
             u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"), w(p + "qkv.bias"),
-            *self._rope(segment), c.eps, c.norm, **count,
+            *self._rope(row_range), c.eps, c.norm, **count,
         )  # fmt: skip
-        layout = self.plan.layout_of(segment)
+        layout = self.plan.layout_of(row_range)
         o, lse = ops.attention_fwd(qkv, layout, c.n_heads, c.kv_heads, c.causal, **count)
         mid = ops.linear_residual_fwd(
-            o, w(p + "out.weight"), w(p + "out.bias"), u, self._dropout(1 + 2 * i, segment),
+            o, w(p + "out.weight"), w(p + "out.bias"), u, self._dropout(1 + 2 * i, row_range),
             **count,
         )  # fmt: skip
         new, up, gate, hidden = ops.mlp_fwd(
             mid, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "up.bias"), w(p + "gate.weight"), w(p + "gate.bias"),
             w(p + "down.weight"), w(p + "down.bias"),
-            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment), out, keep,
+            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, row_range), out, keep,
             **count,
         )  # fmt: skip
         return new, LayerSaved(u, qkv, o, lse, mid, up, gate, hidden)
@@ -169,25 +171,27 @@ class BlockBody:
         g: Tensor,
         h: Tensor,
         saved: Sequence[Tensor | None],
-        segment: Segment,
+        row_range: RowRange,
         grads: GradientBuffers,
     ) -> Tensor:
         """Gradient of state t − 1 (rows, d) from that of state t; parameters' go into `grads`."""
         c = self.config
         if c.loop_norm == "post":
-            g = self._norm_backward(g, saved[-1], "loop_norm", segment, grads)
+            g = self._norm_backward(g, saved[-1], "loop_norm", row_range, grads)
         width = len(LayerSaved._fields)
         for i in reversed(range(c.n_layers)):
             layer = LayerSaved(*saved[i * width : (i + 1) * width])
-            g = self._layer_backward(g, layer, i, segment, grads)
-        return self._enter_backward(g, h, segment, grads)
+            g = self._layer_backward(g, layer, i, row_range, grads)
+        return self._prepare_state_backward(g, h, row_range, grads)
 
     def _norm_backward(
-        self, g: Tensor, x: Tensor, name: str, segment: Segment, grads: GradientBuffers
+        self, g: Tensor, x: Tensor, name: str, row_range: RowRange, grads: GradientBuffers
     ) -> Tensor:
         c = self.config
-        if self.counting:  # dead rows hold anything, NaN too, and the weight's gradient sums over x
-            dead = ~self.plan.live(segment.iteration)
+        if (
+            self.skips_dead_rows
+        ):  # dead rows hold anything, NaN too, and the weight's gradient sums over x
+            dead = ~self.plan.live(row_range.iteration)
             g, x = g.masked_fill(dead, 0), x.masked_fill(dead, 1)
         weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
         dx, dweight, dbias, _ = norm_bwd_ref(g, x, weight, bias, c.eps, c.norm)
@@ -196,10 +200,10 @@ class BlockBody:
         return dx
 
     def _layer_backward(
-        self, g: Tensor, s: LayerSaved, i: int, segment: Segment, grads: GradientBuffers
+        self, g: Tensor, s: LayerSaved, i: int, row_range: RowRange, grads: GradientBuffers
     ) -> Tensor:
         c, ops, w = self.config, self.ops, self._weight
-        p, count = f"layers.{i}.", self._counted(segment)
+        p, count = f"layers.{i}.", self._row_count_kwargs(row_range)
 
         def linear(name: str, dy: Tensor | None, x: Tensor) -> None:
             if dy is not None:
@@ -213,7 +217,7 @@ class BlockBody:
         dx, dweight, dbias, y, dup, dgate, dbranch = ops.mlp_bwd(
             g, s.mid, s.up, s.gate, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "gate.weight"), w(p + "down.weight"),
-            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, segment), **count,
+            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, row_range), **count,
         )  # fmt: skip
         linear("down", dbranch, s.hidden)
         linear("up", dup, y)
@@ -222,55 +226,55 @@ class BlockBody:
         g = g + dx
 
         do, dbranch = ops.linear_residual_bwd(
-            g, w(p + "out.weight"), self._dropout(1 + 2 * i, segment), **count
+            g, w(p + "out.weight"), self._dropout(1 + 2 * i, row_range), **count
         )
         linear("out", dbranch, s.o)
-        layout = self.plan.layout_of(segment)
+        layout = self.plan.layout_of(row_range)
         dqkv = ops.attention_bwd(
             do, s.qkv, s.o, s.lse, layout, c.n_heads, c.kv_heads, c.causal, **count
         )
         dx, dweight, dbias, dz, y = ops.norm_linear_bwd(
             dqkv, s.u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"),
-            *self._rope(segment), c.eps, c.norm, **count,
+            *self._rope(row_range), c.eps, c.norm, **count,
         )  # fmt: skip
         linear("qkv", dz, y)
         norm("norm1", dweight, dbias)
         return g + dx
 
-    def _noisy(self, h: Tensor, segment: Segment) -> Tensor:
+    def _noisy(self, h: Tensor, row_range: RowRange) -> Tensor:
         """h with the training noise, whose scale counts as constant: the gradient passes by."""
         p = self.config.state_noise
         if self.seed is None or not p:
             return h
         table = _noise_table(h.shape[1], h.dtype, h.device)
-        return state_noise_ref(self._counters(p, NOISE_SITE, segment), h, table)
+        return state_noise_ref(self._dropout_key(p, NOISE_SITE, row_range), h, table)
 
-    def _enter_backward(
-        self, g: Tensor, h: Tensor, segment: Segment, grads: GradientBuffers
+    def _prepare_state_backward(
+        self, g: Tensor, h: Tensor, row_range: RowRange, grads: GradientBuffers
     ) -> Tensor:
         c = self.config
         if c.loop_norm == "pre":
-            h = self._noisy(h, segment)
+            h = self._noisy(h, row_range)
         if c.max_loops and grads.needs(index := self.index["loop_embedding.weight"]):
-            grads.buffer(index)[segment.iteration - 1].add_(g.sum(0))
+            grads.buffer(index)[row_range.iteration - 1].add_(g.sum(0))
         if c.injection == "add":
-            self._add_dx(g, segment)
+            self._add_dx(g, row_range)
         elif c.injection == "concat":
             entered = self._norm(h, "loop_norm") if c.loop_norm == "pre" else h
             weight = self._weight("injection.weight")
-            joined = torch.cat((entered, self.x[segment.rows].to(h.dtype)), -1).to(weight.dtype)
+            joined = torch.cat((entered, self.x[row_range.rows].to(h.dtype)), -1).to(weight.dtype)
             dy = g.to(weight.dtype)
             grads.weight(self.index["injection.weight"], dy, joined)
             g, dx = (dy @ weight).to(g.dtype).chunk(2, dim=-1)
-            self._add_dx(dx, segment)
+            self._add_dx(dx, row_range)
         if c.loop_norm == "pre":
-            g = self._norm_backward(g, h, "loop_norm", segment, grads)
+            g = self._norm_backward(g, h, "loop_norm", row_range, grads)
         return g
 
-    def _add_dx(self, g: Tensor, segment: Segment) -> None:
+    def _add_dx(self, g: Tensor, row_range: RowRange) -> None:
         if self.dx is None:
             self.dx = torch.zeros(self.x.shape, dtype=g.dtype, device=g.device)
-        self.dx[segment.rows] += g
+        self.dx[row_range.rows] += g
 
 
 def check_max_loops(config: BlockConfig, plan: Plan) -> None:
@@ -314,7 +318,7 @@ def rope_table(
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def uncounted_reason(config: BlockConfig) -> str | None:
+def dead_rows_reason(config: BlockConfig) -> str | None:
     """Why the kernels cannot leave dead rows out in this block: a part of it that is plain torch
     sums over rows."""
     parts = {

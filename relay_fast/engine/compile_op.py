@@ -19,10 +19,10 @@ from torch._C._dynamo import eval_frame
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_loops
 from relay_fast.config import BlockConfig
-from relay_fast.engine.block_iteration import BlockBody, check_max_loops, parameter_names
+from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
-from relay_fast.engine.recompute import Policy
-from relay_fast.engine.spec import Run
+from relay_fast.engine.recompute import RecomputePolicy
+from relay_fast.engine.spec import LoopSpec
 from relay_fast.ops.dispatch import select, undisturbed
 
 
@@ -68,7 +68,7 @@ def _make_run(
     seed: Tensor | None,
     states: list[int],
     truncate: int,
-) -> Run:
+) -> LoopSpec:
     config, names = _parse(spec)
     recompute, impl, gather_rows = json.loads(options)
     if cu_seqlens is None:
@@ -83,22 +83,22 @@ def _make_run(
     check_max_loops(config, plan)
     ops = select(impl, x.device)
 
-    def make_body(x: Tensor, parameters) -> BlockBody:
+    def make_iteration(x: Tensor, parameters) -> BlockIteration:
         named = dict(zip(names, parameters, strict=True))
-        return BlockBody(config, named, plan, x, ops, dtype, seed)
+        return BlockIteration(config, named, plan, x, ops, dtype, seed)
 
-    return Run(
-        plan, make_body, ops, _policy(recompute), tuple(states), truncate or None,
+    return LoopSpec(
+        plan, make_iteration, ops, _policy(recompute), tuple(states), truncate or None,
         gather_rows=gather_rows, compute_dtype=dtype,
     )  # fmt: skip
 
 
-def _policy(recompute: str) -> Policy:
-    policy = Policy.parse(recompute)
-    return Policy("state") if policy.kind == "none" else policy
+def _policy(recompute: str) -> RecomputePolicy:
+    policy = RecomputePolicy.parse(recompute)
+    return RecomputePolicy("state") if policy.kind == "none" else policy
 
 
-def _reordered(run: Run, flat: Tensor, to_caller: bool) -> Tensor:
+def _reordered(run: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:
     """Returned states between the engine's order and the caller's."""
     if run.plan.to_caller is None:
         return flat

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.engine.block_iteration import rope_table
-from relay_fast.engine.spec import Run
+from relay_fast.engine.spec import LoopSpec
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights
 from relay_fast.kernels.supports import loop_reason
 
@@ -64,7 +64,7 @@ def stack_weights(
 
 def read_whole_loop(
     config: BlockConfig,
-    run: Run,
+    run: LoopSpec,
     x: Tensor,  # (N, d), in the plan's order
     block: Mapping[str, Tensor],
     norm: Tensor,
@@ -75,7 +75,7 @@ def read_whole_loop(
     plan = run.plan
     if run.ops.loop_fwd is None:
         return "plain torch runs the loop iteration by iteration"
-    if plan.static:
+    if plan.fixed_capacity:
         return "the whole-loop kernel takes its layout from the host, which a static plan has not"
     reason = block_reason(config, training)
     if reason:

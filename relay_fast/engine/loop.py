@@ -4,8 +4,8 @@ Nothing is computed that is not needed (iteration t works on the active prefix o
 kept that the recompute policy says can be recomputed (`relay_fast.engine.recompute`), and every
 weight gradient is accumulated over the iterations in one wide buffer (`relay_fast.ops.gradients`).
 
-The engine knows neither layers nor losses: a *body* runs one iteration of one segment forward and
-backward (`relay_fast.engine.block_iteration.BlockBody`, or a user's module), a *readout* turns
+The engine knows neither layers nor losses: a *body* runs one iteration of one row range forward and
+backward (`relay_fast.engine.block_iteration.BlockIteration`, or a user's module), a *readout* turns
 states into row losses.
 """
 
@@ -17,15 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from relay_fast.batch.plan import Segment
-from relay_fast.engine.spec import Run
-from relay_fast.kernels.norm_ref import wide
+from relay_fast.batch.plan import RowRange
+from relay_fast.engine.spec import LoopSpec
+from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import differentiable_once, refuse_transforms, undisturbed
 from relay_fast.ops.gradients import GradientBuffers
 
 
 def run_loop(
-    run: Run, x: Tensor, parameters: Sequence[Tensor | None]
+    run: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs the loop on x (rows, …) in sorted order.
 
@@ -40,7 +40,7 @@ def run_loop(
 
 
 def iterate(
-    run: Run,
+    run: LoopSpec,
     x: Tensor,
     parameters: Sequence[Tensor | None],
     enter: Callable[[Tensor, int], Tensor] | None = None,
@@ -51,18 +51,18 @@ def iterate(
     enter(state t − 1, t): what iteration t starts from, default: state t − 1. Raises ValueError for
     a static plan: which of its rows are live is known on the device alone.
     """
-    if run.plan.static:
+    if run.plan.fixed_capacity:
         raise ValueError("a static batch is for training: read chains off the batch it was given")
     with torch.no_grad(), undisturbed(x):
-        body = run.make_body(x, parameters)
+        body = run.make_iteration(x, parameters)
         buffers = [x.new_empty(x.shape), x.new_empty(x.shape)]
         h = x
         for t in range(1, run.plan.max_loops + 1):
             out = buffers[t % 2][: run.plan.rows_at(t)]
             if enter is not None:
                 h = enter(h, t)
-            for segment in run.plan.segments(t):
-                body.forward(h[segment.rows], segment, out[segment.rows], keep=False)
+            for row_range in run.plan.row_ranges(t):
+                body.forward(h[row_range.rows], row_range, out[row_range.rows], keep=False)
             yield t, out
             h = out
 
@@ -71,7 +71,7 @@ class _States:
     """Where the states of one pass lie: in the output, in the kept set, or in two passing
     buffers."""
 
-    def __init__(self, run: Run, x: Tensor, kept: Sequence[int]):
+    def __init__(self, run: LoopSpec, x: Tensor, kept: Sequence[int]):
         self._plan, self._x = run.plan, x
         self._spans = run.state_spans()
         self.output = x.new_empty(sum(run.plan.rows_at(t) for t in run.states), *x.shape[1:])
@@ -88,13 +88,13 @@ class _States:
             return self.output[self._spans[t]]
         if t in self.kept:
             return self.kept[t]
-        if t == self._plan.max_loops and not self._plan.static:
+        if t == self._plan.max_loops and not self._plan.fixed_capacity:
             return self.final[: self._plan.rows_at(t)]
         if t % 2 not in self._passing:
             self._passing[t % 2] = self._new(self._plan.rows_at(t))
         return self._passing[t % 2][: self._plan.rows_at(t)]
 
-    def ended(self, t: int, state: Tensor) -> None:
+    def store_finished(self, t: int, state: Tensor) -> None:
         """Copies the rows whose sequences end at iteration t into the final state."""
         live = self._plan.live(t)
         if live is not None:  # which of them end is not known: a later iteration overwrites
@@ -114,34 +114,36 @@ class _Pass(NamedTuple):
     saved: list[Tensor | None]
 
 
-def kept_states(run: Run, row_bytes: int) -> set[int]:
+def kept_states(run: LoopSpec, row_bytes: int) -> set[int]:
     """Which states are kept beside those that are returned anyway."""
     plan = run.plan
     kept = run.policy.kept(plan.max_loops, [rows * row_bytes for rows in plan.active_rows])
     if run.readout is None:  # under truncation some states are never asked for again
-        kept = {t for t in kept if any(s.grad for s in plan.segments(t + 1, run.truncate))}
+        kept = {t for t in kept if any(s.grad for s in plan.row_ranges(t + 1, run.truncate))}
     return set(kept).difference(run.states)
 
 
-def forward_pass(run: Run, x: Tensor, parameters: Sequence[Tensor | None], keep: bool) -> _Pass:
+def forward_pass(
+    run: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None], keep: bool
+) -> _Pass:
     """All iterations; with `keep`, what the backward needs is kept."""
     plan = run.plan
-    body = run.make_body(x, parameters)
+    body = run.make_iteration(x, parameters)
     states = _States(run, x, kept_states(run, x[:1].nbytes) if keep else ())
     losses = _RowLosses(run, x, parameters) if run.readout is not None else None
     saved: list[Tensor | None] = []
-    idle = slice(0 if plan.static else plan.rows_at(1), None)
+    idle = slice(0 if plan.fixed_capacity else plan.rows_at(1), None)
     states.final[idle] = x[idle]
     h = x
     for t in range(1, plan.max_loops + 1):
         out = states.slot(t)
-        for segment in plan.segments(t, run.truncate):
-            wanted = keep and segment.grad and run.policy.kind == "none"
-            inside = body.forward(h[segment.rows], segment, out[segment.rows], wanted)
+        for row_range in plan.row_ranges(t, run.truncate):
+            wanted = keep and row_range.grad and run.policy.kind == "none"
+            inside = body.forward(h[row_range.rows], row_range, out[row_range.rows], wanted)
             if wanted:
                 saved.extend(inside)
             del inside
-        states.ended(t, out)
+        states.store_finished(t, out)
         if losses is not None:
             losses.forward(t, out)
         h = out
@@ -155,11 +157,11 @@ def forward_pass(run: Run, x: Tensor, parameters: Sequence[Tensor | None], keep:
 class _RowLosses:
     """The readout of every iteration, as its state is made; only the log-sum-exp is saved."""
 
-    def __init__(self, run: Run, x: Tensor, parameters: Sequence[Tensor | None]):
+    def __init__(self, run: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]):
         self._run, self._readout = run, run.readout
         self._parameters = _readout_parameters(run, parameters)
         rows = run.readout.offsets[-1]
-        self._loss = torch.empty(rows, dtype=wide(x[:0]).dtype, device=x.device)
+        self._loss = torch.empty(rows, dtype=upcast(x[:0]).dtype, device=x.device)
         self._lse = torch.empty_like(self._loss)
         self._correct = torch.empty(rows, dtype=torch.bool, device=x.device)
         self._held: list[Tensor] = []
@@ -167,15 +169,15 @@ class _RowLosses:
     def forward(self, t: int, state: Tensor) -> None:
         """Takes the rows of state t along, and their loss where its group is complete."""
         readout = self._readout
-        group = readout.group(t)
+        group = readout.chunk_of(t)
         if len(group) > 1:
-            self._held.append(state.index_select(0, readout.rows[readout.part(t)]))
+            self._held.append(state.index_select(0, readout.rows[readout.rows_of(t)]))
             if t != group[-1]:
                 return
             h, index, self._held = torch.cat(self._held), None, []
         else:
-            h, index = state, readout.rows[readout.part(t)]
-        part = readout.span(group)
+            h, index = state, readout.rows[readout.rows_of(t)]
+        part = readout.chunk_rows(group)
         if part.stop > part.start:
             self._loss[part], self._lse[part], self._correct[part] = (
                 self._run.ops.cross_entropy_fwd(
@@ -187,7 +189,7 @@ class _RowLosses:
         return self._loss, self._lse, self._correct
 
 
-def _readout_parameters(run: Run, parameters: Sequence[Tensor | None]):
+def _readout_parameters(run: LoopSpec, parameters: Sequence[Tensor | None]):
     """Final norm weight, its bias, and the head in the compute dtype."""
     norm_weight, norm_bias, head = parameters[-3:]
     return norm_weight, norm_bias, head.to(run.compute_dtype or head.dtype)
@@ -195,7 +197,7 @@ def _readout_parameters(run: Run, parameters: Sequence[Tensor | None]):
 
 class _Loop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run: Run, x: Tensor, *parameters: Tensor | None):
+    def forward(ctx, run: LoopSpec, x: Tensor, *parameters: Tensor | None):
         with undisturbed(x):
             done = forward_pass(run, x, parameters, keep=any(ctx.needs_input_grad))
         correct = done.outputs[-1]
@@ -213,7 +215,7 @@ class _Loop(torch.autograd.Function):
         return backward_pass(ctx, g_final, g_states, g_loss)
 
 
-def _read_again(run: Run, done: _Pass) -> tuple[Tensor | None, Tensor | None]:
+def _read_again(run: LoopSpec, done: _Pass) -> tuple[Tensor | None, Tensor | None]:
     """final and states, where the backward reads them: what it does not read the caller may change
     in place or drop. The last state is read by the readout alone."""
     final, states, _, _ = done.outputs
@@ -235,14 +237,14 @@ class _Backward:
     """One backward sweep over the iterations, last to first."""
 
     def __init__(self, ctx, saved: Sequence[Tensor | None]):
-        self.run: Run = ctx.run
+        self.run: LoopSpec = ctx.run
         self.plan = self.run.plan
         x, final, output, lse, *rest = saved
         parameters, rest = rest[: ctx.parameters], rest[ctx.parameters :]
         kept, self.saved = rest[: len(ctx.kept)], rest[len(ctx.kept) :]
         self.x, self.lse, self.parameters = x, lse, parameters
         self.needed = ctx.needs_input_grad[2:]
-        self.body = self.run.make_body(x, parameters)
+        self.body = self.run.make_iteration(x, parameters)
         self.grads = GradientBuffers(
             parameters, self.needed, self.run.ops.weight_grad, self.run.gather_rows
         )
@@ -258,7 +260,7 @@ class _Backward:
 
     def run_all(self, g_final: Tensor | None, g_states: Tensor | None, g_loss: Tensor | None):
         plan, run = self.plan, self.run
-        g = wide(self.x).new_zeros(self.x.shape) if g_final is None else wide(g_final).clone()
+        g = upcast(self.x).new_zeros(self.x.shape) if g_final is None else upcast(g_final).clone()
         spans = run.state_spans()
         for t in range(plan.max_loops, 0, -1):
             g_t = g[: plan.rows_at(t)]
@@ -266,30 +268,30 @@ class _Backward:
                 g_t += g_states[spans[t]]
             if g_loss is not None:
                 self._readout(t, g_t, g_loss)
-            segments = plan.segments(t, run.truncate)
-            for segment in segments if self.body_needed else ():
-                if segment.grad:
-                    g[segment.rows] = self._iteration(t, segment, g[segment.rows])
+            row_ranges = plan.row_ranges(t, run.truncate)
+            for row_range in row_ranges if self.body_needed else ():
+                if row_range.grad:
+                    g[row_range.rows] = self._iteration(t, row_range, g[row_range.rows])
                 else:
-                    g[segment.rows] = 0
+                    g[row_range.rows] = 0
             self.states.pop(t, None)
         if self.body.dx is not None:
             g += self.body.dx
         results = self.grads.results()
         return None, g.to(self.x.dtype) if self.x_needed else None, *results
 
-    def _iteration(self, t: int, segment: Segment, g: Tensor) -> Tensor:
-        h = self._state(t - 1)[segment.rows]
+    def _iteration(self, t: int, row_range: RowRange, g: Tensor) -> Tensor:
+        h = self._state(t - 1)[row_range.rows]
         if self.run.policy.kind == "none":
             inside = self._pop_saved()
         else:
-            inside = self.body.forward(h, segment, h.new_empty(h.shape))
+            inside = self.body.forward(h, row_range, h.new_empty(h.shape))
         live = self.plan.live(t)
         if live is None:
-            return self.body.backward(g, h, inside, segment, self.grads)
+            return self.body.backward(g, h, inside, row_range, self.grads)
         # The gradient of a sequence that is over waits for its own last iteration.
-        entering = g if self.body.counting else g.masked_fill(~live, 0)
-        return torch.where(live, self.body.backward(entering, h, inside, segment, self.grads), g)
+        entering = g if self.body.skips_dead_rows else g.masked_fill(~live, 0)
+        return torch.where(live, self.body.backward(entering, h, inside, row_range, self.grads), g)
 
     def _pop_saved(self) -> list[Tensor | None]:
         width = self.body.saved_width
@@ -304,29 +306,29 @@ class _Backward:
             h = self.states[start]
             for s in range(start + 1, t + 1):
                 out = self.x.new_empty(self.plan.rows_at(s), *self.x.shape[1:])
-                for segment in self.plan.segments(s, self.run.truncate):
-                    self.body.forward(h[segment.rows], segment, out[segment.rows], keep=False)
+                for row_range in self.plan.row_ranges(s, self.run.truncate):
+                    self.body.forward(h[row_range.rows], row_range, out[row_range.rows], keep=False)
                 self.states[s] = h = out
         return self.states[t]
 
     def _readout(self, t: int, g_t: Tensor, g_loss: Tensor) -> None:
         """Adds the loss gradient of iteration t's rows to g_t (N_t, d)."""
         readout = self.run.readout
-        group = readout.group(t)
+        group = readout.chunk_of(t)
         if t == group[-1]:
             self._dh = self._group_gradient(group, g_loss)
-        part, start = readout.part(t), readout.span(group).start
+        part, start = readout.rows_of(t), readout.chunk_rows(group).start
         if part.stop > part.start:
             dh = self._dh[part.start - start : part.stop - start]
             g_t.index_add_(0, readout.rows[part], dh.to(g_t.dtype))
 
     def _group_gradient(self, group: range, g_loss: Tensor) -> Tensor | None:
         """Gradient of the group's state rows, one after the other."""
-        readout, part = self.run.readout, self.run.readout.span(group)
+        readout, part = self.run.readout, self.run.readout.chunk_rows(group)
         if part.stop == part.start:
             return None
         if len(group) > 1:
-            rows = [self._state(u).index_select(0, readout.rows[readout.part(u)]) for u in group]
+            rows = [self._state(u).index_select(0, readout.rows[readout.rows_of(u)]) for u in group]
             h, index = torch.cat(rows), None
         else:
             h, index = self._state(group[0]), readout.rows[part]

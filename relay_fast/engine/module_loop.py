@@ -23,13 +23,13 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
-from relay_fast.batch.plan import Plan, Segment, check_cu_seqlens, check_floating, check_loops
+from relay_fast.batch.plan import Plan, RowRange, check_cu_seqlens, check_floating, check_loops
 from relay_fast.engine.loop import run_loop
-from relay_fast.engine.recompute import Policy
+from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.side_graphs import graphs_left
-from relay_fast.engine.spec import Run
+from relay_fast.engine.spec import LoopSpec
 from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
-from relay_fast.kernels.norm_ref import wide
+from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import refuse_transforms, select
 from relay_fast.ops.gradients import GradientBuffers
 from relay_fast.utils.numbers import is_truth
@@ -83,9 +83,9 @@ def loop(
     if plan.to_sorted is not None:
         x = x[plan.to_sorted]
         per_row = tree_map(lambda value: value[plan.to_sorted], per_row)
-    policy = Policy.parse(recompute)
+    policy = RecomputePolicy.parse(recompute)
     if policy.kind == "none" and _hooked():  # graphs do not pass through hooks on saved tensors
-        policy = Policy("state")
+        policy = RecomputePolicy("state")
     call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
     call.redraws = torch.is_grad_enabled() and policy.kind != "none"
     call.checked = not (
@@ -94,7 +94,7 @@ def loop(
     return_states = bool(return_states) if is_truth(return_states) else return_states
     wanted = plan.chosen_states(return_states)
     inner = tuple(t for t in wanted if t < plan.max_loops)
-    run = Run(plan, call.body, select("torch"), policy, inner, truncate)
+    run = LoopSpec(plan, call.body, select("torch"), policy, inner, truncate)
     final, states, _, _ = run_loop(run, x, call.tensors)
     if return_states is False:
         return final if plan.to_caller is None else final[plan.to_caller]
@@ -160,8 +160,8 @@ class _Call:
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.takes_cu_seqlens = packed and _accepts(module, "cu_seqlens")
 
-    def body(self, x: Tensor, _: Sequence[Tensor | None]) -> _ModuleBody:
-        return _ModuleBody(self, x.device)
+    def body(self, x: Tensor, _: Sequence[Tensor | None]) -> _ModuleIteration:
+        return _ModuleIteration(self, x.device)
 
 
 def _with_tensors(value: object, tensors: Iterator[Tensor]) -> object:
@@ -226,29 +226,29 @@ class _Random:
             yield
 
 
-class _ModuleBody:
-    """One iteration of a user's module (see `relay_fast.engine.spec.Body`)."""
+class _ModuleIteration:
+    """One iteration of a user's module (see `relay_fast.engine.spec.Iteration`)."""
 
     dx = None
-    counting = False
+    skips_dead_rows = False
 
     def __init__(self, call: _Call, device: torch.device):
         self.call, self.device = call, device
         self.saved_width = 2 + len(call.per_row)
 
     def forward(
-        self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
+        self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
         """Writes the next state into `out`; with `keep`, returns the iteration's graph: its input,
         its output, and the parts of the per-row tensors that it saw."""
-        call, key = self.call, (segment.iteration, segment.first_sequence)
+        call, key = self.call, (row_range.iteration, row_range.first_sequence)
         if key in call.random:
             with call.random[key].again():
-                saved = self._run(h, segment, keep)
+                saved = self._run(h, row_range, keep)
         else:
             if call.redraws:
                 call.random[key] = _Random(self.device)
-            saved = self._run(h, segment, keep) if call.checked else self._first(h, segment)
+            saved = self._run(h, row_range, keep) if call.checked else self._first(h, row_range)
         new = saved[1]
         if new.shape != h.shape:
             raise ValueError(
@@ -258,30 +258,30 @@ class _ModuleBody:
         out.copy_(new.detach())
         return saved if keep else []
 
-    def _first(self, h: Tensor, segment: Segment) -> list[Tensor]:
+    def _first(self, h: Tensor, row_range: RowRange) -> list[Tensor]:
         """The first iteration of a call, with its graph, which is looked at."""
         call, same = self.call, lambda t: t
         before = graphs_left(call.module)
         # Hooks of the caller's would store what is dropped soon.
         with saved_tensors_hooks(same, same) if _hooked() else nullcontext():
-            entered, new, *cut = self._run(h, segment, keep=True)
+            entered, new, *cut = self._run(h, row_range, keep=True)
         _refuse_strangers(new, [entered, *cut, *call.weights.values(), *call.shared_leaves])
         _refuse_side_graphs(call.module, before)
         call.checked = True
         return [entered, new, *cut]
 
-    def _run(self, h: Tensor, segment: Segment, keep: bool) -> list[Tensor]:
+    def _run(self, h: Tensor, row_range: RowRange, keep: bool) -> list[Tensor]:
         call = self.call
         # Not detach(): later states go into the same buffer, and would count as changes of it.
         entered = h.data.requires_grad_(keep)
         cut = [
-            value.detach()[segment.rows].requires_grad_(keep and value.requires_grad)
+            value.detach()[row_range.rows].requires_grad_(keep and value.requires_grad)
             for value in call.per_row
         ]
         arguments = {**tree_unflatten(cut, call.per_row_tree), **call.shared}
         if call.takes_cu_seqlens:
-            cu = call.plan.cu_seqlens[segment.first_sequence : segment.last_sequence + 1]
-            arguments["cu_seqlens"] = cu - segment.first_row if segment.first_row else cu
+            cu = call.plan.cu_seqlens[row_range.first_sequence : row_range.last_sequence + 1]
+            arguments["cu_seqlens"] = cu - row_range.first_row if row_range.first_row else cu
         buffers = [(name, b, b._version) for name, b in call.module.named_buffers()]
         kind, dtype, enabled = call.autocast
         with torch.set_grad_enabled(keep), torch.autocast(kind, dtype, enabled=enabled):
@@ -310,7 +310,7 @@ class _ModuleBody:
         g: Tensor,
         h: Tensor,
         saved: Sequence[Tensor | None],
-        segment: Segment,
+        row_range: RowRange,
         grads: GradientBuffers,
     ) -> Tensor:
         call = self.call
@@ -333,7 +333,7 @@ class _ModuleBody:
             if value is None:
                 continue
             if first_cut <= i < first_cut + len(cut):
-                grads.buffer(i)[segment.rows] += value
+                grads.buffer(i)[row_range.rows] += value
             else:
                 grads.vector(i, value)
-        return g.new_zeros(g.shape) if dh is None else wide(dh)
+        return g.new_zeros(g.shape) if dh is None else upcast(dh)

@@ -23,22 +23,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Policy:
+class RecomputePolicy:
     """A parsed recompute policy."""
 
     kind: str  # none | state | every | last | budget | sqrt
     number: int = 0
 
     @staticmethod
-    def parse(text: str | Policy) -> Policy:
-        """Policy of its text; ValueError names what does not parse."""
-        if isinstance(text, Policy):
+    def parse(text: str | RecomputePolicy) -> RecomputePolicy:
+        """RecomputePolicy of its text; ValueError names what does not parse."""
+        if isinstance(text, RecomputePolicy):
             return text
         kind, colon, number = str(text).partition(":")
         if kind in ("none", "state", "sqrt") and not colon:
-            return Policy(kind)
+            return RecomputePolicy(kind)
         if kind in ("every", "last", "budget") and number.isdecimal() and int(number) > 0:
-            return Policy(kind, int(number))
+            return RecomputePolicy(kind, int(number))
         raise ValueError(
             f"recompute policy {text!r} is unknown: use 'none', 'state', 'sqrt', 'every:k', "
             f"'last:m' "

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from relay_fast.batch.plan import Plan, Segment
-from relay_fast.engine.recompute import Policy
+from relay_fast.batch.plan import Plan, RowRange
+from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.ops.dispatch import Ops
 from relay_fast.ops.gradients import GATHER_ROWS, GradientBuffers
 from relay_fast.utils.numbers import whole
@@ -19,17 +19,17 @@ from relay_fast.utils.numbers import whole
 READOUT_ROWS = 1024  # fewer rows than this make a cross-entropy call mostly overhead
 
 
-class Body(Protocol):
-    """One iteration of one segment, forward and backward."""
+class Iteration(Protocol):
+    """One iteration of one row range, forward and backward."""
 
     dx: (
         Tensor | None
     )  # gradient of the input as far as injection carried it, None without injection
     saved_width: int  # how many tensors `forward` returns
-    counting: bool  # under a static plan: leaves dead rows out by itself
+    skips_dead_rows: bool  # under a static plan: leaves dead rows out by itself
 
     def forward(
-        self, h: Tensor, segment: Segment, out: Tensor, keep: bool = True
+        self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]: ...
 
     def backward(
@@ -37,7 +37,7 @@ class Body(Protocol):
         g: Tensor,
         h: Tensor,
         saved: Sequence[Tensor | None],
-        segment: Segment,
+        row_range: RowRange,
         grads: GradientBuffers,
     ) -> Tensor: ...
 
@@ -59,16 +59,16 @@ class Readout:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
-    def part(self, iteration: int) -> slice:
+    def rows_of(self, iteration: int) -> slice:
         """The rows of an iteration in the flat lists."""
         return slice(self.offsets[iteration - 1], self.offsets[iteration])
 
-    def group(self, iteration: int) -> range:
+    def chunk_of(self, iteration: int) -> range:
         """The iterations whose rows are read out together with this one's: neighbours with fewer
         than READOUT_ROWS rows between them, the same under every recompute policy."""
         return self._groups[iteration - 1]
 
-    def span(self, group: range) -> slice:
+    def chunk_rows(self, group: range) -> slice:
         """The rows of a group of iterations in the flat lists."""
         return slice(self.offsets[group[0] - 1], self.offsets[group[-1]])
 
@@ -93,17 +93,17 @@ class Readout:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoopSpec:
     """Everything about one pass through the loop that is not a tensor with a gradient.
 
-    make_body(x, parameters) binds the body; the last three parameters are the readout's if there is
-    one. `states`: which iterations' states are returned, ascending.
+    make_iteration(x, parameters) binds the body; the last three parameters are the readout's if
+    there is one. `states`: which iterations' states are returned, ascending.
     """
 
     plan: Plan
-    make_body: Callable[[Tensor, Sequence[Tensor | None]], Body]
+    make_iteration: Callable[[Tensor, Sequence[Tensor | None]], Iteration]
     ops: Ops
-    policy: Policy = Policy("state")
+    policy: RecomputePolicy = RecomputePolicy("state")
     states: tuple[int, ...] = ()
     truncate: int | None = None
     readout: Readout | None = None

@@ -33,9 +33,9 @@ from relay_fast.config import ModelConfig
 from relay_fast.models.looped_block import Layer, LoopedBlock
 from relay_fast.utils.numbers import real, whole
 
-WHERE = ("middle", "last")
-STATE = ("copy", "reset")
-HOW = ("mean", "first")
+GROW_POSITIONS = ("middle", "last")
+OPTIMIZER_STATE_MODES = ("copy", "reset")
+TIE_MODES = ("mean", "first")
 
 
 def stack_of(model: nn.Module) -> LoopedBlock:
@@ -94,7 +94,10 @@ def grow(
     their moments, with "reset" none. Raises ValueError for an unknown choice, and for a stack that
     is not made of blocks of `layers`.
     """
-    for name, value, known in (("where", where, WHERE), ("state", state, STATE)):
+    for name, value, known in (
+        ("where", where, GROW_POSITIONS),
+        ("state", state, OPTIMIZER_STATE_MODES),
+    ):
         if value not in known:
             raise ValueError(f"{name} = {value!r} is unknown: use one of {known}")
     layers = whole("layers", layers)
@@ -220,8 +223,8 @@ def tie(model: nn.Module, period: int = 1, how: str = "mean") -> nn.Module:
     period times as many; a bare LoopedBlock, or a model told its loops elsewhere, must be asked for
     them. Raises ValueError where `period` does not divide the stack.
     """
-    if how not in HOW:
-        raise ValueError(f"how = {how!r} is unknown: use one of {HOW}")
+    if how not in TIE_MODES:
+        raise ValueError(f"how = {how!r} is unknown: use one of {TIE_MODES}")
     layers = stack_of(model).layers
     period = check_period(period, len(layers))
     looped = copy.deepcopy(model)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.config import BlockConfig, tell_hub
-from relay_fast.engine.block_iteration import BlockBody, check_max_loops, parameter_names
+from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
 from relay_fast.engine.plain_modules import check_inside, reset_inside
-from relay_fast.engine.recompute import Policy
-from relay_fast.engine.spec import Run, check_truncate
+from relay_fast.engine.recompute import RecomputePolicy
+from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
@@ -117,7 +117,7 @@ class LoopedBlock(nn.Module):
         c = self.config = BlockConfig.of(config)
         gather_rows = whole("gather_rows", gather_rows, least=0)
         self.recompute, self.gather_rows, self.impl = recompute, gather_rows, impl
-        Policy.parse(recompute)
+        RecomputePolicy.parse(recompute)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         if c.loop_norm != "none":
             self.loop_norm = Norm(c.d_model, c.bias and c.norm == "layer")
@@ -240,7 +240,7 @@ class LoopedBlock(nn.Module):
             return final.view(shape)
         return [s.view(shape) for s in states.split(x.shape[0])] if wanted else []
 
-    def run(self, plan: Plan, **options) -> Run:
+    def run(self, plan: Plan, **options) -> LoopSpec:
         """The engine's description of a pass of this block over a plan (see
         `relay_fast.engine.spec.Run`)."""
         check_max_loops(self.config, plan)
@@ -254,13 +254,13 @@ class LoopedBlock(nn.Module):
         if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=weight.device)
 
-        def make_body(x: Tensor, parameters: Sequence[Tensor | None]) -> BlockBody:
+        def make_iteration(x: Tensor, parameters: Sequence[Tensor | None]) -> BlockIteration:
             named = dict(zip(names, parameters, strict=False))
-            return BlockBody(self.config, named, plan, x, ops, dtype, seed)
+            return BlockIteration(self.config, named, plan, x, ops, dtype, seed)
 
-        return Run(
-            plan, make_body, ops, Policy.parse(self.recompute), gather_rows=self.gather_rows,
-            compute_dtype=dtype, **options,
+        return LoopSpec(
+            plan, make_iteration, ops, RecomputePolicy.parse(self.recompute),
+            gather_rows=self.gather_rows, compute_dtype=dtype, **options,
         )  # fmt: skip
 
     def _pack(self, x: Tensor, cu_seqlens) -> tuple[Tensor, torch.Size]:

@@ -16,7 +16,7 @@ from relay_fast.config import ModelConfig, tell_hub
 from relay_fast.engine.fused_inference import feedback_reason, read_whole_loop
 from relay_fast.engine.loop import iterate, run_loop
 from relay_fast.engine.plain_modules import check_parts, check_pass, reset_inside
-from relay_fast.engine.spec import Readout, Run
+from relay_fast.engine.spec import LoopSpec, Readout
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.models.looped_block import LoopedBlock, Norm
 from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
@@ -244,13 +244,13 @@ class LoopedTransformer(_Transformer):
         return rounds, self._best(run, final[batch.plan.last_rows], self.answer_head)
 
     @torch.no_grad()
-    def _best(self, run: Run, states: Tensor, head: nn.Linear) -> Tensor:
+    def _best(self, run: LoopSpec, states: Tensor, head: nn.Linear) -> Tensor:
         """(rows,) the most likely token of each row."""
         c, weight = self.config.block, head.weight.to(run.compute_dtype)
         return run.ops.argmax(states, self.norm.weight, self.norm.bias, weight, c.eps, c.norm)
 
     def _read_iterations(
-        self, run: Run, x: Tensor, batch: PackedBatch
+        self, run: LoopSpec, x: Tensor, batch: PackedBatch
     ) -> tuple[Tensor, list[Tensor]]:
         """final (N, d), and the token ids (N_t,) of each iteration."""
         plan, final, rounds = run.plan, x.clone(), []
@@ -260,7 +260,7 @@ class LoopedTransformer(_Transformer):
         return final, rounds
 
     def iterations(
-        self, run: Run, x: Tensor, batch: PackedBatch
+        self, run: LoopSpec, x: Tensor, batch: PackedBatch
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (t, state t of the active prefix, its token ids), without gradients.
 

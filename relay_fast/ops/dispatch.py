@@ -240,7 +240,7 @@ def undisturbed(x: Tensor) -> AbstractContextManager:
 
 
 def differentiable_once(backward: Callable) -> Callable:
-    """Marks the hand-written backward of an autograd.Function: it runs `undisturbed` by where
+    """Grades the hand-written backward of an autograd.Function: it runs `undisturbed` by where
     `backward()` is called, and raises RuntimeError where it is asked for a graph of its own,
     instead of handing out gradients that look constant."""
 

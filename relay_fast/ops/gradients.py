@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from relay_fast.kernels.norm_ref import wide
+from relay_fast.kernels.norm_ref import upcast
 
 GATHER_ROWS = 256  # default workspace: below this many rows a GEMM is mostly overhead
 
@@ -42,7 +42,7 @@ class GradientBuffers:
         if not self.needs(index):
             return None
         if index not in self._buffers:
-            self._buffers[index] = torch.zeros_like(wide(self._parameters[index]))
+            self._buffers[index] = torch.zeros_like(upcast(self._parameters[index]))
         return self._buffers[index]
 
     def weight(
@@ -71,7 +71,7 @@ class GradientBuffers:
     def bias(self, index: int | None, dy: Tensor) -> None:
         """Adds the sum of dy over its rows."""
         if self.needs(index):
-            self.vector(index, wide(dy).sum(0))
+            self.vector(index, upcast(dy).sum(0))
 
     def _reduce(self, index: int) -> None:
         held = self._held.pop(index)
@@ -83,7 +83,7 @@ class GradientBuffers:
     def _add(self, index: int, dy: Tensor, x: Tensor, **count: Tensor) -> None:
         fresh = index not in self._buffers  # then written, not added to: no pass over zeros
         if fresh:
-            self._buffers[index] = torch.empty_like(wide(self._parameters[index]))
+            self._buffers[index] = torch.empty_like(upcast(self._parameters[index]))
         self._weight_grad(self._buffers[index], dy, x, fresh=fresh, **count)
 
     def results(self) -> list[Tensor | None]:

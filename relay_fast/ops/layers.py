@@ -19,7 +19,7 @@ from torch import Tensor
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens
 from relay_fast.kernels.attention_ref import PaddedLayout
-from relay_fast.kernels.norm_ref import wide
+from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import Ops, compute_dtype, refuse_transforms, select, undisturbed
 
 Gradients = dict[str, Callable[[], Tensor | None]]
@@ -36,7 +36,7 @@ class _LayerOp(NamedTuple):
 
 
 def _weight_grad(ops: Ops, dy: Tensor, x: Tensor) -> Tensor:
-    acc = torch.zeros(dy.shape[1], x.shape[1], dtype=wide(x[:0]).dtype, device=x.device)
+    acc = torch.zeros(dy.shape[1], x.shape[1], dtype=upcast(x[:0]).dtype, device=x.device)
     ops.weight_grad(acc, dy, x)
     return acc
 
@@ -62,7 +62,7 @@ def _norm_linear_bwd(ops: Ops, g: Tensor, t: Any, o: Any, saved: list[Tensor]) -
         "norm_weight": lambda: dnorm_weight,
         "norm_bias": lambda: dnorm_bias,
         "weight": lambda: _weight_grad(ops, dz, y),
-        "bias": lambda: wide(dz).sum(0),
+        "bias": lambda: upcast(dz).sum(0),
     }
 
 
@@ -115,7 +115,7 @@ def _attention_fwd(ops: Ops, t: Any, o: Any) -> list[Tensor]:
 def _attention_buffers(t: Any, o: Any) -> list[Tensor]:
     rows, columns = t.qkv.shape
     width = columns // (o.heads + 2 * o.kv_heads) * o.heads
-    return [t.qkv.new_empty(rows, width), wide(t.qkv[:0]).new_empty(rows, o.heads)]
+    return [t.qkv.new_empty(rows, width), upcast(t.qkv[:0]).new_empty(rows, o.heads)]
 
 
 def _attention_bwd(ops: Ops, g: Tensor, t: Any, o: Any, saved: list[Tensor]) -> Gradients:
@@ -165,7 +165,7 @@ def _linear_residual_bwd(ops: Ops, g: Tensor, t: Any, o: Any, saved: list[Tensor
         "a": lambda: da,
         "residual": lambda: g.clone(),
         "weight": lambda: _weight_grad(ops, dbranch, t.a),
-        "bias": lambda: wide(dbranch).sum(0),
+        "bias": lambda: upcast(dbranch).sum(0),
     }
 
 
@@ -210,11 +210,11 @@ def _mlp_bwd(ops: Ops, g: Tensor, t: Any, o: Any, saved: list[Tensor]) -> Gradie
         "norm_weight": lambda: dnorm_weight,
         "norm_bias": lambda: dnorm_bias,
         "up_weight": lambda: _weight_grad(ops, dup, y),
-        "up_bias": lambda: wide(dup).sum(0),
+        "up_bias": lambda: upcast(dup).sum(0),
         "gate_weight": lambda: _weight_grad(ops, dgate, y),
-        "gate_bias": lambda: wide(dgate).sum(0),
+        "gate_bias": lambda: upcast(dgate).sum(0),
         "down_weight": lambda: _weight_grad(ops, dbranch, hidden),
-        "down_bias": lambda: wide(dbranch).sum(0),
+        "down_bias": lambda: upcast(dbranch).sum(0),
     }
 
 

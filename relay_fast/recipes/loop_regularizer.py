@@ -17,7 +17,13 @@ from pydantic import Field
 from torch import Tensor
 
 from relay_fast.models.classifier import LoopedClassifier
-from relay_fast.models.layer_stack import HOW, block_cosines, check_period, loop_regularizer, tie
+from relay_fast.models.layer_stack import (
+    TIE_MODES,
+    block_cosines,
+    check_period,
+    loop_regularizer,
+    tie,
+)
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, Shapes, draw_panels, train
 from relay_fast.recipes._models import classifier_loss, parse_shape
@@ -81,7 +87,7 @@ def run(
             model, loss, p_hop.make_draw(settings), settings.training, folder,
             f"weight_{weight:g}", display, seed=seed, device=device,
         )  # fmt: skip
-        looped = {how: tie(model, settings.period, how) for how in HOW}
+        looped = {how: tie(model, settings.period, how) for how in TIE_MODES}
         tied = {how: _accuracies(m, settings, seed) for how, m in looped.items()}
         train(
             looped["mean"], classifier_loss, p_hop.make_draw(settings),
@@ -129,7 +135,7 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 def _tied_names(results: Mapping[str, Any]) -> list[str]:
     """The tied models, in the order of a result's "tied"."""
-    return [*HOW, f"mean and {results['tied_steps']} steps"]
+    return [*TIE_MODES, f"mean and {results['tied_steps']} steps"]
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:

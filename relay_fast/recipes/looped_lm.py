@@ -245,10 +245,10 @@ def _early_exits(model: LoopedClassifier, text: Tensor, s: Settings) -> list[dic
     found = []
     for below in (0.0, *s.exits):
         started = time.process_time()
-        scores = score(model, text, loops=s.exit_loops, exit_below=below)
+        scores = score(model, text, loops=s.exit_loops, exit_threshold=below)
         found.append(
             {
-                "exit_below": below,
+                "exit_threshold": below,
                 "loss": float(scores.losses.mean()),
                 "loops": float(scores.loops.mean()),
                 "seconds": round(time.process_time() - started, 3),
@@ -275,7 +275,7 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         for t, loss in results["loss_by_loops"].items()
     ]
     for e in results["exits"]:
-        name = f"exit below {e['exit_below']:g}" if e["exit_below"] else "no exit"
+        name = f"exit below {e['exit_threshold']:g}" if e["exit_threshold"] else "no exit"
         bits = e["loss"] / np.log(2)
         lines.append([name, float(np.exp(e["loss"])), float(bits), e["loops"], e["seconds"]])
     lines += [[name, None, None, None, None] for name in _primitive_lines(results)]

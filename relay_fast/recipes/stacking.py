@@ -26,11 +26,11 @@ from pydantic import Field
 from torch import nn
 
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.data.streams import Form, TruthStream
+from relay_fast.data.streams import BatchFormat, TruthStream
 from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.models.layer_stack import (
-    STATE,
-    WHERE,
+    GROW_POSITIONS,
+    OPTIMIZER_STATE_MODES,
     GrowthSchedule,
     grow,
     layer_similarity,
@@ -67,14 +67,17 @@ class Settings(p_hop.Settings):
     tasks: Annotated[tuple[Literal[*TASKS], ...], Field(min_length=1)] = Field(
         TASKS, description="some of p_hop and arithmetic"
     )
-    methods: Annotated[tuple[Literal["full", *WHERE], ...], Field(min_length=1)] = Field(
-        ("full", *WHERE), description="full is the whole stack throughout, the others grow it"
+    methods: Annotated[tuple[Literal["full", *GROW_POSITIONS], ...], Field(min_length=1)] = Field(
+        ("full", *GROW_POSITIONS),
+        description="full is the whole stack throughout, the others grow it",
     )
     depth: Count = Field(4, description="layers at the end")
     layers: Count = Field(1, description="layers of a block")
     alpha: NotNegative = Field(1.0, description="of the Prop-α schedule of growing")
     stages: Count | None = Field(None, description="of growing; null: as many as it takes")
-    state: Literal[*STATE] = Field("copy", description="of the optimiser for a new layer")
+    state: Literal[*OPTIMIZER_STATE_MODES] = Field(
+        "copy", description="of the optimiser for a new layer"
+    )
     arithmetic: Training = Training(
         steps=1000, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="late",
         weight_decay=0.01, clip=1.0,
@@ -164,7 +167,7 @@ class _Arithmetic:
         self._sizes = {k: v for k, v in config["model"].items() if not isinstance(v, dict)}
         schedule = Schedule.by_steps(t.steps, warmup=t.warmup, decay=t.decay)
         self._stream = TruthStream(
-            self._tasks, {"arithmetic": self._range}, Form("autoregressive"), schedule,
+            self._tasks, {"arithmetic": self._range}, BatchFormat("autoregressive"), schedule,
             batch_size=t.batch_size, seed=self.seed, lengths="uniform", lengths_per_batch=4,
         )  # fmt: skip
 

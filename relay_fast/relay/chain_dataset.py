@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from relay_fast.decoding.chains import decode_chains, generate_chains, read_chains
+from relay_fast.decoding.chains import decode_chains, generate_looped_chains, parse_chains
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.relay import filter_metrics
 from relay_fast.tasks import Samples, Task, Vocabulary, make_task
@@ -43,7 +43,7 @@ from relay_fast.utils.files import (
     write_json,
 )
 from relay_fast.utils.locks import LOCK, FolderInUse, lock_folder
-from relay_fast.utils.ragged import offsets_of
+from relay_fast.utils.ragged import lengths_to_offsets
 from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
 
 KIND = "relay_fast chains"
@@ -188,7 +188,7 @@ class ChainDataset(Dataset):
         passed = [shard["passed"].numpy() for shard in self._shards]
         chosen = [np.flatnonzero(p) if only_passed else np.arange(len(p)) for p in passed]
         self._rows = np.concatenate([np.zeros(0, np.int64), *chosen])
-        self._offsets = offsets_of(np.array([len(own) for own in chosen], np.int64))
+        self._offsets = lengths_to_offsets(np.array([len(own) for own in chosen], np.int64))
 
     @cached_property
     def _shards(self) -> list[dict[str, Tensor]]:
@@ -362,9 +362,9 @@ def _write_shard(
     ended = None
     if isinstance(model, AutoregressiveTransformer):
         decoded = decode_chains(model, problems, tasks, progress=progress)
-        written, ended = read_chains(decoded, problems, tasks), decoded.ended
+        written, ended = parse_chains(decoded, problems, tasks), decoded.ended
     else:
-        written = generate_chains(model, problems, tasks, progress=progress)
+        written = generate_looped_chains(model, problems, tasks, progress=progress)
     if verify == "task":  # the problems are solved already
         passed = right_chains(written, problems)
     else:

@@ -20,7 +20,7 @@ from relay_fast.decoding._inference import inference
 from relay_fast.decoding.chains import (
     decode_chains,
     fitting_problems,
-    generate_chains,
+    generate_looped_chains,
     read_answers,
     unseen_problems,
 )
@@ -30,13 +30,13 @@ from relay_fast.tasks.vocabulary import EOS
 from relay_fast.training.model_files import (
     Model,
 )
-from relay_fast.utils.ragged import ragged_index
+from relay_fast.utils.ragged import concat_ranges
 
 FORCED_TOKENS = 16384  # tokens in a teacher-forced batch
 Metrics = dict[str, float | int]
 
 
-class Marks(NamedTuple):
+class Grades(NamedTuple):
     """What is right in the answers to S problems with C chain tokens in all."""
 
     answer: np.ndarray  # (S,) bool
@@ -45,14 +45,14 @@ class Marks(NamedTuple):
     forced: np.ndarray | None = None  # (C,) bool
 
 
-def mark_looped(
+def grade_looped(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
-) -> Marks:
+) -> Grades:
     """Compares what the looped model writes with the truth in `problems`.
 
-    options: those of `relay_fast.decoding.chains.generate_chains`.
+    options: those of `relay_fast.decoding.chains.generate_looped_chains`.
     """
-    written = generate_chains(model, problems, tasks, **options)
+    written = generate_looped_chains(model, problems, tasks, **options)
     true_sizes, sizes = np.diff(problems.round_offsets), np.diff(written.round_offsets)
     owner = np.repeat(np.arange(len(true_sizes)), true_sizes)
     from_right = problems.round_offsets[owner + 1] - np.arange(len(owner))  # 1 for the last token
@@ -63,12 +63,12 @@ def mark_looped(
     wrong = (sizes != true_sizes) | (np.bincount(owner[~hits], minlength=len(sizes)) > 0)
     sample = np.repeat(np.arange(len(problems)), problems.loops)
     chain = np.bincount(sample[wrong], minlength=len(problems)) == 0
-    return Marks(written.answer == problems.answer, chain, hits)
+    return Grades(written.answer == problems.answer, chain, hits)
 
 
-def mark_autoregressive(
+def grade_autoregressive(
     model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task], **options
-) -> Marks:
+) -> Grades:
     """Compares what the autoregressive model writes with the truth in `problems`.
 
     options: those of `relay_fast.decoding.autoregressive.decode`. Raises ValueError where a true
@@ -78,9 +78,9 @@ def mark_autoregressive(
     decoded = decode_chains(model, problems, tasks, **options)
     sequence, offsets, prompts = problems.sequences(tasks)
     sizes = np.diff(offsets) - prompts
-    truth = sequence[ragged_index(offsets[:-1] + prompts, sizes)]
+    truth = sequence[concat_ranges(offsets[:-1] + prompts, sizes)]
     owner = np.repeat(np.arange(len(problems)), sizes)
-    place = ragged_index(np.zeros_like(sizes), sizes)
+    place = concat_ranges(np.zeros_like(sizes), sizes)
     there = place < np.diff(decoded.offsets)[owner]
     hits = np.zeros(len(truth), bool)
     hits[there] = decoded.tokens[(decoded.offsets[owner] + place)[there]] == truth[there]
@@ -90,7 +90,7 @@ def mark_autoregressive(
     decides = in_chain | ((place == chain_sizes) & (truth == EOS))
     chain = np.bincount(owner[decides & ~hits], minlength=len(problems)) == 0
     answer = read_answers(decoded, problems, tasks) == problems.answer
-    return Marks(answer, chain, hits[in_chain], forced[in_chain])
+    return Grades(answer, chain, hits[in_chain], forced[in_chain])
 
 
 def _forced(
@@ -121,7 +121,7 @@ def evaluate_looped(
     options: `progress`, called with (problems done, all of them), and the others of the model's
     kind. Raises ValueError for lengths that the task or the model cannot take.
     """
-    return _evaluate(mark_looped, model, tasks, name, lengths, problems_per_length, seed, options)
+    return _evaluate(grade_looped, model, tasks, name, lengths, problems_per_length, seed, options)
 
 
 def evaluate_autoregressive(
@@ -138,7 +138,7 @@ def evaluate_autoregressive(
     options: `progress`, called with (problems done, all of them), and the others of the model's
     kind. Raises ValueError for lengths that the task or the model cannot take.
     """
-    mark = mark_autoregressive
+    mark = grade_autoregressive
     return _evaluate(mark, model, tasks, name, lengths, problems_per_length, seed, options)
 
 
@@ -168,11 +168,11 @@ def hit_matrix(model: Model, task: Task, length: int, n: int, seed: int = 0) -> 
     Positions count from the beginning of the true round.
     """
     problems = unseen_problems(task, length, n, seed)
-    mark = mark_looped if isinstance(model, LoopedTransformer) else mark_autoregressive
+    mark = grade_looped if isinstance(model, LoopedTransformer) else grade_autoregressive
     hits = mark(model, problems, {task.name: task}).hits
     sizes = np.diff(problems.round_offsets)
-    position = ragged_index(np.zeros_like(sizes), sizes)
-    round_index = np.repeat(ragged_index(np.zeros_like(problems.loops), problems.loops), sizes)
+    position = concat_ranges(np.zeros_like(sizes), sizes)
+    round_index = np.repeat(concat_ranges(np.zeros_like(problems.loops), problems.loops), sizes)
     shape = (int(problems.loops.max(initial=0)), int(sizes.max(initial=0)))
     cell = round_index * shape[1] + position
     cells = shape[0] * shape[1]

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.relay.run_folder import RunFolder
-from relay_fast.relay.stages import NEEDS, Context, run_stage, scratch_files, stage_files
+from relay_fast.relay.stages import (
+    STAGE_DEPENDENCIES,
+    Context,
+    run_stage,
+    scratch_files,
+    stage_files,
+)
 from relay_fast.reporting.progress import Display
 from relay_fast.utils.cores import limit_threads, usable_threads
 from relay_fast.utils.errors import Diverged, RunStopped, WorkerDied
@@ -34,15 +40,17 @@ def with_needs(names: Iterable[str]) -> list[str]:
     wanted: set[str] = set()
 
     def add(name: str) -> None:
-        if name not in NEEDS:
-            raise ValueError(f"stage {name!r} is unknown: use some of {', '.join(NEEDS)}")
-        for need in NEEDS[name]:
+        if name not in STAGE_DEPENDENCIES:
+            raise ValueError(
+                f"stage {name!r} is unknown: use some of {', '.join(STAGE_DEPENDENCIES)}"
+            )
+        for need in STAGE_DEPENDENCIES[name]:
             add(need)
         wanted.add(name)
 
     for name in names:
         add(name)
-    return [name for name in NEEDS if name in wanted]
+    return [name for name in STAGE_DEPENDENCIES if name in wanted]
 
 
 # Long: one loop over the running stages, whose state it holds.
@@ -122,7 +130,7 @@ def _unfinished(folder: RunFolder, names: list[str]) -> list[str]:
     results = folder.results()
     waiting: set[str] = set()
     for name in reversed(names):
-        needed = any(name in NEEDS[later] for later in waiting)
+        needed = any(name in STAGE_DEPENDENCIES[later] for later in waiting)
         lost = not all(file.exists() for file in stage_files(folder.path, name))
         unread = name.startswith("evaluate.") and not _told(results, name)
         if not folder.stage_done(name) or (needed and lost) or unread:
@@ -158,7 +166,7 @@ def _clear(folder: RunFolder, done: Iterable[str]) -> None:
 
 def _ready(waiting: list[str], unfinished: set[str], room: int) -> list[str]:
     """The stages whose needs are done, as many as there is room for."""
-    return [name for name in waiting if unfinished.isdisjoint(NEEDS[name])][:room]
+    return [name for name in waiting if unfinished.isdisjoint(STAGE_DEPENDENCIES[name])][:room]
 
 
 # In the other processes

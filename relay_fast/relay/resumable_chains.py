@@ -27,12 +27,12 @@ def generate_in_parts(
     stem: Path,
     progress: Progress | None = None,
 ) -> Samples:
-    """What `generate_chains` gives, as far as the files `stem`.WHAT-FIRST.safetensors of earlier
-    calls go from them, the rest written into further ones.
+    """What `generate_looped_chains` gives, as far as the files `stem`.WHAT-FIRST.safetensors of
+    earlier calls go from them, the rest written into further ones.
 
     An interrupted call is thus continued by the same call, to the same chains. WHAT stands for the
     model and the problems: files of others are not read. Raises CheckpointError for a file that
-    cannot be read or written, and what `generate_chains` raises.
+    cannot be read or written, and what `generate_looped_chains` raises.
     """
     name = f"{stem.name}.{_digest(model, problems)}"
     path = lambda first: stem.with_name(f"{name}-{first:08d}.safetensors")

@@ -18,8 +18,8 @@ import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data.sample_files import load_samples, save_samples
-from relay_fast.data.streams import Form, SampleStream, TruthStream, mean_cost
-from relay_fast.decoding.chains import generate_chains, write_chains
+from relay_fast.data.streams import BatchFormat, SampleStream, TruthStream, mean_cost
+from relay_fast.decoding.chains import generate_ar_chains, generate_looped_chains
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay import filter_metrics
 from relay_fast.relay.evaluation import evaluate_autoregressive, evaluate_looped, hit_matrix
@@ -40,7 +40,7 @@ _TRAIN, _CHAINS, _INSIDE, _SELF = 1, 2, 3, 4
 _OF_LOOPED = ("feedback", "carry_state", "feedback_noise", "position_range")
 
 # What each stage needs before it can run, in the order in which ready stages are started.
-NEEDS: dict[str, tuple[str, ...]] = {
+STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "looped_aligned": (),
     "ar_baseline": (),
     "looped_vanilla": (),
@@ -49,8 +49,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "ar_self_loop": ("ar_baseline", "looped_vanilla"),
     "ar_self_truth": ("ar_baseline",),
 }
-MODELS = tuple(name for name in NEEDS if name != "chains")
-NEEDS |= {f"evaluate.{name}": (name,) for name in MODELS}
+MODELS = tuple(name for name in STAGE_DEPENDENCIES if name != "chains")
+STAGE_DEPENDENCIES |= {f"evaluate.{name}": (name,) for name in MODELS}
 
 
 class Context:
@@ -68,7 +68,7 @@ class Context:
     def task_config(self, task: str) -> Mapping[str, Any]:
         return self.config["tasks"][task]
 
-    def farthest(self, task: str) -> int:
+    def max_length(self, task: str) -> int:
         """The largest length that any stage writes or reads."""
         entry = self.task_config(task)
         return max(entry["test"][1], self.ranges[task][1] + len(entry["merge_beyond"]),
@@ -92,9 +92,9 @@ class Context:
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
         bound = max(
-            task.max_sequence_tokens(self.farthest(name))
+            task.max_sequence_tokens(self.max_length(name))
             if causal
-            else task.max_problem_tokens(self.farthest(name))
+            else task.max_problem_tokens(self.max_length(name))
             for name, task in self.tasks.items()
         )
         pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
@@ -139,9 +139,9 @@ class Context:
     def state_path(self, name: str) -> Path:
         return self.folder / "checkpoints" / f"{name}.state.safetensors"
 
-    def form(self, settings: Mapping[str, Any], kind: str) -> Form:
+    def form(self, settings: Mapping[str, Any], kind: str) -> BatchFormat:
         names = ("task_weights", "chain_weight", "weighting", "batch_tokens")
-        return Form(kind, **{k: settings[k] for k in names if k in settings})
+        return BatchFormat(kind, **{k: settings[k] for k in names if k in settings})
 
     def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
         """Saves a trained model; the part of results.json that its training brings."""
@@ -263,7 +263,7 @@ def _chains(context: Context, report: Report):
     return {"trust": filter_metrics.to_json(filter_metrics.count(written, problems, context.tasks))}
 
 
-def _inside(context: Context) -> Samples:
+def _in_range_problems(context: Context) -> Samples:
     """The original data of the merged set: true problems inside the training range, ∝ length."""
     parts = []
     for name, task in context.tasks.items():
@@ -281,7 +281,7 @@ def _fine_tune(context: Context, stage: str, name: str, model, added: Samples, r
     settings = recipe(context.config, stage)
     sizes = np.diff(added.sequences(context.tasks)[1])
     fits = sizes <= model.config.max_tokens  # a chain gone wrong may never end
-    inside = _inside(context)
+    inside = _in_range_problems(context)
     merged = Samples.concat([inside, added.take(fits)])
     longest_true = {
         name: int(inside.length[inside.task == task.index].max(initial=0))
@@ -308,7 +308,9 @@ def _ar_relay(context: Context, report: Report):
 # Self-chain controls
 
 
-def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np.ndarray], report):
+def _ar_self(
+    context: Context, name: str, keep_filter: Callable[[Samples, Samples], np.ndarray], report
+):
     """Five growing phases: the AR model writes chains for lengths beyond its range, those whose
     answer passes `judge` are kept, and it is fine-tuned on them and the original data."""
     model = context.load("ar_baseline")
@@ -316,21 +318,21 @@ def _ar_self(context: Context, name: str, judge: Callable[[Samples, Samples], np
     kept, trained = [], []
     for phase in range(phases):
         problems, stage = _self_problems(context, phase), f"{name}.{phase + 1}"
-        passed = _passed(context, stage, model, problems, judge, report)
+        passed = _passed(context, stage, model, problems, keep_filter, report)
         kept.append({"phase": phase + 1, "written": len(problems), "kept": len(passed)})
         trained.append(_fine_tune(context, "ar_self", stage, model, passed, report))
     result = context.finish(name, model, Trained.of_phases(trained))
     return {**result, "kept": {name: kept}}
 
 
-def _passed(context: Context, name: str, model, problems: Samples, judge, report) -> Samples:
+def _passed(context: Context, name: str, model, problems: Samples, keep_filter, report) -> Samples:
     """The chains that the model writes and `judge` keeps; from disk where an interrupted run left
     them."""
     path = context.folder / "checkpoints" / f"{name}.chains.safetensors"
     if path.exists():
         return load_samples(path)
-    written = write_chains(model, problems, context.tasks, progress=_reporter(report))
-    passed = written.take(judge(problems, written))
+    written = generate_ar_chains(model, problems, context.tasks, progress=_reporter(report))
+    passed = written.take(keep_filter(problems, written))
     save_samples(path, passed, {"stage": name})
     return passed
 
@@ -347,26 +349,26 @@ def _self_problems(context: Context, phase: int) -> Samples:
 
 
 def _ar_self_truth(context: Context, report: Report):
-    def judge(problems: Samples, written: Samples) -> np.ndarray:
+    def keep_filter(problems: Samples, written: Samples) -> np.ndarray:
         return written.answer == problems.answer
 
-    return _ar_self(context, "ar_self_truth", judge, report)
+    return _ar_self(context, "ar_self_truth", keep_filter, report)
 
 
 def _ar_self_loop(context: Context, report: Report):
     looped = context.load("looped_vanilla")
 
-    def judge(problems: Samples, written: Samples) -> np.ndarray:
-        return written.answer == generate_chains(looped, problems, context.tasks).answer
+    def keep_filter(problems: Samples, written: Samples) -> np.ndarray:
+        return written.answer == generate_looped_chains(looped, problems, context.tasks).answer
 
-    return _ar_self(context, "ar_self_loop", judge, report)
+    return _ar_self(context, "ar_self_loop", keep_filter, report)
 
 
 # Evaluation
 
 
 def _evaluate(context: Context, name: str, report: Report) -> dict[str, Any]:
-    """Accuracy at every length from the shortest to the farthest, and the hit matrices."""
+    """Accuracy at every length from the shortest to the max_length, and the hit matrices."""
     model = context.load(name)
     problems = context.config["evaluation"]["problems"]
     looped = isinstance(model, LoopedTransformer)

@@ -12,7 +12,7 @@ import numpy as np
 from relay_fast.tasks.feedback import FedPlaces
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
-from relay_fast.utils.ragged import offsets_of
+from relay_fast.utils.ragged import lengths_to_offsets
 
 Rounds = Sequence[Sequence[int]]
 NO_ANSWER = -1  # where there is none to read
@@ -168,7 +168,7 @@ class Task(ABC):
         return replace(
             problems,
             rounds=np.concatenate([np.zeros(0, np.int32), *(rounds for rounds, _, _ in solved)]),
-            round_offsets=offsets_of(np.concatenate([np.zeros(0, np.int64), *sizes])),
+            round_offsets=lengths_to_offsets(np.concatenate([np.zeros(0, np.int64), *sizes])),
             loops=np.array([len(own) for own in sizes], np.int32),
             answer=np.array([answer for _, _, answer in solved], np.int32),
         )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from relay_fast.tasks.vocabulary import PAD
-from relay_fast.utils.ragged import offsets_of, ragged_index
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 LATEST, FROM_ROUND = 0, -1  # of `FedPlaces.since`, of `FedPlaces.token`
 
@@ -52,5 +52,5 @@ def body_rows(
     """The first `counts` tokens after the task token of problems of `sizes` tokens, right-aligned
     in inputs of `widths` tokens: their rows in the inputs laid end to end, and their numbers from
     0."""
-    starts = offsets_of(widths)[1:] - sizes + 1
-    return ragged_index(starts, counts), ragged_index(np.zeros_like(counts), counts)
+    starts = lengths_to_offsets(widths)[1:] - sizes + 1
+    return concat_ranges(starts, counts), concat_ranges(np.zeros_like(counts), counts)

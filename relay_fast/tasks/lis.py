@@ -21,7 +21,7 @@ from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
 from relay_fast.tasks.vocabulary import NUMBER0, SEP, Vocabulary
 from relay_fast.utils.numbers import whole
-from relay_fast.utils.ragged import offsets_of
+from relay_fast.utils.ragged import lengths_to_offsets
 
 
 class LIS(Task):
@@ -150,7 +150,7 @@ class LIS(Task):
         answers = np.full(len(samples), NO_ANSWER, np.int32)
         tokens, offsets = samples.rounds, samples.round_offsets
         sizes, numbers = np.diff(offsets), self._are_numbers(tokens)
-        right = (sizes >= 2) & (np.diff(offsets_of(numbers)[offsets]) == sizes - 1)
+        right = (sizes >= 2) & (np.diff(lengths_to_offsets(numbers)[offsets]) == sizes - 1)
         right[right] = tokens[offsets[1:][right] - 1] == SEP  # so it is the one that is no number
         owner = np.repeat(np.arange(len(samples)), samples.loops)
         np.maximum.at(answers, np.repeat(owner, sizes)[numbers], tokens[numbers])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from relay_fast.tasks.vocabulary import EOS
-from relay_fast.utils.ragged import offsets_of, ragged_index
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 TASK_NAMES = ("arithmetic", "edit_distance", "lis")
 
@@ -52,7 +52,7 @@ class Samples:
     @cached_property
     def first_round(self) -> np.ndarray:
         """(S + 1,) int64: the rounds of sample i are first_round[i] .. first_round[i + 1] - 1."""
-        return offsets_of(self.loops)
+        return lengths_to_offsets(self.loops)
 
     def problem_of(self, i: int) -> np.ndarray:
         """Problem tokens of sample i."""
@@ -73,15 +73,15 @@ class Samples:
         rows = np.atleast_1d(np.arange(len(self))[index])
         loops = self.loops[rows]
         problem_sizes = np.diff(self.problem_offsets)[rows]
-        rounds = ragged_index(self.first_round[rows], loops)
+        rounds = concat_ranges(self.first_round[rows], loops)
         round_sizes = np.diff(self.round_offsets)[rounds]
         return Samples(
             task=self.task[rows],
             length=self.length[rows],
-            problem=self.problem[ragged_index(self.problem_offsets[rows], problem_sizes)],
-            problem_offsets=offsets_of(problem_sizes),
-            rounds=self.rounds[ragged_index(self.round_offsets[rounds], round_sizes)],
-            round_offsets=offsets_of(round_sizes),
+            problem=self.problem[concat_ranges(self.problem_offsets[rows], problem_sizes)],
+            problem_offsets=lengths_to_offsets(problem_sizes),
+            rounds=self.rounds[concat_ranges(self.round_offsets[rounds], round_sizes)],
+            round_offsets=lengths_to_offsets(round_sizes),
             loops=loops,
             answer=self.answer[rows],
         )
@@ -96,8 +96,8 @@ class Samples:
         split = Samples(
             task=self.task[owner],
             length=self.length[owner],
-            problem=self.problem[ragged_index(self.problem_offsets[owner], sizes)],
-            problem_offsets=offsets_of(sizes),
+            problem=self.problem[concat_ranges(self.problem_offsets[owner], sizes)],
+            problem_offsets=lengths_to_offsets(sizes),
             rounds=self.rounds,
             round_offsets=self.round_offsets,
             loops=np.ones(len(owner), np.int32),
@@ -141,7 +141,7 @@ class Samples:
             tails[self.task == k] = 0 if suffix is None else len(suffix) + 1
         prompts = np.diff(self.problem_offsets)
         chains = np.diff(self.round_offsets[self.first_round])
-        offsets = offsets_of(prompts + chains + tails + 1)
+        offsets = lengths_to_offsets(prompts + chains + tails + 1)
         # One byte a token says where it comes from: three times faster than 64-bit indices.
         sizes = np.stack([prompts, chains, tails + 1], axis=1).ravel()
         origin = np.repeat(np.tile(np.arange(3, dtype=np.uint8), len(self)), sizes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from relay_fast.tasks import TASK_NAMES, Samples, Task
-from relay_fast.utils.ragged import ragged_index
+from relay_fast.utils.ragged import concat_ranges
 
 CHECKS = ("task", "self", None)
 
@@ -53,10 +53,10 @@ def right_chains(written: Samples, truth: Samples) -> np.ndarray:
     both = (written, truth)
     index = np.flatnonzero((written.loops == truth.loops) & (written.answer == truth.answer))
     loops = truth.loops[index]
-    a, b = (np.diff(s.round_offsets)[ragged_index(s.first_round[index], loops)] for s in both)
+    a, b = (np.diff(s.round_offsets)[concat_ranges(s.first_round[index], loops)] for s in both)
     index = index[_without(np.repeat(np.arange(len(index)), loops), a != b, len(index))]
     sizes = np.diff(truth.round_offsets[truth.first_round])[index]
-    a, b = (s.rounds[ragged_index(s.round_offsets[s.first_round[index]], sizes)] for s in both)
+    a, b = (s.rounds[concat_ranges(s.round_offsets[s.first_round[index]], sizes)] for s in both)
     right = np.zeros(len(written), bool)
     right[index[_without(np.repeat(np.arange(len(index)), sizes), a != b, len(index))]] = True
     return right

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
@@ -96,7 +96,7 @@ class GraphedStep:
         losses = step(batch)
 
     optimizer: an AdamW, with Muon beside it or not; on CUDA its learning rates become tensors
-    (`relay_fast.training.optim.set_factor` fills them). clip: largest norm of all gradients.
+    (`relay_fast.training.optim.set_lr_scale` fills them). clip: largest norm of all gradients.
     autocast: dtype of the GEMMs. A batch beyond the capacity takes an eager step, after which
     graphs go on. Every step counts, the first ones too: no batch is taken twice. A model put into
     eval() or another mode needs a new one.
@@ -119,7 +119,7 @@ class GraphedStep:
         self._losses: Losses | None = None
         self._warm = 0
         if self._never is None:
-            self._static = StaticBatch(capacity, model.device)
+            self._static = CapacityBatch(capacity, model.device)
             for group in optimizer.param_groups:
                 group["capturable"] = True
                 if not isinstance(group["lr"], Tensor):

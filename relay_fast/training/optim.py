@@ -181,7 +181,7 @@ def _check_ranges(
             raise ValueError(f"{name} = {value}: give at least 0 and less than 1")
 
 
-def set_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_lr_scale(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets every group's learning rate to `factor` times its base; a tensor is filled, so that a
     CUDA graph sees it."""
     for group in optimizer.param_groups:

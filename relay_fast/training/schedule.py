@@ -43,7 +43,7 @@ class Schedule:
     def steps(self) -> int:
         return len(self.progress)
 
-    def factor(self, step: int) -> float:
+    def lr_scale(self, step: int) -> float:
         """Learning-rate factor: linear warm-up, then `decay`: "linear" or "cosine" to 0, "late"
         (linear to 0 over the last 40 % only) or "constant"."""
         p = float(self.progress[step])

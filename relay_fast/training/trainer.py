@@ -15,12 +15,12 @@ import torch
 from torch.utils.data import Dataset
 
 from relay_fast.batch.capacity import Capacity
-from relay_fast.data.streams import Step, run_ahead
+from relay_fast.data.streams import Step, prefetch
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.reporting.progress import Progress
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason, take_step
-from relay_fast.training.optim import make_optimizer, set_factor
+from relay_fast.training.optim import make_optimizer, set_lr_scale
 from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
 from relay_fast.utils.interrupts import interrupts_deferred
@@ -51,7 +51,7 @@ class Trained(NamedTuple):
     longest_true: dict[str, int]
     seconds: float
     samples: int
-    waited: float
+    data_wait_seconds: float
     cuda_graph: str
 
     @staticmethod
@@ -66,8 +66,13 @@ class Trained(NamedTuple):
             ]
             _raise_to(longest_true, phase.longest_true)
             seconds += phase.seconds
-        samples, waited = sum(p.samples for p in phases), sum(p.waited for p in phases)
-        return Trained(history, longest_true, seconds, samples, waited, phases[-1].cuda_graph)
+        samples, data_wait_seconds = (
+            sum(p.samples for p in phases),
+            sum(p.data_wait_seconds for p in phases),
+        )
+        return Trained(
+            history, longest_true, seconds, samples, data_wait_seconds, phases[-1].cuda_graph
+        )
 
     def record(self) -> dict[str, float | str]:
         """What results.json says about the time that the training took."""
@@ -75,7 +80,7 @@ class Trained(NamedTuple):
             "seconds": round(self.seconds, 2),
             "samples": self.samples,
             "samples_per_s": round(self.samples / self.seconds, 1),
-            "data_wait_share": round(self.waited / self.seconds, 4),
+            "data_wait_share": round(self.data_wait_seconds / self.seconds, 4),
             "cuda_graph": self.cuda_graph,
         }
 
@@ -104,7 +109,7 @@ def train_model(
     had). Interrupted (Ctrl-C), it saves its state between two steps and raises KeyboardInterrupt;
     the same call then continues exactly, and returns at once where the last step was taken. Raises
     Diverged for a loss or a state that is not finite, which is looked at where values are read back
-    anyway, WorkerDied as `relay_fast.data.streams.run_ahead` does, and CheckpointError.
+    anyway, WorkerDied as `relay_fast.data.streams.prefetch` does, and CheckpointError.
     before_step(step, optimizer) may change model and optimizer, as
     `relay_fast.models.layer_stack.grow` does (without ema); a call that continues first calls it
     for the steps that were taken.
@@ -146,7 +151,7 @@ class _Training:
         if self.ema_decay:
             self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
         torch.manual_seed(seed)
-        self.step, self.samples, self.seconds, self.waited = 0, 0, 0.0, 0.0
+        self.step, self.samples, self.seconds, self.data_wait_seconds = 0, 0, 0.0, 0.0
         self.history: list[dict[str, float]] = []
         self.longest_true: dict[str, int] = {}
         self._generators = {"cpu": torch.default_generator}
@@ -173,7 +178,7 @@ class _Training:
     ) -> Trained:
         started, spent = time.monotonic(), self.seconds
         logged, saved, first, before = started, started, self.step, self.samples
-        steps = run_ahead(self.stream, self.step, data_workers, asked)
+        steps = prefetch(self.stream, self.step, data_workers, asked)
         try:
             for batch, longest_true in self._awaited(steps):
                 self.before_step(self.step, self.optimizer)
@@ -205,7 +210,12 @@ class _Training:
         self.model.eval()
         graph = self.no_graph or self.take.reason or "replayed"
         return Trained(
-            self.history, self.longest_true, self.seconds, self.samples, self.waited, graph
+            self.history,
+            self.longest_true,
+            self.seconds,
+            self.samples,
+            self.data_wait_seconds,
+            graph,
         )
 
     def _awaited(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -213,13 +223,13 @@ class _Training:
         while True:
             began = time.monotonic()
             step = next(steps, None)
-            self.waited += time.monotonic() - began
+            self.data_wait_seconds += time.monotonic() - began
             if step is None:
                 return
             yield step
 
     def _train_step(self, batch):
-        set_factor(self.optimizer, self.stream.schedule.factor(self.step))
+        set_lr_scale(self.optimizer, self.stream.schedule.lr_scale(self.step))
         losses = self.take(batch)
         self.step += 1
         if self.ema is not None:
@@ -270,7 +280,7 @@ class _Training:
             "step": self.step,
             "samples": self.samples,
             "seconds": self.seconds,
-            "waited": self.waited,
+            "waited": self.data_wait_seconds,
             "history": self.history,
             "longest_true": self.longest_true,
         }
@@ -285,5 +295,8 @@ class _Training:
         unpack_training_state(tensors, self.model, self.optimizer, self.ema, generators, self.path)
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         # A state written before these were counted goes on all the same.
-        self.samples, self.waited = metadata.get("samples", 0), metadata.get("waited", 0.0)
+        self.samples, self.data_wait_seconds = (
+            metadata.get("samples", 0),
+            metadata.get("waited", 0.0),
+        )
         self.history, self.longest_true = metadata["history"], metadata["longest_true"]

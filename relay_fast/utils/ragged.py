@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 
-def offsets_of(sizes: np.ndarray) -> np.ndarray:
+def lengths_to_offsets(sizes: np.ndarray) -> np.ndarray:
     """(N + 1,) int64 offsets of N pieces laid end to end."""
     offsets = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets
 
 
-def ragged_index(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def concat_ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Flat indices starts[0], …, starts[0] + sizes[0] − 1, starts[1], … of ragged pieces."""
-    offsets = offsets_of(sizes)
+    offsets = lengths_to_offsets(sizes)
     flat = np.repeat(starts - offsets[:-1], sizes)
     flat += np.arange(offsets[-1])
     return flat

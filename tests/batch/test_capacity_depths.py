@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import interpreter
 from benchmarks.common import synthetic_batch
 from benchmarks.numerics import assert_close
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import LoopedTransformer
@@ -77,7 +77,7 @@ def memory_of_nan() -> Iterator[None]:
 def check(loop_norm: str, policy: str, impl: str, loops: tuple[int, int], bound: float) -> None:
     model = model_of(loop_norm, policy, impl)
     with memory_of_nan():
-        static = StaticBatch(CAPACITY, "cpu")
+        static = CapacityBatch(CAPACITY, "cpu")
         static.load(batch_of(loops))
         value = results(model, static.batch)
     for name, expected in truth(loop_norm, loops).items():

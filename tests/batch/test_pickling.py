@@ -22,7 +22,7 @@ from relay_fast import (
     PackedBatch,
     Plan,
 )
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.tasks import Vocabulary, build_tasks
 
@@ -74,7 +74,7 @@ def test_used_batches_and_models(kind, carry) -> None:
 @WAYS
 def test_a_used_static_batch(carry) -> None:
     model, batch = make_model("looped"), make_batch("looped")
-    static = StaticBatch(Capacity.of([batch]), "cpu")
+    static = CapacityBatch(Capacity.of([batch]), "cpu")
     static.load(batch)
     wanted = model.loss(static.batch).loss
     assert torch.equal(model.loss(carry(static).batch).loss, wanted)

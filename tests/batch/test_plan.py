@@ -1,4 +1,4 @@
-"""The plan: order, active prefix, segments under truncation, attention groups."""
+"""The plan: order, active prefix, row ranges under truncation, attention groups."""
 
 import numpy as np
 import pytest
@@ -58,17 +58,17 @@ def test_segments_cover_the_prefix() -> None:
     plan = Plan(LENGTHS, LOOPS)
     for truncate in (None, 1, 2, 3, 9):
         for t in range(1, 6):
-            segments = plan.segments(t, truncate)
-            assert segments[0].first_row == 0 and segments[-1].last_row == plan.rows_at(t)
-            for s in segments:
+            row_ranges = plan.row_ranges(t, truncate)
+            assert row_ranges[0].first_row == 0 and row_ranges[-1].last_row == plan.rows_at(t)
+            for s in row_ranges:
                 own = plan.loops[s.first_sequence : s.last_sequence]
                 learns = own - t < truncate if truncate else own > 0
                 assert np.all(learns == s.grad)
-    assert [s.rows for s in plan.segments(1, 2)] == [slice(0, 7), slice(7, 10)]
+    assert [s.rows for s in plan.row_ranges(1, 2)] == [slice(0, 7), slice(7, 10)]
 
 
 def test_segments_without_rows_are_left_out() -> None:
-    assert Plan([0, 3, 0], [7, 2, 1]).segments(7) == ()
+    assert Plan([0, 3, 0], [7, 2, 1]).row_ranges(7) == ()
     assert Plan([], []).max_loops == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.card import paper
 from relay_fast.relay.presets import load_preset
 from relay_fast.relay.run_folder import RunFolder
-from relay_fast.relay.stages import NEEDS, Context
+from relay_fast.relay.stages import STAGE_DEPENDENCIES, Context
 from relay_fast.training.model_files import load_run_model, model_path, save_model
 
 
@@ -81,7 +81,7 @@ def test_parts_of_interrupted_chains_travel(run, tmp_path) -> None:
 
 
 def test_finished_models_that_nothing_needs_stay_once_they_were_sent(run, tmp_path) -> None:
-    for name in NEEDS:
+    for name in STAGE_DEPENDENCIES:
         if name != "evaluate.ar_self_truth":
             run.mark_done(name)
     for name, age in (("ar_relay", 1000), ("ar_self_loop", 10), ("ar_self_truth", 1000)):
@@ -157,7 +157,7 @@ def test_shares_are_taken_up_in_turn_until_the_time_is_over(tmp_path, monkeypatc
 
 def test_every_model_is_in_the_plan_and_the_looped_one_twice() -> None:
     stages = [name for share in paper.PLAN if not share.folder for name in share.stages]
-    assert set(paper.with_needs(stages)) == set(NEEDS)
+    assert set(paper.with_needs(stages)) == set(STAGE_DEPENDENCIES)
     assert paper.PLAN[0].stages[0] == "evaluate.looped_aligned"
     (second,) = [share for share in paper.PLAN if share.folder]
     assert second.stages == ("evaluate.looped_aligned",) and second.flags == ("--seed", "1")

@@ -16,7 +16,7 @@ import torch
 from relay_fast.relay.pipeline import _unfinished, with_needs
 from relay_fast.relay.presets import load_preset, override, preset_names, recipe
 from relay_fast.relay.run_folder import RunFolder
-from relay_fast.relay.stages import MODELS, NEEDS, Context, run_stage
+from relay_fast.relay.stages import MODELS, STAGE_DEPENDENCIES, Context, run_stage
 from relay_fast.reporting.progress import Display, Problems, Progress
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.tasks import TASK_NAMES
@@ -63,7 +63,7 @@ def test_results_have_their_form(finished) -> None:
                 assert set(row) == columns and row["n"] == 4
                 assert all(0 <= row[key] <= 1 for key in columns - {"n"})
     assert results["train_lengths"] == {t: e["train"] for t, e in config["tasks"].items()}
-    assert set(results["seconds"]) == {"total", *NEEDS}
+    assert set(results["seconds"]) == {"total", *STAGE_DEPENDENCIES}
     assert results["seconds"]["total"] > 0
     assert set(results["history"]) == set(results["training"]) == set(MODELS)
     for name, history in results["history"].items():
@@ -75,7 +75,10 @@ def test_results_have_their_form(finished) -> None:
         assert results["training"][name]["samples"] == {5: 80, 1: 16}[phases]
         assert 0 <= results["training"][name]["data_wait_share"] <= 1
     (call,) = results["calls"]
-    assert set(call["finished"]) == set(NEEDS) and call["seconds"] == results["seconds"]["total"]
+    assert (
+        set(call["finished"]) == set(STAGE_DEPENDENCIES)
+        and call["seconds"] == results["seconds"]["total"]
+    )
     assert call["torch"] == torch.__version__ and call["device_name"]
     for control in ("ar_self_loop", "ar_self_truth"):
         assert [row["phase"] for row in results["kept"][control]] == [1, 2, 3, 4, 5]
@@ -253,11 +256,11 @@ def test_what_was_lost_is_made_again_only_if_needed(finished, tmp_path) -> None:
     shutil.copytree(finished, copy)
     (copy / "chains.safetensors").unlink()
     folder = RunFolder.open(copy)
-    assert _unfinished(folder, list(NEEDS)) == []
+    assert _unfinished(folder, list(STAGE_DEPENDENCIES)) == []
     stages = json.loads((copy / "stages.json").read_text())
     del stages["ar_relay"]
     (copy / "stages.json").write_text(json.dumps(stages))
-    assert _unfinished(folder, list(NEEDS)) == ["chains", "ar_relay"]
+    assert _unfinished(folder, list(STAGE_DEPENDENCIES)) == ["chains", "ar_relay"]
 
 
 def _group_is_alive(group: int) -> bool:
@@ -437,10 +440,13 @@ def test_values_of_the_preset_can_be_set() -> None:
 
 def test_stages_bring_their_needs_in_order() -> None:
     assert with_needs(["ar_relay"]) == ["looped_aligned", "ar_baseline", "chains", "ar_relay"]
-    assert with_needs(NEEDS) == list(NEEDS)
+    assert with_needs(STAGE_DEPENDENCIES) == list(STAGE_DEPENDENCIES)
     assert with_needs(["evaluate.looped_vanilla"]) == ["looped_vanilla", "evaluate.looped_vanilla"]
-    for name, needs in NEEDS.items():
-        assert all(list(NEEDS).index(need) < list(NEEDS).index(name) for need in needs)
+    for name, needs in STAGE_DEPENDENCIES.items():
+        assert all(
+            list(STAGE_DEPENDENCIES).index(need) < list(STAGE_DEPENDENCIES).index(name)
+            for need in needs
+        )
 
 
 def test_plain_progress_has_rate_and_time_left(capsys, monkeypatch) -> None:

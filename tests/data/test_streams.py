@@ -8,7 +8,7 @@ import torch
 
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.data.sample_files import load_samples, save_samples
-from relay_fast.data.streams import Form, SampleStream, TruthStream, mean_cost, run_ahead
+from relay_fast.data.streams import BatchFormat, SampleStream, TruthStream, mean_cost, prefetch
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
 from relay_fast.tasks.vocabulary import EOS, PAD
 from relay_fast.training.schedule import Schedule
@@ -17,7 +17,7 @@ from relay_fast.utils.cores import usable_cores
 VOCABULARY = Vocabulary(max_number=249)
 TASKS = build_tasks(TASK_NAMES, VOCABULARY)
 RANGES = {"arithmetic": (1, 5), "edit_distance": (2, 6), "lis": (1, 12)}
-LOOPED, AUTOREGRESSIVE = Form("looped"), Form("autoregressive")
+LOOPED, AUTOREGRESSIVE = BatchFormat("looped"), BatchFormat("autoregressive")
 
 
 def stream(steps=4, form=LOOPED, tasks=TASKS, batch_size=12, seed=3, **options) -> TruthStream:
@@ -29,10 +29,10 @@ def only(name: str) -> dict:
     return {name: TASKS[name]}
 
 
-class Recorded(Form):
+class Recorded(BatchFormat):
     """A form that returns the samples and the padding themselves."""
 
-    def pack(self, samples, tasks, extra_pad):
+    def collate(self, samples, tasks, extra_pad):
         return samples, extra_pad
 
 
@@ -79,13 +79,13 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch) -> None:
 def test_workers_change_nothing_and_a_run_may_begin_anywhere() -> None:
     s = stream(3, tasks=only("arithmetic"))
     here = [s[i] for i in range(3)]
-    assert [step.longest_true for step in run_ahead(s, 0, 0)] == [x.longest_true for x in here]
-    ahead = list(run_ahead(s, 1, 2))
+    assert [step.longest_true for step in prefetch(s, 0, 0)] == [x.longest_true for x in here]
+    ahead = list(prefetch(s, 1, 2))
     assert len(ahead) == 2
     for step, expected in zip(ahead, here[1:], strict=True):
         assert_same(step.batch, expected.batch)
         assert step.longest_true == expected.longest_true
-    assert list(run_ahead(s, 3, 0)) == []
+    assert list(prefetch(s, 3, 0)) == []
 
 
 @pytest.mark.parametrize("lengths", ["proportional", "uniform"])
@@ -158,21 +158,21 @@ def test_random_padding_stays_below_its_bound(name) -> None:
 
 def test_batches_by_tokens() -> None:
     for kind in ("looped", "autoregressive"):
-        free = stream(form=Form(kind), batch_size=60)[0].batch
+        free = stream(form=BatchFormat(kind), batch_size=60)[0].batch
         for budget in (150, 400, 10**6):
-            form = Form(kind, batch_tokens=budget)
+            form = BatchFormat(kind, batch_tokens=budget)
             batch = stream(form=form, batch_size=60)[0].batch
             assert batch.plan.rows <= budget
             assert batch.plan.rows > budget - 100 or len(batch) == len(free)
         assert len(batch) == 60
-        assert len(stream(form=Form(kind, batch_tokens=1))[0].batch) == 1  # never empty
-    form = Form("looped", batch_tokens=300)
+        assert len(stream(form=BatchFormat(kind, batch_tokens=1))[0].batch) == 1  # never empty
+    form = BatchFormat("looped", batch_tokens=300)
     padded = stream(form=form, batch_size=60, pad_probability=1.0, pad_to=30)[0].batch
     assert padded.plan.rows <= 300
 
 
 def test_cutting_by_tokens_keeps_the_tasks_in_step() -> None:
-    form = Form("looped", batch_tokens=250)
+    form = BatchFormat("looped", batch_tokens=250)
     s = stream(form=form, batch_size=60)
     first = s[0].batch.tokens[s[0].batch.plan.offsets[:-1]].tolist()
     counts = [first.count(task.token) for task in TASKS.values()]

@@ -15,7 +15,7 @@ from relay_fast.decoding.step import Stepper
 from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks.vocabulary import EOS
-from relay_fast.utils.ragged import offsets_of
+from relay_fast.utils.ragged import lengths_to_offsets
 from tests.support.memory import peak_bytes
 
 VOCABULARY = 24
@@ -35,7 +35,7 @@ def make_model(**options) -> AutoregressiveTransformer:
 
 def make_prompts(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    return rng.integers(2, VOCABULARY, sum(lengths)), offsets_of(np.array(lengths))
+    return rng.integers(2, VOCABULARY, sum(lengths)), lengths_to_offsets(np.array(lengths))
 
 
 @torch.no_grad()
@@ -344,5 +344,5 @@ def test_what_is_no_prompt_and_no_causal_model():
         decode(model, prompts + 0.5, offsets, max_new=2)
     block = BlockConfig(32, 4, 2)
     looped = LoopedTransformer(ModelConfig(block, VOCABULARY, max_tokens=64))
-    with pytest.raises(ValueError, match="the model is not causal.* with .*generate_chains"):
+    with pytest.raises(ValueError, match="the model is not causal.* with .*generate_looped_chains"):
         decode(looped, prompts, offsets, max_new=2)

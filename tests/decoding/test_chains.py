@@ -15,11 +15,11 @@ from relay_fast.decoding import chains
 from relay_fast.decoding.autoregressive import Decoded
 from relay_fast.decoding.chains import (
     UNSEEN,
-    generate_chains,
+    generate_ar_chains,
+    generate_looped_chains,
     generate_scored,
     stream_chains,
     unseen_problems,
-    write_chains,
 )
 from relay_fast.generate import chain_text, main
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
@@ -27,7 +27,7 @@ from relay_fast.tasks import NO_ANSWER, Samples, Vocabulary, build_tasks
 from relay_fast.tasks.verify import verify_chains
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD
 from relay_fast.training.model_files import model_path, save_model
-from relay_fast.utils.ragged import offsets_of
+from relay_fast.utils.ragged import lengths_to_offsets
 from tests.support.memory import peak_bytes
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
@@ -101,7 +101,7 @@ def test_rounds_are_read_from_the_right_in_the_callers_order(batch_tokens):
     problems = mixed_problems()
     oracle = Oracle(problems)
     seen = []
-    written = generate_chains(
+    written = generate_looped_chains(
         oracle, problems, TASKS, batch_tokens=batch_tokens, progress=lambda *a: seen.append(a)
     )
     for name in Samples.__dataclass_fields__:
@@ -119,7 +119,7 @@ def test_the_truth_is_not_read():
         problems, rounds=np.full_like(problems.rounds, 5), answer=np.full_like(problems.answer, 6)
     )
     model = looped_model()
-    written, again = (generate_chains(model, p, TASKS) for p in (problems, lies))
+    written, again = (generate_looped_chains(model, p, TASKS) for p in (problems, lies))
     for name in Samples.__dataclass_fields__:
         assert np.array_equal(getattr(written, name), getattr(again, name)), name
 
@@ -127,8 +127,8 @@ def test_the_truth_is_not_read():
 def test_batching_does_not_change_what_a_model_writes():
     problems = mixed_problems()
     model = looped_model()
-    one = generate_chains(model, problems, TASKS, batch_tokens=1)
-    all_at_once = generate_chains(model, problems, TASKS)
+    one = generate_looped_chains(model, problems, TASKS, batch_tokens=1)
+    all_at_once = generate_looped_chains(model, problems, TASKS)
     assert np.array_equal(one.rounds, all_at_once.rounds)
     assert np.array_equal(one.round_offsets, all_at_once.round_offsets)
     assert np.array_equal(one.answer, all_at_once.answer)
@@ -144,29 +144,29 @@ def test_rows_of_pad_and_rows_without_any():
         return ids, torch.zeros(len(batch), dtype=torch.int64)
 
     model.read = read
-    written = generate_chains(model, problems, TASKS)
+    written = generate_looped_chains(model, problems, TASKS)
     sizes = np.diff(problems.problem_offsets).tolist()
     assert np.diff(written.round_offsets).tolist() == [sizes[0], 0, sizes[1], 0, 0]
 
 
 def test_no_problems():
     problems = TASKS["lis"].sample([], 0)
-    assert len(generate_chains(looped_model(), problems, TASKS)) == 0
-    assert len(write_chains(ar_model(), problems, TASKS)) == 0
+    assert len(generate_looped_chains(looped_model(), problems, TASKS)) == 0
+    assert len(generate_ar_chains(ar_model(), problems, TASKS)) == 0
 
 
 def test_training_mode_is_kept():
     model = looped_model().train()
-    generate_chains(model, mixed_problems(2), TASKS)
+    generate_looped_chains(model, mixed_problems(2), TASKS)
     assert model.training
 
 
 def test_a_problem_longer_than_the_model_takes():
     with pytest.raises(ValueError, match="prompt 19 of 19 tokens is longer .* limit of 8: shorten"):
-        generate_chains(looped_model(max_tokens=8), mixed_problems(), TASKS)
+        generate_looped_chains(looped_model(max_tokens=8), mixed_problems(), TASKS)
     # The input is padded to 6 tokens: `min_input_tokens` counts as the model sees it.
     with pytest.raises(ValueError, match="prompt 0 of 6 tokens is longer .* limit of 5"):
-        generate_chains(looped_model(max_tokens=5), TASKS["lis"].sample([2], 0), TASKS)
+        generate_looped_chains(looped_model(max_tokens=5), TASKS["lis"].sample([2], 0), TASKS)
 
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY.size])
@@ -174,28 +174,32 @@ def test_a_problem_with_an_unknown_token(token):
     problems = TASKS["arithmetic"].sample([2, 3, 2], 0)
     problems.problem[problems.problem_offsets[1] + 2] = token
     with pytest.raises(ValueError, match=f"token {token} of prompt 1 is outside the model's voc"):
-        generate_chains(looped_model(), problems, TASKS)
+        generate_looped_chains(looped_model(), problems, TASKS)
 
 
 def test_another_kind_of_model_a_missing_task_and_no_batch():
     problems = mixed_problems(2)
     with pytest.raises(
-        TypeError, match="writes chains with .*write_chains, generate_chains takes a looped"
+        TypeError,
+        match="writes chains with .*generate_ar_chains, generate_looped_chains takes a looped",
     ):
-        generate_chains(ar_model(), problems, TASKS)
+        generate_looped_chains(ar_model(), problems, TASKS)
     with pytest.raises(ValueError, match="the model is not causal"):
-        write_chains(looped_model(), problems, TASKS)
-    for write, model in ((generate_chains, looped_model()), (write_chains, ar_model())):
+        generate_ar_chains(looped_model(), problems, TASKS)
+    for write, model in (
+        (generate_looped_chains, looped_model()),
+        (generate_ar_chains, ar_model()),
+    ):
         with pytest.raises(ValueError, match="hold 'edit_distance', which is not among the tasks"):
             write(model, problems, {k: TASKS[k] for k in ("arithmetic", "lis")})
     with pytest.raises(ValueError, match="batch_tokens = 0: it must be 1 or more"):
-        generate_chains(looped_model(), problems, TASKS, batch_tokens=0)
+        generate_looped_chains(looped_model(), problems, TASKS, batch_tokens=0)
 
 
 def test_batches_come_as_they_are_done():
     problems = mixed_problems()
     model = looped_model()
-    whole = generate_chains(model, problems, TASKS)
+    whole = generate_looped_chains(model, problems, TASKS)
     seen, loops = [], []
     for chosen, written in stream_chains(model, problems, TASKS, batch_tokens=60):
         part = whole.take(chosen)
@@ -219,8 +223,8 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
         return LoopedTransformer.read(model, batch)
 
     model.read = read
-    expected = generate_chains(looped_copy(model), problems, TASKS)
-    written = generate_chains(model, problems, TASKS)
+    expected = generate_looped_chains(looped_copy(model), problems, TASKS)
+    written = generate_looped_chains(model, problems, TASKS)
     for name in Samples.__dataclass_fields__:
         assert np.array_equal(getattr(written, name), getattr(expected, name)), name
     failed = [size for size in sizes if size > 100]
@@ -228,7 +232,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     assert 2 <= len(failed) <= 5
     model.read = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
     with pytest.raises(torch.OutOfMemoryError):
-        generate_chains(model, problems, TASKS)
+        generate_looped_chains(model, problems, TASKS)
 
 
 def test_batches_fit_into_free_memory(monkeypatch):
@@ -236,10 +240,10 @@ def test_batches_fit_into_free_memory(monkeypatch):
     model = looped_model()
     seen = []
     monkeypatch.setattr(chains, "free_bytes", lambda device: 1 << 20)
-    generate_chains(model, problems, TASKS, progress=lambda *a: seen.append(a))
+    generate_looped_chains(model, problems, TASKS, progress=lambda *a: seen.append(a))
     few = len(seen)
     monkeypatch.setattr(chains, "free_bytes", lambda device: 1 << 40)
-    generate_chains(model, problems, TASKS, progress=lambda *a: seen.append(a))
+    generate_looped_chains(model, problems, TASKS, progress=lambda *a: seen.append(a))
     assert few > 1 and len(seen) == few + 1
 
 
@@ -247,7 +251,7 @@ def test_log_probabilities_of_looped_chains():
     problems = mixed_problems(4)
     model = looped_model()
     written, scores = generate_scored(model, problems, TASKS, batch_tokens=50)
-    plain = generate_chains(model, problems, TASKS)
+    plain = generate_looped_chains(model, problems, TASKS)
     for name in Samples.__dataclass_fields__:
         assert np.array_equal(getattr(written, name), getattr(plain, name)), name
     assert scores.rounds.dtype == scores.answer.dtype == np.float32
@@ -340,7 +344,7 @@ def test_autoregressive_chains_are_split_as_the_task_says(monkeypatch):
     texts[0] = np.array([8, 8, EOS], np.int32)  # can be read by no task
     texts[1] = np.zeros(0, np.int32)
     sizes = np.array([len(text) for text in texts])
-    decoded = Decoded(np.concatenate(texts), offsets_of(sizes), np.ones(len(texts), bool))
+    decoded = Decoded(np.concatenate(texts), lengths_to_offsets(sizes), np.ones(len(texts), bool))
     limits = {}
 
     def fake(model, prompt, prompt_offsets, *, max_new):
@@ -349,7 +353,7 @@ def test_autoregressive_chains_are_split_as_the_task_says(monkeypatch):
         return decoded
 
     monkeypatch.setattr(chains, "decode", fake)
-    written = write_chains(ar_model(), problems, TASKS)
+    written = generate_ar_chains(ar_model(), problems, TASKS)
     assert written.answer[:2].tolist() == [NO_ANSWER, NO_ANSWER]
     assert written.loops[1] == 0
     rest, truth = written.take(slice(2, None)), problems.take(slice(2, None))

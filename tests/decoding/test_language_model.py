@@ -94,7 +94,7 @@ def test_early_exit_is_that_of_a_pass_without_a_cache(least) -> None:
     model, tokens = make_model(), torch.randint(V, (5, 12))
     with torch.no_grad():
         below = 0.03  # tokens leave after 3, 4 and 5 of the 6 iterations
-        found = score(model, tokens, loops=6, exit_below=below, least_loops=least)
+        found = score(model, tokens, loops=6, exit_threshold=below, min_loops=least)
         for row, text in enumerate(tokens):
             expected, used = exits(model, text, 6, below, least)
             losses = F.cross_entropy(expected[:-1], text[1:], reduction="none")
@@ -123,18 +123,18 @@ def test_finished_rows_are_not_computed() -> None:
 
 def test_thresholds_at_the_ends() -> None:
     model, tokens = make_model(), torch.randint(V, (2, 6))
-    all_leave = score(model, tokens, exit_below=1e9, least_loops=2)
+    all_leave = score(model, tokens, exit_threshold=1e9, min_loops=2)
     assert np.all(all_leave.loops == 2)
     assert np.allclose(all_leave.losses, score(model, tokens, loops=2).losses)
-    none_leave = score(model, tokens, exit_below=1e-12)
+    none_leave = score(model, tokens, exit_threshold=1e-12)
     assert np.allclose(none_leave.losses, score(model, tokens).losses)
 
 
 def test_texts_do_not_see_each_other() -> None:
     model, prompts = make_model(), [[1, 2], [3, 4, 5, 6]]
-    together = generate(model, prompts, 5, exit_below=0.05)
+    together = generate(model, prompts, 5, exit_threshold=0.05)
     for i, prompt in enumerate(prompts):
-        alone = generate(model, [prompt], 5, exit_below=0.05)
+        alone = generate(model, [prompt], 5, exit_threshold=0.05)
         assert alone.tokens[0].tolist() == together.tokens[i].tolist()
         assert alone.loops[0].tolist() == together.loops[i].tolist()
 
@@ -180,8 +180,8 @@ def test_loop_counts() -> None:
         (lambda m: generate(m, [[1]], 0), "new = 0, temperature = 0.0: give at least 1, and 0"),
         (lambda m: generate(m, [[1]], 1, temperature=-1), "temperature = -1"),
         (lambda m: generate(m, [[1]], 1, loops=0), "loops = 0: give at least 1"),
-        (lambda m: score(m, torch.ones(1, 2), exit_below=-1), "exit_below = -1"),
-        (lambda m: score(m, torch.ones(1, 2), least_loops=0), "least_loops = 0"),
+        (lambda m: score(m, torch.ones(1, 2), exit_threshold=-1), "exit_threshold = -1"),
+        (lambda m: score(m, torch.ones(1, 2), min_loops=0), "min_loops = 0"),
     ],
 )
 def test_bad_input(call, message) -> None:

@@ -22,7 +22,7 @@ from relay_fast import (
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding import language_model
 from relay_fast.decoding.autoregressive import decode
-from relay_fast.decoding.chains import generate_chains, generate_scored
+from relay_fast.decoding.chains import generate_looped_chains, generate_scored
 from relay_fast.engine.plain_modules import check_inside
 from relay_fast.tasks import Vocabulary, build_tasks
 
@@ -177,7 +177,7 @@ PASSES = {
     "looped": {
         "loss": lambda m: m(PackedBatch.looped(SAMPLES, TASKS)),
         "read": lambda m: m.read(PackedBatch.looped(SAMPLES, TASKS)),
-        "chains": lambda m: generate_chains(m, SAMPLES, TASKS),
+        "chains": lambda m: generate_looped_chains(m, SAMPLES, TASKS),
         "scored": lambda m: generate_scored(m, SAMPLES, TASKS),
     },
     "autoregressive": {

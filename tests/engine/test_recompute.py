@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay_fast.engine.recompute import Policy
+from relay_fast.engine.recompute import RecomputePolicy
 
 SIZES = [100, 90, 80, 70, 60, 50, 40, 30, 20]  # bytes of h_1 … h_9
 
@@ -27,18 +27,18 @@ SIZES = [100, 90, 80, 70, 60, 50, 40, 30, 20]  # bytes of h_1 … h_9
     ],
 )
 def test_kept(text: str, kept) -> None:
-    assert Policy.parse(text).kept(9, SIZES) == frozenset(kept)
+    assert RecomputePolicy.parse(text).kept(9, SIZES) == frozenset(kept)
 
 
 @pytest.mark.parametrize("text", ["none", "state", "sqrt", "every:2", "last:1", "budget:1"])
 @pytest.mark.parametrize("loops", [0, 1])
 def test_nothing_lies_between_the_input_and_the_first_state(text: str, loops: int) -> None:
-    assert Policy.parse(text).kept(loops, SIZES[:loops]) == frozenset()
+    assert RecomputePolicy.parse(text).kept(loops, SIZES[:loops]) == frozenset()
 
 
 def test_budget_names_the_least_that_works() -> None:
     with pytest.raises(ValueError, match=r"a budget of 29 bytes .* is budget:30"):
-        Policy.parse("budget:29").kept(9, SIZES)
+        RecomputePolicy.parse("budget:29").kept(9, SIZES)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_budget_names_the_least_that_works() -> None:
 )  # fmt: skip
 def test_what_does_not_parse(text) -> None:
     with pytest.raises(ValueError, match="recompute policy .* is unknown: use 'none', 'state'"):
-        Policy.parse(text)
+        RecomputePolicy.parse(text)
 
 
 def test_parse_takes_a_policy() -> None:
-    policy = Policy("every", 2)
-    assert Policy.parse(policy) is policy
+    policy = RecomputePolicy("every", 2)
+    assert RecomputePolicy.parse(policy) is policy

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks import interpreter
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding.autoregressive import decode
-from relay_fast.decoding.chains import generate_chains
+from relay_fast.decoding.chains import generate_looped_chains
 from relay_fast.decoding.scores import read_scored
 from relay_fast.engine.fused_inference import block_reason, read_whole_loop
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
@@ -57,7 +57,7 @@ def launches(impl: str, **options) -> tuple[Samples, int]:
         return type(made)(**{**vars(made), "ops": made.ops._replace(loop_fwd=counted)})
 
     with patch.object(written.block, "run", counting_run):
-        return generate_chains(written, problems(), TASKS), len(calls)
+        return generate_looped_chains(written, problems(), TASKS), len(calls)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_static_batch_is_refused(impl) -> None:
     """Its plan's sizes are a capacity's: chains of them would be wrong."""
     looped = model(impl).eval()
     batch = PackedBatch.looped(problems(), TASKS, device=DEVICE)
-    static = StaticBatch(Capacity.of([batch], 0.5), DEVICE)
+    static = CapacityBatch(Capacity.of([batch], 0.5), DEVICE)
     static.load(batch)
     for read in (looped.read, lambda batch: read_scored(looped, batch)):
         with pytest.raises(ValueError, match="a static batch is for training: read chains off"):

@@ -11,8 +11,8 @@ from benchmarks.numerics import assert_bitwise, assert_close
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data.feedback import places_of
-from relay_fast.data.streams import Form, TruthStream
-from relay_fast.decoding.chains import generate_chains, generate_scored, stream_chains
+from relay_fast.data.streams import BatchFormat, TruthStream
+from relay_fast.decoding.chains import generate_looped_chains, generate_scored, stream_chains
 from relay_fast.engine.fused_inference import feedback_reason
 from relay_fast.functional import row_cross_entropy
 from relay_fast.models.transformers import LoopedTransformer
@@ -249,7 +249,7 @@ def test_generation_is_a_plain_loop_token_for_token(position_range: int) -> None
     # The test means something: there are rounds of many sizes, and they differ between iterations.
     assert len(set(sizes)) > 5 and min(sizes) < 3
     assert any(len({tuple(r) for r in written.rounds_of(i)}) > 1 for i in range(len(problems)))
-    at_once = generate_chains(model, problems, TASKS)
+    at_once = generate_looped_chains(model, problems, TASKS)
     assert np.array_equal(at_once.rounds, written.rounds)
     for chosen, part in stream_chains(model, problems, TASKS, batch_tokens=100):
         assert np.array_equal(part.rounds, written.take(chosen).rounds)
@@ -270,10 +270,10 @@ def test_rounds_that_are_empty_or_have_no_end_are_fed_as_they_are() -> None:
 
 def test_what_is_fed_matters() -> None:
     problems, model = mixed(8), new_model().eval()
-    before = generate_chains(model, problems, TASKS)
+    before = generate_looped_chains(model, problems, TASKS)
     with torch.no_grad():
         model.fed_embedding.weight[BAR:] += 1
-    after = generate_chains(model, problems, TASKS)
+    after = generate_looped_chains(model, problems, TASKS)
     changed = [
         not np.array_equal(a, b) for a, b in zip(_rounds(before), _rounds(after), strict=True)
     ]
@@ -369,7 +369,7 @@ def test_a_small_model_learns_and_is_saved(tmp_path) -> None:
     task = build_tasks(["arithmetic"], VOCABULARY, arithmetic={"prime": 3, "operators": "+"})
     schedule = Schedule.by_steps(60, warmup=0.1, decay="late")
     stream = TruthStream(
-        task, {"arithmetic": (1, 3)}, Form("looped", feedback=True), schedule,
+        task, {"arithmetic": (1, 3)}, BatchFormat("looped", feedback=True), schedule,
         batch_size=32, seed=0, lengths="uniform",
     )  # fmt: skip
     torch.manual_seed(0)
@@ -391,8 +391,8 @@ def test_a_small_model_learns_and_is_saved(tmp_path) -> None:
     assert loaded.config == config
     problems = task["arithmetic"].sample([1, 2, 3] * 5, 99)
     assert np.array_equal(
-        generate_chains(loaded, problems, task).rounds,
-        generate_chains(model, problems, task).rounds,
+        generate_looped_chains(loaded, problems, task).rounds,
+        generate_looped_chains(model, problems, task).rounds,
     )
 
 
@@ -414,10 +414,10 @@ def test_inputs_longer_than_in_training_are_named() -> None:
     longest = int(np.diff(problems.problem_offsets).max())
     text = f"longest input has {longest} tokens, the model was trained on up to {longest - 1} "
     with pytest.warns(UserWarning, match=text):
-        generate_chains(new_model(trained_tokens=longest - 1), problems, TASKS)
+        generate_looped_chains(new_model(trained_tokens=longest - 1), problems, TASKS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate_chains(new_model(trained_tokens=longest), problems, TASKS)
+        generate_looped_chains(new_model(trained_tokens=longest), problems, TASKS)
 
 
 class Silent(type(TASKS["arithmetic"])):
@@ -476,7 +476,7 @@ def test_bad_input() -> None:
         PackedBatch.carried(samples, TASKS, truth=1.5)
     with pytest.raises(ValueError, match="truth = 0.5: iterations that train side by side are"):
         TruthStream(
-            {"lis": TASKS["lis"]}, {"lis": (1, 3)}, Form("looped", feedback=True),
+            {"lis": TASKS["lis"]}, {"lis": (1, 3)}, BatchFormat("looped", feedback=True),
             Schedule.by_steps(2), batch_size=2, seed=0, truth=0.5,
         )  # fmt: skip
     for options in ({"injection": "add"}, {"max_loops": 4}):
@@ -507,7 +507,7 @@ def test_empty_batch() -> None:
     loss = new_model(feedback_noise=0.5).loss(batch).loss
     assert loss.item() == 0 and len(batch) == 0
     assert new_model(carry_state=True).loss(PackedBatch.carried(none, TASKS)).loss.item() == 0
-    assert len(generate_chains(new_model(), none, TASKS)) == 0
+    assert len(generate_looped_chains(new_model(), none, TASKS)) == 0
     assert copy.copy(batch).to("cpu") is not None
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import relay_fast
 from benchmarks.numerics import assert_bitwise, assert_close
 from relay_fast import functional as F
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.plan import Plan
 from relay_fast.decoding._inference import inference
 from relay_fast.engine import block_iteration as block_module
@@ -344,10 +344,10 @@ def test_the_default_device_does_not_matter(options: dict) -> None:
 
 def test_tables_made_in_inference_mode_serve_training(x: Tensor) -> None:
     plan = Plan([2, 4, 3], [1, 3, 2])
-    static = StaticBatch(Capacity((64, 64), (3, 3), (4, 4), 3, 8), "cpu").plan
+    static = CapacityBatch(Capacity((64, 64), (3, 3), (4, 4), 3, 8), "cpu").plan
     with torch.inference_mode():
         static.load(Plan([2, 3], [2, 1]))
-        made = [plan.layout(0, 2), plan.layout(1, 3), static.layout_of(static.segments(1)[0])]
+        made = [plan.layout(0, 2), plan.layout(1, 3), static.layout_of(static.row_ranges(1)[0])]
         tensors = [plan.tokens, plan.positions, plan.last_rows, plan.to_sorted, static.live(1)]
         tensors += [layout.cu_seqlens for layout in made] + [layout.slot for layout in made]
         tensors += [g.pad_mask for layout in made for g in layout.groups]

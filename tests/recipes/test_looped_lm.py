@@ -55,7 +55,7 @@ def test_the_recipe(tmp_path) -> None:
     assert history[-1]["loss"] < history[0]["loss"] - 0.5
     assert results["loss_by_loops"]["3"] < np.log(256)
     whole, early = results["exits"]
-    assert whole["loops"] == 3 and 1 <= early["loops"] <= 3 and early["exit_below"] == 0.1
+    assert whole["loops"] == 3 and 1 <= early["loops"] <= 3 and early["exit_threshold"] == 0.1
     assert list(results["primitives"]) == [
         "depth 0, math", "depth 0, code", "depth 1, math", "depth 1, code",
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from relay_fast import recipes
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
-from relay_fast.training.optim import OPTIMIZERS, make_optimizer, set_factor
+from relay_fast.training.optim import OPTIMIZERS, make_optimizer, set_lr_scale
 from relay_fast.utils.settings import described, settings, with_changes
 from relay_fast.utils.tensor_files import CheckpointError
 
@@ -162,7 +162,7 @@ def test_adafactor_takes_shares_of_a_parameter() -> None:
     """A step is lr times the parameter's RMS (at least 1e-3), however small the gradient."""
     model = nn.Linear(64, 64)
     optimizer = make_optimizer(model, lr=0.01, optimizer="adafactor", weight_decay=0.0)
-    set_factor(optimizer, 0.5)
+    set_lr_scale(optimizer, 0.5)
     nn.init.zeros_(model.bias)
     before = model.weight.clone()
     model.weight.grad, model.bias.grad = 1e-5 * torch.randn(64, 64), torch.zeros(64)

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.data.streams import Form, SampleStream
-from relay_fast.decoding.chains import generate_chains
+from relay_fast.data.streams import BatchFormat, SampleStream
+from relay_fast.decoding.chains import generate_looped_chains
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay import chain_dataset
 from relay_fast.relay.chain_dataset import (
@@ -94,7 +94,7 @@ def test_the_chains_are_the_models(folder):
         assert found == {length: n for length, n in own.items() if n}
         truth = TASKS[name].sample(mine.length, WRITTEN)
         assert np.array_equal(mine.problem, truth.problem), "nothing is doubled or lost"
-    assert equal(generate_chains(looped_model(), everything, TASKS), everything)
+    assert equal(generate_looped_chains(looped_model(), everything, TASKS), everything)
     passed = verify_chains(everything, TASKS, "task")
     assert len(ChainDataset(folder)) == passed.sum()
     if passed.any():
@@ -338,7 +338,7 @@ def test_the_trainers_stream_shuffles_from_its_seed(folder):
     schedule = Schedule.by_steps(8, warmup=0.0, decay="linear")
 
     def stream(samples, seed):
-        form = Form("autoregressive")
+        form = BatchFormat("autoregressive")
         options = {"batch_size": 20, "seed": seed, "longest_true": {}}
         return SampleStream(samples, TASKS, form, schedule, **options)
 

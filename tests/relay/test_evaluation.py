@@ -16,22 +16,22 @@ from relay_fast import evaluate
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding.autoregressive import Decoded, decode
-from relay_fast.decoding.chains import generate_chains, unseen_problems
+from relay_fast.decoding.chains import generate_looped_chains, unseen_problems
 from relay_fast.evaluate import main
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay import evaluation, run_folder
 from relay_fast.relay.evaluation import (
     evaluate_autoregressive,
     evaluate_looped,
+    grade_autoregressive,
+    grade_looped,
     hit_matrix,
-    mark_autoregressive,
-    mark_looped,
 )
 from relay_fast.reporting import progress
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
 from relay_fast.tasks.vocabulary import EOS, NUMBER0
 from relay_fast.training.model_files import model_path, save_model
-from relay_fast.utils.ragged import offsets_of
+from relay_fast.utils.ragged import lengths_to_offsets
 from tests.support.users import as_nobody, open_folder
 
 VOCABULARY = Vocabulary(max_number=40, multiple=1)
@@ -75,7 +75,7 @@ def truth_of(problems: Samples) -> Decoded:
 
 
 def decoded_of(texts: list[np.ndarray]) -> Decoded:
-    offsets = offsets_of(np.array([len(text) for text in texts]))
+    offsets = lengths_to_offsets(np.array([len(text) for text in texts]))
     return Decoded(np.concatenate(texts), offsets, np.ones(len(texts), bool))
 
 
@@ -88,7 +88,7 @@ def writes(monkeypatch):
     """Makes every model write the given chains."""
 
     def set_written(written: Samples | Decoded) -> None:
-        name = "decode_chains" if isinstance(written, Decoded) else "generate_chains"
+        name = "decode_chains" if isinstance(written, Decoded) else "generate_looped_chains"
         monkeypatch.setattr(evaluation, name, lambda *_: written)
 
     return set_written
@@ -111,11 +111,11 @@ class TestLooped:
         written = replace(
             problems,
             rounds=np.array([t for r in flat for t in r], np.int32),
-            round_offsets=offsets_of(np.array([len(r) for r in flat])),
+            round_offsets=lengths_to_offsets(np.array([len(r) for r in flat])),
             answer=problems.answer if answer is None else answer,
         )
         writes(written)
-        return mark_looped(self.model, problems, TASKS)
+        return grade_looped(self.model, problems, TASKS)
 
     @pytest.mark.parametrize("name", list(TASKS))
     def test_the_truth_is_right(self, writes, name):
@@ -145,7 +145,7 @@ class TestLooped:
         again = evaluate_looped(model, ONE, "arithmetic", [4], 40, seed=3)
         assert again[4] == table[4], "other lengths do not matter"
         problems = unseen_problems(ONE["arithmetic"], 4, 40, seed=3)
-        written = generate_chains(model, problems, ONE)
+        written = generate_looped_chains(model, problems, ONE)
         chains = [
             all(ONE["arithmetic"].check(problems.problem_of(i), written.rounds_of(i)))
             for i in range(40)
@@ -163,7 +163,7 @@ class TestAutoregressive:
     def test_the_truth_is_right(self, writes, name):
         problems = problems_of(name, 3)
         writes(truth_of(problems))
-        marks = mark_autoregressive(self.model, problems, TASKS)
+        marks = grade_autoregressive(self.model, problems, TASKS)
         assert marks.answer.all() and marks.chain.all() and marks.hits.all()
         assert len(marks.hits) == len(marks.forced) == len(problems.rounds)
 
@@ -176,7 +176,7 @@ class TestAutoregressive:
         texts[2] = np.concatenate([texts[2][:-1], texts[2][-3:]])  # goes on after the answer
         texts[3] = texts[3][:0]
         writes(decoded_of(texts))
-        marks = mark_autoregressive(self.model, problems, TASKS)
+        marks = grade_autoregressive(self.model, problems, TASKS)
         chain = np.diff(problems.round_offsets[problems.first_round])
         assert counts(marks) == ([False, True, True, False], [False] * 4, 2 + 1 + chain[3])
 
@@ -188,7 +188,7 @@ class TestAutoregressive:
         texts[0][-2] = NUMBER0 + 40
         texts[1] = np.concatenate([texts[1][:-1], [NUMBER0 + 1, EOS]])
         writes(decoded_of(texts))
-        marks = mark_autoregressive(self.model, problems, TASKS)
+        marks = grade_autoregressive(self.model, problems, TASKS)
         assert counts(marks) == ([False, False, True], [True] * 3, 0)
 
     def test_an_exact_chain_is_the_same_forced_or_free(self, trained):
@@ -202,11 +202,11 @@ class TestAutoregressive:
             text.tolist() == sequence[b - n : b].tolist()
             for text, n, b in zip(texts_of(decoded), sizes, offsets[1:], strict=True)
         ]
-        forced = np.logical_and.reduceat(correct, offsets_of(sizes)[:-1])
+        forced = np.logical_and.reduceat(correct, lengths_to_offsets(sizes)[:-1])
         assert free == forced.tolist()
         assert 0 < sum(free) < len(free), "the case should hold both"
         # An arithmetic chain is the whole text.
-        assert mark_autoregressive(model, problems, ONE).chain.tolist() == free
+        assert grade_autoregressive(model, problems, ONE).chain.tolist() == free
 
     def test_metrics_by_length(self, trained, monkeypatch):
         model = trained["autoregressive"]

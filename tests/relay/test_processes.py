@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import Dataset
 
 from relay_fast.data import workers as _data_workers
-from relay_fast.data.streams import run_ahead
+from relay_fast.data.streams import prefetch
 from relay_fast.relay import pipeline
 from relay_fast.relay.presets import load_preset, override
 from relay_fast.relay.run_folder import RunFolder, RunFolderError
-from relay_fast.relay.stages import MODELS, NEEDS, stage_files
+from relay_fast.relay.stages import MODELS, STAGE_DEPENDENCIES, stage_files
 from relay_fast.reporting.progress import Display
 from relay_fast.train import main
 from relay_fast.utils import worker_processes
@@ -65,7 +65,7 @@ def nothing_left_running():
 
 
 def steps(what: str, **options) -> list:
-    return list(run_ahead(Sabotaged(what), 0, 2, **options))
+    return list(prefetch(Sabotaged(what), 0, 2, **options))
 
 
 @pytest.mark.parametrize("what", ["nothing", "without memfd"])
@@ -247,21 +247,23 @@ def test_a_diverged_stage_is_told_and_its_curve_kept(tmp_path, capsys, here, mon
 def test_lost_results_are_made_again_or_named(tmp_path, capsys, here, monkeypatch) -> None:
     config = override(load_preset("cpu"), steps=2, batch_size=8, eval_problems=4)
     folder = RunFolder(tmp_path / "run", config)
-    for name in NEEDS:
+    for name in STAGE_DEPENDENCIES:
         for file in stage_files(folder.path, name):
             file.touch()
         folder.mark_done(name)
-    assert pipeline._unfinished(folder, list(NEEDS)) == [f"evaluate.{name}" for name in MODELS]
+    assert pipeline._unfinished(folder, list(STAGE_DEPENDENCIES)) == [
+        f"evaluate.{name}" for name in MODELS
+    ]
     numbers = {f"evaluate.{name}": {"accuracy": {name: {}}} for name in MODELS}
     monkeypatch.setattr(here, "outcome", numbers)
     done = lambda name, result: folder.update_results(result["result"])
     with Display() as display:
-        pipeline.run_pipeline(folder, NEEDS, display, done=done)
+        pipeline.run_pipeline(folder, STAGE_DEPENDENCIES, display, done=done)
     assert set(folder.results()["accuracy"]) == set(MODELS)
     error = capsys.readouterr().err
     assert error.startswith("note: ") and "results.json was lost" in error
     assert "looped_aligned" in error and "chains" in error and error.count("\n") == 1
-    assert pipeline._unfinished(folder, list(NEEDS)) == []
+    assert pipeline._unfinished(folder, list(STAGE_DEPENDENCIES)) == []
 
 
 def test_workers_may_change_and_other_numbers_may_not(tmp_path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding import chains
-from relay_fast.decoding.chains import generate_chains, stream_chains
+from relay_fast.decoding.chains import generate_looped_chains, stream_chains
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.relay import resumable_chains, stages
 from relay_fast.relay.presets import load_preset, override
@@ -65,7 +65,7 @@ def files(folder: Path) -> list[Path]:
 
 def test_continuing_writes_the_rest_only(tmp_path, often, monkeypatch):
     model, problems = make_model(), make_problems()
-    expected = generate_chains(model, problems, TASKS)
+    expected = generate_looped_chains(model, problems, TASKS)
     assert same(generate_in_parts(model, problems, TASKS, tmp_path / "chains"), expected)
     there = files(tmp_path)
     assert len(there) > 10
@@ -96,7 +96,7 @@ def test_another_model_begins_anew(tmp_path, often):
     problems, (one, other) = make_problems(), (make_model(0), make_model(1))
     generate_in_parts(one, problems, TASKS, tmp_path / "chains")
     written = generate_in_parts(other, problems, TASKS, tmp_path / "chains")
-    assert same(written, generate_chains(other, problems, TASKS))
+    assert same(written, generate_looped_chains(other, problems, TASKS))
 
 
 def test_other_problems_begin_anew(tmp_path, often):
@@ -104,14 +104,14 @@ def test_other_problems_begin_anew(tmp_path, often):
     generate_in_parts(model, problems, TASKS, tmp_path / "chains")
     others = problems.take(slice(1, None))
     written = generate_in_parts(model, others, TASKS, tmp_path / "chains")
-    assert same(written, generate_chains(model, others, TASKS))
+    assert same(written, generate_looped_chains(model, others, TASKS))
 
 
 def test_few_chains_and_none_leave_no_file(tmp_path):
     problems = make_problems()
     for some in (problems.take(slice(0, 5)), problems.take(slice(0, 0))):
         written = generate_in_parts(make_model(), some, TASKS, tmp_path / "chains")
-        assert same(written, generate_chains(make_model(), some, TASKS))
+        assert same(written, generate_looped_chains(make_model(), some, TASKS))
     assert not files(tmp_path)
 
 
@@ -179,7 +179,7 @@ def test_killed_at_random_moments(tmp_path, often, monkeypatch):
             before = there
         server.stdin.close()
     written = generate_in_parts(model, problems, TASKS, tmp_path / "chains")
-    assert same(written, generate_chains(model, problems, TASKS))
+    assert same(written, generate_looped_chains(model, problems, TASKS))
     assert 0 < len(before) < len(files(tmp_path))
 
 

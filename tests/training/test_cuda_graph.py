@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import synthetic_batch, task_batch
 from benchmarks.numerics import assert_close
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.training import cuda_graph
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason
-from relay_fast.training.optim import make_optimizer, set_factor
+from relay_fast.training.optim import make_optimizer, set_lr_scale
 
 VOCABULARY = 40
 SHAPES = (  # lengths and loops; the last ones are over before the capacity is
@@ -70,7 +70,7 @@ def gradients(model: LoopedTransformer, batch: PackedBatch) -> dict[str, Tensor]
 )
 def test_a_static_batch_computes_what_the_batch_does(options: dict) -> None:
     model = make_model(**options)
-    static = StaticBatch(Capacity.of(batches(), slack=0.5), "cpu")
+    static = CapacityBatch(Capacity.of(batches(), slack=0.5), "cpu")
     for batch in batches():
         truth = gradients(model, batch)
         static.load(batch)
@@ -80,7 +80,7 @@ def test_a_static_batch_computes_what_the_batch_does(options: dict) -> None:
 
 def test_the_papers_mix_and_the_autoregressive_model() -> None:
     drawn = [task_batch("multitask", 5, seed, "cpu")[0] for seed in range(2)]
-    static = StaticBatch(Capacity.of(drawn), "cpu")
+    static = CapacityBatch(Capacity.of(drawn), "cpu")
     config = ModelConfig(BlockConfig(8, 2, 1, causal=True), 320)
     for model in (
         LoopedTransformer(config, impl="torch").double(),
@@ -100,7 +100,7 @@ def test_the_papers_mix_and_the_autoregressive_model() -> None:
 def test_kernels_leave_dead_rows_out(options: dict) -> None:
     """What a kernel does not write stays NaN here, and none of it comes through."""
     model = make_model("triton", d_model=16, n_heads=1, n_layers=1, **options)
-    static = StaticBatch(Capacity.of([batch_of([3, 2], [2, 1]), batch_of([6], [1])], 0.5), "cpu")
+    static = CapacityBatch(Capacity.of([batch_of([3, 2], [2, 1]), batch_of([6], [1])], 0.5), "cpu")
     static.load(batch_of([6], [1]))
     batch = batch_of([3, 2], [2, 1], seed=3)
     truth = gradients(model, batch)
@@ -115,7 +115,7 @@ def test_kernels_leave_dead_rows_out(options: dict) -> None:
 
 
 def test_kernels_refuse_blocks_with_sums_outside_them() -> None:
-    static = StaticBatch(Capacity.of(batches()), "cpu")
+    static = CapacityBatch(Capacity.of(batches()), "cpu")
     model = make_model("triton", bias=True, injection="add")
     with pytest.raises(RuntimeError, match="no block with biases and injection"):
         model.loss(static.batch)
@@ -146,7 +146,7 @@ def whole_step(model: LoopedTransformer, batch: PackedBatch) -> list[tuple]:
 
 
 def test_every_batch_is_the_same_ops_on_the_same_shapes() -> None:
-    model, static = make_model(dropout=0.1), StaticBatch(Capacity.of(batches()), "cpu")
+    model, static = make_model(dropout=0.1), CapacityBatch(Capacity.of(batches()), "cpu")
     seen = []
     for batch in batches():
         static.load(batch)
@@ -158,7 +158,7 @@ def test_every_batch_is_the_same_ops_on_the_same_shapes() -> None:
 def test_a_step_brings_nothing_from_the_host() -> None:
     """On meta tensors a read-back raises, and a tensor from the host is seen."""
     model = make_model(dropout=0.1).to("meta")
-    ops = whole_step(model, StaticBatch(Capacity.of(batches()), "meta").batch)
+    ops = whole_step(model, CapacityBatch(Capacity.of(batches()), "meta").batch)
     assert len(ops) > 500
 
 
@@ -168,9 +168,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from benchmarks.card.profile import traced
 from tests.training.test_cuda_graph import Recorded, batches, make_model
-from relay_fast.batch.capacity import Capacity, StaticBatch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
 model = make_model("triton", d_model=32, dropout=0.1).to("meta")
-static = StaticBatch(Capacity.of(batches()), "meta")
+static = CapacityBatch(Capacity.of(batches()), "meta")
 with Recorded(), traced() as trace:
     model.loss(static.batch).loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -217,7 +217,7 @@ def test_a_spread_makes_room_for_other_draws() -> None:
     few = [batch_of([100, 60, 50], [3, 2, 1]), batch_of([1, 90], [3, 2])]
     capacity = Capacity.of(few, 0.0, 2.0)  # fewer sequences, each with much more room: in order
     assert capacity.rows == tuple(sorted(capacity.rows, reverse=True))
-    static = StaticBatch(capacity, "cpu")
+    static = CapacityBatch(capacity, "cpu")
     for batch in few:
         truth = gradients(model, batch)
         static.load(batch)
@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_named() -> None:
         batch = batch_of(lengths, loops)
         assert reason in capacity.reason(batch)
         with pytest.raises(ValueError, match="Capacity.of takes batches and a slack"):
-            StaticBatch(capacity, "cpu").load(batch)
+            CapacityBatch(capacity, "cpu").load(batch)
     assert "70 rows, the capacity" in Capacity((64,), (9,), (99,), 9, 99).reason(
         batch_of([35, 35], [1, 1])
     )
@@ -252,13 +252,13 @@ def test_capacities_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         Capacity.of([])
     with pytest.raises(ValueError, match="cannot truncate"):
-        StaticBatch(Capacity((64,), (1,), (1,), 1, 1), "cpu").plan.segments(1, truncate=1)
+        CapacityBatch(Capacity((64,), (1,), (1,), 1, 1), "cpu").plan.row_ranges(1, truncate=1)
 
 
 def train(step, model, optimizer) -> list[float]:
     taken = []
     for i, batch in enumerate([*batches(), batch_of([9, 3], [2, 1]), *batches()]):
-        set_factor(optimizer, 1 / (1 + i))
+        set_lr_scale(optimizer, 1 / (1 + i))
         losses = step(batch)
         taken += [
             float(losses.loss.detach()),

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.data.streams import Form, TruthStream, curriculum_length
+from relay_fast.data.streams import BatchFormat, TruthStream, curriculum_length
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Vocabulary, build_tasks
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
-from relay_fast.training.optim import MuonAdamW, make_optimizer, orthogonalize, set_factor
+from relay_fast.training.optim import MuonAdamW, make_optimizer, orthogonalize, set_lr_scale
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import Trained, _Training, train_model
 from relay_fast.utils.errors import Diverged
@@ -36,7 +36,7 @@ def make_model(kind="looped", **options):
 
 def make_stream(steps, kind="looped", longest=2, batch_size=8, **options) -> TruthStream:
     return TruthStream(
-        TASKS, {"arithmetic": (1, longest)}, Form(kind), Schedule.by_steps(steps, **options),
+        TASKS, {"arithmetic": (1, longest)}, BatchFormat(kind), Schedule.by_steps(steps, **options),
         batch_size=batch_size, seed=0,
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_work_counts_by_cost() -> None:
 )
 def test_learning_rate_factor(decay, half, last) -> None:
     schedule = Schedule.by_steps(100, warmup=0.1, decay=decay)
-    factors = [schedule.factor(i) for i in range(100)]
+    factors = [schedule.lr_scale(i) for i in range(100)]
     assert factors[0] == pytest.approx(0.1)  # never zero, 1/steps further each step
     assert factors[:10] == sorted(factors[:10])
     assert factors[50] == pytest.approx(half) and factors[99] == pytest.approx(last)
@@ -88,7 +88,7 @@ def test_a_schedule_knows_its_decays() -> None:
 
 def test_late_decay_begins_at_three_fifths() -> None:
     schedule = Schedule.by_steps(10, warmup=0.0, decay="late")
-    factors = [schedule.factor(i) for i in range(10)]
+    factors = [schedule.lr_scale(i) for i in range(10)]
     assert factors == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
 
 
@@ -156,11 +156,11 @@ def test_groups(muon_lr) -> None:
         matrix = ".layers." in name and name.endswith("weight") and "norm" not in name
         assert group.get("muon", False) == (matrix and muon_lr is not None), name
         assert group.get("parts", 1) == (3 if group.get("muon") and "qkv" in name else 1), name
-    set_factor(optimizer, 0.5)
+    set_lr_scale(optimizer, 0.5)
     for group in optimizer.param_groups:
         assert group["lr"] == 0.5 * group["base_lr"]
         assert group["base_lr"] == (muon_lr if group.get("muon") else 1e-3)
-    set_factor(optimizer, 1.0)
+    set_lr_scale(optimizer, 1.0)
     assert optimizer.param_groups[0]["lr"] == 1e-3  # of the base, not of the last
 
 
@@ -174,7 +174,7 @@ def test_muon_takes_its_learning_rate_from_a_tensor_without_reading_it() -> None
                 group["lr"] = torch.tensor(group["lr"])
         for p in model.parameters():
             p.grad = torch.sin(torch.arange(p.numel()).view_as(p))
-        set_factor(optimizer, 0.5)
+        set_lr_scale(optimizer, 0.5)
         optimizer.step()
         steps.append({name: p.detach() for name, p in model.named_parameters()})
     for name, value in steps[0].items():
@@ -238,7 +238,7 @@ def test_the_loss_falls(tmp_path, kind, muon_lr) -> None:
     assert seen[-1].loss == last["loss"]
     assert [e["seconds"] for e in trained.history] == sorted(e["seconds"] for e in trained.history)
     assert last["seconds"] == pytest.approx(trained.seconds, abs=1e-3)
-    assert trained.samples == 60 * 32 and 0 < trained.waited < trained.seconds
+    assert trained.samples == 60 * 32 and 0 < trained.data_wait_seconds < trained.seconds
     assert trained.cuda_graph == "not asked for"
 
 

@@ -141,8 +141,8 @@ def test_models_and_generation_take_them(kind, tmp_path) -> None:
     config = BlockConfig(16, 2, 2, causal=True)
     model = LoopedClassifier(config, kind(11), loops=kind(2), prelude=kind(1), coda=kind(0))
     assert type(model.loops) is int and model.coda is None
-    options = {"loops": 2, "least_loops": 1, "seed": 3, "temperature": 1.0}
-    numbers = {name: kind(options[name]) for name in ("loops", "least_loops", "seed")}
+    options = {"loops": 2, "min_loops": 1, "seed": 3, "temperature": 1.0}
+    numbers = {name: kind(options[name]) for name in ("loops", "min_loops", "seed")}
     written = language_model.generate(model, [[1, 2]], kind(3), **{**options, **numbers})
     wanted = language_model.generate(model, [[1, 2]], 3, **options)
     assert np.array_equal(written.tokens, wanted.tokens)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from relay_fast.config import FEEDBACKS, INJECTIONS, LOOP_NORMS
-from relay_fast.engine.recompute import Policy
+from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
 from relay_fast.utils.settings import (
@@ -43,7 +43,7 @@ def _ordered(lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _recompute(text: str) -> str:
-    Policy.parse(text)
+    RecomputePolicy.parse(text)
     return text
 
 
@@ -221,10 +221,10 @@ def _check_task(key: str, task: TaskTable, phases: set[int]) -> None:
             f"{key}.test = {list(task.test)} ends below train = {list(task.train)}: "
             f"test up to longer problems"
         )
-    farthest = max(task.test[1], task.train[1] + len(task.merge_beyond), *task.self_lengths)
-    if max(task.hit_matrix, default=0) > farthest:
+    max_length = max(task.test[1], task.train[1] + len(task.merge_beyond), *task.self_lengths)
+    if max(task.hit_matrix, default=0) > max_length:
         raise ValueError(
-            f"{key}.hit_matrix = {list(task.hit_matrix)}: give lengths up to {farthest}, the "
+            f"{key}.hit_matrix = {list(task.hit_matrix)}: give lengths up to {max_length}, the "
             f"longest that this run reads"
         )
     if len({len(task.self_lengths), len(task.self_counts)} | phases) > 1:
