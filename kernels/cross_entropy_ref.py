@@ -5,13 +5,13 @@ backward.
     loss = lse − (1 − s) · l[target] − s · mean(l) + z · lse²
     dl = g · ((1 + 2·z·lse) · softmax(l) − (1 − s) · onehot − s / V)
 
-Only lse is saved; the backward recomputes the logits. Where each row's g is known beforehand, one
-pass forms loss and gradient from the same logits. Rows are taken in chunks, so that no more than
-`CHUNK_LOGITS` logits exist at a time.
+Only lse is saved; the backward recomputes the logits. If each row's g is known beforehand, one pass
+computes loss and gradient from the same logits. Rows are processed in chunks of at most
+`CHUNK_LOGITS` logits.
 
-Rows with target < 0 are ignored: loss 0, gradient 0, never correct, whatever their states hold
-(rows that nobody wrote may be NaN): these are taken as zeros, losses and gradients selected away.
-Losses, lse and dh are fp32, or fp64 where the states or the head are.
+Rows with target < 0 are ignored: loss 0, gradient 0, never correct. Their states may hold anything,
+including NaN: they are read as zeros, and their losses and gradients are masked. Losses, lse and dh
+are fp32, or fp64 if the states or the head are.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .norm_ref import norm_bwd_ref, norm_fwd_ref, wide_dtype
+from .norm_ref import norm_bwd_ref, norm_fwd_ref, upcast_dtype
 from .weight_grad_ref import weight_grad_ref
 
 CHUNK_LOGITS = 1 << 22  # logits alive at once
-# dl for a row's gradient of 1 is small where the vocabulary is large: what it is multiplied by in
-# fp16, whose smallest numbers are 6e-8.
+# Factor of dl in fp16, whose smallest number is 6e-8: for large vocabularies dl is small.
 UNIT = {torch.float16: 64.0}
 
 
@@ -43,12 +42,13 @@ def readout_ref(
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> Tensor:
-    """Logits (rows, V) in the head's dtype."""
+    """Returns logits (rows, V) in the head's dtype."""
     return norm_fwd_ref(h, norm_weight, norm_bias, eps, kind, head.dtype) @ head.t()
 
 
 def argmax_ref(h, norm_weight, norm_bias, head, eps=1e-6, kind="rms") -> Tensor:
-    """Token ids (rows,) int64 of the largest logit, without keeping the logits of all rows."""
+    """Returns token ids (rows,) int64 of the largest logit, with the logits of one chunk of rows in
+    memory at a time."""
     chunks = h.split(_chunk_rows(head.shape[0]))
     ids = [readout_ref(c, norm_weight, norm_bias, head, eps, kind).argmax(-1) for c in chunks]
     return torch.cat(ids)
@@ -57,27 +57,27 @@ def argmax_ref(h, norm_weight, norm_bias, head, eps=1e-6, kind="rms") -> Tensor:
 def check_lists(
     targets: Tensor, vocabulary: int, index: Tensor | None = None, states: int = 0
 ) -> None:
-    """Raises ValueError for targets at or beyond the vocabulary, and for entries of `index` that
-    name none of the `states`. Reads the lists, which have to be on the host."""
+    """Raises ValueError for targets ≥ vocabulary, and for entries of `index` outside 0..states − 1.
+    The lists must be on the host."""
     largest = int(targets.max()) if targets.numel() else -1
     if largest >= vocabulary:
         raise ValueError(
-            f"target {largest} is outside of the vocabulary of {vocabulary}: targets are below it, "
-            "negative ones are ignored"
+            f"target {largest} is outside of the vocabulary of {vocabulary}: give smaller "
+            "targets, or negative ones to ignore rows"
         )
     if index is not None and index.numel():
         low, high = (int(t) for t in index.aminmax())
         if low < 0 or high >= states:
             raise ValueError(
-                f"row {low if low < 0 else high} is none of the {states} states: rows are "
+                f"row {low if low < 0 else high} is none of the {states} states: give rows in "
                 f"0..{states - 1}"
             )
 
 
 @contextmanager
 def _named_ranges(targets: Tensor, head: Tensor, index: Tensor | None, h: Tensor) -> Iterator[None]:
-    """Says which target or row was out of range where PyTorch has found one. On other devices it
-    fails there by itself."""
+    """Replaces PyTorch's index error on a CPU by one that names the target or row out of range;
+    other devices raise their own."""
     try:
         yield
     except (IndexError, RuntimeError):
@@ -87,7 +87,7 @@ def _named_ranges(targets: Tensor, head: Tensor, index: Tensor | None, h: Tensor
 
 
 def masked_states(h: Tensor, index: Tensor | None, part: slice, target: Tensor) -> Tensor:
-    """The states of a part of the list, zeros where the target is ignored."""
+    """Returns the states of a part of the list, zeros where the target is ignored."""
     ignored = (target < 0).unsqueeze(1)
     if index is None:
         return h[part].masked_fill(ignored, 0)
@@ -97,7 +97,7 @@ def masked_states(h: Tensor, index: Tensor | None, part: slice, target: Tensor) 
 def _row_losses(
     logits: Tensor, target: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, lse and correct of rows of logits in the wide dtype."""
+    """Returns loss, lse and correct of rows of fp32 or fp64 logits."""
     ignored = target < 0
     chosen = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
     lse = logits.logsumexp(-1)
@@ -112,7 +112,7 @@ def _row_losses(
 def _logit_grads_(
     logits: Tensor, lse: Tensor, target: Tensor, g: Tensor, label_smoothing: float, z_loss: float
 ) -> Tensor:
-    """dl in the place of the logits."""
+    """Overwrites the logits with dl."""
     weight = g.to(logits.dtype).masked_fill(target < 0, 0)
     dlogits = logits.sub_(lse.unsqueeze(1)).exp_()
     dlogits.mul_((weight * (1 + 2 * z_loss * lse)).unsqueeze(1))
@@ -135,10 +135,10 @@ def cross_entropy_fwd_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (rows,), lse (rows,) in the wide dtype, and correct (rows,) bool (argmax equals
-    target). Raises ValueError for targets and rows out of range, where they are on the host."""
+    """Returns loss (rows,) and lse (rows,) in fp32 or fp64, and correct (rows,) bool (argmax equals
+    target). Raises ValueError for targets and rows out of range if they are on the host."""
     rows = targets.shape[0]
-    loss = torch.empty(rows, dtype=wide_dtype(h, head), device=h.device)
+    loss = torch.empty(rows, dtype=upcast_dtype(h, head), device=h.device)
     lse = torch.empty_like(loss)
     correct = torch.empty(rows, dtype=torch.bool, device=h.device)
     step = _chunk_rows(head.shape[0])
@@ -161,8 +161,8 @@ def cross_entropy_bwd_ref(
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     head: Tensor,
-    head_grad: Tensor | None,  # (V, d) wide accumulator, or None if the head is frozen
-    norm_grad: Tensor | None,  # (d,) wide accumulator
+    head_grad: Tensor | None,  # (V, d) fp32/fp64 accumulator, or None if the head is frozen
+    norm_grad: Tensor | None,  # (d,) fp32/fp64 accumulator
     norm_bias_grad: Tensor | None,
     index: Tensor | None = None,
     eps: float = 1e-6,
@@ -170,7 +170,8 @@ def cross_entropy_bwd_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """dh (rows, d) of the rows named by `index` (all rows of h without it), in the wide dtype."""
+    """Returns dh (rows, d) in fp32 or fp64 of the rows given by `index` (all rows of h without
+    it)."""
     rows, vocabulary = targets.shape[0], head.shape[0]
     dh = torch.empty(rows, h.shape[1], dtype=lse.dtype, device=h.device)
     step = _chunk_rows(vocabulary)
@@ -211,12 +212,13 @@ def cross_entropy_grad_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """loss (rows,) and dh (rows, d), forward and backward from one pass over the logits.
+    """Returns loss (rows,) and dh (rows, d), computed in one pass over the logits.
 
-    dl is formed for a gradient of 1 and each row's own applied in the wide dtype behind the GEMMs:
-    in 16 bits small ones would be lost."""
+    dl is computed for a gradient of 1; each row's own gradient is applied after the GEMMs in fp32
+    or fp64, since small ones would underflow in 16 bits.
+    """
     rows = targets.shape[0]
-    loss = torch.empty(rows, dtype=wide_dtype(h, head), device=h.device)
+    loss = torch.empty(rows, dtype=upcast_dtype(h, head), device=h.device)
     dh = torch.empty(rows, h.shape[1], dtype=loss.dtype, device=h.device)
     unit = UNIT.get(head.dtype, 1.0)
     step = _chunk_rows(head.shape[0])

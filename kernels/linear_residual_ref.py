@@ -1,4 +1,4 @@
-"""Output projection added into the residual stream, plain torch: out = residual + drop(a · Wᵀ +
+"""Output projection added to the residual stream, plain torch: out = residual + drop(a · Wᵀ +
 b)."""
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ def linear_residual_fwd_ref(
     bias: Tensor | None,  # (d,)
     residual: Tensor,  # (rows, d), in the state dtype
     dropout: Dropout | None = None,
-    out: Tensor | None = None,  # (rows, d), where the result goes
+    out: Tensor | None = None,  # (rows, d), buffer of the result
 ) -> Tensor:
-    """residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype."""
+    """Returns residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype."""
     if dropout is None and bias is None and a.dtype == residual.dtype:
         return torch.addmm(residual, a, weight.t(), out=out)
     branch = torch.nn.functional.linear(a, weight, bias)
@@ -31,7 +31,7 @@ def linear_residual_bwd_ref(
     weight: Tensor,  # (d, columns)
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """da (rows, columns) and dbranch (rows, d), the weight gradient's operand (dW = dbranchᵀ · a).
+    """Returns da (rows, columns) and dbranch (rows, d), an operand of dW = dbranchᵀ · a.
 
     Both are in the compute dtype. The residual's gradient is dout itself.
     """

@@ -19,9 +19,14 @@ from .norm_ref import norm_bwd_ref, norm_fwd_ref
 
 
 def rotate_ref(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float = 1.0) -> Tensor:
-    """Half-split rotary embedding of the first `rotary` columns of z, in place.
+    """Applies half-split RoPE to the first `rotary` columns of z, in place.
 
-    z (rows, columns); cos, sin (rows, head_dim / 2); sign −1 is the inverse (and the backward).
+    Args:
+        z: (rows, columns).
+        cos: (rows, head_dim / 2).
+        sin: like cos.
+        rotary: number of columns, whole heads.
+        sign: −1 is the inverse rotation, as in the backward.
     """
     half = cos.shape[-1]
     pairs = z[:, :rotary].unflatten(-1, (-1, 2, half))  # (rows, heads, 2, half), a view
@@ -41,18 +46,18 @@ def norm_linear_fwd_ref(
     bias: Tensor | None,  # (columns,)
     cos: Tensor | None = None,  # (rows, head_dim / 2)
     sin: Tensor | None = None,
-    rotary: int = 0,  # columns that RoPE turns: (q heads + k heads) * head_dim
+    rotary: int = 0,  # columns that RoPE rotates: (q heads + k heads) * head_dim
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> Tensor:
-    """out (rows, columns) in the weight's dtype."""
+    """Returns out (rows, columns) in the weight's dtype."""
     y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, weight.dtype)
     out = torch.nn.functional.linear(y, weight, bias)
     return rotate_ref(out, cos, sin, rotary) if rotary else out
 
 
 def norm_linear_bwd_ref(
-    dout: Tensor,  # (rows, columns); overwritten where RoPE turns it back
+    dout: Tensor,  # (rows, columns); its rotary columns are overwritten
     x: Tensor,  # (rows, d)
     norm_weight: Tensor,
     norm_bias: Tensor | None,
@@ -63,8 +68,8 @@ def norm_linear_bwd_ref(
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dnorm_weight, dnorm_bias, and the weight gradient's operands dz (rows, columns), y
-    (rows, d)."""
+    """Returns dx, dnorm_weight, dnorm_bias, and the weight gradient's operands dz (rows, columns),
+    y (rows, d)."""
     dz = rotate_ref(dout, cos, sin, rotary, -1.0) if rotary else dout
     dx, dnorm_weight, dnorm_bias, y = norm_bwd_ref(
         dz @ weight, x, norm_weight, norm_bias, eps, kind, weight.dtype

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 
 PAD, EOS = 0, 1
 ARITHMETIC, EDIT_DISTANCE, LIS = 2, 3, 4
@@ -39,7 +39,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         for name in ("max_number", "multiple"):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
+            object.__setattr__(self, name, as_int(name, getattr(self, name)))
         if self.max_number < 0:
             raise ValueError(
                 f"max_number is {self.max_number}; give the largest number, at least 0."

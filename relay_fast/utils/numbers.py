@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 
-def whole(name: str, value: Any, least: int | None = None) -> int:
+def as_int(name: str, value: Any, least: int | None = None) -> int:
     """`value` as an int. Raises ValueError, calling it `name`, where it is no whole number (a bool
     is none) or less than `least`."""
     if type(value) is int:
         number = value
     else:
         try:
-            if is_truth(value):
+            if is_bool(value):
                 raise TypeError
             number = operator.index(value)
         except TypeError:
@@ -26,11 +26,11 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
-def real(name: str, value: Any, least: float | None = None) -> float:
+def as_float(name: str, value: Any, least: float | None = None) -> float:
     """`value` as a float. Raises ValueError, calling it `name`, where it is no finite number or
     less than `least`."""
     try:
-        if isinstance(value, str | bytes) or is_truth(value):
+        if isinstance(value, str | bytes) or is_bool(value):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
@@ -41,10 +41,10 @@ def real(name: str, value: Any, least: float | None = None) -> float:
     return number
 
 
-def truth(name: str, value: Any) -> bool:
+def as_bool(name: str, value: Any) -> bool:
     """`value` as a bool. Raises ValueError, calling it `name`, where it is none (0 and 1 are not
     taken for one)."""
-    if not is_truth(value):
+    if not is_bool(value):
         raise ValueError(f"{name} = {value!r}: it must be True or False")
     return bool(value)
 
@@ -58,7 +58,7 @@ def plain_numbers(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def is_truth(value: Any) -> bool:
+def is_bool(value: Any) -> bool:
     """Whether `value` is a single bool, be it Python's, numpy's or a tensor."""
     if isinstance(value, bool):
         return True

@@ -144,7 +144,7 @@ def test_bad_input_of_the_block() -> None:
         (lambda: block(x.flatten(0, 1), cu_seqlens=[1, 6]), r"start at 0, not at \[1\]"),
         (
             lambda: block(x.flatten(0, 1), cu_seqlens=[0, 4, 3, 6]),
-            "falls from 4 to 3 at sequence 1",
+            "decreases from 4 to 3 at sequence 1",
         ),
         (lambda: block(x.flatten(0, 1), cu_seqlens=[]), r"start at 0, not at \[\]"),
         (lambda: block(x, [1, 2, 3]), "the batch holds 2 sequences"),
