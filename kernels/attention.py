@@ -205,7 +205,10 @@ def attention_fwd(
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns o (rows, heads · head_dim) in qkv's dtype and lse (rows, heads) in fp32."""
+    """Returns o (rows, heads · head_dim) in qkv's dtype and lse (rows, heads) in fp32.
+
+    Args: as `attention_fwd_ref`; row_count: see `_runtime`.
+    """
     check(qkv, layout, heads, kv_heads, row_count)
     qkv = contiguous_columns(qkv)
     rows, head_dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)

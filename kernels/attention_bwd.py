@@ -244,7 +244,10 @@ def attention_bwd(
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """Returns dqkv, of qkv's shape and dtype."""
+    """Returns dqkv, of qkv's shape and dtype.
+
+    Args: as `attention_bwd_ref`; o and lse of the forward are used; row_count: see `_runtime`.
+    """
     check(qkv, layout, heads, kv_heads, row_count, do, o, lse)
     width = (qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads)
     rows = (qkv.shape[0], heads)

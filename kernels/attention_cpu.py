@@ -60,7 +60,10 @@ def attention_fwd_cpu(
     causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns o (rows, heads · head_dim) in qkv's dtype and lse (rows, heads) in fp32 or fp64; lse
-    is None if the reference was used, whose backward does not need it."""
+    is None if the reference was used, whose backward does not need it.
+
+    Args: as `attention_fwd_ref`; lse is always computed by the fused kernels.
+    """
     if not _fused(qkv, layout, heads, kv_heads):
         return attention_fwd_ref(qkv, layout, heads, kv_heads, causal)
     padded = layout.pad(_by_rows(qkv))
@@ -85,7 +88,10 @@ def attention_bwd_cpu(
     kv_heads: int,
     causal: bool,
 ) -> Tensor:
-    """Returns dqkv, of qkv's shape and dtype."""
+    """Returns dqkv, of qkv's shape and dtype.
+
+    Args: as `attention_bwd_ref`; o and lse of the forward are used.
+    """
     if lse is None or not _fused(qkv, layout, heads, kv_heads):
         return attention_bwd_ref(do, qkv, o, lse, layout, heads, kv_heads, causal)
     padded, do, o, lse = (layout.pad(_by_rows(part)) for part in (qkv, do, o, lse))

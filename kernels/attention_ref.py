@@ -135,17 +135,25 @@ def _probabilities(
 
 
 def attention_fwd_ref(
-    qkv: Tensor,  # (rows, (heads + 2 * kv_heads) * head_dim)
+    qkv: Tensor,
     layout: PaddedLayout,
     heads: int,
     kv_heads: int,
     causal: bool,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns o (rows, heads · head_dim) in qkv's dtype and, with `with_lse`, lse (rows, heads) in
-    fp32 or fp64.
+    """Computes attention.
 
-    The reference's backward recomputes p by softmax and does not need lse.
+    Args:
+        qkv: (rows, (heads + 2 · kv_heads) · head_dim).
+        layout: the sequences.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        causal: whether a token attends to itself and earlier tokens only.
+        with_lse: whether to compute lse; the reference's backward recomputes p without it.
+
+    Returns:
+        o (rows, heads · head_dim) in qkv's dtype; lse (rows, heads) in fp32 or fp64, or None.
     """
     padded = layout.pad(qkv)
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
@@ -162,7 +170,7 @@ def attention_fwd_ref(
 
 
 def attention_bwd_ref(
-    do: Tensor,  # (rows, heads * head_dim)
+    do: Tensor,
     qkv: Tensor,
     o: Tensor,
     lse: Tensor | None,
@@ -171,7 +179,21 @@ def attention_bwd_ref(
     kv_heads: int,
     causal: bool,
 ) -> Tensor:
-    """Returns dqkv, of qkv's shape and dtype. o and lse are not used."""
+    """Computes the backward of `attention_fwd_ref`.
+
+    Args:
+        do: (rows, heads · head_dim).
+        qkv: (rows, (heads + 2 · kv_heads) · head_dim).
+        o: not used.
+        lse: not used.
+        layout: the sequences.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        causal: as in the forward.
+
+    Returns:
+        dqkv, of qkv's shape and dtype.
+    """
     padded, do = layout.pad(qkv), layout.pad(do)
     dqkv = padded.new_empty(padded.shape)
     for group in layout.groups:

@@ -208,7 +208,10 @@ def argmax(
     row_count: Tensor | None = None,
 ) -> Tensor:
     """Returns token ids (rows,) int64 of the largest logit, the first one among equals; logits are
-    not stored."""
+    not stored.
+
+    Args: as `readout_ref`; row_count: see `_runtime`.
+    """
     check_readout(h, norm_weight, norm_bias, head, kind, row_count)
     if not norm_is_fused(h.shape[1], head.dtype) and h.shape[0]:
         return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)
@@ -242,7 +245,10 @@ def cross_entropy_fwd(
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss (rows,) and lse (rows,) in fp32, and correct (rows,) bool (argmax equals
-    target)."""
+    target).
+
+    Args: as `cross_entropy_fwd_ref`; row_count: see `_runtime`.
+    """
     check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_fwd_ref(

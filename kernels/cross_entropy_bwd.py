@@ -119,7 +119,7 @@ def cross_entropy_bwd(
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """Returns dh (rows, d) in fp32 of the rows given by `index` (all rows of h without it)."""
+    """Returns dh (rows, d) in fp32. Args: as `cross_entropy_bwd_ref`; row_count: see `_runtime`."""
     check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index, grad, lse)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_bwd_ref(

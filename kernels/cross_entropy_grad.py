@@ -88,7 +88,10 @@ def cross_entropy_grad(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Returns loss (rows,) and dh (rows, d) of the rows given by `index`, both in fp32."""
+    """Returns loss (rows,) and dh (rows, d), both in fp32.
+
+    Args: as `cross_entropy_grad_ref`; head_grad must be zero.
+    """
     check_readout(h, norm_weight, norm_bias, head, kind, None, targets, index, grad)
     h, targets = contiguous_columns(h), targets.contiguous()
     rows, (vocabulary, d) = targets.shape[0], head.shape

@@ -35,14 +35,26 @@ def _chunk_rows(vocabulary: int) -> int:
 
 
 def readout_ref(
-    h: Tensor,  # (rows, d)
+    h: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
-    head: Tensor,  # (V, d), in the compute dtype
+    head: Tensor,
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> Tensor:
-    """Returns logits (rows, V) in the head's dtype."""
+    """Computes the logits.
+
+    Args:
+        h: (rows, d).
+        norm_weight: (d,), of the final norm.
+        norm_bias: (d,), or None.
+        head: (V, d), in the compute dtype.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+
+    Returns:
+        (rows, V) in the head's dtype.
+    """
     return norm_fwd_ref(h, norm_weight, norm_bias, eps, kind, head.dtype) @ head.t()
 
 
@@ -124,19 +136,38 @@ def _logit_grads_(
 
 
 def cross_entropy_fwd_ref(
-    h: Tensor,  # (rows, d) states, or with `index` the buffer that holds them
-    targets: Tensor,  # (rows,) int64
+    h: Tensor,
+    targets: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
-    head: Tensor,  # (V, d)
-    index: Tensor | None = None,  # (rows,) which rows of h
+    head: Tensor,
+    index: Tensor | None = None,
     eps: float = 1e-6,
     kind: str = "rms",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns loss (rows,) and lse (rows,) in fp32 or fp64, and correct (rows,) bool (argmax equals
-    target). Raises ValueError for targets and rows out of range if they are on the host."""
+    """Computes the row losses.
+
+    Args:
+        h: (rows, d) states, or with `index` the buffer that holds them.
+        targets: (rows,) int64; negative ones are ignored.
+        norm_weight: (d,), of the final norm.
+        norm_bias: (d,), or None.
+        head: (V, d), in the compute dtype.
+        index: (rows,), the rows of h; None: all.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+        label_smoothing: weight s of the uniform distribution in the target.
+        z_loss: weight z of lse².
+
+    Returns:
+        loss (rows,) and lse (rows,) in fp32 or fp64, and correct (rows,) bool (argmax equals
+        target).
+
+    Raises:
+        ValueError: for targets and rows out of range, if they are on the host.
+    """
     rows = targets.shape[0]
     loss = torch.empty(rows, dtype=upcast_dtype(h, head), device=h.device)
     lse = torch.empty_like(loss)
@@ -154,15 +185,15 @@ def cross_entropy_fwd_ref(
 
 
 def cross_entropy_bwd_ref(
-    grad: Tensor,  # (rows,) gradient of each row's loss
+    grad: Tensor,
     h: Tensor,
     targets: Tensor,
-    lse: Tensor,  # (rows,)
+    lse: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     head: Tensor,
-    head_grad: Tensor | None,  # (V, d) fp32/fp64 accumulator, or None if the head is frozen
-    norm_grad: Tensor | None,  # (d,) fp32/fp64 accumulator
+    head_grad: Tensor | None,
+    norm_grad: Tensor | None,
     norm_bias_grad: Tensor | None,
     index: Tensor | None = None,
     eps: float = 1e-6,
@@ -170,8 +201,19 @@ def cross_entropy_bwd_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Returns dh (rows, d) in fp32 or fp64 of the rows given by `index` (all rows of h without
-    it)."""
+    """Computes the backward of `cross_entropy_fwd_ref`, and adds to the accumulators.
+
+    Args:
+        grad: (rows,), gradient of each row's loss.
+        lse: (rows,), from the forward.
+        head_grad: (V, d) fp32 or fp64 accumulator, or None if the head is frozen.
+        norm_grad: (d,) accumulator, or None.
+        norm_bias_grad: (d,) accumulator, or None.
+        others: as `cross_entropy_fwd_ref`.
+
+    Returns:
+        dh (rows, d) in fp32 or fp64.
+    """
     rows, vocabulary = targets.shape[0], head.shape[0]
     dh = torch.empty(rows, h.shape[1], dtype=lse.dtype, device=h.device)
     step = _chunk_rows(vocabulary)
@@ -197,13 +239,13 @@ def cross_entropy_bwd_ref(
 
 
 def cross_entropy_grad_ref(
-    grad: Tensor,  # (rows,) gradient of each row's loss, known before the forward
+    grad: Tensor,
     h: Tensor,
     targets: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     head: Tensor,
-    head_grad: Tensor | None,  # accumulators as in `cross_entropy_bwd_ref`
+    head_grad: Tensor | None,
     norm_grad: Tensor | None,
     norm_bias_grad: Tensor | None,
     index: Tensor | None = None,
@@ -212,10 +254,15 @@ def cross_entropy_grad_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Returns loss (rows,) and dh (rows, d), computed in one pass over the logits.
+    """Computes loss and gradient in one pass over the logits, and adds to the accumulators.
 
     dl is computed for a gradient of 1; each row's own gradient is applied after the GEMMs in fp32
     or fp64, since small ones would underflow in 16 bits.
+
+    Args: as `cross_entropy_bwd_ref`.
+
+    Returns:
+        loss (rows,) and dh (rows, d) in fp32 or fp64.
     """
     rows = targets.shape[0]
     loss = torch.empty(rows, dtype=upcast_dtype(h, head), device=h.device)

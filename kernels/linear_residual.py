@@ -100,7 +100,10 @@ def linear_residual_fwd(
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """Returns residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype."""
+    """Returns residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype.
+
+    Args: as `linear_residual_fwd_ref`; row_count: see `_runtime`.
+    """
     require(norm_reason(a, weight, bias, residual, out))
     (rows, columns), d = a.shape, weight.shape[0]
     require(
@@ -190,9 +193,10 @@ def linear_residual_bwd(
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns da (rows, columns) and dbranch (rows, d), an operand of dW = dbranchᵀ · a.
+    """Returns da (rows, columns) and dbranch (rows, d), an operand of dW = dbranchᵀ · a, in the
+    compute dtype; dbranch is dout itself if it needs neither a cast nor dropout.
 
-    Both are in the compute dtype; dbranch is dout itself if it needs neither a cast nor dropout.
+    Args: as `linear_residual_bwd_ref`; row_count: see `_runtime`.
     """
     require(
         norm_reason(dout, weight)

@@ -196,8 +196,10 @@ def loop_fwd(
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """Returns final (rows, d) in fp32, each sequence's state after its last iteration, and the
-    token ids int64 of all iterations end to end, for the rows that loop in each."""
+    """Returns final (rows, d) in fp32, and the token ids int64 of all iterations end to end.
+
+    Args: as `loop_fwd_ref`; at most `loop_tile` rows per sequence.
+    """
     require(loop_reason(x, layout, weights, cos, sin, heads, kv_heads, activation, kind))
     w, x = weights, contiguous_columns(x)
     d, head_dim = x.shape[1], w.qkv.shape[1] // (heads + 2 * kv_heads)

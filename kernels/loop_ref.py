@@ -90,10 +90,10 @@ class LoopLayout:
 
 
 def loop_fwd_ref(
-    x: Tensor,  # (rows, d), the state before the first iteration
+    x: Tensor,
     layout: LoopLayout,
     weights: LoopWeights,
-    cos: Tensor | None,  # (rows, head_dim / 2)
+    cos: Tensor | None,
     sin: Tensor | None,
     heads: int,
     kv_heads: int,
@@ -102,8 +102,25 @@ def loop_fwd_ref(
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """Returns final (rows, d), each sequence's state after its last iteration, and the token ids
-    int64 of all iterations end to end, for the rows that loop in each."""
+    """Runs the loop and its argmax readout.
+
+    Args:
+        x: (rows, d), the initial state.
+        layout: the sequences and their loops.
+        weights: the weights.
+        cos: (rows, head_dim / 2), or None.
+        sin: like cos.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        causal: whether a token attends to itself and earlier tokens only.
+        activation: activation of the MLP.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+
+    Returns:
+        final (rows, d), each sequence's state after its last iteration; and the token ids int64 of
+        all iterations end to end, for the rows that loop in each.
+    """
     w, final, ids = weights, x.clone(), []
     head_dim = w.qkv.shape[1] // (heads + 2 * kv_heads)
     rotary = 0 if cos is None else (heads + kv_heads) * head_dim

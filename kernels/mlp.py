@@ -180,7 +180,10 @@ def mlp_fwd(
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Returns out (rows, d) and, if `keep`, u, gate and a (rows, hidden) for the backward, else
-    None."""
+    None.
+
+    Args: as `mlp_fwd_ref`; row_count: see `_runtime`.
+    """
     check_mlp(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
         row_count, up_bias, gate_bias, down_bias, out,

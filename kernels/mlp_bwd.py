@@ -144,7 +144,10 @@ def mlp_bwd(
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor]:
     """Returns dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias (None without
-    a bias), and the weight gradients' operands y, dup, dgate, dbranch."""
+    a bias), and the weight gradients' operands y, dup, dgate, dbranch.
+
+    Args: as `mlp_bwd_ref`; row_count: see `_runtime`.
+    """
     check_mlp(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
         row_count, dout=dout, up=up, gate=gate,

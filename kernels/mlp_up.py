@@ -132,7 +132,10 @@ def mlp_up_fwd(
     keep: bool,
     row_count: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Returns u, gate (None unless `keep`) and a (rows, hidden); mlp_fwd has checked the call."""
+    """Returns u, gate (None unless `keep`) and a (rows, hidden); mlp_fwd has checked the call.
+
+    Args: as `mlp_fwd_ref`; row_count: see `_runtime`.
+    """
     (rows, d), hidden_size = x.shape, up_weight.shape[0]
     gated = gate_weight is not None
 

@@ -139,7 +139,10 @@ def norm_fwd(
     dtype: torch.dtype | None = None,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """Returns y (rows, d) in `dtype` (default: x's)."""
+    """Returns y (rows, d) in `dtype` (default: x's).
+
+    Args: as `norm_fwd_ref`; row_count: see `_runtime`.
+    """
     require(
         norm_reason(x, weight, bias, kind=kind)
         or shapes_reason(
@@ -168,7 +171,10 @@ def norm_bwd(
     has_bias: bool = True,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns dx (rows, d), dweight (d,) and dbias (d,), all in fp32."""
+    """Returns dx (rows, d), dweight (d,) and dbias (d,) (None unless `has_bias`), all in fp32.
+
+    Args: as `norm_bwd_ref`; row_count: see `_runtime`.
+    """
     require(
         norm_reason(x, weight, dy, kind=kind)
         or shapes_reason(("the norm's weight", weight, x.shape[1:]), ("dy", dy, x.shape))

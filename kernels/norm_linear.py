@@ -216,7 +216,10 @@ def norm_linear_fwd(
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """Returns out (rows, columns) in the weight's dtype."""
+    """Returns out (rows, columns) in the weight's dtype.
+
+    Args: as `norm_linear_fwd_ref`; row_count: see `_runtime`.
+    """
     _check(x, norm_weight, norm_bias, weight, bias, None, cos, sin, rotary, kind, row_count)
     x = contiguous_columns(x)
     (rows, d), columns = x.shape, weight.shape[0]
@@ -333,7 +336,10 @@ def norm_linear_bwd(
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Returns dx, dnorm_weight, dnorm_bias (None without a bias), and the weight gradient's
-    operands dz (rows, columns), y (rows, d)."""
+    operands dz (rows, columns), y (rows, d).
+
+    Args: as `norm_linear_bwd_ref`; row_count: see `_runtime`.
+    """
     _check(x, norm_weight, norm_bias, weight, None, dout, cos, sin, rotary, kind, row_count)
     (rows, d), columns = x.shape, weight.shape[0]
     x, dout = contiguous_columns(x), contiguous_columns(dout)

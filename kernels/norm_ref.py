@@ -40,14 +40,26 @@ def normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def norm_fwd_ref(
-    x: Tensor,  # (rows, d)
-    weight: Tensor,  # (d,)
-    bias: Tensor | None,  # (d,)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     kind: str = "rms",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns y (rows, d) in `dtype` (default: x's)."""
+    """Computes the norm.
+
+    Args:
+        x: (rows, d).
+        weight: (d,).
+        bias: (d,), or None.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+        dtype: dtype of the result; default: x's.
+
+    Returns:
+        y (rows, d).
+    """
     x_hat, _ = normalize(x, eps, kind)
     return _scale(x_hat, weight, bias).to(dtype or x.dtype)
 
@@ -58,16 +70,29 @@ def _scale(x_hat: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def norm_bwd_ref(
-    dy: Tensor,  # (rows, d)
-    x: Tensor,  # (rows, d)
-    weight: Tensor,  # (d,)
-    bias: Tensor | None,  # (d,)
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     kind: str = "rms",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dx (rows, d), dweight (d,), dbias (d,) (zeros without a bias) in fp32 or fp64, and y
-    in `dtype` (default: x's), an operand of the next projection's weight gradient."""
+    """Computes the norm's backward.
+
+    Args:
+        dy: (rows, d).
+        x: (rows, d).
+        weight: (d,).
+        bias: (d,), or None.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+        dtype: dtype of y; default: x's.
+
+    Returns:
+        dx (rows, d), dweight (d,) and dbias (d,) (zeros without a bias) in fp32 or fp64; and y, an
+        operand of the next projection's weight gradient.
+    """
     sums = upcast_dtype(dy, x, weight)
     dy, scale = dy.to(sums), weight.to(sums)
     x_hat, rstd = normalize(x.to(sums), eps, kind)

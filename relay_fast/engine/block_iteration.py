@@ -346,7 +346,7 @@ def rope_table(
 
     Returns:
         cos and sin, each (rows, head_dim / 2). The angles are computed in fp64: in fp32 the one of
-            position 1,000,000 is off by 0.03.
+        position 1,000,000 is off by 0.03.
     """
     half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
     angle = positions.double().unsqueeze(1) * base ** (-half / (head_dim // 2))

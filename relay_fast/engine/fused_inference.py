@@ -90,7 +90,7 @@ def run_fused_loop(
 
     Returns:
         final (N, d) and a list of the token ids (N_t,) of each iteration; or, as a string, the
-            reason why the kernel does not support the call.
+        reason why the kernel does not support the call.
     """
     plan = spec.plan
     if spec.ops.loop_fwd is None:

@@ -36,8 +36,8 @@ def run_loop(
 
     Returns:
         final (rows, …), each sequence's state after its own last iteration; the states chosen by
-            `spec.states`, end to end; loss (R,) and correct (R,) of the readout's rows, empty
-            without a readout.
+        `spec.states`, end to end; loss (R,) and correct (R,) of the readout's rows, empty
+        without a readout.
 
     Raises:
         RuntimeError: under forward-mode AD or a torch.func transform.
@@ -146,7 +146,14 @@ def kept_states(spec: LoopSpec, row_bytes: int) -> set[int]:
 def forward_pass(
     spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None], keep: bool
 ) -> _Pass:
-    """Runs all iterations; with `keep`, keeps the tensors that the backward needs."""
+    """Runs all iterations.
+
+    Args:
+        spec: the pass.
+        x: (rows, …) in sorted order.
+        parameters: the loop body's parameters, then the readout's if there is one.
+        keep: whether to keep the tensors that the backward needs.
+    """
     plan = spec.plan
     body = spec.make_iteration(x, parameters)
     states = _States(spec, x, kept_states(spec, x[:1].nbytes) if keep else ())
@@ -252,7 +259,14 @@ def _outputs_for_backward(spec: LoopSpec, done: _Pass) -> tuple[Tensor | None, T
 def backward_pass(
     ctx, g_final: Tensor | None, g_states: Tensor | None, g_loss: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of `_Loop.apply`'s arguments, given the context of its forward."""
+    """Computes the gradients of `_Loop.apply`'s arguments.
+
+    Args:
+        ctx: the context of its forward.
+        g_final: gradient of the final state, or None.
+        g_states: gradient of the flat buffer of returned states, or None.
+        g_loss: gradient of the row losses, or None.
+    """
     saved = ctx.saved_tensors  # read once: hooks may allow unpacking only once
     with launch_context(saved[0]):
         return _Backward(ctx, saved).run_all(g_final, g_states, g_loss)

@@ -69,7 +69,7 @@ def loop(
 
     Returns:
         The final state, or a list of states, as `LoopedBlock.forward` does. Gradients flow into x,
-            the module's parameters, and the tensors in per_row and shared.
+        the module's parameters, and the tensors in per_row and shared.
 
     Raises:
         RuntimeError: if the module changes its buffers (batch norm in training) or its input in
@@ -80,8 +80,8 @@ def loop(
 
     Note:
         Under torch.compile this call is a graph break; the module itself may be compiled. Under
-            hooks on saved tensors (checkpointing around the call, offloading), "none" keeps the
-            same tensors as "state".
+        hooks on saved tensors (checkpointing around the call, offloading), "none" keeps the
+        same tensors as "state".
     """
     check_floating(x)
     arguments = (t for t in tree_leaves((per_row, shared)) if isinstance(t, Tensor))

@@ -36,7 +36,10 @@ class Iteration(Protocol):
 
     def forward(
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
-    ) -> list[Tensor | None]: ...
+    ) -> list[Tensor | None]:
+        """Writes state t of the rows into `out`, given state t − 1 in `h`; with `keep`, returns the
+        tensors that `backward` needs."""
+        ...
 
     def backward(
         self,
@@ -45,7 +48,10 @@ class Iteration(Protocol):
         saved: Sequence[Tensor | None],
         row_range: RowRange,
         grads: GradientBuffers,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Returns the gradient of state t − 1, given that of state t in `g`; adds those of the
+        parameters to `grads`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,16 @@ class LoopSpec:
         object.__setattr__(self, "truncate", check_truncate(self.truncate))
 
     def collect(self, wanted: Sequence[int], final: Tensor, states: Tensor) -> list[Tensor]:
-        """Returns the states of the iterations `wanted` in the caller's order; that of the last
-        iteration is read from `final`."""
+        """Selects states of a finished pass.
+
+        Args:
+            wanted: iterations, in the caller's order.
+            final: (rows, …), contains the state of the last iteration.
+            states: the flat buffer of returned states.
+
+        Returns:
+            The wanted states, with rows in the caller's order.
+        """
         spans, result = self.state_spans(), []
         for t in wanted:
             state = states[spans[t]] if t in spans else final[: self.plan.rows_at(t)]

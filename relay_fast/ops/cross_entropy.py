@@ -154,7 +154,7 @@ def row_cross_entropy(
 
     Returns:
         loss (R,), fp32, or fp64 if the states or the head are; and correct (R,) bool, whether the
-            argmax is the target. Each gradient has its tensor's dtype.
+        argmax is the target. Each gradient has its tensor's dtype.
 
     Raises:
         ValueError: if shapes do not fit together, and for rows and targets out of range if they are
