@@ -143,7 +143,7 @@ def check_readout(
     d = h.shape[1]
     reason = row_count_reason(row_count, h)
     if row_count is not None and not norm_is_fused(d, head.dtype):
-        reason = f"a readout of width {d} takes no row_count, its GEMMs being cuBLAS's"
+        reason = f"a readout of width {d} does not support row_count, since cuBLAS runs its GEMMs"
     require(
         reason
         or shapes_reason(

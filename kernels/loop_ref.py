@@ -76,7 +76,7 @@ class LoopLayout:
         while start < len(self.lengths):
             end = int(np.searchsorted(self.offsets, self.offsets[start] + size, "right")) - 1
             if end <= start:
-                raise ValueError(f"sequence {start} has more than {size} rows")
+                raise ValueError(f"sequence {start} has more than {size} rows: use larger bins")
             start = end
             bounds.append(int(self.offsets[end]))
         return self.tensor(np.array(bounds), torch.int32)

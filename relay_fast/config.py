@@ -81,12 +81,12 @@ class BlockConfig:
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model = {self.d_model} is not divisible by n_heads = {self.n_heads}: "
-                "choose a multiple"
+                "choose a multiple of n_heads"
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"n_heads = {self.n_heads} is not divisible by n_kv_heads = {self.kv_heads}: "
-                "each key/value head serves the same number of heads"
+                "choose a divisor of n_heads"
             )
         if self.rope_base is not None and self.head_dim % 2:
             raise ValueError(
@@ -109,7 +109,7 @@ class BlockConfig:
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps = {self.eps}: give a small positive number, such as 1e-6")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout}: it must lie in [0, 1)")
+            raise ValueError(f"dropout = {self.dropout}: it must be in [0, 1)")
 
     @property
     def kv_heads(self) -> int:
@@ -176,7 +176,7 @@ class ModelConfig:
         if self.feedback not in FEEDBACKS:
             raise ValueError(f"feedback = {self.feedback!r} is unknown: use one of {FEEDBACKS}")
         if not 0 <= self.feedback_noise < 1:
-            raise ValueError(f"feedback_noise = {self.feedback_noise}: it must lie in [0, 1)")
+            raise ValueError(f"feedback_noise = {self.feedback_noise}: it must be in [0, 1)")
         if self.feedback == "none":
             if self.feedback_noise:
                 raise ValueError(

@@ -49,14 +49,13 @@ class Capacity:
         sizes = {len(self.rows), len(self.active), len(self.targets)}
         if len(sizes) != 1 or not self.rows:
             raise ValueError(
-                "a capacity needs one number of rows, active sequences and targets for each of at "
-                f"least one iteration, got {len(self.rows)}, {len(self.active)} and "
-                f"{len(self.targets)}"
+                f"capacity rows, active and targets have {len(self.rows)}, {len(self.active)} and "
+                f"{len(self.targets)} entries: give one entry per iteration, at least one"
             )
         for name in ("rows", "active"):
             values = getattr(self, name)
             if any(a < b for a, b in zip(values, values[1:], strict=False)):
-                raise ValueError(f"capacity {name} must not grow with the iteration: {values}")
+                raise ValueError(f"capacity {name} must not increase with the iteration: {values}")
 
     @property
     def token_iterations(self) -> int:
@@ -74,7 +73,7 @@ class Capacity:
         """
         batches = list(batches)
         if not batches:
-            raise ValueError("Capacity.of needs at least one batch to measure")
+            raise ValueError("Capacity.of got no batch: give at least one")
         loops = max(b.plan.max_loops for b in batches)
 
         def most(of) -> np.ndarray:
@@ -84,7 +83,7 @@ class Capacity:
         more = 1 + slack + spread / np.sqrt(np.maximum(1, active))
         grow = lambda values: np.ceil(np.round(values * more, 6)).astype(int)
         rows = grow(most(lambda b, t: b.plan.rows_at(t) if t > 1 else b.plan.rows))
-        rows = np.maximum.accumulate(rows[::-1])[::-1]  # none may grow with the iteration
+        rows = np.maximum.accumulate(rows[::-1])[::-1]  # may not increase with the iteration
         sequences = int(np.ceil(max(len(b) for b in batches) * (1 + slack)))
         return Capacity(
             tuple((-(-rows // ALIGN) * ALIGN).tolist()),

@@ -337,7 +337,7 @@ def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int,
     wanted = tuple(sorted({as_int("an iteration in return_states", t) for t in return_states}))
     if wanted and not 1 <= wanted[0] <= wanted[-1] <= loops:
         raise ValueError(
-            f"return_states asks for iterations {list(wanted)} but the batch loops 1..{loops}"
+            f"return_states has iterations {list(wanted)}: give iterations in 1..{loops}"
         )
     return wanted
 
@@ -372,7 +372,7 @@ def check_cu_seqlens(
             f"cu_seqlens must have shape (sequences + 1,) and start at 0, not at {start}"
         )
     if not np.issubdtype(offsets.dtype, np.integer):
-        raise TypeError(f"cu_seqlens must be integers, got {offsets.dtype}")
+        raise TypeError(f"cu_seqlens must be integers, got {offsets.dtype}: give row offsets")
     lengths = np.diff(offsets)
     if lengths.min(initial=0) < 0:
         i = int(np.argmax(lengths < 0))
@@ -381,7 +381,9 @@ def check_cu_seqlens(
             "row offsets of the sequences in order"
         )
     if offsets[-1] != rows:
-        raise ValueError(f"cu_seqlens ends at {offsets[-1]} but {of} has {rows} rows")
+        raise ValueError(
+            f"cu_seqlens ends at {offsets[-1]} but {of} has {rows} rows: give offsets up to {rows}"
+        )
     return offsets.astype(np.int64)
 
 
@@ -416,5 +418,5 @@ def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int
         )
     if counts.size and counts.min() < 0:
         worst = int(counts.argmin())
-        raise ValueError(f"loops[{worst}] = {counts[worst]} is negative: a loop count is 0 or more")
+        raise ValueError(f"loops[{worst}] = {counts[worst]} is negative: give counts of 0 or more")
     return counts.astype(np.int64)

@@ -268,8 +268,8 @@ class _ModuleIteration:
         new = saved[1]
         if new.shape != h.shape:
             raise ValueError(
-                f"the module turned a state of shape {tuple(h.shape)} into {tuple(new.shape)}: a "
-                "looped module must keep the shape"
+                f"the module changed the state's shape from {tuple(h.shape)} to {tuple(new.shape)}, "
+                "but a looped module must keep the shape"
             )
         out.copy_(new.detach())
         return saved if keep else []
@@ -307,7 +307,7 @@ class _ModuleIteration:
         if not isinstance(new, Tensor):
             raise TypeError(
                 f"the module returned a value of type {type(new).__name__}: a looped module must "
-                "return the next state alone, so wrap it in one that does"
+                "return only the next state, so wrap it in one that does"
             )
         buffers_now = dict(call.module.named_buffers())
         for name, buffer, before in buffers:

@@ -30,6 +30,6 @@ def refuse_flattened(module: nn.Module) -> None:
         managed = getattr(part, "_is_fsdp_managed_module", False)
         if managed and any(type(value) is Tensor for value in vars(part).values()):
             raise RuntimeError(
-                "FullyShardedDataParallel hands plain tensors instead of parameters, which cannot "
+                "FullyShardedDataParallel passes plain tensors instead of parameters, which cannot "
                 "be looped: use fully_shard on the whole model, or DistributedDataParallel"
             )

@@ -292,7 +292,7 @@ def mlp(
     """
     _check_shape("x", x, ("rows", up_weight.shape[-1]))
     if (activation == "swiglu") != (gate_weight is not None):
-        needs = "needs a" if activation == "swiglu" else "takes no"
+        needs = "needs a" if activation == "swiglu" else "does not support a"
         raise ValueError(f"activation {activation!r} {needs} gate_weight")
     tensors = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias}
     tensors |= _cast(

@@ -83,7 +83,7 @@ REFUSED = [
     (attention(new(5, 48)), "cu_seqlens ends at 4 but there are 5 rows"),
     (mlp(activation="tanh"), "activation 'tanh' is not one of .*gelu_tanh"),
     (mlp(activation="swiglu"), "needs a gate weight"),
-    (mlp(gate=W), "takes no gate weight"),
+    (mlp(gate=W), "does not support a gate weight"),
     (mlp(down=new(16, 47)), r"down_weight is \(16, 47\) instead of \(16, 48\)"),
     (mlp(up=W.half()), "weights are torch.float16 and torch.float32"),
     (cross_entropy(head=new(2**18 + 1, 16)), "vocabulary 262145 is not in 1..262144"),

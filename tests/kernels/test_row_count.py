@@ -188,7 +188,7 @@ def test_refusals() -> None:
         call(torch.zeros(1, dtype=torch.int32, device="meta"))
     one = torch.ones(1, dtype=torch.int32, device=DEVICE)
     wide = torch.randn(4, 520, device=DEVICE)
-    with pytest.raises(Unsupported, match="width 520 takes no row_count"):
+    with pytest.raises(Unsupported, match="width 520 does not support row_count"):
         ops.argmax(wide, wide[0], None, wide, row_count=one)
 
 

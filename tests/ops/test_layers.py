@@ -167,7 +167,7 @@ QKV = torch.ones(7, 32, device=DEVICE)
         (lambda: norm_linear(QKV, QKV[0], QKV[:, :5]), r"x has shape \(7, 32\): give \(rows, 5\)"),
         (lambda: linear_residual(QKV, QKV, QKV), r"residual has shape \(7, 32\): give \(7, 7\)"),
         (lambda: mlp(QKV, QKV[0], QKV, QKV.T, activation="swiglu"), "'swiglu' needs a gate_weight"),
-        (lambda: mlp(QKV, QKV[0], QKV, QKV.T, QKV), "'gelu_tanh' takes no gate_weight"),
+        (lambda: mlp(QKV, QKV[0], QKV, QKV.T, QKV), "'gelu_tanh' does not support a gate_weight"),
         (lambda: mlp(QKV, QKV[0], QKV, QKV.T, impl="cuda"), "impl = 'cuda' is unknown"),
     ],
 )
