@@ -1,4 +1,4 @@
-"""Evaluates the models of a run again: `python -m relay_fast.evaluate --out RUN`."""
+"""Evaluates the models of a run: `python -m relay_fast.evaluate --out RUN`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ from relay_fast.utils.lengths import parse_lengths
 from relay_fast.utils.settings import Seed, check_value
 from relay_fast.utils.tensor_files import CheckpointError
 
-# The command
-
 
 def evaluate_run(
     run: str,
@@ -41,12 +39,26 @@ def evaluate_run(
     device: str = "cpu",
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Evaluates models of a run folder again and writes RUN/evaluation.json, which it returns; as
-    far as it is after each model, so that an interruption loses one model's numbers at most.
+    """Evaluates models of a run folder and writes RUN/evaluation.json.
 
-    models: default all that are there. lengths: default from the shortest trained to the longest
-    test length of each task. seed: default the run's. display: told how far each model is. Raises
-    RunFolderError, CheckpointError, ValueError.
+    The file is updated after each model, so that an interruption loses one model's numbers at most.
+
+    Args:
+        run: The run folder.
+        models: Names of the models, by default all that are trained.
+        lengths: Lengths of the problems, by default from the shortest trained length to the longest
+            test length of each task.
+        number: Number of problems of each length.
+        seed: Selects the problems, by default the run's seed.
+        device: "cpu" or a CUDA device.
+        display: Shows the progress.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        RunFolderError, CheckpointError: The folder or a model cannot be used.
+        ValueError: An argument is invalid.
     """
     config = open_run(run).config
     seed = config.get("seed", 0) if seed is None else seed
@@ -65,7 +77,7 @@ def evaluate_run(
         "accuracy": {},
     }
     folder = open_run(run, write=True)
-    # All of them first: what cannot be loaded is said before any work.
+    # Loads all models first, so that errors come before any work.
     chosen_models = there if models is None else models
     loaded = {name: load_run_model(run, name, device) for name in chosen_models}
     for model_name, model in loaded.items():
@@ -93,7 +105,7 @@ def evaluate_run(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m relay_fast.evaluate", description="Evaluate the models of a run again."
+        "python -m relay_fast.evaluate", description="Evaluate the models of a run."
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--models", help=f"comma-separated, default all of {','.join(MODEL_NAMES)}")
@@ -105,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for bad input, 130 when interrupted."""
+    """Runs the command; the exit status is 0, 2 for bad input or 130 when interrupted."""
     with lenient_output():
         return _main(_parser().parse_args(arguments))
 
@@ -144,7 +156,7 @@ def _main(a: argparse.Namespace) -> int:
 
 __getattr__ = forward(
     __name__, "relay_fast.relay.evaluation", "relay_fast.utils.lengths"
-)  # what others took from here
+)  # old import paths
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 from relay_fast.recipes import RECIPES, load_recipe
 from relay_fast.reporting.terminal import draw_all, lenient_output, refused
+from relay_fast.reporting.text_table import text_table
 
 
 def run_recipe(
@@ -71,32 +72,11 @@ def run_recipe(
     return folder.results()
 
 
-def table_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A plain table; cells are texts, numbers (4 digits) or None, numbers to the right."""
-    cells = [[_cell(value) for value in row] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    text = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(row, widths, text, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _show(name: str, results: dict[str, Any], folder: Path) -> None:
     """The table on the terminal, the plot into the folder."""
     recipe = load_recipe(name)
     print(f"\n{name}: {RECIPES[name]}")
-    print(table_text(*recipe.rows(results["results"])))
+    print(text_table(*recipe.rows(results["results"])))
     path = folder / "plot.png"
     draw_all([(path, lambda: recipe.plot(results["results"], path))])
     print(f"results: {folder / 'results.json'}   {results['seconds']:.0f} s")
@@ -110,7 +90,7 @@ def help_text(name: str) -> str:
     recipe = load_recipe(name)
     presets = [_flat(dataclasses.asdict(preset)) for preset in recipe.PRESETS.values()]
     lines = [[key, *(json.dumps(preset[key]) for preset in presets)] for key in presets[0]]
-    table = table_text(["setting (--set)", *recipe.PRESETS], lines)
+    table = text_table(["setting (--set)", *recipe.PRESETS], lines)
     meanings = described_text(type(next(iter(recipe.PRESETS.values()))))
     return f"{recipe.__doc__}\n{table}\n\nwhat the settings mean\n{meanings}"
 

@@ -38,6 +38,7 @@ from relay_fast.recipes._common import Activation, Heads, Shapes, Training, Widt
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
+from relay_fast.utils.seeds import RECIPE_TEST_STREAM
 from relay_fast.utils.settings import Count, Share, says, settings
 
 LEVELS, MODULUS = 4, 7
@@ -45,7 +46,6 @@ ASKED, NAMES = ("last", "every"), ("letters", "whole")
 SYMBOLS = ("0", "1", "2", "3", "4", "5", "6", "#", ":=", "+", "*", ".", "?",
            *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # fmt: skip
 HASH, IS, PLUS, TIMES, STOP, ASK, LETTERS = range(7, 14)
-_TEST = 2**32  # stream of the test problems; training counts its steps from 0
 
 # Table 3 of the paper, % right, for graphs whose sizes are not known to us.
 PUBLISHED: dict[str, float] = {
@@ -211,7 +211,7 @@ def draw_problems(
 def accuracy(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str, float]:
     """Depth of a variable -> share of the answers that are right, on fresh problems; of depths that
     at least 1 % of the variables have."""
-    rng = np.random.default_rng([seed, _TEST])
+    rng = np.random.default_rng([seed, RECIPE_TEST_STREAM])
     device = model.embedding.weight.device
     right, depths = [], []
     with inference(model):

@@ -42,10 +42,10 @@ from relay_fast.recipes._common import (
 )
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
+from relay_fast.utils.seeds import RECIPE_TEST_STREAM
 from relay_fast.utils.settings import Count, Counts, Whole, settings
 
 PLUS, EQUALS, END, VOCABULARY_SIZE = 2, 3, 4, 5
-_TEST = 2**32  # stream of the test problems; training counts its steps from 0
 PUBLISHED: dict[str, Any] = {}  # plots only: near-perfect 10 and more beyond the trained lengths
 
 
@@ -185,7 +185,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Shares right with n loops, with the loop of 1..most that is most confident on all problems
     together, and on each problem by itself; which loops those were."""
-    rng = np.random.default_rng([seed, _TEST, n])
+    rng = np.random.default_rng([seed, RECIPE_TEST_STREAM, n])
     device = model.embedding.weight.device
     right, confidence = [], []
     with inference(model):

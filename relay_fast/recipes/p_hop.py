@@ -41,10 +41,10 @@ from relay_fast.recipes._compare import comparison_rows
 from relay_fast.recipes._models import classifier_loss, make_classifier
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
+from relay_fast.utils.seeds import RECIPE_TEST_STREAM
 from relay_fast.utils.settings import Count, Counts, settings
 
 TARGETS = ("every", "last")
-_TEST = 2**32  # stream of the test problems; training counts its steps from 0
 
 # Table 2 of the paper, % right: d 128, 8 heads, n = 256, 4 characters.
 PUBLISHED: dict[str, dict[int, float]] = {
@@ -203,7 +203,7 @@ def make_draw(settings: Settings, p: int | None = None) -> Callable:
 def accuracy(model: LoopedClassifier, settings: Settings, p: int, seed: int, **options) -> float:
     """Share right on `settings.problems` fresh problems with p hops; with target "every", on the
     second half of the positions. options: of `LoopedClassifier.forward`."""
-    rng = np.random.default_rng([seed, _TEST, p])
+    rng = np.random.default_rng([seed, RECIPE_TEST_STREAM, p])
     device = model.embedding.weight.device
     right = total = 0
     with inference(model):
