@@ -11,7 +11,7 @@ from typing import Any
 
 from relay_fast._moved_paths import forward
 from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.relay.evaluation import evaluate_autoregressive, evaluate_looped
+from relay_fast.relay.evaluation import Metrics, evaluate_autoregressive, evaluate_looped
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolderError, versions
 from relay_fast.reporting.progress import Display, Problems
@@ -80,27 +80,31 @@ def evaluate_run(
     # Loads all models first, so that errors come before any work.
     chosen_models = there if models is None else models
     loaded = {name: load_run_model(run, name, device) for name in chosen_models}
-    for model_name, model in loaded.items():
-        looped = isinstance(model, LoopedTransformer)
-        evaluate = evaluate_looped if looped else evaluate_autoregressive
-        accuracy, started = {}, time.monotonic()
-        options = {}
+    by_task = {}
+    for name, task in config["tasks"].items():
+        by_task[name] = lengths or range(task["train"][0], task["test"][1] + 1)
+    for name, model in loaded.items():
+        started, options = time.monotonic(), {}
         if display is not None:
-            display.start(model_name)
-            options["progress"] = lambda done, total, name=model_name: display.progress(
-                name, Problems(done, total)
-            )
-        for name in tasks:
-            entry = config["tasks"][name]
-            chosen = lengths or range(entry["train"][0], entry["test"][1] + 1)
-            by_length = evaluate(model, tasks, name, chosen, number, seed, **options)
-            accuracy[name] = {str(length): row for length, row in by_length.items()}
-        results["accuracy"][model_name] = accuracy
+            display.start(name)
+            options["progress"] = lambda *done, name=name: display.progress(name, Problems(*done))
+        results["accuracy"][name] = _accuracy(model, tasks, by_task, number, seed, options)
         results["complete"] = len(results["accuracy"]) == len(loaded)
         folder.write("evaluation.json", results)
         if display is not None:
-            display.finish(model_name, time.monotonic() - started)
+            display.finish(name, time.monotonic() - started)
     return results
+
+
+def _accuracy(model, tasks, lengths, number, seed, options) -> dict[str, dict[str, Metrics]]:
+    """Evaluates one model on the `lengths` of each task; returns {task: {length: metrics}}."""
+    looped = isinstance(model, LoopedTransformer)
+    evaluate = evaluate_looped if looped else evaluate_autoregressive
+    accuracy = {}
+    for name in tasks:
+        by_length = evaluate(model, tasks, name, lengths[name], number, seed, **options)
+        accuracy[name] = {str(length): metrics for length, metrics in by_length.items()}
+    return accuracy
 
 
 def _parser() -> argparse.ArgumentParser:

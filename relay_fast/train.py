@@ -69,22 +69,10 @@ def train(
     refuse_foreign(out)
     folder = RunFolder(out, config)
     call = _Call(folder, device)
-
-    def done(name: str, result: Mapping[str, Any]) -> None:
-        longest = folder.results().get("longest_true_problem", {})
-        part = dict(result["result"])
-        for task, length in part.pop("longest_true_problem", {}).items():
-            longest[task] = max(length, longest.get(task, 0))
-        folder.update_results(
-            {**part, "longest_true_problem": longest, "seconds": {name: result["seconds"]}}
-        )
-        call.record(name)
-        folder.mark_done(name, {"seconds": result["seconds"]})
-
     try:
         with Display() as display:
             run_pipeline(
-                folder, names, display, device=device, impl=impl, minutes=minutes, done=done
+                folder, names, display, device=device, impl=impl, minutes=minutes, done=call.finish
             )
     except BaseException:
         call.record()
@@ -127,6 +115,18 @@ class _Call:
         self.call: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
         self.call |= {key: self.versions[key] for key in ("device_name", "torch", "commit")}
         self.call["finished"] = []
+
+    def finish(self, stage: str, result: Mapping[str, Any]) -> None:
+        """Writes the results of a stage that has just finished."""
+        longest = self.folder.results().get("longest_true_problem", {})
+        part, seconds = dict(result["result"]), result["seconds"]
+        for task, length in part.pop("longest_true_problem", {}).items():
+            longest[task] = max(length, longest.get(task, 0))
+        self.folder.update_results(
+            {**part, "longest_true_problem": longest, "seconds": {stage: seconds}}
+        )
+        self.record(stage)
+        self.folder.mark_done(stage, {"seconds": seconds})
 
     def record(self, stage: str | None = None) -> None:
         """Updates results.json; `stage` is the one that has just finished, if any."""

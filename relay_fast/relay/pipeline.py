@@ -56,7 +56,6 @@ def with_needs(names: Iterable[str]) -> list[str]:
     return [name for name in STAGE_DEPENDENCIES if name in wanted]
 
 
-# Long: one loop over the running stages, whose state it holds.
 def run_pipeline(
     folder: RunFolder,
     names: Iterable[str],
@@ -90,43 +89,22 @@ def run_pipeline(
     waiting = _unfinished(folder, names)
     _warn_of_lost_results(folder, [name for name in names if name not in waiting])
     _clear(folder, (name for name in names if name not in waiting and folder.stage_done(name)))
-    most = max(1, int(folder.config["workers"]))
-    threads = usable_threads(most)  # for any number of stages: rounding depends on it
-    task = (str(folder.path), folder.config, device, impl)
-    workers: list[Worker] = []
-    busy = lambda: [worker for worker in workers if worker.label]
-    with interrupts_deferred() as asked:
+    team = _Team(folder, display, waiting, device, impl, done)
+    with interrupts_deferred() as interrupted:
         try:
-            while waiting or busy():
-                blocked = {*waiting, *(worker.label for worker in busy())}
-                for name in _ready(waiting, blocked, most - len(busy())):
-                    waiting.remove(name)
-                    idle = [worker for worker in workers if not worker.label]
-                    if not idle:
-                        idle = [Worker(partial(_initialize, threads))]
-                        workers += idle
-                    idle[0].run(name, _run, *task, name)
-                    display.start(name)
-                listen(workers, seconds=0.2)
-                for worker in busy():
-                    stage = worker.label
-                    for kind, value in worker.messages():
-                        if kind == "progress":
-                            display.progress(stage, value)
-                        else:
-                            display.finish(stage, value["seconds"])
-                            done(stage, value)
-                            _clear(folder, [stage])
-                if asked():
+            while waiting or team.running():
+                team.start_ready()
+                team.handle_messages()
+                if interrupted():
                     raise KeyboardInterrupt
                 if time.monotonic() > deadline:
                     raise OutOfTime
         except BaseException as error:
-            running = " and ".join(worker.label for worker in busy())
-            stop(workers, interrupt=True)
+            running = " and ".join(team.running())
+            stop(team.workers, interrupt=True)
             if isinstance(error, Diverged):
-                folder.update_results({"history": {stage: error.history}})
-            if isinstance(error, WorkerDied) and asked():  # it was interrupted as this process was
+                folder.update_results({"history": {team.handled: error.history}})
+            if isinstance(error, WorkerDied) and interrupted():  # the signal reached it too
                 raise KeyboardInterrupt from None
             if isinstance(error, Killed):
                 raise WorkerDied(
@@ -134,7 +112,56 @@ def run_pipeline(
                     f"same command continues this run."
                 ) from error
             raise
-        stop(workers, interrupt=False)
+        stop(team.workers, interrupt=False)
+
+
+class _Team:
+    """The worker processes of a run, and the stages that wait for one.
+
+    Attributes:
+        workers: The processes, idle ones included.
+        handled: The stage whose messages were read last.
+    """
+
+    def __init__(self, folder, display, waiting: list[str], device: str, impl: str, done):
+        """Starts no process; `waiting` shrinks as stages start, see `run_pipeline` for the rest."""
+        self.workers: list[Worker] = []
+        self.handled = ""
+        self._folder, self._display, self._waiting, self._done = folder, display, waiting, done
+        self._most = max(1, int(folder.config["workers"]))
+        threads = usable_threads(self._most)  # for any number of stages: rounding depends on it
+        self._initialize = partial(limit_threads, threads)
+        self._task = (str(folder.path), folder.config, device, impl)
+
+    def running(self) -> list[str]:
+        """Returns the stages that run."""
+        return [worker.label for worker in self.workers if worker.label]
+
+    def start_ready(self) -> None:
+        """Starts stages whose dependencies are done, as many as there may be workers."""
+        running = self.running()
+        room = self._most - len(running)
+        for name in _ready(self._waiting, {*self._waiting, *running}, room):
+            self._waiting.remove(name)
+            worker = next((worker for worker in self.workers if not worker.label), None)
+            if worker is None:
+                worker = Worker(self._initialize)
+                self.workers.append(worker)
+            worker.run(name, _run, *self._task, name)
+            self._display.start(name)
+
+    def handle_messages(self) -> None:
+        """Waits shortly for messages and acts on them; raises the errors of stages."""
+        listen(self.workers, seconds=0.2)
+        for worker in [worker for worker in self.workers if worker.label]:
+            self.handled = worker.label
+            for kind, value in worker.messages():
+                if kind == "progress":
+                    self._display.progress(self.handled, value)
+                else:
+                    self._display.finish(self.handled, value["seconds"])
+                    self._done(self.handled, value)
+                    _clear(self._folder, [self.handled])
 
 
 def _unfinished(folder: RunFolder, names: list[str]) -> list[str]:
@@ -186,17 +213,10 @@ def _ready(waiting: list[str], unfinished: set[str], room: int) -> list[str]:
     return [name for name in waiting if unfinished.isdisjoint(STAGE_DEPENDENCIES[name])][:room]
 
 
-# In the worker processes
-
-
-def _initialize(threads: int) -> None:
-    limit_threads(threads)
-
-
 def _run(
     path: str, config: dict, device: str, impl: str, name: str, *, on_progress: Callable
 ) -> dict:
-    """One stage, in a worker: its part of results.json and the seconds it took."""
+    """Runs one stage, in a worker; returns its part of results.json and its seconds."""
     started = time.monotonic()
     result = run_stage(Context(Path(path), config, device, impl), name, on_progress)
     return {"result": result, "seconds": round(time.monotonic() - started, 2)}

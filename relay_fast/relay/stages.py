@@ -171,7 +171,7 @@ class Context:
         return BatchFormat(kind, **{k: settings[k] for k in names if k in settings})
 
     def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
-        """Saves a trained model; returns its training's part of results.json."""
+        """Saves the model `name` after training; returns the training's part of results.json."""
         save_model(model_path(self.folder, name), model, {"seed": self.seed, "stage": name})
         return {
             "history": {name: trained.history},

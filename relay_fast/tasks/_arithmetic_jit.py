@@ -99,7 +99,15 @@ def _leftmost(work, size):
 def solve(work, size, prime, inverse, rounds, round_offsets, r):
     """Collapses the expression work[:size] in place and appends every round to `rounds`.
 
-    round_offsets[r] must hold the tokens used so far; round_offsets[r + 1], … are written.
+    Args:
+        work: Tokens, overwritten.
+        size: Tokens of the expression.
+        prime: The modulus.
+        inverse: (prime,) inverses modulo `prime`.
+        rounds: Receives the tokens of the rounds.
+        round_offsets: round_offsets[r] is the number of tokens used so far; the next are written.
+        r: Index of the first round.
+
     Returns the index of the round after the last, or -1 if a divisor is zero (round_offsets is then
     valid up to the last complete round).
     """

@@ -60,7 +60,12 @@ def _draw(state, n, alphabet, letters, first, second):
 def solve(first, second, insert, delete, replace, border, rounds, round_offsets, r):
     """Appends the rows of the table to `rounds`; returns the index of the round after the last.
 
-    round_offsets[r] must hold the tokens used so far; round_offsets[r + 1], … are written.
+    Args:
+        first, second: Letters of the strings.
+        insert, delete, replace, border: Costs.
+        rounds: Receives the tokens of the rounds.
+        round_offsets: round_offsets[r] is the number of tokens used so far; the next are written.
+        r: Index of the first round.
     """
     row = np.arange(len(second) + 1) * border
     cursor = round_offsets[r]

@@ -45,7 +45,12 @@ def _draw(state, low, high, max_runs, places, planted, values):
 def solve(values, group, rounds, round_offsets, r):
     """Appends the rounds to `rounds`; returns (index of the round after the last, longest length).
 
-    round_offsets[r] must hold the tokens used so far; round_offsets[r + 1], … are written.
+    Args:
+        values: The sequence.
+        group: Values in a round.
+        rounds: Receives the tokens of the rounds.
+        round_offsets: round_offsets[r] is the number of tokens used so far; the next are written.
+        r: Index of the first round.
     """
     n = len(values)
     smallest_end = np.empty(n, np.int64)  # of the increasing subsequences of length k + 1

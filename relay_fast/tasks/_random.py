@@ -27,7 +27,12 @@ def _next(state):
 
 @compiled
 def start_stream(state, seed, stream, index):
-    """Sets `state` to the start of sample `index` of `stream`; the three numbers are uint64."""
+    """Sets `state` to the start of a sample's random numbers.
+
+    Args:
+        state: (1,) uint64, overwritten.
+        seed, stream, index: uint64 keys.
+    """
     state[0] = seed
     state[0] = _next(state) ^ stream
     state[0] = _next(state) ^ index

@@ -44,8 +44,7 @@ def override(
     Args:
         config: A preset.
         tasks: The tasks to keep, by default all.
-        steps: Steps of every training stage; generated sets shrink to about one batch of problems,
-            at least one of each length.
+        steps: Steps of every training stage; generated sets shrink to about one batch.
         batch_size: Batch size of every training stage.
         eval_problems: Problems of each length in evaluation.
         seed: The run's seed.
@@ -76,26 +75,31 @@ def override(
     if seed is not None:
         check_value("seed", seed, Seed)
     if batch_size is not None:
-        for recipe in (config["training"], *config["stages"].values()):
-            recipe.pop("batch_tokens", None)
-            if "batch_size" in recipe or recipe is config["training"]:
-                recipe["batch_size"] = batch_size
+        for stage in (config["training"], *config["stages"].values()):
+            stage.pop("batch_tokens", None)
+            if "batch_size" in stage or stage is config["training"]:
+                stage["batch_size"] = batch_size
     if steps is not None:
-        size = config["training"]["batch_size"]
-        for recipe in config["stages"].values():
-            for key in ("epochs", "token_iterations"):
-                recipe.pop(key, None)
-            recipe["steps"] = steps
-        for task in config["tasks"].values():
-            task["merge_inside"] = min(task["merge_inside"], steps * size)
-            for key in ("merge_beyond", "self_counts"):
-                share = max(1, size // len(task[key]))
-                task[key] = [min(n, share) for n in task[key]]
+        _set_steps(config, steps)
     if eval_problems is not None:
         config["evaluation"]["problems"] = eval_problems
     if seed is not None:
         config["seed"] = seed
     return config
+
+
+def _set_steps(config: dict[str, Any], steps: int) -> None:
+    """Sets the steps of every stage and reduces the generated sets to about a batch, in place."""
+    size = config["training"]["batch_size"]
+    for stage in config["stages"].values():
+        for key in ("epochs", "token_iterations"):
+            stage.pop(key, None)
+        stage["steps"] = steps
+    for task in config["tasks"].values():
+        task["merge_inside"] = min(task["merge_inside"], steps * size)
+        for key in ("merge_beyond", "self_counts"):
+            share = max(1, size // len(task[key]))
+            task[key] = [min(n, share) for n in task[key]]
 
 
 def recipe(config: dict[str, Any], stage: str) -> dict[str, Any]:
