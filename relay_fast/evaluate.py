@@ -18,6 +18,7 @@ from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
 from relay_fast.training.model_files import (
+    Model,
     check_device,
     load_run_model,
     model_path,
@@ -65,9 +66,7 @@ def evaluate_run(
     check_value("seed", seed, Seed)
     check_device(device)
     _, tasks = run_tasks(config)
-    there = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
-    if models is None and not there:
-        raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
+    loaded = _load_models(run, models, device)
     results = {
         "config": config,
         "seed": seed,
@@ -77,9 +76,6 @@ def evaluate_run(
         "accuracy": {},
     }
     folder = open_run(run, write=True)
-    # Loads all models first, so that errors come before any work.
-    chosen_models = there if models is None else models
-    loaded = {name: load_run_model(run, name, device) for name in chosen_models}
     by_task = {}
     for name, task in config["tasks"].items():
         by_task[name] = lengths or range(task["train"][0], task["test"][1] + 1)
@@ -94,6 +90,15 @@ def evaluate_run(
         if display is not None:
             display.finish(name, time.monotonic() - started)
     return results
+
+
+def _load_models(run: str, models: Sequence[str] | None, device: str) -> dict[str, Model]:
+    """Loads all models before the first evaluation, so that errors come early."""
+    if models is None:
+        models = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
+        if not models:
+            raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
+    return {name: load_run_model(run, name, device) for name in models}
 
 
 def _accuracy(model, tasks, lengths, number, seed, options) -> dict[str, dict[str, Metrics]]:

@@ -23,14 +23,14 @@ from relay_fast.relay.stages import STAGE_DEPENDENCIES, Context
 from relay_fast.reporting.progress import Display
 from relay_fast.reporting.terminal import draw_all, lenient_output, refused
 from relay_fast.training.model_files import check_device
-from relay_fast.utils.deprecation import renamed
+from relay_fast.utils.deprecation import renamed_keywords
 from relay_fast.utils.errors import RunStopped
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.settings import check, described_text
 from relay_fast.utils.tensor_files import CheckpointError
 
 
-@renamed(report="print_table")
+@renamed_keywords(report="print_table")
 def train(
     config: Mapping[str, Any],
     out: str | Path,
