@@ -7,7 +7,7 @@ shuffled:
     E#I := 4. K#N := 3 * I#N + J#O. ... I#N?
 
 The answer is the value of the last variable mod 7, one token (chance 1/7). The paper's 24.5 % for
-one layer implies that only the answer is trained, without a chain; so it is here.
+one layer implies that only the answer is trained, without a chain, as it is here.
 
 The constants of the paper's sampler are not known. Here there are 4 levels of `width` entities,
 named by different letters; the variables are different, equally likely edges; in a hidden order, a

@@ -263,7 +263,7 @@ def _commit() -> str | None:
     Outside a checkout it is the environment variable RELAY_FAST_COMMIT, or None.
     """
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an installed package may lie inside somebody's repository
+    if not (root / ".git").exists():  # an installed package may lie inside another repository
         return os.environ.get("RELAY_FAST_COMMIT")
     git = ["git", "-C", str(root)]
     try:

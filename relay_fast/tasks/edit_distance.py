@@ -36,7 +36,7 @@ class EditDistance(Task):
     Sampling: s1 has exactly L letters of the subset. With probability 0.4 s2 is random with a
     length uniform in L-3..L+2, otherwise it is s1 after d random edits (delete, replace and insert
     equally likely; a string of two letters or less grows instead of shrinking). The pair, with its
-    subset, is drawn again if the strings are equal or s2 has not L..L+2 letters: a shorter s2 would
+    subset, is drawn again if the strings are equal or s2 is outside L..L+2: a shorter s2 would
     come first, and the length would not be L. d is uniform in 1..L and drawn once, as in Feng's
     code, so redrawing does not change its distribution.
 

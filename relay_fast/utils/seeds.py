@@ -1,7 +1,7 @@
 """Offsets that keep the random problems of training, evaluation and datasets apart.
 
-Training uses seeds below 2^40 (1000 times the run's seed plus a stream number); evaluation and
-datasets add an offset to their seed, so that no problem is drawn twice.
+Training uses 1000 times the run's seed plus the number of a stream; evaluation and datasets add a
+large offset to their seed. (Short problems are few and still occur in several of them.)
 """
 
 EVAL_SEED_OFFSET = 1 << 40
