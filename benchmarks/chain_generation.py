@@ -35,6 +35,7 @@ from relay_fast.decoding.autoregressive import decode  # noqa: E402
 from relay_fast.decoding.chains import generate_looped_chains, read_batch  # noqa: E402
 from relay_fast.functional import supports  # noqa: E402
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer  # noqa: E402
+from relay_fast.reporting.text_table import text_table  # noqa: E402
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks  # noqa: E402
 from relay_fast.tasks.vocabulary import EOS  # noqa: E402
 
@@ -344,10 +345,7 @@ def print_ratios(rows: list[dict]) -> None:
 
 
 def show(rows: list[dict]) -> None:
-    cells = [COLUMNS, *([str(row[c]) for c in COLUMNS] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    for line in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+    print(text_table(COLUMNS, [[str(row[c]) for c in COLUMNS] for row in rows]))
 
 
 def plot(rows: list[dict], path: Path) -> None:

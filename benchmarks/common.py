@@ -26,6 +26,7 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.plan import Plan
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.reporting.text_table import text_table
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
 from relay_fast.utils.ragged import lengths_to_offsets
 
@@ -459,10 +460,7 @@ def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
 
 def show(rows: list[dict[str, object]]) -> None:
     """The rows as a table."""
-    cells = [COLUMNS, *([str(row[c]) for c in COLUMNS] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    for line in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+    print(text_table(COLUMNS, [[str(row[c]) for c in COLUMNS] for row in rows]))
 
 
 def arguments(description: str, default_csv: str) -> argparse.ArgumentParser:

@@ -115,7 +115,7 @@ def test_without_matplotlib_the_rest_is_there(finished, capsys, monkeypatch) -> 
     out, warning = capsys.readouterr()
     assert "plots need matplotlib" in warning and warning.count("\n") == 1
     assert "pip install relay_fast[train]; the same" in warning
-    assert "whole chain right" in out and "results:" in out
+    assert "whole chain correct" in out and "results:" in out
 
 
 def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
@@ -129,7 +129,7 @@ def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
         assert (finished / f"{name}.safetensors").stat().st_mtime_ns == time_ns
     out = capsys.readouterr().out
     assert "started" not in out
-    assert "whole chain right" in out and "results:" in out  # the table is shown again
+    assert "whole chain correct" in out and "results:" in out  # the table is shown again
     assert main([*SMALL, "--no-report", "--out", str(finished)]) == 0
     assert not capsys.readouterr().out
 
@@ -495,7 +495,6 @@ def test_stages_that_write_chains_say_how_far_they_are(finished, stage) -> None:
 
 
 def test_bars_on_a_terminal(monkeypatch, capsys) -> None:
-    pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with Display() as display:
         display.start("ar_baseline")

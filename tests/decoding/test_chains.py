@@ -14,7 +14,6 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding import chains
 from relay_fast.decoding.autoregressive import Decoded
 from relay_fast.decoding.chains import (
-    UNSEEN,
     generate_ar_chains,
     generate_looped_chains,
     generate_scored,
@@ -28,6 +27,7 @@ from relay_fast.tasks.verify import verify_chains
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD
 from relay_fast.training.model_files import model_path, save_model
 from relay_fast.utils.ragged import lengths_to_offsets
+from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 from tests.support.memory import peak_bytes
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
@@ -366,7 +366,7 @@ def test_unseen_problems_are_nested_and_far_from_training_seeds():
     task = TASKS["arithmetic"]
     few, many = unseen_problems(task, 5, 3, seed=2), unseen_problems(task, 5, 9, seed=2)
     assert np.array_equal(few.problem, many.take(slice(0, 3)).problem)
-    assert np.array_equal(few.problem, task.sample([5] * 3, 2 + UNSEEN).problem)
+    assert np.array_equal(few.problem, task.sample([5] * 3, 2 + EVAL_SEED_OFFSET).problem)
 
 
 def test_chain_text_marks_each_round():
