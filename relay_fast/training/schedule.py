@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DECAYS = ("linear", "cosine", "late", "constant")
+from relay_fast.utils.deprecation import current_value
+
+DECAYS = ("linear", "cosine", "wsd", "constant")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Schedule:
     decay: str = "linear"
 
     def __post_init__(self) -> None:
+        decay = current_value("decay", self.decay, stacklevel=3)  # the caller of __init__
+        object.__setattr__(self, "decay", decay)
         if self.decay not in DECAYS:
             raise ValueError(f"decay = {self.decay!r} is unknown: use one of {', '.join(DECAYS)}")
 
@@ -52,6 +56,6 @@ class Schedule:
             return warm * (1 - p)
         if self.decay == "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * p))
-        if self.decay == "late":
+        if self.decay == "wsd":
             return warm * min(1.0, (1 - p) / 0.4)
         return warm

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from relay_fast.utils.deprecation import current_config
+
 _ABSENT = object()
 _PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<pid>\d+)\.partial(\.\w+)?")  # as `replacing` names it
 
@@ -145,8 +147,8 @@ def first_differences(found: list[str], most: int = 3) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What `value` reads as after a trip through JSON (tuples as lists, keys as strings)."""
-    return json.loads(json_text(value))
+    """Returns `value` after a round trip through JSON, its settings under their current names."""
+    return current_config(json.loads(json_text(value)))
 
 
 def _differing_leaves(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:

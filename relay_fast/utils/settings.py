@@ -13,6 +13,7 @@ import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from typing import (
     Annotated,
     Any,
@@ -25,9 +26,19 @@ from typing import (
     get_origin,
 )
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError
+
+from relay_fast.utils.deprecation import current_config, current_value
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -108,7 +119,11 @@ Betas = Annotated[
     Field(min_length=2, max_length=2, strict=False),
     says("two numbers, like [0.9, 0.95]"),
 ]
-Decay = Literal["linear", "cosine", "late", "constant"]  # of relay_fast.training.schedule.DECAYS
+# Those of relay_fast.training.schedule.DECAYS.
+Decay = Annotated[
+    Literal["linear", "cosine", "wsd", "constant"],
+    BeforeValidator(partial(current_value, "decay")),
+]
 
 # What every training knows, of RELAY and of the recipes.
 Steps = Annotated[Count, Field(description="steps of the training")]
@@ -157,7 +172,7 @@ def changed(values: Mapping[str, Any], changes: Sequence[str], schema: type) -> 
     copy = json.loads(json.dumps(values))
     for change in changes:
         _put(copy, change, schema)
-    return copy
+    return current_config(copy, warn=True)
 
 
 def with_changes(values: T, changes: Sequence[str]) -> T:

@@ -34,7 +34,7 @@ def test_a_tokens_memory_is_what_a_pass_takes(options):
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         with inference(model):
-            model.read(batch)
+            model.predict_rounds(batch)
     events = profile.profiler.kineto_results.events()
     sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peak = np.cumsum([size for _, size in sizes]).max() - 8 * batch.plan.token_iterations

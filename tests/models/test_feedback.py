@@ -303,7 +303,7 @@ def test_carried_states_with_true_rounds_or_its_own(truth: float) -> None:
     samples, plan, total = mixed(), batch.plan, 0.0
     extra = np.random.default_rng(3).integers(0, 5, len(samples))
     feed = _true_feed(samples, PackedBatch.side_by_side(samples, TASKS, extra_pad=extra))
-    read, answers = model.read(batch)
+    read, answers = model.predict_rounds(batch)
     head = (model.norm.weight, model.chain_head.weight)
     for k, i in enumerate(batch.order.tolist()):
         rows = slice(int(plan.offsets[k]), int(plan.offsets[k + 1]))
@@ -367,7 +367,7 @@ def test_random_positions_ascend_inside_the_range_and_are_spread_without_an_rng(
 
 def test_a_small_model_learns_and_is_saved(tmp_path) -> None:
     task = build_tasks(["arithmetic"], VOCABULARY, arithmetic={"prime": 3, "operators": "+"})
-    schedule = Schedule.by_steps(60, warmup=0.1, decay="late")
+    schedule = Schedule.by_steps(60, warmup=0.1, decay="wsd")
     stream = TruthStream(
         task, {"arithmetic": (1, 3)}, BatchFormat("looped", feedback=True), schedule,
         batch_size=32, seed=0, lengths="uniform",
@@ -454,7 +454,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="learns from true rounds .* PackedBatch.side_by_side"):
         new_model().loss(PackedBatch.looped(samples, TASKS))
     with pytest.raises(ValueError, match=r"make the batch with PackedBatch.looped\(..., feedback"):
-        new_model().read(PackedBatch.looped(samples, TASKS))
+        new_model().predict_rounds(PackedBatch.looped(samples, TASKS))
     with pytest.raises(ValueError, match='answers only .* use feedback = "none"'):
         LoopedTransformer(new_model().config, supervise="answer")
     block = BlockConfig(D, 2, 1)
