@@ -1,4 +1,4 @@
-"""Collates samples into packed batches for the looped and the autoregressive model."""
+"""Collation of samples into packed batches for the looped and the autoregressive model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 WEIGHTINGS = ("sequence", "row")
 
 
-# Long: the arrays of a batch are built in one go, each from the ones before it.
+# Long: each array of the batch is computed from the ones before it.
 def collate_looped(
     samples: Samples,
     tasks: Mapping[str, Task],
@@ -59,7 +59,7 @@ def collate_looped(
     ]
     tokens[plan.offsets[:-1]] = s.problem[s.problem_offsets[:-1]]
 
-    # Rounds, iteration-major: the boundary <pad> and then the round's tokens.
+    # Rounds, iteration-major: the boundary <pad>, then the round's tokens.
     owner = np.repeat(np.arange(len(s)), s.loops)
     iteration = np.arange(len(owner)) - s.first_round[owner]
     major = np.lexsort((owner, iteration))
@@ -177,9 +177,12 @@ def collate_autoregressive(
     weighting: str = "sequence",
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The autoregressive model's batch: whole sequences, targets after the problem.
+    """Makes the autoregressive model's batch: whole sequences with targets after the problem.
 
-    Options and errors are those of `collate_looped`.
+    Args:
+        samples: S samples.
+        tasks, task_weights, weighting, device: as in `collate_looped`, which raises the same
+            errors.
     """
     _check_weighting(weighting, task_weights)
     sequence, offsets, prompts = samples.sequences(tasks)
@@ -216,7 +219,7 @@ def _check_weighting(weighting: str, task_weights: Mapping[str, float] | None) -
 
 
 def _largest(*tokens: np.ndarray) -> int:
-    """The largest token id."""
+    """Returns the largest token id; raises ValueError for a negative one."""
     least = min(int(part.min(initial=0)) for part in tokens)
     if least < 0:
         raise ValueError(f"token {least} is negative: token ids are 0 or more")
@@ -224,6 +227,6 @@ def _largest(*tokens: np.ndarray) -> int:
 
 
 def _task_weights(samples: Samples, task_weights: Mapping[str, float] | None) -> np.ndarray:
-    """w_task of each sample."""
+    """Returns each sample's task weight (S,)."""
     table = np.array([(task_weights or {}).get(name, 1.0) for name in TASK_NAMES])
     return table[samples.task]

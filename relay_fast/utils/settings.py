@@ -119,11 +119,7 @@ Betas = Annotated[
     Field(min_length=2, max_length=2, strict=False),
     says("two numbers, like [0.9, 0.95]"),
 ]
-# Those of relay_fast.training.schedule.DECAYS.
-Decay = Annotated[
-    Literal["linear", "cosine", "wsd", "constant"],
-    BeforeValidator(partial(current_value, "decay")),
-]
+Decay = Literal["linear", "cosine", "wsd", "constant"]  # of relay_fast.training.schedule.DECAYS
 
 # What every training knows, of RELAY and of the recipes.
 Steps = Annotated[Count, Field(description="steps of the training")]
@@ -135,7 +131,11 @@ MuonRate = Annotated[
 WeightDecay = Annotated[NotNegative, Field(description="weight decay, of matrices only")]
 BetaPair = Annotated[Betas, Field(description="AdamW's two moving averages")]
 Warmup = Annotated[Share, Field(description="share of the steps until the full learning rate")]
-DecayKind = Annotated[Decay, Field(description="how the learning rate falls afterwards")]
+DecayKind = Annotated[
+    Decay,
+    BeforeValidator(partial(current_value, "decay")),
+    Field(description="how the learning rate falls afterwards"),
+]
 Clip = Annotated[Positive, Field(description="the largest norm of the gradient")]
 Ema = Annotated[
     Below1, Field(description="decay of the averaged weights that are kept; without it, no average")

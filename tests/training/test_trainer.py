@@ -290,13 +290,24 @@ def test_a_state_that_counts_neither_samples_nor_waiting_continues(tmp_path, mon
     path = tmp_path / "state.safetensors"
     assert run(path, stop_at=3) is None
     tensors, metadata = load_checkpoint(path)
-    for name in ("samples", "waited", "parts"):
+    for name in ("samples", "data_wait_seconds", "parts"):
         metadata.pop(name, None)
     metadata["history"] = [{"step": h["step"], "loss": h["loss"]} for h in metadata["history"]]
     save_checkpoint(path, tensors, metadata)
     _, trained = run(path)
     assert trained.samples == 5 * 8 and trained.history[-1]["step"] == 8
     assert len(type(trained).of_phases([trained]).history) == 8
+
+
+def test_the_waiting_of_a_state_under_its_old_name_counts_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("relay_fast.training.trainer.LOG_EVERY", 0.0)
+    path = tmp_path / "state.safetensors"
+    assert run(path, stop_at=3) is None
+    tensors, metadata = load_checkpoint(path)
+    metadata["waited"] = metadata.pop("data_wait_seconds") + 1000
+    save_checkpoint(path, tensors, metadata)
+    _, trained = run(path)
+    assert 1000 < trained.data_wait_seconds < 1000 + trained.seconds
 
 
 def test_what_phases_took_together() -> None:
