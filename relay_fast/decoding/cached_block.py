@@ -34,10 +34,18 @@ class _StepPlan:
 
 
 class CachedBlock(BlockIteration):
-    """A BlockIteration whose tokens, positions and ops are set anew for each decoding step.
+    """A BlockIteration whose tokens, positions and ops are set for each decoding step.
 
     RoPE's tables of positions 0..length − 1 are computed once. The layout of its row ranges is
     None: the attention in its ops gets the layout from the cache.
+
+    Args:
+        config: of the block.
+        parameters: the block's parameters by name.
+        length: positions of the cache.
+        ops: the ops of the block.
+        dtype: in which the block computes.
+        device: where the parameters are.
     """
 
     def __init__(
@@ -139,7 +147,7 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 def lean_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str, dtype: torch.dtype
 ) -> Tensor:
-    """Computes `norm_fwd_ref` with fewer kernel launches."""
+    """Computes `norm_fwd_ref`, which has the same arguments, with fewer kernel launches."""
     if kind != "rms":
         return norm_fwd_ref(x, weight, bias, eps, kind, dtype)
     x = upcast(x)
@@ -152,7 +160,10 @@ def lean_norm(
 def lean_argmax(
     h: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, eps: float, kind: str
 ) -> Tensor:
-    """Computes `argmax_ref` with fewer kernel launches; of equal logits the first counts."""
+    """Computes `argmax_ref`, which has the same arguments, with fewer kernel launches.
+
+    Of equal logits the first counts.
+    """
     if len(h) * len(head) > CHUNK_LOGITS:
         return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)
     y = lean_norm(h, norm_weight, norm_bias, eps, kind, head.dtype)

@@ -24,7 +24,7 @@ from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 # Problem tokens per batch: what fits into a CPU's caches (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
-UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they never meet
+UNSEEN = 1 << 40  # added to a seed: the streams of training use smaller seeds
 NO_TOKENS = np.zeros(0, np.int32)
 
 Model = LoopedTransformer | AutoregressiveTransformer
@@ -42,7 +42,7 @@ def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
     """Draws problems of one length from a stream that training does not use.
 
     They depend on the task's parameters, the length and the seed only, so every model gets the
-    same. There are few short problems: these occur in training all the same.
+    same. There are few short problems, so these do occur in training.
 
     Args:
         task: draws the problems.
@@ -111,7 +111,14 @@ def generate_looped_chains(
 def generate_scored(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> tuple[Samples, ChainLogProbs]:
-    """Returns what `generate_looped_chains` does, and the log-probability of every token of it."""
+    """Generates chains together with the log-probability of every token.
+
+    Args:
+        model, problems, tasks, options: as in `generate_looped_chains`.
+
+    Returns:
+        What `generate_looped_chains` returns, and the log-probabilities.
+    """
     parts = list(_stream(model, problems, tasks, True, **options))
     written = in_callers_order([(chosen, samples) for chosen, samples, _ in parts], problems)
     # Log-probabilities take the tokens' places in samples, so that both are reordered alike.
@@ -366,7 +373,11 @@ def _read_texts(
 
 
 def read_answers(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
-    """Parses the answers (S,) int32 of decoded text, NO_ANSWER where there is none."""
+    """Parses the answers (S,) int32 of decoded text, NO_ANSWER where there is none.
+
+    Args:
+        decoded, problems, tasks: as in `parse_chains`.
+    """
     texts = _read_texts(decoded, problems, tasks)
     return np.fromiter((answer for _, answer in texts), np.int32, len(problems))
 

@@ -57,7 +57,13 @@ class KVCache:
         self._slot = 0
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
-        """Copies the first `length` positions of the rows `sources` to the rows `targets`."""
+        """Copies cache rows.
+
+        Args:
+            sources: (n,) the rows to copy.
+            targets: (n,) the rows to overwrite.
+            length: positions to copy.
+        """
         self._both[:, :, targets, :, :length] = self._both[:, :, sources, :, :length]
 
     def repeat(self, rows: Tensor, positions: Tensor, first: int, last: int) -> None:
@@ -108,7 +114,12 @@ class KVCache:
     def steps(
         self, ops: Ops, slices: Sequence[CacheSlice], positions: Tensor, first_slot: int = 0
     ) -> Iterator[Ops]:
-        """Yields what `step` returns for each row of `positions` (steps, A)."""
+        """Yields what `step` returns for each of several steps.
+
+        Args:
+            ops, slices, first_slot: as in `step`.
+            positions: (steps, A) where the new tokens of each step go.
+        """
         sizes = [s.last - s.first for s in slices]
         targets = self._targets(gather_rows(self._first, slices), positions)
         pasts = [self._past(s) for s in slices]

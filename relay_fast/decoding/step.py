@@ -85,7 +85,13 @@ class Stepper:
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def prefill(self, prompts: np.ndarray, lengths: np.ndarray, first_row: int) -> None:
-        """Feeds packed prompts into the rows from `first_row` on; chooses the token after each."""
+        """Feeds prompts and chooses the token after each.
+
+        Args:
+            prompts: packed token ids.
+            lengths: (n,) tokens of each prompt.
+            first_row: cache row of the first prompt; the others follow.
+        """
         ends = np.cumsum(lengths)
         for chosen in pieces(lengths, PREFILL_TOKENS[self.device.type]):
             begin, end = ends[chosen[0]] - lengths[chosen[0]], ends[chosen[-1]]
@@ -115,7 +121,13 @@ class Stepper:
             yield self._captured[covering]()
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copies rows and the first `length` positions of their cache; no row may be both."""
+        """Copies cache rows with their tokens and positions.
+
+        Args:
+            sources: the rows to copy.
+            targets: the rows to overwrite; none of them is among the sources.
+            length: cache positions to copy.
+        """
         from_, to = (torch.as_tensor(rows, device=self.device) for rows in (sources, targets))
         self.cache.move(from_, to, length)
         for state in self._states:

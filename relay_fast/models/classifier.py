@@ -128,7 +128,11 @@ class LoopedClassifier(nn.Module):
     def row_losses(
         self, tokens: Tensor, rows: Tensor, targets: Tensor, **options
     ) -> tuple[Tensor, Tensor]:
-        """Computes cross-entropies (R,) and whether each argmax is correct (R,); see `loss`."""
+        """Computes cross-entropies (R,) and whether each argmax is correct (R,).
+
+        Args:
+            tokens, rows, targets, options: as in `loss`.
+        """
         c = self.block.config
         states = self._states(tokens, **options)
         loss, correct = row_cross_entropy(

@@ -186,7 +186,7 @@ class GrowthSchedule:
         return (0, *ends[:-1])
 
     def grows(self, step: int) -> bool:
-        """Whether the stack grows before this step."""
+        """Returns whether the stack grows before this step."""
         return step in self.starts[1:]
 
     @property
