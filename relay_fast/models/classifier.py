@@ -68,7 +68,7 @@ class LoopedClassifier(nn.Module):
         self.head = nn.Linear(block.d_model, vocabulary_size, bias=False)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters again, as the constructor does."""
+        """Draws all parameters anew, as the constructor does."""
         reset_inside(self)
 
     def forward(

@@ -76,7 +76,7 @@ class IterationCrossEntropy(nn.Module):
         }  # fmt: skip
 
     def reset_parameters(self) -> None:
-        """Draws all parameters again, as the constructor does."""
+        """Draws all parameters anew, as the constructor does."""
         reset_inside(self)
 
     def extra_repr(self) -> str:

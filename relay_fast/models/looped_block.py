@@ -79,7 +79,7 @@ class Layer(nn.Module):
             nn.init.normal_(linear.weight, std=linear.std)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters again, as the constructor does."""
+        """Draws all parameters anew, as the constructor does."""
         reset_inside(self)
 
 
@@ -136,7 +136,7 @@ class LoopedBlock(nn.Module):
         tell_hub(self, recompute=self.recompute, gather_rows=self.gather_rows, impl=self.impl)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters again, as the constructor does."""
+        """Draws all parameters anew, as the constructor does."""
         reset_inside(self)
 
     def extra_repr(self) -> str:

@@ -48,7 +48,7 @@ class _Transformer(nn.Module):
         tell_hub(self, recompute=recompute, impl=impl)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters again, as the constructor does."""
+        """Draws all parameters anew, as the constructor does."""
         reset_inside(self)
 
     @property
