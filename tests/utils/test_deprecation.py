@@ -107,7 +107,7 @@ def test_old_methods_of_the_models() -> None:
 def test_a_subclass_that_overrides_an_old_method_is_not_ignored(kind, old, call) -> None:
     own = type("Own", (kind,), {old: lambda self, batch: None})
     made = model(own, causal=kind is AutoregressiveTransformer)
-    with pytest.raises(TypeError, match=f"Own has a {old} of its own, which would be ignored"):
+    with pytest.raises(TypeError, match=f"Own .*\\b{old}\\b.* which would be ignored"):
         call(made, TASKS["arithmetic"].sample([2, 3], 0))
 
 
