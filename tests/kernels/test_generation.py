@@ -128,7 +128,7 @@ def test_a_static_batch_is_refused(impl) -> None:
     batch = PackedBatch.looped(problems(), TASKS, device=DEVICE)
     static = CapacityBatch(Capacity.of([batch], 0.5), DEVICE)
     static.load(batch)
-    for read in (looped.read, lambda batch: read_scored(looped, batch)):
+    for read in (looped.predict_rounds, lambda batch: read_scored(looped, batch)):
         with pytest.raises(ValueError, match="a static batch is for training: read chains off"):
             read(static.batch)
     run = looped.block.run(static.plan)
