@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from relay_fast.batch.plan import Plan
 from relay_fast.data.collate import collate_looped
 from relay_fast.decoding._inference import bytes_a_token, free_bytes, inference
 from relay_fast.decoding.autoregressive import Decoded, check_prompts, decode
+from relay_fast.decoding.fed_rounds import find_rounds, read_fed_rounds
 from relay_fast.decoding.scores import read_scored
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.numbers import whole
-from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
+from relay_fast.utils.ragged import lengths_to_offsets
 
 # Problem tokens in a batch, by device: what a CPU's caches hold (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
@@ -31,7 +31,8 @@ Progress = Callable[[int, int], Any]
 
 
 class Scores(NamedTuple):
-    """Log-probabilities in fp32 of the tokens of samples: rounds (tokens,) and answer (S,)."""
+    """Log-probabilities in fp32 of the tokens of samples: rounds (tokens,) and answer (S,), which
+    is 0 where the answer is what the rounds say."""
 
     rounds: np.ndarray
     answer: np.ndarray
@@ -78,10 +79,11 @@ def generate_looped_chains(
     """The same problems, in the same order, with the rounds and answers that the model writes.
 
     A problem gets `problems.loops` rounds; its true rounds and answer are not read. A round begins
-    after the last `<pad>` read from the right, and may be empty. batch_tokens: problem tokens in a
-    batch, by default what free memory holds, at most BATCH_TOKENS; a batch for which memory runs
-    out is halved. progress is called with (problems done, S). Raises ValueError for problems that
-    the model cannot take, torch.OutOfMemoryError where not even one problem fits.
+    after the last `<pad>` read from the right, and may be empty. The answer of a model that is fed
+    its rounds is what they say, NO_ANSWER where that cannot be read. batch_tokens: problem tokens
+    in a batch, by default what free memory holds, at most BATCH_TOKENS; a batch for which memory
+    runs out is halved. progress is called with (problems done, S). Raises ValueError for problems
+    that the model cannot take, torch.OutOfMemoryError where not even one problem fits.
     """
     options = {"batch_tokens": batch_tokens, "progress": progress}
     return in_callers_order(list(stream_chains(model, problems, tasks, **options)), problems)
@@ -140,11 +142,13 @@ def _stream(
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
     sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)
+    placed = np.ones(len(problems), bool)
     for name, task in _present(problems, tasks).items():
         of_task = problems.task == TASK_NAMES.index(name)
         widths[of_task] = np.maximum(sizes[of_task], task.min_input_tokens)
+        placed[of_task] = not task.clips_positions
     check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
-    _warn_beyond(model, int(widths.max(initial=0)))
+    _warn_beyond(model, int(widths[placed].max(initial=0)))
     batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
     order = stream_order(problems)
     ends = np.cumsum(sizes[order])
@@ -175,16 +179,19 @@ def read_batch(
 ) -> tuple[Samples, Scores | None]:
     """The problems, most loops first, with what the model writes in one pass over all of them;
     and its log-probabilities if `scored`."""
-    c = model.config
-    options = {"feedback": c.feedback != "none", "position_range": c.position_range}
-    batch = collate_looped(problems, tasks, device=model.device, **options)
+    if not model.has_answer_head:
+        written, own = read_fed_rounds(model, problems, tasks, scored)
+        none = np.zeros(len(problems), np.float32)
+        return written, Scores(own, none) if scored else None
+    carried = model.config.carry_state
+    batch = collate_looped(problems, tasks, carry_state=carried, device=model.device)
     if scored:
         rounds, answers, scores, answer_scores = read_scored(model, batch)
     else:
         rounds, answers = model.read(batch)
     ids = torch.cat([*rounds, answers]).cpu().numpy().astype(np.int32)
     ids, answer = ids[: len(ids) - len(problems)], ids[len(ids) - len(problems) :]
-    inside, round_offsets = _find_rounds(ids, batch.plan)
+    inside, round_offsets = find_rounds(ids, batch.plan)
     written = replace(problems, rounds=ids[inside], round_offsets=round_offsets, answer=answer)
     if not scored:
         return written, None
@@ -216,7 +223,8 @@ def _warn_beyond(model: LoopedTransformer, longest: int) -> None:
     if trained and longest > trained:
         warnings.warn(
             f"the longest input has {longest} tokens, the model was trained on up to {trained} "
-            "(padding included): what it writes beyond is a guess; train with a larger pad_to",
+            "(padding and gaps included): what it writes beyond is a guess; train with a larger "
+            "pad_to",
             stacklevel=4,
         )
 
@@ -229,22 +237,6 @@ def _without_truth(problems: Samples) -> Samples:
         round_offsets=np.zeros(len(problems.round_offsets), np.int64),
         answer=np.full(len(problems), PAD, np.int32),
     )
-
-
-def _find_rounds(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rounds lie in the ids of every iteration's active prefix, iteration-major: index
-    of each of their tokens, sequence by sequence, and the rounds' offsets."""
-    active = np.array(plan.active_sequences, np.int64)
-    owner = concat_ranges(np.zeros_like(active), active)
-    iteration = np.repeat(np.arange(len(active)), active)
-    ends = np.cumsum(plan.lengths[owner])
-    starts = ends - plan.lengths[owner]
-    pads = np.where(ids == PAD, np.arange(len(ids)), -1)
-    last_pad = np.maximum.reduceat(pads, starts) if len(starts) else starts
-    begins = np.maximum(last_pad + 1, starts)
-    by_sequence = np.lexsort((iteration, owner))
-    begins, sizes = begins[by_sequence], (ends - begins)[by_sequence]
-    return concat_ranges(begins, sizes), lengths_to_offsets(sizes)
 
 
 def decode_chains(
