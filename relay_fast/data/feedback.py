@@ -79,6 +79,8 @@ def _of_one_task(
     tokens, fed, positions = task.inputs(written, owner, before, widths, gaps)
     if positions is None:
         positions = concat_ranges(np.zeros_like(widths), widths)
+    if rng is not None and draws.cut:
+        positions = positions + draws.cuts(widths, rng)
     if shifts.any():
         fed = fed + np.where(task.are_numbers(fed), np.repeat(shifts, widths), 0)
     return Iterations(Inputs(tokens, fed, positions), widths, shifts)
@@ -145,6 +147,11 @@ def mean_iteration_tokens(
 
 def check_draws(task: Task, draws: FeedbackDraws) -> None:
     """Raises ValueError for draws that a task has not."""
+    if draws.cut and task.clips_positions:
+        raise ValueError(
+            f"task {task.name!r} shows no distance that grows with the length, cut = {draws.cut} "
+            f"does nothing for it: leave it out"
+        )
     for name in ("gap", "shift"):
         if getattr(draws, name) and name not in task.takes:
             raise ValueError(

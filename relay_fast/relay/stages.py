@@ -126,7 +126,8 @@ class Context:
             if not task.clips_positions:
                 longest = task.max_problem_tokens(self.ranges[name][1])
                 padded = draws[name].pad_to if draws[name].pad_probability else 0
-                inputs.append(max(longest, task.min_input_tokens, padded) + draws[name].gap)
+                moved = draws[name].gap + draws[name].cut
+                inputs.append(max(longest, task.min_input_tokens, padded) + moved)
         return max(inputs)
 
     def draws(self, stage: str) -> dict[str, FeedbackDraws]:

@@ -62,6 +62,8 @@ class FeedbackDraws:
     pad_probability: share of the inputs that are padded on the left, to a number of tokens that is
         uniform up to `pad_to`.
     gap: positions behind the first part of an input are up to `gap` larger.
+    cut_probability: share of the inputs in which all positions from a random place on are 1..`cut`
+        larger, so that no distance between two tokens is unseen in a longer problem.
     shift_probability: share of the iterations in which a number of 1..`shift` is added to all
         numbers that are fed, so that the target is what the task's rule gives of them.
 
@@ -71,14 +73,16 @@ class FeedbackDraws:
     pad_probability: float = 0.0
     pad_to: int = 0
     gap: int = 0
+    cut: int = 0
+    cut_probability: float = 0.5
     shift: int = 0
     shift_probability: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("pad_probability", "shift_probability"):
+        for name in ("pad_probability", "cut_probability", "shift_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must lie in [0, 1]")
-        for name in ("pad_to", "gap", "shift"):
+        for name in ("pad_to", "gap", "cut", "shift"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more")
 
@@ -90,6 +94,14 @@ class FeedbackDraws:
 
     def gaps(self, count: int, rng: np.random.Generator) -> np.ndarray:
         return rng.integers(0, self.gap + 1, count)
+
+    def cuts(self, widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(N,) int64: what is added to the positions of inputs of `widths` tokens."""
+        place = rng.integers(1, np.maximum(widths, 2))
+        moved = np.where(rng.random(len(widths)) < self.cut_probability, self.cut, 0)
+        moved = rng.integers(np.minimum(moved, 1), moved + 1)
+        index = concat_ranges(np.zeros_like(widths), widths)
+        return np.where(index >= np.repeat(place, widths), np.repeat(moved, widths), 0)
 
     def shifts(self, count: int, rng: np.random.Generator) -> np.ndarray:
         if not self.shift:

@@ -163,17 +163,38 @@ def test_what_is_drawn_lies_in_its_range_and_comes_from_the_rng() -> None:
     assert not plain.shifts.any() and np.array_equal(plain.widths, sizes), "nothing without an rng"
 
 
+def test_cuts_move_all_positions_behind_one_place() -> None:
+    samples = drawn("arithmetic", 300)
+    owner, before = every_iteration(samples)
+    draws = {"arithmetic": FeedbackDraws(cut=6, cut_probability=0.25)}
+    inputs, widths, _ = iterations_of(
+        Written.truth(samples), TASKS, owner, before, draws, np.random.default_rng(0)
+    )
+    cuts, places = [], []
+    for row in np.split(inputs.positions, np.cumsum(widths)[:-1]):
+        steps = np.diff(row) - 1
+        assert row[0] == 0 and np.count_nonzero(steps) <= 1 and steps.min() == 0
+        cuts.append(int(steps.max()))
+        places += np.flatnonzero(steps).tolist()
+    assert set(cuts) == set(range(7)) and 0.2 < np.mean(np.array(cuts) > 0) < 0.3
+    assert min(places) == 0 and len(set(places)) > 20
+    one = FeedbackDraws(cut=6, cut_probability=1.0).cuts(np.array([1]), np.random.default_rng(0))
+    assert one.tolist() == [0], "an input of one token has no distances"
+
+
 def test_draws_that_do_not_fit() -> None:
     for values, message in (
         ({"pad_probability": 1.5}, r"pad_probability = 1.5: it must lie in \[0, 1\]"),
         ({"shift_probability": -1}, r"shift_probability = -1: it must lie in"),
         ({"gap": -1}, "gap = -1: it must be 0 or more"),
+        ({"cut": -1}, "cut = -1: it must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             FeedbackDraws(**values)
     for name, values, message in (
         ("arithmetic", {"shift": 3}, "'arithmetic' has no shift in its feedback, shift = 3 does"),
         ("lis", {"gap": 3}, "'lis' has no gap in its feedback, gap = 3 does nothing there"),
+        ("lis", {"cut": 3}, "'lis' shows no distance that grows with the length, cut = 3 does"),
     ):
         samples = drawn(name)
         with pytest.raises(ValueError, match=message):
