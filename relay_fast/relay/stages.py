@@ -141,6 +141,14 @@ class Context:
         for name, task in self.tasks.items():
             draws[name] = FeedbackDraws(**{**shared, **self.task_config(name).get("feedback", {})})
             check_draws(task, draws[name])
+            shift, last = draws[name].shift, task.vocabulary.max_number
+            largest = task.largest_fed(self.ranges[name][1]) + shift
+            if shift and largest > last:
+                raise ValueError(
+                    f"tasks.{name}.feedback.shift = {shift} can need numbers up to {largest}, the "
+                    f"vocabulary ends at {last}: use a smaller shift or a larger "
+                    f"vocabulary.max_number"
+                )
         return draws
 
     def load(self, name: str):

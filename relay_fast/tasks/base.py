@@ -232,6 +232,10 @@ class Task(ABC):
             f"{type(self).__name__}.inputs, or train without feedback"
         )
 
+    def largest_fed(self, length: int) -> int:
+        """A bound on the numbers that `inputs` shows and rounds hold in problems of a length."""
+        return self.vocabulary.max_number
+
     def shifted_rounds(
         self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
     ) -> np.ndarray:

@@ -236,6 +236,9 @@ class EditDistance(Task):
         )
         return fed
 
+    def largest_fed(self, length: int) -> int:
+        return max(self.largest_cell(length), self.border * (length + 2))
+
     def shifted_rounds(
         self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
     ) -> np.ndarray:

@@ -190,6 +190,9 @@ class LIS(Task):
         positions = np.arange(len(tokens)) - np.repeat(ends - self.group - 2, widths)
         return Inputs(tokens, fed, np.maximum(0, positions))
 
+    def largest_fed(self, length: int) -> int:
+        return length
+
     def shifted_rounds(
         self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
     ) -> np.ndarray:

@@ -483,7 +483,7 @@ def test_a_run_with_feedback(preset: str, tmp_path) -> None:
         run_stage(context, "ar_relay", lambda progress: None)
     aligned = context.load("looped_aligned").config
     assert (aligned.feedback, aligned.feedback_noise) == ("tokens", 0.05)
-    span = {"cpu-arithmetic": 42, "cpu-edit-distance": 2 * 8 + 5 + 31, "cpu-lis": 0}
+    span = {"cpu-arithmetic": 50 + 31, "cpu-edit-distance": 2 * 8 + 5 + 31, "cpu-lis": 0}
     assert aligned.trained_tokens == span[preset]
     assert context.new_model("looped", "answer").config.feedback == "none"
     assert context.load("ar_baseline").config.feedback == "none"
@@ -502,8 +502,10 @@ def test_the_draws_are_the_stage_s_and_the_task_s(tmp_path) -> None:
     wrong = override(load_preset("cpu-arithmetic"), values=["tasks.arithmetic.feedback.gap=3"])
     with pytest.raises(ValueError, match="'arithmetic' has no gap in its feedback"):
         Context(tmp_path, wrong, "cpu", "auto").prove()
-    wide = override(config, values=["vocabulary.max_number=40", "tasks.edit_distance.train=[1, 7]"])
-    Context(tmp_path, wide, "cpu", "auto").prove()
+    large = override(config, values=["tasks.edit_distance.feedback.shift=50"])
+    text = "feedback.shift = 50 can need numbers up to 76, the vocabulary ends at 63: use a smaller"
+    with pytest.raises(ValueError, match=text):
+        Context(tmp_path, large, "cpu", "auto").prove()
 
 
 def test_token_iterations_are_counted_as_they_come(tmp_path) -> None:
