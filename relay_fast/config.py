@@ -15,7 +15,7 @@ LOOP_NORMS = ("none", "pre", "post")
 INJECTIONS = ("none", "add", "concat")
 FEEDBACKS = ("none", "tokens")
 # Options of models that came later: configs of models without them stay as they were.
-_ADDED = ("feedback", "carry_state", "feedback_noise", "position_range", "trained_tokens")
+_ADDED = ("feedback", "carry_state", "feedback_noise", "trained_tokens")
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,12 @@ class BlockConfig:
 class ModelConfig:
     """A model: its block, vocabulary and the longest sequence (tokens) that it takes.
 
-    feedback, of a looped model: "tokens": each iteration sees the problem and the rounds so far as
-    tokens; "none": the state alone goes on from one to the next. carry_state: with feedback, the
-    state goes on too.
+    feedback, of a looped model: "tokens": each iteration sees what its task shows of the problem
+    and the rounds so far as tokens; "none": the state alone goes on from one to the next.
+    carry_state: with feedback, the state goes on too, and the last round is fed right-aligned.
     feedback_noise: in training, the share of the fed tokens that another one takes the place of.
-    position_range, of a looped model: inputs stand at positions 0..position_range − 1, drawn at
-    random in training and spread evenly in generation; 0: at 0..n − 1. trained_tokens: the longest
-    input that training shows, 0 where it is not known.
+    trained_tokens: the longest input that training shows, counted by its positions; 0 where it is
+    not known or does not matter.
     block: also what its `to_dict` gave. Raises ValueError for sizes that are not 1 or more, and
     where the parts do not fit together.
     """
@@ -140,15 +139,14 @@ class ModelConfig:
     feedback: str = "none"
     carry_state: bool = False
     feedback_noise: float = 0.0
-    position_range: int = 0
     trained_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", BlockConfig.of(self.block))
         for name in ("vocabulary_size", "max_tokens"):
             object.__setattr__(self, name, whole(name, getattr(self, name), least=1))
-        for name in ("position_range", "trained_tokens"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), least=0))
+        trained = whole("trained_tokens", self.trained_tokens, least=0)
+        object.__setattr__(self, "trained_tokens", trained)
         object.__setattr__(self, "feedback_noise", real("feedback_noise", self.feedback_noise))
         object.__setattr__(self, "carry_state", truth("carry_state", self.carry_state))
         if self.feedback not in FEEDBACKS:

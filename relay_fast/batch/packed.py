@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relay_fast.batch.feeder import Feeder
 from relay_fast.batch.plan import Plan
-from relay_fast.utils.ragged import concat_ranges, pieces
+from relay_fast.utils.ragged import pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +25,12 @@ class PackedBatch:
     targets (R,) int64; weights (R,) fp32: w_task · λ / (B · T_i · |M_t|).
     answers (B,) int64 and answer_weights (B,) fp32: w_task / B.
     order (B,): which sample of the caller each sequence is; max_token: the largest token id.
-    fed (N,) int64: the true rounds that a `side_by_side` batch is fed, whose sequences are
+    fed (N,) int64: a second token at each place of a `side_by_side` batch, whose sequences are
     iterations (each sample's last one at the end, in `order`); target_offsets (sequences + 1,):
-    where their rows start. feeder: for a model that is fed its own rounds. true_feed (Σ n_i · T_i,)
-    int64, iteration-major: what every iteration is fed of true rounds where the state is carried;
-    truth: the share of the iterations that are fed them, the others the model's own.
+    where their rows start. feeder: for a model with feedback that carries its state.
+    true_feed (Σ n_i · T_i,) int64, iteration-major: what every iteration is fed of true rounds
+    where the state is carried; truth: the share of the iterations that are fed them, the others
+    the model's own.
     """
 
     tokens: Tensor
@@ -130,18 +131,3 @@ class PackedBatch:
         from relay_fast.data.collate import collate_autoregressive
 
         return collate_autoregressive(*arguments, **options)
-
-
-def _positions(widths: np.ndarray, span: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Ascending positions in 0..span − 1 of inputs laid end to end: drawn, or spread evenly."""
-    longest = int(widths.max(initial=0))
-    if longest > span:
-        raise ValueError(
-            f"an input of {longest} tokens has no room in position_range = {span}: use a larger "
-            "range, or shorter problems"
-        )
-    if rng is not None:
-        ranks = rng.random((len(widths), span)).argsort(1).argsort(1)
-        return np.nonzero(ranks < widths[:, None])[1]
-    place = concat_ranges(np.zeros_like(widths), widths)
-    return np.rint(place * (span - 1) / np.repeat(np.maximum(1, widths - 1), widths)).astype(int)

@@ -21,12 +21,13 @@ from relay_fast.data.collate import (
     collate_looped,
     collate_side_by_side,
 )
+from relay_fast.data.feedback import mean_iteration_tokens
 from relay_fast.data.workers import steps_ahead
-from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Samples, Task
 from relay_fast.utils.cores import usable_cores
 
 _FRESH = 0x5EED  # salt of the length draws, apart from the problems' own seed
-_POSITIONS = 0x905  # and of the position draws
+_FEEDBACK = 0xFED  # and of what is drawn for each iteration
 
 
 class Schedule(Protocol):
@@ -47,8 +48,11 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchFormat:
-    """How samples become a batch: `kind` looped or autoregressive, and the batch's options;
-    feedback, carry_state, position_range: as the looped model has them."""
+    """The kind ("looped" or "autoregressive") and options of batches.
+
+    feedback and carry_state are those of the looped model's ModelConfig. draws, with feedback and
+    without a carried state, are the random options of each iteration's inputs, by task.
+    """
 
     kind: str
     task_weights: Mapping[str, float] = field(default_factory=dict)
@@ -56,7 +60,7 @@ class BatchFormat:
     weighting: str = "sequence"
     feedback: bool = False
     carry_state: bool = False
-    position_range: int = 0
+    draws: Mapping[str, FeedbackDraws] = field(default_factory=dict)
     batch_tokens: int | None = None  # samples beyond so many tokens are left out
 
     def collate(
@@ -66,19 +70,28 @@ class BatchFormat:
         extra_pad: np.ndarray | None,
         **more,
     ) -> PackedBatch:
-        """The batch. more: further options of the looped model's (rng, truth)."""
+        """Makes a batch.
+
+        Args:
+            samples: S samples.
+            tasks: their tasks by name.
+            extra_pad: (S,) further padding tokens of each input, or None.
+            **more: `rng` and `truth` of the looped model's batches.
+        """
         if self.batch_tokens is not None:
             samples, extra_pad = self._limit_tokens(samples, tasks, extra_pad)
         options = {"task_weights": self.task_weights, "weighting": self.weighting}
         if self.kind == "autoregressive":
             return collate_autoregressive(samples, tasks, **options)
-        pack = collate_looped
-        if self.feedback:
-            pack = collate_carried if self.carry_state else collate_side_by_side
-        return pack(
-            samples, tasks, chain_weight=self.chain_weight, extra_pad=extra_pad,
-            position_range=self.position_range, **options, **more,
-        )  # fmt: skip
+        options |= {"chain_weight": self.chain_weight, **more}
+        if self.side_by_side:
+            return collate_side_by_side(samples, tasks, draws=self.draws, **options)
+        pack = collate_carried if self.feedback else collate_looped
+        return pack(samples, tasks, extra_pad=extra_pad, **options)
+
+    @property
+    def side_by_side(self) -> bool:
+        return self.feedback and not self.carry_state
 
     def _limit_tokens(
         self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None
@@ -177,8 +190,8 @@ class TruthStream(Dataset):
         samples = Samples.concat(parts)
         extra = np.concatenate(pads) if self.pad_probability else None
         options = {}
-        if self.form.position_range:
-            options["rng"] = np.random.default_rng([_POSITIONS, self.seed, step])
+        if self.form.side_by_side:
+            options["rng"] = np.random.default_rng([_FEEDBACK, self.seed, step])
         if self.truth < 1:
             options["truth"] = 1 - (1 - self.truth) * float(self.schedule.progress[step])
         return Step(self.form.collate(samples, self.tasks, extra, **options), longest_true)
@@ -284,20 +297,40 @@ def mean_cost(
     batch_size: int,
     lengths: str,
     curriculum: float,
+    draws: Mapping[str, FeedbackDraws] | None = None,
 ):
-    """cost(progress): expected token-iterations of a batch, for `Schedule.by_work`."""
+    """Returns cost(progress), the expected token-iterations of a batch, for `Schedule.by_work`.
+
+    Args:
+        tasks: the tasks by name.
+        ranges: (shortest, longest) length of each task.
+        kind: "looped" or "autoregressive".
+        batch_size: samples per batch.
+        lengths: "proportional" or "uniform", the distribution of lengths.
+        curriculum: share of the stage over which the longest length grows.
+        draws: for iterations that train side by side, their random options by task.
+    """
+
+    def cost_of(task: Task, length: int) -> float:
+        if draws is not None:
+            return mean_iteration_tokens(task, length, draws.get(task.name, FeedbackDraws()))
+        if kind == "looped":
+            return task.max_problem_tokens(length) * task.loops(length)
+        return task.max_sequence_tokens(length)
+
+    choices = {name: np.arange(ranges[name][0], ranges[name][1] + 1) for name in tasks}
+    costs = {
+        name: np.array([cost_of(task, n) for n in choices[name].tolist()])
+        for name, task in tasks.items()
+    }
 
     def cost(progress: float) -> float:
         total = 0.0
-        for name, task in tasks.items():
+        for name in tasks:
             longest = curriculum_length(progress, *ranges[name], curriculum)
-            choices = np.arange(ranges[name][0], longest + 1)
-            weights = choices if lengths == "proportional" else np.ones(len(choices))
-            if kind == "looped":
-                costs = [task.max_problem_tokens(n) * task.loops(n) for n in choices.tolist()]
-            else:
-                costs = [task.max_sequence_tokens(n) for n in choices.tolist()]
-            total += float(np.average(costs, weights=weights))
+            allowed = choices[name][choices[name] <= longest]
+            weights = allowed if lengths == "proportional" else np.ones(len(allowed))
+            total += float(np.average(costs[name][: len(allowed)], weights=weights))
         return total * batch_size / len(tasks)
 
     return cost

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from relay_fast.batch.plan import Plan
 from relay_fast.data.collate import collate_looped
 from relay_fast.decoding._inference import bytes_a_token, free_bytes, halve_on_oom, inference
 from relay_fast.decoding.autoregressive import Decoded, check_prompts, decode
+from relay_fast.decoding.fed_rounds import find_rounds, read_fed_rounds
 from relay_fast.decoding.scores import read_scored
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.numbers import whole
-from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
+from relay_fast.utils.ragged import lengths_to_offsets
 
 # Problem tokens per batch: what fits into a CPU's caches (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
@@ -32,7 +32,10 @@ Progress = Callable[[int, int], Any]
 
 
 class ChainLogProbs(NamedTuple):
-    """fp32 log-probabilities of the tokens of samples: rounds (tokens,) and answer (S,)."""
+    """fp32 log-probabilities of the tokens of samples: rounds (tokens,) and answer (S,).
+
+    The answer's is 0 where the rounds imply the answer.
+    """
 
     rounds: np.ndarray
     answer: np.ndarray
@@ -90,7 +93,8 @@ def generate_looped_chains(
     """Returns the problems, in their order, with the rounds and answers that the model generates.
 
     A problem gets `problems.loops` rounds; its true rounds and answer are not read. A round begins
-    after the last `<pad>` of its iteration, and may be empty.
+    after the last `<pad>` of its iteration, and may be empty. The answer of a model
+    without an answer head is the one that its rounds imply, or NO_ANSWER.
 
     Args:
         model: a looped model.
@@ -177,11 +181,13 @@ def _stream(
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
     sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)
+    placed = np.ones(len(problems), bool)
     for name, task in _present(problems, tasks).items():
         of_task = problems.task == TASK_NAMES.index(name)
         widths[of_task] = np.maximum(sizes[of_task], task.min_input_tokens)
+        placed[of_task] = not task.clips_positions
     check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
-    _warn_beyond(model, int(widths.max(initial=0)))
+    _warn_beyond(model, int(widths[placed].max(initial=0)))
     batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
     order = stream_order(problems)
     ends = np.cumsum(sizes[order])
@@ -228,16 +234,19 @@ def read_batch(
     Returns:
         The problems with generated rounds and answers; log-probabilities, None unless `scored`.
     """
-    c = model.config
-    options = {"feedback": c.feedback != "none", "position_range": c.position_range}
-    batch = collate_looped(problems, tasks, device=model.device, **options)
+    if not model.has_answer_head:
+        written, own = read_fed_rounds(model, problems, tasks, scored)
+        none = np.zeros(len(problems), np.float32)
+        return written, ChainLogProbs(own, none) if scored else None
+    carried = model.config.carry_state
+    batch = collate_looped(problems, tasks, carry_state=carried, device=model.device)
     if scored:
         rounds, answers, scores, answer_scores = read_scored(model, batch)
     else:
         rounds, answers = model.predict_rounds(batch)
     ids = torch.cat([*rounds, answers]).cpu().numpy().astype(np.int32)
     ids, answer = ids[: len(ids) - len(problems)], ids[len(ids) - len(problems) :]
-    inside, round_offsets = _find_rounds(ids, batch.plan)
+    inside, round_offsets = find_rounds(ids, batch.plan)
     written = replace(problems, rounds=ids[inside], round_offsets=round_offsets, answer=answer)
     if not scored:
         return written, None
@@ -269,7 +278,8 @@ def _warn_beyond(model: LoopedTransformer, longest: int) -> None:
     if trained and longest > trained:
         warnings.warn(
             f"the longest input has {longest} tokens, the model was trained on up to {trained} "
-            "(padding included): what it writes beyond is a guess; train with a larger pad_to",
+            "(padding and gaps included): what it writes beyond is a guess; train with a larger "
+            "pad_to",
             stacklevel=4,
         )
 
@@ -282,25 +292,6 @@ def _without_truth(problems: Samples) -> Samples:
         round_offsets=np.zeros(len(problems.round_offsets), np.int64),
         answer=np.full(len(problems), PAD, np.int32),
     )
-
-
-def _find_rounds(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the rounds in the token ids of every iteration's active prefix, iteration-major.
-
-    Returns:
-        The index of each round token, sequence by sequence, and the rounds' offsets.
-    """
-    active = np.array(plan.active_sequences, np.int64)
-    owner = concat_ranges(np.zeros_like(active), active)
-    iteration = np.repeat(np.arange(len(active)), active)
-    ends = np.cumsum(plan.lengths[owner])
-    starts = ends - plan.lengths[owner]
-    pads = np.where(ids == PAD, np.arange(len(ids)), -1)
-    last_pad = np.maximum.reduceat(pads, starts) if len(starts) else starts
-    begins = np.maximum(last_pad + 1, starts)
-    by_sequence = np.lexsort((iteration, owner))
-    begins, sizes = begins[by_sequence], (ends - begins)[by_sequence]
-    return concat_ranges(begins, sizes), lengths_to_offsets(sizes)
 
 
 def decode_chains(

@@ -39,6 +39,8 @@ def read_scored(
         rounds.append(ids)
         scores.append(score(state, ids, chain_head))
         final[plan.rows_at(t + 1) : len(state)] = state[plan.rows_at(t + 1) :]
+    if not model.has_answer_head:
+        return rounds, batch.tokens[:0], scores, x.new_zeros(0)
     last, answer_head = final[plan.last_rows], model.answer_head.weight.to(run.compute_dtype)
     answers = run.ops.argmax(last, norm.weight, norm.bias, answer_head, c.eps, c.norm)
     return rounds, answers, scores, score(last, answers, answer_head)

@@ -134,8 +134,10 @@ class LoopedTransformer(_Transformer):
         recompute: recompute policy (`relay_fast.engine.recompute`).
         impl: "auto", "triton" or "torch".
 
-    With feedback (`ModelConfig.feedback`) it trains on `PackedBatch.side_by_side`, or, with the
-    state carried too, on `PackedBatch.carried`; and reads `PackedBatch.looped(..., feedback=True)`.
+    With feedback (`ModelConfig.feedback`) the model trains on `PackedBatch.side_by_side` and reads
+    `relay_fast.data.feedback.collate_next`. If it carries its state too, it trains on
+    `PackedBatch.carried` and reads `PackedBatch.looped(..., carry_state=True)`; otherwise it has no
+    answer head, because the rounds hold the answer.
     """
 
     def __init__(
@@ -152,7 +154,9 @@ class LoopedTransformer(_Transformer):
             raise ValueError(f'supervise = {supervise!r} is unknown: use "chain" or "answer"')
         self.supervise = supervise
         tell_hub(self, supervise=supervise, recompute=recompute, impl=impl)
-        self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
+        self.has_answer_head = config.feedback == "none" or config.carry_state
+        if self.has_answer_head:
+            self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
         if config.feedback != "none":
             if supervise == "answer":
                 raise ValueError(
@@ -168,7 +172,7 @@ class LoopedTransformer(_Transformer):
         return x + self._embed_fed(batch.fed)
 
     def _embed_fed(self, fed: Tensor) -> Tensor:
-        """(N, d) embeddings of what is fed, with noise in training."""
+        """Returns the embeddings (N, d) of the fed tokens, with noise in training."""
         p = self.config.feedback_noise
         if self.training and p and len(fed):
             wrong = torch.rand(fed.shape, device=fed.device) < p
@@ -201,18 +205,24 @@ class LoopedTransformer(_Transformer):
             losses.append(loss)
             corrects.append(correct)
             if batch.truth < 1 and later:
-                own = batch.feeder.after(t, self._best(run, state, self.chain_head), fed, later)
+                own = batch.feeder.after(self._best(run, state, self.chain_head), later)
         return torch.cat(final[::-1]), torch.cat(losses), torch.cat(corrects)
 
     def check_parts(self) -> None:
         super().check_parts()
-        check_parts(self, answer_head=nn.Linear)
+        if self.has_answer_head:
+            check_parts(self, answer_head=nn.Linear)
 
     def loss(self, batch: PackedBatch) -> Losses:
-        """Computes L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
+        """Computes L = Σ weights · CE(rounds), plus Σ answer_weights · CE(answers) with an answer
+        head."""
         self._check_training_batch(batch)
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
         c = self.config.block
+        if not self.has_answer_head:
+            chain = _chain_loss(row_loss, batch) if row_loss.numel() else final[:0].sum()
+            zero = chain.new_zeros(())
+            return Losses(chain, chain.detach(), zero, _share(correct), zero)
         answer_loss, answer_correct = row_cross_entropy(
             final, batch.answer_rows, batch.answers, self.norm.weight, self.answer_head.weight,
             self.norm.bias, eps=c.eps, norm=c.norm, impl=self.block.impl,
@@ -239,7 +249,8 @@ class LoopedTransformer(_Transformer):
         One kernel launch where the fused loop applies (`relay_fast.engine.fused_inference`).
 
         Returns:
-            Token ids (N_t,) of each iteration's active prefix, and answers (B,).
+            Token ids (N_t,) of each iteration's active prefix, and answers (B,), of which there are
+            none without an answer head.
 
         Raises:
             TypeError: for a subclass that overrides forward or loss, which this pass does not call.
@@ -253,6 +264,8 @@ class LoopedTransformer(_Transformer):
             self.chain_head.weight, self.training,
         )  # fmt: skip
         final, rounds = self._read_iterations(run, x, batch) if isinstance(read, str) else read
+        if not self.has_answer_head:
+            return rounds, batch.tokens[:0]
         return rounds, self._best(run, final[batch.plan.last_rows], self.answer_head)
 
     read = renamed_method("read", "predict_rounds")
@@ -278,34 +291,39 @@ class LoopedTransformer(_Transformer):
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (t, state t of the active prefix, its token ids), without gradients.
 
-        A state is valid until the next but one is asked for. With feedback, each iteration is fed
-        the ids of those before it.
+        A state is overwritten two iterations later. With feedback and the state carried,
+        each iteration is fed the ids of the one before it.
 
         Args:
             run: a pass of the block over the batch's plan.
             x: (N, d) the batch's embeddings.
-            batch: of `PackedBatch.looped`.
+            batch: of `PackedBatch.looped`, or what a model with feedback reads.
         """
-        feeder, parameters = batch.feeder, list(self.block.parameters())
-        if self.config.feedback == "none":
+        self._check_readable(batch)
+        parameters, fed = list(self.block.parameters()), None
+
+        def enter(state: Tensor, t: int) -> Tensor:
+            return state[: run.plan.rows_at(t)] + self.fed_embedding(fed)
+
+        if not self.config.carry_state:
             for t, state in iterate(run, x, parameters):
                 yield t, state, self._best(run, state, self.chain_head)
             return
-        if feeder is None:
-            raise ValueError(
-                f"a model with feedback = {self.config.feedback!r} reads its own rounds back: make "
-                "the batch with PackedBatch.looped(..., feedback=True)"
-            )
-        fed = feeder.start()
-
-        def enter(state: Tensor, t: int) -> Tensor:
-            before = state if self.config.carry_state else x
-            return before[: run.plan.rows_at(t)] + self.fed_embedding(fed)
-
+        fed = batch.feeder.start()
         for t, state in iterate(run, x, parameters, enter):
             ids = self._best(run, state, self.chain_head)
             yield t, state, ids
-            fed = feeder.after(t, ids, fed, run.plan.rows_at(t + 1))
+            fed = batch.feeder.after(ids, run.plan.rows_at(t + 1))
+
+    def _check_readable(self, batch: PackedBatch) -> None:
+        c = self.config
+        if c.feedback != "none" and (batch.feeder if c.carry_state else batch.fed) is None:
+            maker = "PackedBatch.looped(..., carry_state=True)" if c.carry_state else "collate_next"
+            raise ValueError(
+                f"a model with feedback = {c.feedback!r} and carry_state = {c.carry_state} reads "
+                f"its own rounds back: make the batch with {maker}, or write whole chains with "
+                f"relay_fast.decoding.chains.generate_looped_chains"
+            )
 
 
 class AutoregressiveTransformer(_Transformer):

@@ -86,25 +86,6 @@ class Samples:
             answer=self.answer[rows],
         )
 
-    def iterations(self) -> tuple[Samples, np.ndarray, np.ndarray]:
-        """Every round as a sample of its own, in order: R samples of one round, with the problem
-        and answer of the sample that it is of; which that is (R,), and the rounds before it (R,).
-        """
-        owner = np.repeat(np.arange(len(self)), self.loops)
-        before = np.arange(len(owner)) - self.first_round[owner]
-        sizes = np.diff(self.problem_offsets)[owner]
-        split = Samples(
-            task=self.task[owner],
-            length=self.length[owner],
-            problem=self.problem[concat_ranges(self.problem_offsets[owner], sizes)],
-            problem_offsets=lengths_to_offsets(sizes),
-            rounds=self.rounds,
-            round_offsets=self.round_offsets,
-            loops=np.ones(len(owner), np.int32),
-            answer=self.answer[owner],
-        )
-        return split, owner, before
-
     @staticmethod
     def concat(parts: Sequence[Samples]) -> Samples:
         """All samples of `parts`, in order."""
