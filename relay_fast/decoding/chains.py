@@ -185,7 +185,7 @@ def _stream(
     for name, task in _present(problems, tasks).items():
         of_task = problems.task == TASK_NAMES.index(name)
         widths[of_task] = np.maximum(sizes[of_task], task.min_input_tokens)
-        placed[of_task] = not task.clips_positions
+        placed[of_task] = model.config.carry_state or not task.clips_positions
     check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
     _warn_beyond(model, int(widths[placed].max(initial=0)))
     batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))

@@ -99,11 +99,13 @@ class Context:
             for name, task in self.tasks.items()
         )
         pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
+        own = [self.task_config(name).get("feedback", {}).get("pad_to", 0) for name in self.tasks]
+        pad_to = pad_to if causal else max(pad_to, *own)
         looped = {name: sizes.pop(name) for name in _OF_LOOPED if name in sizes}
         if causal or supervise == "answer":  # they write no rounds that could be fed back
             looped = {}
         elif looped.get("feedback", "none") != "none":
-            looped["trained_tokens"] = self._longest_input()
+            looped["trained_tokens"] = self._longest_input(looped.get("carry_state", False))
         return ModelConfig(
             BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16),
             **looped,
@@ -118,12 +120,16 @@ class Context:
             return AutoregressiveTransformer(config, **options).to(self.device)
         return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
 
-    def _longest_input(self) -> int:
+    def _longest_input(self, carry_state: bool) -> int:
         """Tokens of the longest input, padding and gaps included, that the aligned looped model
         trains on; 0 where longer ones hold no other positions."""
-        inputs, draws = [0], self.draws("looped_aligned")
+        settings = recipe(self.config, "looped_aligned")
+        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        plain = dict.fromkeys(self.tasks, FeedbackDraws(**shared))
+        draws = plain if carry_state else self.draws("looped_aligned")
+        inputs = [0]
         for name, task in self.tasks.items():
-            if not task.clips_positions:
+            if carry_state or not task.clips_positions:
                 longest = task.max_problem_tokens(self.ranges[name][1])
                 padded = draws[name].pad_to if draws[name].pad_probability else 0
                 moved = draws[name].gap + draws[name].cut
