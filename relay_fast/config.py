@@ -9,7 +9,7 @@ from typing import Any
 
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
-from relay_fast.utils.numbers import real, truth, whole
+from relay_fast.utils.numbers import as_bool, as_float, as_int
 
 LOOP_NORMS = ("none", "pre", "post")
 INJECTIONS = ("none", "add", "concat")
@@ -51,17 +51,17 @@ class BlockConfig:
         for name in ("d_model", "n_heads", "n_layers", "n_kv_heads", "d_hidden"):
             value = getattr(self, name)
             if value is not None:
-                self._set(name, whole(name, value, least=1))
+                self._set(name, as_int(name, value, least=1))
             elif name not in ("n_kv_heads", "d_hidden"):
                 raise ValueError(f"{name} is missing: a block needs d_model, n_heads and n_layers")
-        self._set("max_loops", whole("max_loops", self.max_loops, least=0))
+        self._set("max_loops", as_int("max_loops", self.max_loops, least=0))
         for name in ("eps", "state_noise"):
-            self._set(name, real(name, getattr(self, name), least=0))
-        self._set("dropout", real("dropout", self.dropout))
+            self._set(name, as_float(name, getattr(self, name), least=0))
+        self._set("dropout", as_float("dropout", self.dropout))
         if self.rope_base is not None:
-            self._set("rope_base", real("rope_base", self.rope_base))
+            self._set("rope_base", as_float("rope_base", self.rope_base))
         for name in ("bias", "causal"):
-            self._set(name, truth(name, getattr(self, name)))
+            self._set(name, as_bool(name, getattr(self, name)))
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model = {self.d_model} is not divisible by n_heads = {self.n_heads}: "
@@ -144,11 +144,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", BlockConfig.of(self.block))
         for name in ("vocabulary_size", "max_tokens"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), least=1))
-        trained = whole("trained_tokens", self.trained_tokens, least=0)
+            object.__setattr__(self, name, as_int(name, getattr(self, name), least=1))
+        trained = as_int("trained_tokens", self.trained_tokens, least=0)
         object.__setattr__(self, "trained_tokens", trained)
-        object.__setattr__(self, "feedback_noise", real("feedback_noise", self.feedback_noise))
-        object.__setattr__(self, "carry_state", truth("carry_state", self.carry_state))
+        object.__setattr__(self, "feedback_noise", as_float("feedback_noise", self.feedback_noise))
+        object.__setattr__(self, "carry_state", as_bool("carry_state", self.carry_state))
         if self.feedback not in FEEDBACKS:
             raise ValueError(f"feedback = {self.feedback!r} is unknown: use one of {FEEDBACKS}")
         if not 0 <= self.feedback_noise < 1:

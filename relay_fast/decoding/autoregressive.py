@@ -22,7 +22,7 @@ from relay_fast.decoding.kv_cache import CacheSlice
 from relay_fast.decoding.step import Stepper
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.tasks.vocabulary import EOS
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 1 << 40}  # limit beside half of the free memory
@@ -95,7 +95,7 @@ def decode(
         raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more, and finite")
     batch = None if batch is None else _count("batch", batch)
     sync_every, loops = _count("sync_every", sync_every), _count("loops", loops)
-    seed, temperature = whole("seed", seed), float(temperature)
+    seed, temperature = as_int("seed", seed), float(temperature)
     limits = _check_limits(max_new, lengths)
     # The last token is never fed back, so it needs no position.
     limits = np.minimum(limits, model.config.max_tokens + 1 - lengths)
@@ -149,7 +149,7 @@ def _check_limits(max_new: int | np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _count(name: str, value: int) -> int:
-    value = whole(name, value)
+    value = as_int(name, value)
     if value < 1:
         raise ValueError(f"{name} = {value}: it must be 1 or more")
     return value

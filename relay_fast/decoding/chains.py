@@ -19,7 +19,7 @@ from relay_fast.decoding.scores import read_scored
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import lengths_to_offsets
 
 # Problem tokens per batch: what fits into a CPU's caches (measured), what fills a GPU.
@@ -53,7 +53,7 @@ def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
         number: how many; a larger number extends a smaller one.
         seed: of the stream.
     """
-    return task.sample(np.full(number, length), whole("seed", seed) + UNSEEN)
+    return task.sample(np.full(number, length), as_int("seed", seed) + UNSEEN)
 
 
 def fitting_problems(model: Model, task: Task, length: int, number: int, seed: int) -> Samples:
@@ -177,7 +177,7 @@ def _stream(
             "relay_fast.decoding.chains.generate_ar_chains for an autoregressive one"
         )
     if batch_tokens is not None:
-        batch_tokens = whole("batch_tokens", batch_tokens)
+        batch_tokens = as_int("batch_tokens", batch_tokens)
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
     sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)

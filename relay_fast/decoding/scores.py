@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch.packed import PackedBatch
-from relay_fast.engine.plain_modules import check_pass
+from relay_fast.engine.plain_modules import check_not_overridden
 from relay_fast.models.transformers import LoopedTransformer
 
 
@@ -20,7 +20,7 @@ def read_scored(
     overrides the pass.
     """
     methods = ("forward", "loss", "_pass", "predict_rounds", "read", "_read_iterations")
-    check_pass(model, LoopedTransformer, *methods)
+    check_not_overridden(model, LoopedTransformer, *methods)
     model.check_parts()
     c, norm, plan = model.config.block, model.norm, batch.plan
     run = model.block.run(plan)

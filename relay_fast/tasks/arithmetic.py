@@ -28,7 +28,7 @@ from relay_fast.tasks.vocabulary import (
     TIMES,
     Vocabulary,
 )
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 
 _OPERATORS = {"+": PLUS, "-": MINUS, "*": TIMES, "/": DIVIDE}
 _TOKEN = re.compile(r"\[ARI\]|<\w+>|\w+|\S")
@@ -48,7 +48,7 @@ class Arithmetic(Task):
 
     def __init__(self, vocabulary: Vocabulary, prime: int = 11, operators: str = "+-*/") -> None:
         super().__init__(vocabulary)
-        prime = whole("prime", prime)
+        prime = as_int("prime", prime)
         if prime < 2 or any(prime % k == 0 for k in range(2, int(prime**0.5) + 1)):
             raise ValueError(
                 f"arithmetic prime {prime} is not a prime, so not every number can be divided by; "

@@ -20,7 +20,7 @@ from relay_fast.tasks.feedback import Inputs, Written, problems_shown
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import LETTER0, N_LETTERS, NUMBER0, PAD, SEP, Vocabulary
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
@@ -55,11 +55,11 @@ class LIS(Task):
     ) -> None:
         super().__init__(vocabulary)
         group, max_runs, high = (
-            whole("group", group),
-            whole("max_runs", max_runs),
-            whole("high", high),
+            as_int("group", group),
+            as_int("max_runs", max_runs),
+            as_int("high", high),
         )
-        low = None if low is None else whole("low", low)
+        low = None if low is None else as_int("low", low)
         for what, value in (("group", group), ("max_runs", max_runs)):
             if value < 1:
                 raise ValueError(f"lis {what} is {value}; give at least 1.")

@@ -23,7 +23,7 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding import language_model
 from relay_fast.decoding.autoregressive import decode
 from relay_fast.decoding.chains import generate_looped_chains, generate_scored
-from relay_fast.engine.plain_modules import check_inside
+from relay_fast.engine.plain_modules import check_submodules
 from relay_fast.tasks import Vocabulary, build_tasks
 
 VOCABULARY = Vocabulary()
@@ -152,7 +152,7 @@ def test_the_check_costs_microseconds() -> None:
             times.append(time.perf_counter() - begun)
         return min(times)
 
-    assert least(lambda: check_inside(block, "block")) < least(names)
+    assert least(lambda: check_submodules(block, "block")) < least(names)
 
 
 def make_model(kind: str) -> nn.Module:

@@ -15,7 +15,7 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding.autoregressive import decode
 from relay_fast.decoding.chains import generate_looped_chains
 from relay_fast.decoding.scores import read_scored
-from relay_fast.engine.fused_inference import block_reason, read_whole_loop
+from relay_fast.engine.fused_inference import block_reason, run_fused_loop
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
 
@@ -112,7 +112,7 @@ def test_why_the_kernel_does_not_serve() -> None:
         looped = model(impl)
         sample = TASKS["arithmetic"].sample(np.array([20]), 0)
         batch = PackedBatch.looped(sample, TASKS, device=DEVICE)
-        return read_whole_loop(
+        return run_fused_loop(
             looped.config.block, looped.block.run(batch.plan), looped.embed(batch),
             dict(looped.block.named_parameters()), looped.norm.weight, looped.chain_head.weight,
         )  # fmt: skip
@@ -138,5 +138,5 @@ def test_a_static_batch_is_refused(impl) -> None:
             looped.norm.weight,
             looped.chain_head.weight,
         )
-        reason = read_whole_loop(looped.config.block, run, looped.embed(static.batch), *weights)
+        reason = run_fused_loop(looped.config.block, run, looped.embed(static.batch), *weights)
         assert reason.startswith("the whole-loop kernel takes its layout from the host")
