@@ -278,7 +278,7 @@ def _group_is_alive(group: int) -> bool:
     "arguments, message",
     [
         (["--tasks", "sorting"], "task 'sorting' is not in preset 'cpu': use some of arithmetic"),
-        (["--preset", "huge"], "preset 'huge' is unknown: use one of cpu, paper, paper-fast"),
+        (["--preset", "huge"], "preset 'huge' is unknown: use one of cpu, cpu-arithmetic, cpu-ar"),
         (["--steps", "0"], "steps = 0: give at least 1"),
         (["--batch-size", "0"], "batch size = 0: give at least 1"),
         (["--eval-problems", "-3"], "problems = -3: give at least 1"),
@@ -337,7 +337,15 @@ def test_argparse_refuses_with_2(arguments, capsys) -> None:
 
 
 def test_presets_are_data_and_whole() -> None:
-    assert preset_names() == ["cpu", "paper", "paper-fast"]
+    assert preset_names() == [
+        "cpu",
+        "cpu-arithmetic",
+        "cpu-arithmetic-long",
+        "cpu-edit-distance",
+        "cpu-lis",
+        "paper",
+        "paper-fast",
+    ]
     for name in preset_names():
         config = load_preset(name)
         assert config["name"] == name
@@ -345,8 +353,8 @@ def test_presets_are_data_and_whole() -> None:
         assert load_preset(name)["tasks"]  # fresh each time
         context = Context("nowhere", load_preset(name), "cpu", "auto")
         for task, entry in context.config["tasks"].items():
-            context.tasks[task].check_length(context.farthest(task))
-            assert entry["train"][1] < context.farthest(task)
+            context.tasks[task].check_length(context.max_length(task))
+            assert entry["train"][1] < context.max_length(task)
             assert len(entry["self_counts"]) == len(entry["self_lengths"]) == 5
             assert min(entry["self_lengths"]) > entry["train"][1]
         for stage in ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self"):
