@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks import common
+from benchmarks import common, measuring
 from benchmarks.baselines import EagerTransformer, PaddedBatch, buckets
 from benchmarks.card.device import Timer
 from benchmarks.card.kernels import compiled
@@ -176,9 +176,9 @@ def measure(
     truth, memories = None, []
     for p in providers:
         with others_may_fail(p.name):
-            loss, grads, memory = common.measured_step(p)
+            loss, grads, memory = measuring.measured_step(p)
         truth = truth or (loss, grads)
-        common.check_equal(f"{p.name} {p.policy}".strip(), loss, grads, truth, bound)
+        measuring.check_equal(f"{p.name} {p.policy}".strip(), loss, grads, truth, bound)
         memories.append(memory)
         with others_may_fail(p.name):
             for _ in range(5 if timer.device == "cuda" else 1):  # warm up, capture, compile
