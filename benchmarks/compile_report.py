@@ -287,11 +287,17 @@ def run_loop(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     lengths = np.full(rows // length, length)
     layout = LoopLayout(lengths, np.full(len(lengths), 30), "meta")
     weights = LoopWeights(
-        new(3, d, of=state), new(3, (heads + 2 * kv_heads) * s.head_dim, d), new(3, d, d),
-        new(3, d, of=state), new(3, s.hidden, d),
-        new(3, s.hidden, d) if s.activation == "swiglu" else None, new(3, d, s.hidden),
-        None, new(d, of=state), new(s.vocabulary, d),
-    )  # fmt: skip
+        new(3, d, of=state),
+        new(3, (heads + 2 * kv_heads) * s.head_dim, d),
+        new(3, d, d),
+        new(3, d, of=state),
+        new(3, s.hidden, d),
+        new(3, s.hidden, d) if s.activation == "swiglu" else None,
+        new(3, d, s.hidden),
+        None,
+        new(d, of=state),
+        new(s.vocabulary, d),
+    )
     x, cos = (
         new(int(lengths.sum()), d, of=state),
         new(int(lengths.sum()), s.head_dim // 2, of=state),
@@ -329,9 +335,11 @@ def matrix_instructions(ptx: str) -> str:
 def compile_row(launch: Launch) -> Row:
     """Compiles one launch and holds it to its bound."""
     source = ASTSource(
-        fn=launch.function, signature=launch.signature,
-        constexprs=launch.constexprs, attrs=launch.attrs,
-    )  # fmt: skip
+        fn=launch.function,
+        signature=launch.signature,
+        constexprs=launch.constexprs,
+        attrs=launch.attrs,
+    )
     target = GPUTarget("cuda", launch.arch, 32)
     allowed = allowed_spill(launch.function.__name__, launch.config, launch.arch)
     shared_limit = FACTS[launch.arch].shared_bytes

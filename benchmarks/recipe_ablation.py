@@ -124,8 +124,9 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
                "beyond_3": "13"}  # fmt: skip
     figure = new_figure(11, 0.32 * len(names) + 1.2)
     places = range(len(names))
-    for axis, (column, title) in zip(figure.subplots(1, 4, sharey=True), columns.items(),
-                                     strict=True):  # fmt: skip
+    for axis, (column, title) in zip(
+        figure.subplots(1, 4, sharey=True), columns.items(), strict=True
+    ):
         seen = [[100 * float(r[column]) for r in rows if r["change"] == name] for name in names]
         axis.barh(places, [float(np.mean(values)) for values in seen], color=SKY)
         for place, values in zip(places, seen, strict=True):

@@ -199,9 +199,10 @@ def next_steps(parts: list[tuple[str, Part]], total: Part) -> str:
     name, largest = parts[0]
     idle = max(parts, key=lambda item: item[1].waves - item[1].floor)
     memory = sum(
-        p.floor for _, p in parts
+        p.floor
+        for _, p in parts
         if p.bytes / CARDS[ARCH].bandwidth >= p.flops / CARDS[ARCH].flops_16_bit
-    )  # fmt: skip
+    )
     return (
         "Next, by this prediction: "
         f"{short(name)} is the largest ({ms(largest.waves)}); "

@@ -69,12 +69,18 @@ def _steps(session: Session) -> str:
     )  # fmt: skip
     lines = [
         (
-            r["workload"], r["provider"], r["policy"], milliseconds(r), r["samples_per_s"],
-            r["share_of_peak"], r["times_relay_fast"], f"{int(r['peak_bytes']) / 1e6:.4g}",
+            r["workload"],
+            r["provider"],
+            r["policy"],
+            milliseconds(r),
+            r["samples_per_s"],
+            r["share_of_peak"],
+            r["times_relay_fast"],
+            f"{int(r['peak_bytes']) / 1e6:.4g}",
             r["note"],
         )
         for r in steps
-    ]  # fmt: skip
+    ]
     best = "".join(
         f"\nBest baseline of {workload}: {row['provider']}, {row['times_relay_fast']} times"
         " the time of relay_fast's graph.\n"
@@ -89,11 +95,17 @@ def _kernels(session: Session) -> str:
     )  # fmt: skip
     lines = [
         (
-            r["op"], r["shape"], r["direction"], r["provider"], milliseconds(r),
-            f"{1e3 * float(r['floor_seconds']):.4g}", r["share_of_floor"], r["times_eager"],
+            r["op"],
+            r["shape"],
+            r["direction"],
+            r["provider"],
+            milliseconds(r),
+            f"{1e3 * float(r['floor_seconds']):.4g}",
+            r["share_of_floor"],
+            r["times_eager"],
         )
         for r in _measured(session, "kernels")
-    ]  # fmt: skip
+    ]
     return "\n## Kernels\n\n" + markdown(columns, lines) if lines else ""
 
 

@@ -161,9 +161,13 @@ def test_ctrl_c(tmp_path) -> None:
     command += ["--batch-size", "8", "--stages", stage, "--out", str(out)]
     # As from a terminal: the whole group gets the signal, and it is not ignored.
     process = subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if "step" in line:
             break

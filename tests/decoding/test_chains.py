@@ -153,7 +153,7 @@ def test_another_kind_of_model_a_missing_task_and_no_batch():
     problems = mixed_problems(2)
     with pytest.raises(
         TypeError,
-        match="writes chains with .*generate_ar_chains, generate_looped_chains takes a looped",
+        match="writes chains with .*generate_ar_chains, and generate_looped_chains takes a loo",
     ):
         generate_looped_chains(ar_model(), problems, TASKS)
     with pytest.raises(ValueError, match="the model is not causal"):

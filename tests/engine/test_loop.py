@@ -97,7 +97,9 @@ def cases(draw) -> Case:
         "n_layers": draw(st.integers(1, 2)),
     }
     return Case(
-        lengths, loops, options,
+        lengths,
+        loops,
+        options,
         policy=draw(st.sampled_from(POLICIES)),
         states=tuple(sorted(states)),
         final=draw(st.booleans()),
@@ -105,7 +107,7 @@ def cases(draw) -> Case:
         readout=draw(st.booleans()),
         gather_rows=draw(st.sampled_from([0, 5, GATHER_ROWS])),
         seed=draw(st.integers(0, 3)),
-    )  # fmt: skip
+    )
 
 
 @settings(
@@ -215,9 +217,13 @@ class NoReadBack(TorchDispatchMode):
 @pytest.mark.parametrize("policy", ["none", "state", "sqrt", "last:2"])
 def test_nothing_is_read_back_after_the_plan(monkeypatch, policy: str) -> None:
     case = Case(
-        policy=policy, training=True, readout=True, states=(2,), truncate=4,
+        policy=policy,
+        training=True,
+        readout=True,
+        states=(2,),
+        truncate=4,
         options={"dropout": 0.1, "state_noise": 0.1, "injection": "concat", "loop_norm": "pre"},
-    )  # fmt: skip
+    )
     inputs, plan = make_inputs(case), case.plan
     monkeypatch.setattr(Case, "plan", plan)
     warm, _ = relay(case, inputs)

@@ -18,8 +18,8 @@ def test_presets_are_data_and_whole() -> None:
         assert load_preset(name)["tasks"]  # fresh each time
         context = Context("nowhere", load_preset(name), "cpu", "auto")
         for task, entry in context.config["tasks"].items():
-            context.tasks[task].check_length(context.farthest(task))
-            assert entry["train"][1] < context.farthest(task)
+            context.tasks[task].check_length(context.max_length(task))
+            assert entry["train"][1] < context.max_length(task)
             assert len(entry["self_counts"]) == len(entry["self_lengths"]) == 5
             assert min(entry["self_lengths"]) > entry["train"][1]
         for stage in ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self"):
@@ -69,8 +69,14 @@ def test_paper_fast_changes_the_recipe_only() -> None:
 
 
 def test_overrides() -> None:
-    config = override(load_preset("paper"), tasks=["lis", "arithmetic"], steps=3, batch_size=4,
-                      eval_problems=5, seed=6)  # fmt: skip
+    config = override(
+        load_preset("paper"),
+        tasks=["lis", "arithmetic"],
+        steps=3,
+        batch_size=4,
+        eval_problems=5,
+        seed=6,
+    )
     assert list(config["tasks"]) == ["arithmetic", "lis"]  # in the preset's order
     assert (config["seed"], config["evaluation"]["problems"]) == (6, 5)
     for stage in config["stages"]:
