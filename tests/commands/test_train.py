@@ -241,14 +241,14 @@ def test_out_of_minutes(finished, tmp_path, capsys) -> None:
     command = ["--preset", "cpu", "--steps", "100000", "--batch-size", "8", "--stages", stage]
     state = out / "checkpoints" / f"{stage}.state.safetensors"
     for _ in range(10):  # a busy machine may need more than one go to take a step
-        assert main([*command, "--minutes", "0.15", "--out", str(out)]) == 0
-        text = "0.15 minutes are over; the same command continues this run"
+        assert main([*command, "--minutes", "0.1", "--out", str(out)]) == 0
+        text = "0.1 minutes are over; the same command continues this run"
         assert text in capsys.readouterr().out
         if state.exists():
             break
     assert state.exists() and not (out / "stages.json").exists()
     calls = results_of(out)["calls"]
-    assert calls[-1]["seconds"] >= 9 and calls[-1]["finished"] == []  # its time counts all the same
+    assert calls[-1]["seconds"] >= 6 and calls[-1]["finished"] == []  # its time counts all the same
     assert main([*SMALL, "--minutes", "0", "--out", str(tmp_path / "none")]) == 2
     assert "minutes = 0: give more than 0" in capsys.readouterr().err
 

@@ -117,9 +117,10 @@ def test_proportional_and_uniform_lengths() -> None:
 
 
 def test_few_lengths_a_batch() -> None:
-    for samples, pad in drawn(
-        tasks=only("lis"), lengths_per_batch=3, batch_size=10, pad_probability=1.0, pad_to=40
-    ):
+    options = {"lengths_per_batch": 3, "pad_probability": 1.0, "pad_to": 40}
+    batches = drawn(tasks=only("lis"), batch_size=10, **options)
+    assert len(batches) > 1
+    for samples, pad in batches:
         pairs = set(zip(samples.length.tolist(), pad.tolist(), strict=True))
         assert len(samples) == 10 and len(pairs) <= 3
 
