@@ -21,7 +21,6 @@ from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.models.transformers import Losses
 from relay_fast.recipes._models import parse_shape
 from relay_fast.relay.run_folder import RunFolder
-from relay_fast.reporting.palette import COLORS, MARKERS
 from relay_fast.reporting.plots import new_figure, save_figure
 from relay_fast.reporting.progress import Display
 from relay_fast.training.optim import OPTIMIZERS, check_optimizer
@@ -190,17 +189,22 @@ class Panel:
     y_range: tuple[float, float] | None = None
 
 
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+_MARKERS = "osD^vPX*"
+
+
 def draw_panels(path: str | os.PathLike, panels: Sequence[Panel], title: str = "") -> Path:
     """The panels side by side as a PNG at `path`. Raises ImportError without matplotlib."""
     figure = new_figure(5.2 * len(panels), 4.4)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         colors = {}
         for i, (label, (x, y)) in enumerate(panel.curves.items()):
-            colors[label] = COLORS[i % len(COLORS)]
-            marker = MARKERS[i % len(MARKERS)] if len(x) <= 40 else None
+            colors[label] = _COLORS[i % len(_COLORS)]
+            marker = _MARKERS[i % len(_MARKERS)] if len(x) <= 40 else None
             axes.plot(x, y, color=colors[label], marker=marker, markersize=5, label=label)
         for i, (label, (x, y)) in enumerate(panel.dashed.items()):
-            color = colors.get(label, COLORS[(len(colors) + i) % len(COLORS)])
+            color = colors.get(label, _COLORS[(len(colors) + i) % len(_COLORS)])
             shown = None if label in colors else label  # one of a pair shares its entry
             axes.plot(x, y, "--", color=color, alpha=0.7, linewidth=2.5, label=shown, zorder=1)
         axes.set_title(panel.title)

@@ -14,16 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from relay_fast.reporting.palette import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-)
 from relay_fast.reporting.tables import (
     ANSWER_ONLY,
     LENGTH_NAMES,
@@ -48,16 +38,16 @@ class _Style(NamedTuple):
     line: Any
 
 
-# Markers and dashes differ too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers and dashes differ too.
 _STYLES = {
-    "looped_aligned": _Style(BLUE, "o", "-"),
-    "ar_relay": _Style(VERMILION, "s", "-"),
-    "ar_baseline": _Style(BLACK, "X", (0, (4, 2))),
-    "looped_vanilla": _Style(SKY, "^", (0, (6, 1.5, 1, 1.5))),
-    "ar_self_truth": _Style(GREEN, "D", (0, (2, 1.5))),
-    "ar_self_loop": _Style(PURPLE, "v", (0, (1, 1.2))),
+    "looped_aligned": _Style("#0072B2", "o", "-"),
+    "ar_relay": _Style("#D55E00", "s", "-"),
+    "ar_baseline": _Style("#000000", "X", (0, (4, 2))),
+    "looped_vanilla": _Style("#56B4E9", "^", (0, (6, 1.5, 1, 1.5))),
+    "ar_self_truth": _Style("#009E73", "D", (0, (2, 1.5))),
+    "ar_self_loop": _Style("#CC79A7", "v", (0, (1, 1.2))),
 }
-_OTHER_STYLES = [_Style(ORANGE, "P", "-"), _Style(GREY, "*", (0, (3, 2)))]
+_OTHER_STYLES = [_Style("#E69F00", "P", "-"), _Style("#7F7F7F", "*", (0, (3, 2)))]
 
 
 def plot_run(results: Mapping[str, Any], folder: str | os.PathLike) -> list[Path]:
