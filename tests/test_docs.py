@@ -82,6 +82,14 @@ def test_lines_are_short(document: str) -> None:
     assert not long
 
 
+def test_names_in_the_guide_stand_in_the_sources() -> None:
+    files = (path for top in TOPS[:4] for path in (ROOT / top).rglob("*.py"))
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text())}
+    named = set(re.findall(r"`@?([A-Za-z_][\w.]*)(?:\([^`]*\))?`", text_of(DOCS[1])))
+    named = {part for name in named if not name.endswith(SOURCES) for part in name.split(".")}
+    assert {"RecomputePolicy", "kept", "POLICIES", "require"} <= named <= words, named - words
+
+
 def test_make_targets_are_those_of_the_makefile() -> None:
     targets = set(re.findall(r"^(?:\.\S+/)?([\w-]+):", text_of("Makefile"), re.MULTILINE))
     for document in DOCS:
