@@ -85,6 +85,7 @@ def place():
         yield top
 
 
+# Long: a table of wrong calls.
 def wrong_inputs(top: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
     """(command, arguments) of INPUTS wrong calls, as many of each command."""
     new, run = str(top / "new" / "deeper"), str(top / "run")
@@ -141,10 +142,17 @@ def wrong_inputs(top: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
         recipes += [[name, "--set", wrong_setting(rng, schema)] for _ in range(6)]
         if any(row.key == "n_heads" for row in described(schema)):
             recipes += [[name, *option] for option in set_of("n_heads=3", "activation=tanh")]
-    recipes += [["p_hop", *option] for option in (
-        *seeds, *devices, *at([*foreign, "run"]), ["--preset", "huge"], ["--steps", "0"],
-        *set_of("", "=", "training", "models=[]", "models=['4']", "hops=[60]", "length.x=1"),
-    )]  # fmt: skip
+    recipes += [
+        ["p_hop", *option]
+        for option in (
+            *seeds,
+            *devices,
+            *at([*foreign, "run"]),
+            ["--preset", "huge"],
+            ["--steps", "0"],
+            *set_of("", "=", "training", "models=[]", "models=['4']", "hops=[60]", "length.x=1"),
+        )
+    ]
     recipes += [["p_hops"], [""], ["p_hops", "--help"], ["looped_lm", "--set", "corpus=/nowhere"],
                 ["length_generalization", "--set", "parity.heads=5"]]  # fmt: skip
     calls = []
@@ -270,8 +278,11 @@ def test_triton_on_a_cpu_is_refused_at_the_start(tmp_path, capsys, monkeypatch) 
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
 def test_a_foreign_folder_is_named(place, capsys, command, folder, words) -> None:
-    arguments = {"train": ["--steps", "2"], "evaluate": [],
-                 "generate": ["--task", "arithmetic", "--length", "3"]}[command]  # fmt: skip
+    arguments = {
+        "train": ["--steps", "2"],
+        "evaluate": [],
+        "generate": ["--task", "arithmetic", "--length", "3"],
+    }[command]
     before = everything(place)
     status, error = outcome(command, [*arguments, "--out", str(place / folder)], capsys)
     assert status == 2 and f"{place / folder} {words}" in error and error.count("\n") == 1

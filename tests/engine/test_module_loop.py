@@ -100,9 +100,14 @@ def test_packed(policy: str, truncate: int | None) -> None:
     module, lengths, loops = Mean().double(), [2, 4, 1, 3], [1, 3, 0, 3]
     x, bias = leaves((10, D), (10, D))
     out = relay_fast.loop(
-        module, x, loops, cu_seqlens=[0, 2, 6, 7, 10], per_row={"bias": bias},
-        recompute=policy, truncate=truncate,
-    )  # fmt: skip
+        module,
+        x,
+        loops,
+        cu_seqlens=[0, 2, 6, 7, 10],
+        per_row={"bias": bias},
+        recompute=policy,
+        truncate=truncate,
+    )
     parts = []
     for h, b, n, count in zip(x.split(lengths), bias.split(lengths), lengths, loops, strict=True):
         for t in range(1, count + 1):

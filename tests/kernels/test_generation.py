@@ -113,9 +113,13 @@ def test_why_the_kernel_does_not_serve() -> None:
         sample = TASKS["arithmetic"].sample(np.array([20]), 0)
         batch = PackedBatch.looped(sample, TASKS, device=DEVICE)
         return run_fused_loop(
-            looped.config.block, looped.block.run(batch.plan), looped.embed(batch),
-            dict(looped.block.named_parameters()), looped.norm.weight, looped.chain_head.weight,
-        )  # fmt: skip
+            looped.config.block,
+            looped.block.run(batch.plan),
+            looped.embed(batch),
+            dict(looped.block.named_parameters()),
+            looped.norm.weight,
+            looped.chain_head.weight,
+        )
 
     assert read("torch") == "plain torch has no whole-loop kernel"
     assert "supports sequences of up to 32 rows, not" in read("triton")

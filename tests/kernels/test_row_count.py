@@ -201,3 +201,17 @@ def test_auto_does_not_hand_a_row_count_to_the_reference() -> None:
         ops.norm_linear_fwd(x, x[0], None, weight, None, row_count=one)
     out = ops.norm_linear_fwd(x, x[0], None, weight, None, row_count=None)
     assert torch.equal(out, TORCH.norm_linear_fwd(x, x[0], None, weight, None))
+
+
+def test_a_counted_target_out_of_range_is_refused() -> None:
+    """On the host, where it can be seen; what lies beyond the count is not read."""
+    h, norm, head = torch.randn(4, 16), torch.ones(16), torch.randn(20, 16)
+    if DEVICE != "cpu":
+        pytest.skip("lists on a card are not read")
+    ops = select("triton", DEVICE)
+    targets = torch.tensor([3, 19, 20, 1 << 40])
+    two, three = (torch.tensor([n], dtype=torch.int32) for n in (2, 3))
+    loss, _, _ = ops.cross_entropy_fwd(h, targets, norm, None, head, row_count=two)
+    assert (loss[:2] > 0).all() and (loss[2:] == 0).all()
+    with pytest.raises(ValueError, match="target 20 is outside of the vocabulary of 20"):
+        ops.cross_entropy_fwd(h, targets, norm, None, head, row_count=three)

@@ -136,9 +136,16 @@ def test_a_growing_training_is_exact_after_an_interruption(tmp_path) -> None:
 
         with Display() as display:
             train(
-                model, lambda m, *batch: m.loss(*batch), draw, training,
-                RunFolder(tmp_path / name, {}), "m", display, seed=0, before_step=before_step,
-            )  # fmt: skip
+                model,
+                lambda m, *batch: m.loss(*batch),
+                draw,
+                training,
+                RunFolder(tmp_path / name, {}),
+                "m",
+                display,
+                seed=0,
+                before_step=before_step,
+            )
         return model.state_dict()
 
     whole = fit("whole")

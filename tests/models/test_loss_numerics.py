@@ -79,8 +79,10 @@ def test_ignored_rows_may_hold_anything(form: str, value: str, vocabulary: int, 
         out.loss.backward()
         grads = (i["states"].grad, module.norm.weight.grad, module.head.weight.grad)
         return dict(zip(("states", "norm_weight", "head"), grads, strict=True)) | {
-            "loss": out.loss.detach(), "losses": out.losses, "accuracy": out.accuracy,
-        }  # fmt: skip
+            "loss": out.loss.detach(),
+            "losses": out.losses,
+            "accuracy": out.accuracy,
+        }
 
     kept = [r for r in range(ROWS) if r not in IGNORED]
     weights = torch.linspace(0.5, 1, ROWS)

@@ -28,9 +28,7 @@ def new(dtype: torch.dtype, **shapes: tuple[int, ...]) -> Inputs:
 
 def norm_linear_case(dtype: torch.dtype) -> tuple[Inputs, Callable[..., Tensor]]:
     angle = new(torch.float32, angle=(ROWS, 4))["angle"].detach()
-    inputs = new(
-        dtype, x=(ROWS, D), norm_weight=(D,), weight=(24, D), norm_bias=(D,), bias=(24,)
-    )  # fmt: skip
+    inputs = new(dtype, x=(ROWS, D), norm_weight=(D,), weight=(24, D), norm_bias=(D,), bias=(24,))
     rope = {"cos": angle.cos(), "sin": angle.sin(), "rotary": 16}
     return inputs, lambda impl, **i: norm_linear(**i, **rope, norm="layer", impl=impl)
 
@@ -49,17 +47,28 @@ def linear_residual_case(dtype: torch.dtype) -> tuple[Inputs, Callable[..., Tens
 
 def mlp_case(dtype: torch.dtype) -> tuple[Inputs, Callable[..., Tensor]]:
     inputs = new(
-        dtype, x=(ROWS, D), norm_weight=(D,), up_weight=(HIDDEN, D), down_weight=(D, HIDDEN),
-        norm_bias=(D,), up_bias=(HIDDEN,), down_bias=(D,),
-    )  # fmt: skip
+        dtype,
+        x=(ROWS, D),
+        norm_weight=(D,),
+        up_weight=(HIDDEN, D),
+        down_weight=(D, HIDDEN),
+        norm_bias=(D,),
+        up_bias=(HIDDEN,),
+        down_bias=(D,),
+    )
     return inputs, lambda impl, **i: mlp(**i, norm="layer", impl=impl)
 
 
 def swiglu_case(dtype: torch.dtype) -> tuple[Inputs, Callable[..., Tensor]]:
     inputs = new(
-        dtype, x=(ROWS, D), norm_weight=(D,), up_weight=(HIDDEN, D), down_weight=(D, HIDDEN),
-        gate_weight=(HIDDEN, D), gate_bias=(HIDDEN,),
-    )  # fmt: skip
+        dtype,
+        x=(ROWS, D),
+        norm_weight=(D,),
+        up_weight=(HIDDEN, D),
+        down_weight=(D, HIDDEN),
+        gate_weight=(HIDDEN, D),
+        gate_bias=(HIDDEN,),
+    )
     return inputs, lambda impl, **i: mlp(**i, activation="swiglu", impl=impl)
 
 

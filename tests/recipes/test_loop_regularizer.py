@@ -10,10 +10,17 @@ from relay_fast.reporting.progress import Display
 
 CPU = loop_regularizer.PRESETS["cpu"]
 TINY = replace(
-    CPU, models=("2x1",), length=8, hops=(1, 2), d_model=16, n_heads=2, problems=20,
-    weights=(0.0, 10.0), tied_steps=2,
+    CPU,
+    models=("2x1",),
+    length=8,
+    hops=(1, 2),
+    d_model=16,
+    n_heads=2,
+    problems=20,
+    weights=(0.0, 10.0),
+    tied_steps=2,
     training=replace(CPU.training, steps=40, batch_size=4, warmup=0.0),
-)  # fmt: skip
+)
 
 
 def test_the_recipe(tmp_path) -> None:

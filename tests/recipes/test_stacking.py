@@ -10,10 +10,16 @@ from relay_fast.reporting.progress import Display
 
 CPU = stacking.PRESETS["cpu"]
 TINY = replace(
-    CPU, length=8, hops=(1, 2), d_model=16, n_heads=2, problems=20, depth=2,
+    CPU,
+    length=8,
+    hops=(1, 2),
+    d_model=16,
+    n_heads=2,
+    problems=20,
+    depth=2,
     training=replace(CPU.training, steps=6, batch_size=4),
     arithmetic=replace(CPU.arithmetic, steps=3, batch_size=4),
-)  # fmt: skip
+)
 
 
 def test_the_recipe(tmp_path, monkeypatch) -> None:

@@ -71,7 +71,9 @@ def steps(what: str, **options) -> list:
 @pytest.mark.parametrize("what", ["nothing", "without memfd"])
 def test_steps_come_whole_and_in_order(what, monkeypatch) -> None:
     monkeypatch.setattr("relay_fast.data.streams.usable_cores", lambda: 2)
-    for step, (x, y, record) in enumerate(steps(what)):
+    come = steps(what)
+    assert len(come) == 10
+    for step, (x, y, record) in enumerate(come):
         assert torch.equal(x, torch.full((3, step), float(step)))
         assert y.dtype == torch.bfloat16 and record == {"n": step}
         x += 1  # as good as the stream's own

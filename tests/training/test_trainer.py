@@ -35,10 +35,9 @@ def make_model(kind="looped", **options):
 
 
 def make_stream(steps, kind="looped", longest=2, batch_size=8, **options) -> TruthStream:
-    return TruthStream(
-        TASKS, {"arithmetic": (1, longest)}, BatchFormat(kind), Schedule.by_steps(steps, **options),
-        batch_size=batch_size, seed=0,
-    )  # fmt: skip
+    ranges, form = {"arithmetic": (1, longest)}, BatchFormat(kind)
+    schedule = Schedule.by_steps(steps, **options)
+    return TruthStream(TASKS, ranges, form, schedule, batch_size=batch_size, seed=0)
 
 
 # Schedules
@@ -225,10 +224,8 @@ def test_optimizer_state_survives_packing() -> None:
 def test_the_loss_falls(tmp_path, kind, muon_lr) -> None:
     stream = make_stream(60, kind, batch_size=32)
     seen = []
-    trained = train_model(
-        make_model(kind), stream, RECIPE | {"muon_lr": muon_lr}, tmp_path / "state.safetensors",
-        seed=0, report=seen.append,
-    )  # fmt: skip
+    recipe, state = RECIPE | {"muon_lr": muon_lr}, tmp_path / "state.safetensors"
+    trained = train_model(make_model(kind), stream, recipe, state, seed=0, report=seen.append)
     first, last = trained.history[0], trained.history[-1]
     assert (first["step"], last["step"]) == (1, 60) == (seen[0].step, seen[-1].step)
     assert last["loss"] < 0.6 * first["loss"]
