@@ -45,9 +45,11 @@ def _quota() -> float:
     quotas = [math.inf]
     try:
         lines = _MEMBERSHIP.read_text().splitlines()
-    except OSError:  # no Linux
+    except (OSError, ValueError):  # no Linux, or a path that is no text
         return math.inf
     for line in lines:
+        if line.count(":") < 2:  # no group of a version that we know
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "cpu") or "cpu" in controllers.split(","):
             root = _GROUPS / controllers
@@ -67,5 +69,5 @@ def _group_quota(group: Path) -> float:
         else:
             quota, period = ((group / f"cpu.cfs_{of}_us").read_text() for of in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):  # none, or "max"
+    except (OSError, ValueError, ZeroDivisionError):  # none, "max", or nonsense
         return math.inf
