@@ -202,8 +202,9 @@ class LoopedBlock(nn.Module):
         if plan.to_sorted is not None:
             packed = packed[plan.to_sorted]
         inner = tuple(t for t in wanted if t < plan.max_loops)
-        run = self.run(plan, states=inner, truncate=truncate)
-        final, states, _, _ = run_loop(run, packed, list(self.parameters()))
+        named = self._named()
+        run = self._run(plan, named, states=inner, truncate=truncate)
+        final, states, _, _ = run_loop(run, packed, list(named.values()))
         if return_states is False:
             final = final if plan.to_caller is None else final[plan.to_caller]
             return final.view(shape)
@@ -243,8 +244,11 @@ class LoopedBlock(nn.Module):
     def run(self, plan: Plan, **options) -> LoopSpec:
         """The engine's description of a pass of this block over a plan (see
         `relay_fast.engine.spec.Run`)."""
+        return self._run(plan, self._named(), **options)
+
+    def _run(self, plan: Plan, named: dict[str, Tensor], **options) -> LoopSpec:
+        """`run`, given the parameters by name: to collect them costs as much as a small op."""
         check_max_loops(self.config, plan)
-        named = self._named()
         _check_devices(plan.device, named)
         names = list(named)
         weight = self.layers[0].qkv.weight

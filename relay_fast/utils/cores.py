@@ -1,4 +1,4 @@
-"""How many cores and threads there are to use."""
+"""How many cores and threads there are to use, and how much memory."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def limit_threads(most: int | None = None) -> None:
     threads = usable_threads() if most is None else min(most, usable_threads())
     if threads < torch.get_num_threads() or most is not None:
         torch.set_num_threads(threads)
+
+
+def machine_memory() -> float:
+    """Bytes of memory that the machine has; infinite where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not everywhere
+        return math.inf
 
 
 def _quota() -> float:
