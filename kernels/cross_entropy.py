@@ -159,8 +159,10 @@ def check_readout(
         require(list_reason("targets", targets, rows, h) or list_reason("index", index, rows, h))
         wrong = [tuple(t.shape) for t in per_row if t.shape != rows]
         require(f"grad or lse is {wrong[0]} instead of {tuple(rows)}" if wrong else None)
-        if targets.is_cpu:
-            check_lists(targets, head.shape[0], index, h.shape[0])
+        if targets.is_cpu:  # rows beyond the row count may hold anything
+            rows = slice(None if row_count is None else int(row_count))
+            index = None if index is None else index[rows]
+            check_lists(targets[rows], head.shape[0], index, h.shape[0])
 
 
 def _splits(rows: int, vocabulary: int, config: Config, device: torch.device) -> tuple[int, int]:

@@ -183,7 +183,7 @@ def test_bad_input_of_the_block() -> None:
     wrong_types = [
         (lambda: block(x, 1.5), "loops must be integers"),
         (lambda: block(x, [[1], [2, 3]]), "loops = .* pass an int or one int per sequence"),
-        (lambda: block(x.long()), "x is torch.int64: .* embed the tokens first"),
+        (lambda: block(x.long()), "x is torch.int64, .* embed the tokens first"),
         (
             lambda: block(x, positions=torch.rand(3)),
             "positions must be integers, got torch.float32",
