@@ -254,9 +254,8 @@ def activation_reason(activation: str, gated: bool) -> str | None:
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} is not one of {ACTIVATIONS}"
     if gated != (activation == "swiglu"):
-        return (
-            f"activation {activation!r} {'does not support a' if gated else 'needs a'} gate weight"
-        )
+        needs = "does not support a" if gated else "needs a"
+        return f"activation {activation!r} {needs} gate weight"
     return None
 
 

@@ -268,8 +268,8 @@ class _ModuleIteration:
         new = saved[1]
         if new.shape != h.shape:
             raise ValueError(
-                f"the module changed the shape of the state from {tuple(h.shape)} to "
-                f"{tuple(new.shape)}, but a looped module must keep the shape"
+                f"the module changed the state's shape from {tuple(h.shape)} to "
+                f"{tuple(new.shape)}: a looped module must keep the shape"
             )
         out.copy_(new.detach())
         return saved if keep else []

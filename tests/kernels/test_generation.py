@@ -106,7 +106,7 @@ def test_why_the_kernel_does_not_serve() -> None:
     assert "neither input injection nor a loop-index embedding" in reason(injection="concat")
     assert "neither input injection nor a loop-index embedding" in reason(max_loops=4)
     assert "loop_norm='pre'" in reason(loop_norm="pre")
-    assert "for inference" in reason(dropout=0.1, training=True)
+    assert "neither dropout nor state noise" in reason(dropout=0.1, training=True)
 
     def read(impl: str) -> str:
         looped = model(impl)

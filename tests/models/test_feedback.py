@@ -419,7 +419,7 @@ def test_bad_input() -> None:
     for options, message in (
         ({"feedback": "latent"}, "feedback = 'latent' is unknown: use one of"),
         ({"feedback_noise": 0.1}, "feedback_noise = 0.1 needs fed tokens"),
-        ({"carry_state": True}, "carry_state = True says what feedback"),
+        ({"carry_state": True}, "carry_state = True needs feedback"),
         ({"feedback": "tokens", "feedback_noise": 1.0}, "feedback_noise = 1.0: it must be in"),
         ({"trained_tokens": -1}, "trained_tokens = -1: it must be 0 or more"),
     ):
@@ -438,7 +438,9 @@ def test_bad_input() -> None:
             Schedule.by_steps(2), batch_size=2, seed=0, truth=0.5,
         )  # fmt: skip
     for options in ({"injection": "add"}, {"max_loops": 4}):
-        with pytest.raises(ValueError, match="makes every iteration the first: use"):
+        with pytest.raises(
+            ValueError, match="supports neither injection nor a loop-index embedding: use"
+        ):
             ModelConfig(BlockConfig(D, 2, 1, **options), 9, feedback="tokens")
 
 
@@ -455,7 +457,7 @@ def _without_rounds(samples: Samples, loops: int | None = None) -> Samples:
 def test_what_does_not_serve_says_why() -> None:
     model = new_model()
     assert feedback_reason(LoopedTransformer(ModelConfig(BlockConfig(D, 2, 1), 9)).config) is None
-    assert "reads tokens in between" in feedback_reason(model.config)
+    assert "does not support feedback = 'tokens'" in feedback_reason(model.config)
     assert "no fixed shape yet" in cuda_graph.feedback_graph_reason(model)
 
 

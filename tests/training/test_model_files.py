@@ -126,8 +126,8 @@ def test_cuda_without_cuda(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["config"]["block"].update(new_one=1), "option 'new_one' of a model is unk"),
-        (lambda m: m["config"].update(newer=1), "option 'newer' of a model is unknown"),
+        (lambda m: m["config"]["block"].update(new_one=1), "model option 'new_one' is unknown"),
+        (lambda m: m["config"].update(newer=1), "model option 'newer' is unknown"),
         (lambda m: m["config"]["block"].pop("d_model"), "missing 1 required positional argument"),
         (lambda m: m["config"]["block"].update(d_model="wide"), "cannot build"),
         (lambda m: m["config"]["block"].update(norm="newer"), "norm = 'newer' is unknown"),
