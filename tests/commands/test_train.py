@@ -345,8 +345,8 @@ def test_presets_are_data_and_whole() -> None:
         assert load_preset(name)["tasks"]  # fresh each time
         context = Context("nowhere", load_preset(name), "cpu", "auto")
         for task, entry in context.config["tasks"].items():
-            context.tasks[task].check_length(context.farthest(task))
-            assert entry["train"][1] < context.farthest(task)
+            context.tasks[task].check_length(context.max_length(task))
+            assert entry["train"][1] < context.max_length(task)
             assert len(entry["self_counts"]) == len(entry["self_lengths"]) == 5
             assert min(entry["self_lengths"]) > entry["train"][1]
         for stage in ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self"):
