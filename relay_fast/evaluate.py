@@ -18,7 +18,6 @@ from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
 from relay_fast.training.model_files import (
-    Model,
     check_device,
     load_run_model,
     model_path,
@@ -47,8 +46,7 @@ def evaluate_run(
     Args:
         run: The run folder.
         models: Names of the models, by default all that are trained.
-        lengths: Lengths of the problems, by default from the shortest trained length to the longest
-            test length of each task.
+        lengths: By default, from the shortest trained to the longest test length of each task.
         number: Number of problems of each length.
         seed: Selects the problems, by default the run's seed.
         device: "cpu" or a CUDA device.
@@ -66,7 +64,7 @@ def evaluate_run(
     check_value("seed", seed, Seed)
     check_device(device)
     _, tasks = run_tasks(config)
-    loaded = _load_models(run, models, device)
+    names = _trained_models(run) if models is None else models
     results = {
         "config": config,
         "seed": seed,
@@ -76,6 +74,8 @@ def evaluate_run(
         "accuracy": {},
     }
     folder = open_run(run, write=True)
+    # Loads all models before the first evaluation, so that errors come early.
+    loaded = {name: load_run_model(run, name, device) for name in names}
     by_task = {}
     for name, task in config["tasks"].items():
         by_task[name] = lengths or range(task["train"][0], task["test"][1] + 1)
@@ -92,13 +92,12 @@ def evaluate_run(
     return results
 
 
-def _load_models(run: str, models: Sequence[str] | None, device: str) -> dict[str, Model]:
-    """Loads all models before the first evaluation, so that errors come early."""
-    if models is None:
-        models = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
-        if not models:
-            raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
-    return {name: load_run_model(run, name, device) for name in models}
+def _trained_models(run: str) -> list[str]:
+    """Returns the models of a run that are trained; raises CheckpointError if there is none."""
+    names = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
+    if not names:
+        raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
+    return names
 
 
 def _accuracy(model, tasks, lengths, number, seed, options) -> dict[str, dict[str, Metrics]]:

@@ -34,7 +34,7 @@ from relay_fast.recipes._regression import check_deviations, descend, draw_promp
 from relay_fast.recipes._thoughts import STARTS, ThoughtLayer
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
-from relay_fast.utils.settings import Count, Counts, Positive, settings
+from relay_fast.utils.settings import Count, Positive, settings
 
 PUBLISHED: dict[str, Any] = {}  # the paper plots its losses
 
@@ -47,7 +47,7 @@ class Settings:
     thoughts: Count = Field(20, description="steps of the trained chain")
     rate: Positive = Field(0.4, description="learning rate of the gradient descent in the chain")
     start: Literal[*STARTS] = Field("random", description="weights at the start")
-    loops: Counts = Field((2, 5), description="of the looped variants")
+    loops: tuple[Count, ...] = Field((2, 5), description="of the looped variants")
     loop_lr: Positive = Field(
         0.02, description="their learning rate, and that of one layer without a chain"
     )

@@ -161,7 +161,7 @@ def test_killed_at_random_moments(tmp_path, often, monkeypatch):
         "-c",
         WRITER,
         str(tmp_path / "chains"),
-        str(Path(__file__).parents[3]),
+        str(Path(__file__).parents[2]),
     ]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment, rng = {**os.environ, "OMP_NUM_THREADS": "1"}, random.Random(0)
