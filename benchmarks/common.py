@@ -19,6 +19,7 @@ from relay_fast.batch.plan import Plan
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.relay.run_folder import versions
+from relay_fast.reporting.text_table import text_table
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
 from relay_fast.utils.ragged import lengths_to_offsets
 
@@ -260,10 +261,7 @@ def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
 
 def show(rows: list[dict[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     """Prints these columns of the rows as a table."""
-    cells = [columns, *([str(row[c]) for c in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+    print(text_table(columns, [[str(row[c]) for c in columns] for row in rows]))
 
 
 def arguments(description: str, default_csv: str) -> argparse.ArgumentParser:

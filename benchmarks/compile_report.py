@@ -42,7 +42,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
 from benchmarks.launches import recorded  # noqa: E402
 from relay_fast.functional import SMALL_VOCABULARY, select  # noqa: E402
-from relay_fast.kernels._runtime import FACTS  # noqa: E402
+from relay_fast.kernels._runtime import DEVICE_PROPS  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
 from relay_fast.kernels.dropout_ref import Dropout  # noqa: E402
 from relay_fast.kernels.loop import loop_fwd  # noqa: E402
@@ -342,7 +342,7 @@ def compile_row(launch: Launch) -> Row:
     )
     target = GPUTarget("cuda", launch.arch, 32)
     allowed = allowed_spill(launch.function.__name__, launch.config, launch.arch)
-    shared_limit = FACTS[launch.arch].shared_bytes
+    shared_limit = DEVICE_PROPS[launch.arch].shared_bytes
     bound = f"spill<={allowed} shared<={shared_limit}"
     head = (launch.function.__name__, launch.arch, launch.dtype, launch.config)
     seconds, binds = launch.cost.floor(launch.arch, launch.dtype)
@@ -395,13 +395,13 @@ def report(launches: list[Launch], workers: int) -> Iterator[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="RELAY's sizes on sm_90 only")
-    parser.add_argument("--arch", type=int, nargs="*", choices=sorted(FACTS))
+    parser.add_argument("--arch", type=int, nargs="*", choices=sorted(DEVICE_PROPS))
     parser.add_argument("--dtype", nargs="*", choices=sorted(DTYPES))
     parser.add_argument("--csv", type=Path, help="where to keep the rows")
     parser.add_argument("--workers", type=int, default=min(8, usable_cores()))
     options = parser.parse_args()
     start = time.perf_counter()
-    archs = tuple(options.arch or ((90,) if options.quick else sorted(FACTS)))
+    archs = tuple(options.arch or ((90,) if options.quick else sorted(DEVICE_PROPS)))
     rows = []
     for r in report(collect(options.quick, archs, options.dtype), options.workers):
         rows.append(r)

@@ -8,7 +8,7 @@ from typing import Any
 
 from triton.runtime.jit import JITFunction
 
-from relay_fast.kernels._runtime import assume
+from relay_fast.kernels._runtime import assume_arch
 
 # (kernel, its arguments by name, options such as num_warps, the grid's sizes)
 OnLaunch = Callable[[JITFunction, Mapping[str, Any], Mapping[str, int], tuple[int, ...]], None]
@@ -27,7 +27,7 @@ def recorded(arch: int, on_launch: OnLaunch) -> Iterator[None]:
 
     original, JITFunction.run = JITFunction.run, run
     try:
-        assume(arch)
+        assume_arch(arch)
         yield
     finally:
         JITFunction.run = original

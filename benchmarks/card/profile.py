@@ -36,7 +36,7 @@ from benchmarks.kernel_costs import CARDS, FLOPS, launch_cost
 from benchmarks.launches import recorded
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
-from relay_fast.kernels._runtime import FACTS
+from relay_fast.kernels._runtime import DEVICE_PROPS
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.utils.files import replacing
 
@@ -80,7 +80,7 @@ def short(kernel: str) -> str:
 
 def utilisation(programs: int) -> float:
     """Share of the processors' time that programs of equal length use, one a processor at once."""
-    processors = FACTS[ARCH].processors
+    processors = DEVICE_PROPS[ARCH].processors
     return programs / (-(-programs // processors) * processors)
 
 
@@ -238,8 +238,8 @@ def page(sizes: list[int], measured_csv: Path | None) -> str:
         f"{card.bandwidth / 1e12:.1f} TB/s (design.md), every launch recorded with its own "
         "configuration, FLOPs and bytes by `benchmarks/kernel_costs.py`. *Floor*: each launch at "
         "the ceiling that binds it, nothing read twice. *With idle processors*: the same over the "
-        f"share of the {FACTS[ARCH].processors} processors that the launch's programs keep busy, "
-        "one program a processor. Without the optimiser.\n"
+        f"share of the {DEVICE_PROPS[ARCH].processors} processors that the launch's programs keep "
+        "busy, one program a processor. Without the optimiser.\n"
     )
     return head + "".join("\n" + section(n, measured.get(n, {})) for n in sizes)
 

@@ -1,4 +1,4 @@
-"""What a model that is fed its own rounds as tokens is fed next, on the device."""
+"""Computes on the device the next input of a model that gets its own rounds as tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Feeder:
-    """Turns the tokens that a model writes into what it is fed, for the N rows of a batch.
+    """Maps the tokens that a model predicts to the tokens that its next iteration gets, for the N
+    rows of a batch.
 
-    source (N,) int64: the row whose token is fed here, in the same sequence.
-    since (N,) int64: the iteration after which that is, and stays; 0: after each one anew.
-    token (N,) int64: what is fed in place of a token that was written; -1: nothing is.
-    last (N,) int64: the last row of the row's sequence.
-    pad: what is fed before, and in place of tokens in front of a round, which begins after the last
-        `pad` of its sequence.
+    A predicted round follows the last `pad` of its sequence; tokens before it are replaced by
+    `pad`.
+
+    Args:
+        source: (N,) int64, the row of the same sequence whose prediction this row gets.
+        since: (N,) int64, the iteration after which the row is filled, once; 0: after every
+            iteration.
+        token: (N,) int64, a token that the row gets instead of a prediction; −1: none.
+        last: (N,) int64, the last row of the row's sequence.
+        pad: the token of rows that are not filled yet.
     """
 
     source: Tensor
@@ -31,17 +36,17 @@ class Feeder:
         return Feeder(*(column.to(device, non_blocking=True) for column in columns), self.pad)
 
     def start(self) -> Tensor:
-        """(N,) int64: what the first iteration is fed."""
+        """Returns the tokens (N,) int64 that the first iteration gets."""
         return torch.full_like(self.token, self.pad)
 
     def after(self, iteration: int, ids: Tensor, fed: Tensor, rows: int) -> Tensor:
-        """(rows,) int64: what the next iteration is fed.
+        """Returns the tokens (rows,) int64 that the next iteration gets.
 
         Args:
-            iteration: the number of the one that is done, from 1.
-            ids: (N_t,) the tokens that it wrote.
-            fed: (N_t,) what it was fed.
-            rows: of the batch's sequences that go on.
+            iteration: number of the finished iteration, from 1.
+            ids: (N_t,) tokens that it predicted.
+            fed: (N_t,) tokens that it got.
+            rows: number of rows of the sequences that continue.
         """
         source, since, token = self.source[:rows], self.since[:rows], self.token[:rows]
         index = torch.arange(rows, device=ids.device)

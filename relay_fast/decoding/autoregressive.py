@@ -21,7 +21,7 @@ from relay_fast.decoding.kv_cache import CacheSlice
 from relay_fast.decoding.step import Stepper
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.tasks.vocabulary import EOS
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 1 << 40}  # at most half of what is free, and at most this
@@ -89,7 +89,7 @@ def decode(
         raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more, and finite")
     batch = None if batch is None else _count("batch", batch)
     sync_every, loops = _count("sync_every", sync_every), _count("loops", loops)
-    seed, temperature = whole("seed", seed), float(temperature)
+    seed, temperature = as_int("seed", seed), float(temperature)
     limits = np.asarray(max_new)
     if not np.issubdtype(limits.dtype, np.integer) and limits.size:
         raise ValueError(f"max_new = {max_new}: it must be a whole number, or one for each prompt")
@@ -131,7 +131,7 @@ def decode(
 
 
 def _count(name: str, value: int) -> int:
-    value = whole(name, value)
+    value = as_int(name, value)
     if value < 1:
         raise ValueError(f"{name} = {value}: it must be 1 or more")
     return value

@@ -18,12 +18,12 @@ from relay_fast.decoding.scores import read_scored
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
+from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 
 # Problem tokens in a batch, by device: what a CPU's caches hold (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
-UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they never meet
 NO_TOKENS = np.zeros(0, np.int32)
 
 Model = LoopedTransformer | AutoregressiveTransformer
@@ -43,7 +43,7 @@ def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
     They depend on the task's parameters, length and seed alone: every model gets the same. (Short
     problems are few, those are met in training all the same.)
     """
-    return task.sample(np.full(number, length), whole("seed", seed) + UNSEEN)
+    return task.sample(np.full(number, length), as_int("seed", seed) + EVAL_SEED_OFFSET)
 
 
 def fitting_problems(model: Model, task: Task, length: int, number: int, seed: int) -> Samples:
@@ -136,7 +136,7 @@ def _stream(
             "looped one"
         )
     if batch_tokens is not None:
-        batch_tokens = whole("batch_tokens", batch_tokens)
+        batch_tokens = as_int("batch_tokens", batch_tokens)
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
     sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)

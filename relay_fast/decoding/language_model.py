@@ -25,12 +25,12 @@ from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.decoding._inference import inference
 from relay_fast.decoding.kv_cache import CacheSlice, KVCache
 from relay_fast.engine.block_iteration import BlockIteration
-from relay_fast.engine.plain_modules import check_parts, check_pass
+from relay_fast.engine.plain_modules import check_not_overridden, check_parts
 from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.models.looped_block import LoopedBlock, Norm
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 
 
 class Written(NamedTuple):
@@ -72,7 +72,7 @@ def generate(
     range; TypeError for a model with a forward of its own, RuntimeError for parts with one.
     """
     loops, min_loops = _check(model, loops, exit_threshold, min_loops)
-    new, seed = whole("new", new), whole("seed", seed)
+    new, seed = as_int("new", new), as_int("seed", seed)
     if not prompts or min(map(len, prompts)) < 1:
         raise ValueError("a prompt is empty: give at least one token each, and one prompt")
     if new < 1 or temperature < 0:
@@ -127,15 +127,17 @@ def _check(
     model: nn.Module, loops: int | None, exit_threshold: float, min_loops: int
 ) -> tuple[int | None, int]:
     """loops and min_loops, where all is well."""
-    check_pass(model, LoopedClassifier, "forward", "loss", "row_losses", "predict", "_states")
+    check_not_overridden(
+        model, LoopedClassifier, "forward", "loss", "row_losses", "predict", "_states"
+    )
     if model._forward_hooks or model._forward_pre_hooks:
         raise RuntimeError(
             f"{type(model).__name__} has a forward hook, which would be ignored here: remove it"
         )
     parts = {"prelude": LoopedBlock, "block": LoopedBlock, "coda": LoopedBlock, "head": nn.Linear}
     check_parts(model, norm=Norm, **parts)
-    loops = None if loops is None else whole("loops", loops)
-    min_loops = whole("min_loops", min_loops)
+    loops = None if loops is None else as_int("loops", loops)
+    min_loops = as_int("min_loops", min_loops)
     if loops is not None and loops < 1:
         raise ValueError(f"loops = {loops}: give at least 1")
     if exit_threshold < 0 or min_loops < 1:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch.packed import PackedBatch
-from relay_fast.engine.plain_modules import check_pass
+from relay_fast.engine.plain_modules import check_not_overridden
 from relay_fast.models.transformers import LoopedTransformer
 
 
@@ -19,7 +19,9 @@ def read_scored(
     Logits exist for a part of the rows at a time only. Raises TypeError for a subclass with a pass
     of its own.
     """
-    check_pass(model, LoopedTransformer, "forward", "loss", "_pass", "read", "_read_iterations")
+    check_not_overridden(
+        model, LoopedTransformer, "forward", "loss", "_pass", "read", "_read_iterations"
+    )
     model.check_parts()
     c, norm, plan = model.config.block, model.norm, batch.plan
     run = model.block.run(plan)

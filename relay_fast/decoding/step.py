@@ -17,7 +17,7 @@ from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.decoding.cached_block import CachedBlock, TorchCachedBlock, lean_argmax
 from relay_fast.decoding.kv_cache import CacheSlice, KVCache, gather_rows
 from relay_fast.engine.block_iteration import BlockIteration
-from relay_fast.engine.plain_modules import check_pass
+from relay_fast.engine.plain_modules import check_not_overridden
 from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.models.transformers import AutoregressiveTransformer
@@ -47,7 +47,7 @@ class Stepper:
         seed: int = 0,
         scored: bool = False,
     ):
-        check_pass(model, AutoregressiveTransformer, "forward", "loss", "_pass", "embed")
+        check_not_overridden(model, AutoregressiveTransformer, "forward", "loss", "_pass", "embed")
         model.check_parts()
         c = self.config = model.config.block
         self.model, self.batch, self.loops = model, batch, loops

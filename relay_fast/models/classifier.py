@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.config import BlockConfig
-from relay_fast.engine.plain_modules import check_parts, reset_inside
+from relay_fast.engine.plain_modules import check_parts, reset_submodules
 from relay_fast.models.looped_block import LoopedBlock, Norm
 from relay_fast.ops.cross_entropy import row_cross_entropy
 from relay_fast.ops.dispatch import select
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 
 
 class LoopedClassifier(nn.Module):
@@ -40,11 +40,11 @@ class LoopedClassifier(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        loops = whole("loops", loops)
+        loops = as_int("loops", loops)
         if loops < 1:
             raise ValueError(f"loops = {loops}: give at least 1")
-        prelude, coda = whole("prelude", prelude, least=0), whole("coda", coda, least=0)
-        vocabulary_size = whole("vocabulary_size", vocabulary_size, least=1)
+        prelude, coda = as_int("prelude", prelude, least=0), as_int("coda", coda, least=0)
+        vocabulary_size = as_int("vocabulary_size", vocabulary_size, least=1)
         block = BlockConfig.of(block)
         options = {"recompute": recompute, "impl": impl}
         # The ends run once: what concerns iterations is the block's alone.
@@ -60,7 +60,7 @@ class LoopedClassifier(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
     def forward(
         self,

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relay_fast.engine.plain_modules import check_parts, reset_inside
+from relay_fast.engine.plain_modules import check_parts, reset_submodules
 from relay_fast.kernels.norm_ref import NORMS
 from relay_fast.models.looped_block import Norm
 from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
-from relay_fast.utils.numbers import real, whole
+from relay_fast.utils.numbers import as_float, as_int
 
 
 class IterationLoss(NamedTuple):
@@ -48,10 +48,10 @@ class IterationCrossEntropy(nn.Module):
             raise ValueError(f"norm = {norm!r} is unknown: use one of {NORMS}")
         if bias and norm != "layer":
             raise ValueError(f'a bias goes with norm = "layer", not with norm = {norm!r}')
-        d_model = whole("d_model", d_model, least=1)
-        vocabulary_size = whole("vocabulary_size", vocabulary_size, least=1)
-        eps, z_loss = real("eps", eps), real("z_loss", z_loss)
-        label_smoothing = real("label_smoothing", label_smoothing)
+        d_model = as_int("d_model", d_model, least=1)
+        vocabulary_size = as_int("vocabulary_size", vocabulary_size, least=1)
+        eps, z_loss = as_float("eps", eps), as_float("z_loss", z_loss)
+        label_smoothing = as_float("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing = {label_smoothing}: it must lie in [0, 1)")
         if z_loss < 0:
@@ -65,7 +65,7 @@ class IterationCrossEntropy(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
@@ -89,7 +89,7 @@ class IterationCrossEntropy(nn.Module):
         """
         if iteration is not None and iterations is None:
             raise ValueError("iteration says which of the iterations: give their number too")
-        iterations = 1 if iterations is None else whole("iterations", iterations)
+        iterations = 1 if iterations is None else as_int("iterations", iterations)
         check_parts(self, norm=Norm, head=nn.Linear)
         if isinstance(states, list):
             states = torch.cat([s.flatten(0, -2) for s in states])

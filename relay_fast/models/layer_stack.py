@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from relay_fast.config import ModelConfig
 from relay_fast.models.looped_block import Layer, LoopedBlock
-from relay_fast.utils.numbers import real, whole
+from relay_fast.utils.numbers import as_float, as_int
 
 GROW_POSITIONS = ("middle", "last")
 OPTIMIZER_STATE_MODES = ("copy", "reset")
@@ -70,7 +70,7 @@ def set_stack(model: nn.Module, layers: Sequence[nn.Module]) -> None:
 
 def check_period(period: int, depth: int) -> int:
     """period as an int. Raises ValueError unless `depth` layers are several whole blocks of it."""
-    period = whole("period", period)
+    period = as_int("period", period)
     if period < 1 or depth % period or depth == period:
         raise ValueError(
             f"period = {period} does not cut a stack of {depth} layers into equal blocks, two at "
@@ -100,7 +100,7 @@ def grow(
     ):
         if value not in known:
             raise ValueError(f"{name} = {value!r} is unknown: use one of {known}")
-    layers = whole("layers", layers)
+    layers = as_int("layers", layers)
     stack = list(stack_of(model).layers)
     if layers < 1 or len(stack) % layers:
         raise ValueError(
@@ -145,8 +145,8 @@ class GrowthSchedule:
     def __post_init__(self) -> None:
         for name in ("steps", "depth", "layers", "stages"):
             if name != "stages" or self.stages is not None:
-                object.__setattr__(self, name, whole(name, getattr(self, name)))
-        object.__setattr__(self, "alpha", real("alpha", self.alpha))
+                object.__setattr__(self, name, as_int(name, getattr(self, name)))
+        object.__setattr__(self, "alpha", as_float("alpha", self.alpha))
         if self.layers < 1 or self.depth < self.layers or self.depth % self.layers:
             raise ValueError(
                 f"blocks of {self.layers} layers do not make a stack of {self.depth}: choose a "

@@ -17,13 +17,13 @@ from relay_fast.config import BlockConfig, tell_hub
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
-from relay_fast.engine.plain_modules import check_inside, reset_inside
+from relay_fast.engine.plain_modules import check_submodules, reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
-from relay_fast.utils.numbers import is_truth, whole
+from relay_fast.utils.numbers import as_int, is_bool
 
 
 class Norm(nn.Module):
@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
 
 class LoopedBlock(nn.Module):
@@ -115,7 +115,7 @@ class LoopedBlock(nn.Module):
         elif given:
             raise ValueError(f"config and {', '.join(given)} are both given: put all into config")
         c = self.config = BlockConfig.of(config)
-        gather_rows = whole("gather_rows", gather_rows, least=0)
+        gather_rows = as_int("gather_rows", gather_rows, least=0)
         self.recompute, self.gather_rows, self.impl = recompute, gather_rows, impl
         RecomputePolicy.parse(recompute)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
@@ -134,7 +134,7 @@ class LoopedBlock(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
@@ -162,7 +162,7 @@ class LoopedBlock(nn.Module):
                 "parts have to be made plain first (torch.nn.utils.parametrize."
                 "remove_parametrizations, torch.nn.utils.prune.remove)"
             )
-        check_inside(self, "block")
+        check_submodules(self, "block")
         return named
 
     @skip_frame
@@ -193,7 +193,7 @@ class LoopedBlock(nn.Module):
         iterations given), each holding the sequences still looping then, in the caller's order.
         """
         packed, shape = self._pack(x, cu_seqlens)
-        return_states = bool(return_states) if is_truth(return_states) else return_states
+        return_states = bool(return_states) if is_bool(return_states) else return_states
         if torch.compiler.is_compiling():
             return self._as_op(packed, shape, loops, cu_seqlens, positions, return_states, truncate)
         refuse_transforms(x, module=self)

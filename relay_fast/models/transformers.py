@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import ModelConfig, tell_hub
-from relay_fast.engine.fused_inference import feedback_reason, read_whole_loop
+from relay_fast.engine.fused_inference import feedback_reason, run_fused_loop
 from relay_fast.engine.loop import iterate, run_loop
-from relay_fast.engine.plain_modules import check_parts, check_pass, reset_inside
+from relay_fast.engine.plain_modules import check_not_overridden, check_parts, reset_submodules
 from relay_fast.engine.spec import LoopSpec, Readout
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.models.looped_block import LoopedBlock, Norm
@@ -48,7 +48,7 @@ class _Transformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
     @property
     def device(self) -> torch.device:
@@ -232,11 +232,11 @@ class LoopedTransformer(_Transformer):
         kernel serves (`relay_fast.engine.fused_inference`). Raises TypeError for a subclass with a
         forward or loss of its own, which this pass would not follow.
         """
-        check_pass(self, LoopedTransformer, "forward", "loss", "_pass")
+        check_not_overridden(self, LoopedTransformer, "forward", "loss", "_pass")
         self.check_parts()
         run = self.block.run(batch.plan)
         x = self.embed(batch)
-        read = feedback_reason(self.config) or read_whole_loop(
+        read = feedback_reason(self.config) or run_fused_loop(
             self.config.block, run, x, dict(self.block.named_parameters()), self.norm.weight,
             self.chain_head.weight, self.training,
         )  # fmt: skip
@@ -315,7 +315,7 @@ class AutoregressiveTransformer(_Transformer):
         """correct (R,) bool: whether each target is the argmax, given the true tokens before it.
 
         Raises TypeError for a subclass with a forward or loss of its own."""
-        check_pass(self, AutoregressiveTransformer, "forward", "loss")
+        check_not_overridden(self, AutoregressiveTransformer, "forward", "loss")
         return self._pass(batch, True)[2]
 
 

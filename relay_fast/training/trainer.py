@@ -24,7 +24,7 @@ from relay_fast.training.optim import make_optimizer, set_lr_scale
 from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
 from relay_fast.utils.interrupts import interrupts_deferred
-from relay_fast.utils.numbers import plain_numbers, whole
+from relay_fast.utils.numbers import as_int, plain_numbers
 from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
 
 Model = LoopedTransformer | AutoregressiveTransformer
@@ -142,7 +142,7 @@ class _Training:
         self.before_step = before_step or (lambda step, optimizer: None)
         self.name = path.name.removesuffix(".safetensors").removesuffix(".state")
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
-        seed = whole("seed", seed)
+        seed = as_int("seed", seed)
         self.identity = {"seed": seed, "steps": len(stream), "recipe": plain_numbers(recipe)}
         names = ("optimizer", "weight_decay", "betas", "muon_lr")
         options = {k: recipe[k] for k in names if k in recipe}

@@ -113,7 +113,7 @@ def test_without_matplotlib_the_rest_is_there(finished, capsys, monkeypatch) -> 
     out, warning = capsys.readouterr()
     assert "plots need matplotlib" in warning and warning.count("\n") == 1
     assert "pip install relay_fast[train]; the same" in warning
-    assert "whole chain right" in out and "results:" in out
+    assert "whole chain correct" in out and "results:" in out
 
 
 def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
@@ -127,7 +127,7 @@ def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
         assert (finished / f"{name}.safetensors").stat().st_mtime_ns == time_ns
     out = capsys.readouterr().out
     assert "started" not in out
-    assert "whole chain right" in out and "results:" in out  # the table is shown again
+    assert "whole chain correct" in out and "results:" in out  # the table is shown again
     assert main([*SMALL, "--no-report", "--out", str(finished)]) == 0
     assert not capsys.readouterr().out
 

@@ -12,7 +12,6 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.decoding import chains
 from relay_fast.decoding.autoregressive import Decoded
 from relay_fast.decoding.chains import (
-    UNSEEN,
     generate_ar_chains,
     generate_looped_chains,
     generate_scored,
@@ -24,6 +23,7 @@ from relay_fast.tasks import NO_ANSWER, Samples
 from relay_fast.tasks.verify import verify_chains
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD
 from relay_fast.utils.ragged import lengths_to_offsets
+from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 from tests.support.chain_models import (
     TASKS,
     VOCABULARY,
@@ -338,4 +338,4 @@ def test_unseen_problems_are_nested_and_far_from_training_seeds():
     task = TASKS["arithmetic"]
     few, many = unseen_problems(task, 5, 3, seed=2), unseen_problems(task, 5, 9, seed=2)
     assert np.array_equal(few.problem, many.take(slice(0, 3)).problem)
-    assert np.array_equal(few.problem, task.sample([5] * 3, 2 + UNSEEN).problem)
+    assert np.array_equal(few.problem, task.sample([5] * 3, 2 + EVAL_SEED_OFFSET).problem)

@@ -462,7 +462,7 @@ def test_bad_input() -> None:
         ({"feedback": "latent"}, "feedback = 'latent' is unknown: use one of"),
         ({"feedback_noise": 0.1}, "feedback_noise = 0.1 needs fed tokens"),
         ({"carry_state": True}, "carry_state = True says what feedback"),
-        ({"feedback": "tokens", "feedback_noise": 1.0}, "feedback_noise = 1.0: it must lie in"),
+        ({"feedback": "tokens", "feedback_noise": 1.0}, "feedback_noise = 1.0: it must be in"),
         ({"position_range": -1}, "position_range = -1: it must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):

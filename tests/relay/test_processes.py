@@ -146,7 +146,7 @@ def test_a_worker_that_never_begins(monkeypatch) -> None:
     assert time.monotonic() - began < 20
 
 
-def _freeze(report) -> None:
+def _freeze(on_progress) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 

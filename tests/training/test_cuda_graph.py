@@ -247,9 +247,9 @@ def test_what_does_not_fit_is_named() -> None:
 def test_capacities_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="at least one iteration, got 0, 0 and 0"):
         Capacity((), (), (), 1, 1)
-    with pytest.raises(ValueError, match="rows must not grow with the iteration"):
+    with pytest.raises(ValueError, match="rows must not increase with the iteration"):
         Capacity((64, 128), (1, 1), (1, 1), 1, 1)
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="got no batch: give at least one"):
         Capacity.of([])
     with pytest.raises(ValueError, match="cannot truncate"):
         CapacityBatch(Capacity((64,), (1,), (1,), 1, 1), "cpu").plan.row_ranges(1, truncate=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import relay_fast
-from relay_fast.engine.side_graphs import graphs_left
+from relay_fast.engine.retained_graphs import find_retained_graphs
 
 D = 4
 KEPT: list[Tensor] = []
@@ -117,7 +117,7 @@ def test_what_is_left_is_refused_at_the_call(kind: type[Plain], policy: str) -> 
     for frozen in (False, True):  # the gradient of x alone would be lost as well
         module = kind().requires_grad_(not frozen)
         x = torch.randn(2, D, requires_grad=frozen)
-        with pytest.raises(RuntimeError, match=f"left .* in .*{LEAVES[kind]}.* detach"):
+        with pytest.raises(RuntimeError, match=f"stored .* in .*{LEAVES[kind]}.* detach"):
             relay_fast.loop(module, x, [2, 1], recompute=policy)
     with torch.no_grad():
         relay_fast.loop(module, x, 2, recompute=policy)
@@ -163,4 +163,4 @@ def test_what_was_there_before_is_not_the_loops() -> None:
     module, x = Plain(), torch.randn(2, D, requires_grad=True)
     module.list.append(module(x))
     relay_fast.loop(module, x, 2).sum().backward()
-    assert [where for where, _ in graphs_left(module).values()] == ["list[0]"]
+    assert [where for where, _ in find_retained_graphs(module).values()] == ["list[0]"]
