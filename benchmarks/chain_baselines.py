@@ -28,8 +28,8 @@ class EagerReader(EagerTransformer):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def read(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
-        """As `LoopedTransformer.read`; every row is read out after every iteration."""
+    def predict_rounds(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
+        """As `LoopedTransformer.predict_rounds`; every row is read out after every iteration."""
         plan, device = batch.plan, self.device
         lengths = torch.from_numpy(plan.lengths).to(device)
         mask = torch.arange(int(plan.lengths.max()), device=device) < lengths[:, None]

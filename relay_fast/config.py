@@ -15,7 +15,7 @@ LOOP_NORMS = ("none", "pre", "post")
 INJECTIONS = ("none", "add", "concat")
 FEEDBACKS = ("none", "tokens")
 # Newer options: configs that leave them at their defaults are saved without them.
-_ADDED = ("feedback", "carry_state", "feedback_noise", "position_range", "trained_tokens")
+_ADDED = ("feedback", "carry_state", "feedback_noise", "trained_tokens")
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,14 @@ class ModelConfig:
         vocabulary_size: number of tokens.
         max_tokens: longest sequence that the model accepts.
         feedback: of a looped model. "none": only the state passes from one iteration to the next;
-            "tokens": each iteration gets the problem and the rounds so far as tokens.
-        carry_state: with feedback, whether the state is passed on too.
+            "tokens": each iteration gets what its task shows of the problem and the rounds so far
+            as tokens.
+        carry_state: with feedback, whether the state is passed on too; the last round is then fed
+            right-aligned.
         feedback_noise: share of the fed tokens that are replaced by random ones in training, in [0,
             1).
-        position_range: of a looped model. Positions are taken from 0..position_range − 1: random in
-            training, evenly spread in generation; 0: positions 0..n − 1.
-        trained_tokens: longest input seen in training; 0: unknown.
+        trained_tokens: longest input seen in training, counted by its positions; 0: unknown, or of
+            no matter.
 
     Raises:
         ValueError: for values that are out of range or do not fit together.
@@ -162,15 +163,14 @@ class ModelConfig:
     feedback: str = "none"
     carry_state: bool = False
     feedback_noise: float = 0.0
-    position_range: int = 0
     trained_tokens: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", BlockConfig.of(self.block))
         for name in ("vocabulary_size", "max_tokens"):
             object.__setattr__(self, name, as_int(name, getattr(self, name), least=1))
-        for name in ("position_range", "trained_tokens"):
-            object.__setattr__(self, name, as_int(name, getattr(self, name), least=0))
+        trained = as_int("trained_tokens", self.trained_tokens, least=0)
+        object.__setattr__(self, "trained_tokens", trained)
         object.__setattr__(self, "feedback_noise", as_float("feedback_noise", self.feedback_noise))
         object.__setattr__(self, "carry_state", as_bool("carry_state", self.carry_state))
         if self.feedback not in FEEDBACKS:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relay_fast.batch.feeder import Feeder
 from relay_fast.batch.plan import Plan
-from relay_fast.utils.ragged import concat_ranges, pieces
+from relay_fast.utils.ragged import pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +31,11 @@ class PackedBatch:
         answer_weights: (B,) fp32, w_task / B.
         order: (B,), the caller's sample of each sequence.
         max_token: the largest token id.
-        fed: (N,) int64, of a `side_by_side` batch: the true rounds that are fed. Its sequences are
+        fed: (N,) int64, of a `side_by_side` batch: a second token at each place. Its sequences are
             iterations, with the last one of each sample at the end, in `order`.
         target_offsets: (sequences + 1,), of a `side_by_side` batch: where the rows of each sequence
             start.
-        feeder: for a model that gets its own rounds as tokens.
+        feeder: for a model with feedback that carries its state.
         true_feed: (Σ n_i · T_i,) int64, iteration-major: the true rounds for each iteration if the
             state is carried.
         truth: share of the iterations that get true rounds; the others get the model's own.
@@ -139,24 +139,3 @@ class PackedBatch:
         from relay_fast.data.collate import collate_autoregressive
 
         return collate_autoregressive(*arguments, **options)
-
-
-def _positions(widths: np.ndarray, span: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Returns ascending positions in 0..span − 1 of inputs laid end to end.
-
-    Args:
-        widths: number of tokens of each input.
-        span: number of positions.
-        rng: draws the positions at random; None: they are spread evenly.
-    """
-    longest = int(widths.max(initial=0))
-    if longest > span:
-        raise ValueError(
-            f"an input of {longest} tokens does not fit into position_range = {span}: use a larger "
-            "range, or shorter problems"
-        )
-    if rng is not None:
-        ranks = rng.random((len(widths), span)).argsort(1).argsort(1)
-        return np.nonzero(ranks < widths[:, None])[1]
-    place = concat_ranges(np.zeros_like(widths), widths)
-    return np.rint(place * (span - 1) / np.repeat(np.maximum(1, widths - 1), widths)).astype(int)

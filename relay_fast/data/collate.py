@@ -1,4 +1,4 @@
-"""Collates samples into packed batches for the looped and the autoregressive model."""
+"""Collation of samples into packed batches for the looped and the autoregressive model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from relay_fast.batch.packed import PackedBatch, _positions
+from relay_fast.batch.feeder import Feeder
+from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.plan import Plan
-from relay_fast.data.feedback import feeder_of, places_of, true_tokens
-from relay_fast.tasks import TASK_NAMES, FedPlaces, Samples, Task
+from relay_fast.data.feedback import check_numbers, iterations_of, true_rounds
+from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Samples, Task, Written
+from relay_fast.tasks.feedback import right_aligned
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
+_NO_ROOM = "a round does not fit into its input: raise the task's min_input_tokens"
 
 
-# Long: the arrays of a batch are built in one go, each from the ones before it.
+# Long: each array of the batch is computed from the ones before it.
 def collate_looped(
     samples: Samples,
     tasks: Mapping[str, Task],
@@ -27,21 +30,27 @@ def collate_looped(
     chain_weight: float = 1.0,
     weighting: str = "sequence",
     extra_pad: np.ndarray | None = None,
-    feedback: bool = False,
-    position_range: int = 0,
-    rng: np.random.Generator | None = None,
+    carry_state: bool = False,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The looped model's batch: problems, and every iteration's round right-aligned.
+    """Makes the looped model's batch: problems, with each iteration's round right-aligned.
 
-    An input shorter than its task's longest round plus the boundary `<pad>` is padded on the
-    left, between the task token (always leftmost) and the problem, and so is every input by
-    `extra_pad` (S,) more tokens. weighting="sequence" lets
-    sequences weigh alike whatever their length; "row" lets all supervised rows weigh alike.
-    feedback: for a model that reads its own rounds back (`relay_fast.data.feedback`).
-    position_range: positions lie in 0..position_range − 1 (0: as many as tokens), in order: for
-    each sequence a random choice of `rng`, without one spread evenly.
-    Raises ValueError for unknown weightings and tasks, and for tokens that are negative.
+    An input shorter than its task's longest round plus the boundary `<pad>` is padded on the left,
+    between the task token (always leftmost) and the problem.
+
+    Args:
+        samples: S samples.
+        tasks: their tasks by name.
+        task_weights: weights of the tasks' losses, default 1.
+        chain_weight: weight of the rounds' loss relative to the answers'.
+        weighting: "sequence" gives all sequences the same weight, whatever their length; "row"
+            gives all supervised rows the same weight.
+        extra_pad: (S,) further padding tokens of each input.
+        carry_state: whether the model gets its own rounds as tokens beside its state.
+        device: of the batch.
+
+    Raises:
+        ValueError: for unknown weightings and tasks, and negative tokens.
     """
     _check_weighting(weighting, task_weights)
     order = np.argsort(-samples.loops, kind="stable")
@@ -50,8 +59,7 @@ def collate_looped(
     width = np.maximum(sizes, [tasks[TASK_NAMES[k]].min_input_tokens for k in s.task])
     if extra_pad is not None:
         width = width + extra_pad[order]
-    positions = _positions(width, position_range, rng) if position_range else None
-    plan = Plan(width, s.loops, device, positions)
+    plan = Plan(width, s.loops, device)
     tokens = np.full(plan.rows, PAD, np.int64)
     ends = plan.offsets[1:]
     tokens[concat_ranges(ends - sizes + 1, sizes - 1)] = s.problem[
@@ -59,14 +67,14 @@ def collate_looped(
     ]
     tokens[plan.offsets[:-1]] = s.problem[s.problem_offsets[:-1]]
 
-    # Rounds, iteration-major: the boundary <pad> and then the round's tokens.
+    # Rounds, iteration-major: the boundary <pad>, then the round's tokens.
     owner = np.repeat(np.arange(len(s)), s.loops)
     iteration = np.arange(len(owner)) - s.first_round[owner]
     major = np.lexsort((owner, iteration))
     owner, iteration = owner[major], iteration[major]
     lengths = np.diff(s.round_offsets)[major]
     if np.any(lengths >= width[owner]):
-        raise ValueError("a round does not fit into its input: raise the task's min_input_tokens")
+        raise ValueError(_NO_ROOM)
     counts = lengths + 1
     rows = concat_ranges(ends[owner] - counts, counts)
     targets = np.full(len(rows), PAD, np.int64)
@@ -76,8 +84,8 @@ def collate_looped(
     ]
     per_iteration = np.bincount(iteration, weights=counts, minlength=plan.max_loops)
     feeder = None
-    if feedback:
-        feeder = feeder_of(places_of(s, tasks, plan.lengths), plan.lengths, device)
+    if carry_state:
+        feeder = Feeder(torch.from_numpy(np.repeat(ends - 1, plan.lengths)).to(device), PAD)
     task_weight = _task_weights(s, task_weights)
     if weighting == "sequence":
         share = chain_weight * task_weight[owner] / (len(s) * s.loops[owner] * counts)
@@ -105,44 +113,56 @@ def collate_side_by_side(
     task_weights: Mapping[str, float] | None = None,
     chain_weight: float = 1.0,
     weighting: str = "sequence",
-    extra_pad: np.ndarray | None = None,
-    position_range: int = 0,
+    draws: Mapping[str, FeedbackDraws] | None = None,
     rng: np.random.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The batch that trains a model with feedback: every iteration of a sample as a sequence of
-    one iteration, which is fed the true rounds before it.
+    """Makes a batch for training with feedback: an iteration is a sequence that sees true rounds.
 
-    Its weights are those of `looped`, and so are options and errors; a sample without rounds
-    raises ValueError too.
+    Args:
+        samples: S samples, each with at least one round; ValueError otherwise.
+        tasks, task_weights, chain_weight, weighting, device: as in `collate_looped`.
+        draws: random options of the inputs (`Task.inputs`), by task.
+        rng: draws them for each iteration.
     """
+    _check_weighting(weighting, task_weights)
     if np.any(samples.loops < 1):
         raise ValueError("a sample without rounds has no iteration to train: leave it out")
-    split, owner, before = samples.iterations()
-    final = before + 1 == samples.loops[owner]
-    order = np.argsort(final, kind="stable")
-    split, owner, before = split.take(order), owner[order], before[order]
-    batch = collate_looped(
-        split, tasks, chain_weight=chain_weight, task_weights=task_weights, weighting=weighting,
-        extra_pad=None if extra_pad is None else extra_pad[owner],
-        position_range=position_range, rng=rng, device=device,
-    )  # fmt: skip
-    widths = batch.plan.lengths
-    fed = true_tokens(samples, owner, before, widths, places_of(split, tasks, widths))
-    task_weight = _task_weights(split, task_weights)
-    counts = np.diff(split.round_offsets) + 1
-    weights = batch.weights
+    owner = np.repeat(np.arange(len(samples)), samples.loops)
+    before = np.arange(len(owner)) - samples.first_round[owner]
+    order = np.argsort(before + 1 == samples.loops[owner], kind="stable")
+    owner, before = owner[order], before[order]
+    inputs, widths, shifts = iterations_of(Written.truth(samples), tasks, owner, before, draws, rng)
+    rounds, lengths = true_rounds(samples, tasks, owner, before, shifts)
+    for k in np.unique(samples.task).tolist():
+        own = samples.task[owner] == k
+        check_numbers(tasks[TASK_NAMES[k]], inputs.fed[np.repeat(own, widths)])
+        check_numbers(tasks[TASK_NAMES[k]], rounds[np.repeat(own, lengths)])
+    if np.any(lengths >= widths):
+        raise ValueError(_NO_ROOM)
+    plan = Plan(widths, np.ones(len(owner), np.int64), device, inputs.positions)
+    counts = lengths + 1
+    rows = concat_ranges(plan.offsets[1:] - counts, counts)
+    targets = right_aligned(counts, rounds, np.cumsum(lengths) - lengths, lengths)
+    task_weight = _task_weights(samples, task_weights)
     if weighting == "sequence":
-        share = chain_weight * task_weight / (len(samples) * samples.loops[owner] * counts)
-        weights = torch.from_numpy(np.repeat(share, counts).astype(np.float32)).to(device)
-    answer_share = task_weight[len(owner) - len(samples) :] / max(1, len(samples))
-    return replace(
-        batch,
-        weights=weights,
-        answers=batch.answers[len(owner) - len(samples) :],
-        answer_weights=torch.from_numpy(answer_share.astype(np.float32)).to(device),
-        order=owner[len(owner) - len(samples) :],
-        fed=torch.from_numpy(fed).to(device),
+        share = chain_weight * task_weight[owner] / (len(samples) * samples.loops[owner] * counts)
+    else:
+        share = chain_weight * task_weight[owner] / max(1, len(rows))
+    last = owner[len(owner) - len(samples) :]
+    tensor = lambda array, dtype: torch.from_numpy(array.astype(dtype)).to(device)
+    return PackedBatch(
+        tensor(inputs.tokens, np.int64),
+        plan,
+        tensor(rows, np.int64),
+        (0, len(rows)) if len(owner) else (0,),
+        tensor(targets, np.int64),
+        tensor(np.repeat(share, counts), np.float32),
+        tensor(samples.answer[last], np.int64),
+        torch.zeros(len(samples), device=device),
+        last,
+        _largest(inputs.tokens, inputs.fed, targets),
+        fed=tensor(inputs.fed, np.int64),
         target_offsets=lengths_to_offsets(counts),
     )
 
@@ -150,22 +170,24 @@ def collate_side_by_side(
 def collate_carried(
     samples: Samples, tasks: Mapping[str, Task], *, truth: float = 1.0, **options
 ) -> PackedBatch:
-    """The batch that trains a model whose iterations get the state before them and a round.
+    """Makes the batch that trains a model whose iterations get the state and the last round.
 
-    truth: the share of the iterations that are fed the true round. Other options and errors are
-    those of `looped`.
+    Args:
+        samples: S samples.
+        tasks: their tasks by name.
+        truth: share of the iterations that get the true round, in [0, 1].
+        **options: others of `collate_looped`, which raises the same errors.
     """
     if not 0 <= truth <= 1:
         raise ValueError(f"truth = {truth}: it must lie in [0, 1]")
-    batch = collate_looped(samples, tasks, feedback=True, **options)
+    batch = collate_looped(samples, tasks, carry_state=True, **options)
     plan, s = batch.plan, samples.take(batch.order)
     active = np.array(plan.active_sequences, np.int64)
     owner = concat_ranges(np.zeros_like(active), active)
     before = np.repeat(np.arange(len(active)), active)
-    widths = plan.lengths[owner]
-    rows = concat_ranges(plan.offsets[owner], widths)
-    places = FedPlaces(*(column[rows] for column in places_of(s, tasks, plan.lengths)))
-    fed = torch.from_numpy(true_tokens(s, owner, before, widths, places))
+    starts, sizes, later = np.zeros_like(owner), np.zeros_like(owner), before > 0
+    starts[later], sizes[later] = Written.truth(s).last_round(owner[later], before[later])
+    fed = torch.from_numpy(right_aligned(plan.lengths[owner], s.rounds, starts, sizes))
     return replace(batch, true_feed=fed.to(plan.device), truth=truth)
 
 
@@ -177,9 +199,12 @@ def collate_autoregressive(
     weighting: str = "sequence",
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The autoregressive model's batch: whole sequences, targets after the problem.
+    """Makes the autoregressive model's batch: whole sequences with targets after the problem.
 
-    Options and errors are those of `collate_looped`.
+    Args:
+        samples: S samples.
+        tasks, task_weights, weighting, device: as in `collate_looped`, which raises the same
+            errors.
     """
     _check_weighting(weighting, task_weights)
     sequence, offsets, prompts = samples.sequences(tasks)
@@ -216,7 +241,7 @@ def _check_weighting(weighting: str, task_weights: Mapping[str, float] | None) -
 
 
 def _largest(*tokens: np.ndarray) -> int:
-    """The largest token id."""
+    """Returns the largest token id; raises ValueError for a negative one."""
     least = min(int(part.min(initial=0)) for part in tokens)
     if least < 0:
         raise ValueError(f"token {least} is negative: token ids are 0 or more")
@@ -224,6 +249,6 @@ def _largest(*tokens: np.ndarray) -> int:
 
 
 def _task_weights(samples: Samples, task_weights: Mapping[str, float] | None) -> np.ndarray:
-    """w_task of each sample."""
+    """Returns each sample's task weight (S,)."""
     table = np.array([(task_weights or {}).get(name, 1.0) for name in TASK_NAMES])
     return table[samples.task]

@@ -1,85 +1,172 @@
-"""Rounds fed back to a looped model as tokens: the true ones in training, its own in generation.
+"""Inputs of a looped model that is fed its own rounds: the true ones in training, its own after.
 
-Each iteration sees the problem and what was written before it, each token of that under the token
-of the problem that it belongs to; the task says which (`Task.fed_places`). Given the true rounds,
-the iterations of a sample do not depend on each other: `PackedBatch.side_by_side` makes each a
-sequence of its own, so that they train in one pass.
+The task says what an iteration sees of the problem and of the rounds before it (`Task.inputs`).
+Given the rounds, the iterations of a sample do not depend on each other, so that they train side
+by side in one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from relay_fast.batch.feeder import Feeder
-from relay_fast.tasks import TASK_NAMES, FedPlaces, Samples, Task
-from relay_fast.tasks.feedback import FROM_ROUND, LATEST
-from relay_fast.tasks.vocabulary import PAD
-from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.batch.plan import Plan
+from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Inputs, Samples, Task, Written
+from relay_fast.utils.ragged import concat_ranges
 
 
-def places_of(samples: Samples, tasks: Mapping[str, Task], widths: np.ndarray) -> FedPlaces:
-    """The places of a batch's inputs, each sample's by its own task.
+class Iterations(NamedTuple):
+    """Inputs of I iterations, laid end to end.
 
-    Raises ValueError for a task that does not say, and for one that feeds a round's token from
-    outside of the input.
+    widths (I,) int64: tokens of each; shifts (I,) int64: what was added to the numbers fed.
     """
-    present = np.unique(samples.task).tolist()
-    if len(present) == 1:
-        places = tasks[TASK_NAMES[present[0]]].fed_places(samples, widths)
-    else:
-        places = FedPlaces.nothing(widths)
-        starts = lengths_to_offsets(widths)[:-1]
-        for k in present:
-            own = np.flatnonzero(samples.task == k)
-            rows = concat_ranges(starts[own], widths[own])
-            part = tasks[TASK_NAMES[k]].fed_places(samples.take(own), widths[own])
-            for whole, values in zip(places, part, strict=True):
-                whole[rows] = values
-    width = np.repeat(widths, widths)
-    outside = (places.token == FROM_ROUND) & ((places.from_end > width) | (places.from_end < 1))
-    if np.any(outside):
-        row = int(np.argmax(outside))
-        name = TASK_NAMES[samples.task[np.searchsorted(np.cumsum(widths), row, side="right")]]
-        raise ValueError(
-            f"task {name!r} feeds the token {places.from_end[row]} from the end of a round into an "
-            f"input of {width[row]} tokens, where no round is as long: raise its min_input_tokens"
-        )
-    return places
+
+    inputs: Inputs
+    widths: np.ndarray
+    shifts: np.ndarray
 
 
-def true_tokens(
-    samples: Samples,
+def iterations_of(
+    written: Written,
+    tasks: Mapping[str, Task],
     owner: np.ndarray,
     before: np.ndarray,
-    widths: np.ndarray,
-    places: FedPlaces,
-) -> np.ndarray:
-    """(N,) int64: what the iterations of samples are fed, given their true rounds.
+    draws: Mapping[str, FeedbackDraws] | None = None,
+    rng: np.random.Generator | None = None,
+) -> Iterations:
+    """What the iterations of problems `owner` see after `before` rounds, each by its own task.
 
-    Args:
-        samples: whose rounds are fed.
-        owner: (S',) the sample that each input is of.
-        before: (S',) the rounds that were written before its iteration.
-        widths: (S',) the tokens of each input.
-        places: what is fed, for the N tokens of all inputs.
+    draws, by task: what `rng` varies in training; without them nothing is drawn. Raises ValueError
+    for a task that does not say or has no such draws.
     """
-    before, first = np.repeat(before, widths), np.repeat(samples.first_round[owner], widths)
-    which = np.where(places.since == LATEST, before, places.since)
-    written = (which >= 1) & (which <= before)
-    index = np.where(written, first + which - 1, 0)
-    of_round = written & (places.token == FROM_ROUND)
-    of_round &= places.from_end <= np.diff(samples.round_offsets)[index]
-    fed = np.where(written & (places.token != FROM_ROUND), places.token, PAD)
-    ends = samples.round_offsets[index[of_round] + 1]
-    fed[of_round] = samples.rounds[ends - places.from_end[of_round]]
-    return fed
+    kinds = written.problems.task[owner]
+    present = np.unique(kinds).tolist()
+    parts = {}
+    for k in present:
+        own, task = np.flatnonzero(kinds == k), tasks[TASK_NAMES[k]]
+        chosen = (draws or {}).get(task.name, FeedbackDraws())
+        parts[k] = own, _of_one_task(task, written, owner[own], before[own], chosen, rng)
+    if len(present) == 1:
+        return parts[present[0]][1]
+    widths, shifts = np.zeros(len(owner), np.int64), np.zeros(len(owner), np.int64)
+    for own, part in parts.values():
+        widths[own], shifts[own] = part.widths, part.shifts
+    starts = np.cumsum(widths) - widths
+    whole = np.zeros((3, int(widths.sum())), np.int64)
+    for own, part in parts.values():
+        whole[:, concat_ranges(starts[own], widths[own])] = np.stack(part.inputs)
+    return Iterations(Inputs(*whole), widths, shifts)
 
 
-def feeder_of(places: FedPlaces, widths: np.ndarray, device: torch.device | str) -> Feeder:
-    """What turns a model's tokens into what it is fed, for inputs of `widths` tokens."""
-    last = np.repeat(np.cumsum(widths) - 1, widths)
-    columns = (last + 1 - places.from_end, places.since, places.token, last)
-    return Feeder(*(torch.from_numpy(column).to(device) for column in columns), pad=PAD)
+def _of_one_task(
+    task: Task,
+    written: Written,
+    owner: np.ndarray,
+    before: np.ndarray,
+    draws: FeedbackDraws,
+    rng: np.random.Generator | None,
+) -> Iterations:
+    check_draws(task, draws)
+    widths = task.input_sizes(written, owner, before)
+    gaps = shifts = np.zeros(len(owner), np.int64)
+    if rng is not None:
+        widths = draws.widths(widths, rng)
+        gaps, shifts = draws.gaps(len(owner), rng), draws.shifts(len(owner), rng)
+    tokens, fed, positions = task.inputs(written, owner, before, widths, gaps)
+    if positions is None:
+        positions = concat_ranges(np.zeros_like(widths), widths)
+    if rng is not None and draws.cut:
+        positions = positions + draws.cuts(widths, rng)
+    if shifts.any():
+        fed = fed + np.where(task.are_numbers(fed), np.repeat(shifts, widths), 0)
+    return Iterations(Inputs(tokens, fed, positions), widths, shifts)
+
+
+def true_rounds(
+    samples: Samples,
+    tasks: Mapping[str, Task],
+    owner: np.ndarray,
+    before: np.ndarray,
+    shifts: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens,) int64 and sizes (I,): the round that each iteration has to write."""
+    r = samples.first_round[owner] + before
+    sizes = np.diff(samples.round_offsets)[r]
+    rounds = samples.rounds[concat_ranges(samples.round_offsets[r], sizes)].astype(np.int64)
+    starts = np.cumsum(sizes) - sizes
+    moved = shifts > 0
+    for k in np.unique(samples.task[owner[moved]]).tolist():
+        own, task = np.flatnonzero(moved & (samples.task[owner] == k)), tasks[TASK_NAMES[k]]
+        rounds[concat_ranges(starts[own], sizes[own])] = task.shifted_rounds(
+            samples, owner[own], before[own], shifts[own]
+        )
+    return rounds, sizes
+
+
+def collate_next(
+    written: Written,
+    tasks: Mapping[str, Task],
+    owner: np.ndarray,
+    before: np.ndarray,
+    device: torch.device | str = "cpu",
+) -> PackedBatch:
+    """The batch off which a model with feedback reads one round of each of the problems `owner`."""
+    inputs, widths, _ = iterations_of(written, tasks, owner, before)
+    plan = Plan(widths, np.ones(len(owner), np.int64), device, inputs.positions)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return PackedBatch(
+        torch.from_numpy(inputs.tokens).to(device),
+        plan,
+        rows=none,
+        row_offsets=(0, 0),
+        targets=none,
+        weights=none.float(),
+        answers=none,
+        answer_weights=none.float(),
+        order=np.arange(0),
+        max_token=int(max(inputs.tokens.max(initial=0), inputs.fed.max(initial=0))),
+        fed=torch.from_numpy(inputs.fed).to(device),
+    )
+
+
+def mean_iteration_tokens(
+    task: Task, length: int, draws: FeedbackDraws, problems: int = 64
+) -> float:
+    """Tokens of all inputs of a problem of a length, on average over some."""
+    rng = np.random.default_rng(0)
+    samples = task.sample(np.full(problems, length), seed=0)
+    owner = np.repeat(np.arange(problems), samples.loops)
+    before = np.arange(len(owner)) - samples.first_round[owner]
+    sizes = task.input_sizes(Written.truth(samples), owner, before)
+    return float(draws.widths(sizes, rng).sum()) / problems
+
+
+def check_draws(task: Task, draws: FeedbackDraws) -> None:
+    """Raises ValueError for draws that a task has not."""
+    if draws.cut and task.clips_positions:
+        raise ValueError(
+            f"task {task.name!r} shows no distance that grows with the length, cut = {draws.cut} "
+            f"does nothing for it: leave it out"
+        )
+    for name in ("gap", "shift"):
+        if getattr(draws, name) and name not in task.takes:
+            raise ValueError(
+                f"task {task.name!r} has no {name} in its feedback, {name} = "
+                f"{getattr(draws, name)} does nothing there: leave it out"
+            )
+
+
+def check_numbers(task: Task, tokens: np.ndarray) -> None:
+    """Raises ValueError for numbers beyond the vocabulary."""
+    largest, limit = int(tokens.max(initial=0)), task.vocabulary.n_tokens - 1
+    if largest > limit:
+        last = task.vocabulary.max_number
+        raise ValueError(
+            f"task {task.name!r} needs numbers up to {last + largest - limit} in its feedback, the "
+            f"vocabulary ends at {last}: use a larger max_number, a smaller shift or shorter "
+            f"problems"
+        )

@@ -1,4 +1,4 @@
-"""Chains read off a looped model together with the log-probability of every token."""
+"""Chains of a looped model together with the log-probability of every token."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from relay_fast.models.transformers import LoopedTransformer
 def read_scored(
     model: LoopedTransformer, batch: PackedBatch
 ) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
-    """What `model.read` gives, and the same shapes again with log-probabilities in fp32.
+    """Returns what `model.predict_rounds` does, then fp32 log-probabilities in the same shapes.
 
-    Logits exist for a part of the rows at a time only. Raises TypeError for a subclass with a pass
-    of its own.
+    Logits are held for a part of the rows at a time. Raises TypeError for a subclass that
+    overrides the pass.
     """
-    check_not_overridden(
-        model, LoopedTransformer, "forward", "loss", "_pass", "read", "_read_iterations"
-    )
+    methods = ("forward", "loss", "_pass", "predict_rounds", "read", "_read_iterations")
+    check_not_overridden(model, LoopedTransformer, *methods)
     model.check_parts()
     c, norm, plan = model.config.block, model.norm, batch.plan
     run = model.block.run(plan)
@@ -40,6 +39,8 @@ def read_scored(
         rounds.append(ids)
         scores.append(score(state, ids, chain_head))
         final[plan.rows_at(t + 1) : len(state)] = state[plan.rows_at(t + 1) :]
+    if not model.has_answer_head:
+        return rounds, batch.tokens[:0], scores, x.new_zeros(0)
     last, answer_head = final[plan.last_rows], model.answer_head.weight.to(run.compute_dtype)
     answers = run.ops.argmax(last, norm.weight, norm.bias, answer_head, c.eps, c.norm)
     return rounds, answers, scores, score(last, answers, answer_head)

@@ -1,4 +1,4 @@
-"""The two models of RELAY around a looped block: looped and autoregressive.
+"""RELAY's two models, each built around a looped block: looped and autoregressive.
 
 Shapes: B sequences, N rows of a packed batch, d model width, R rows that carry a target.
 """
@@ -21,20 +21,21 @@ from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.models.looped_block import LoopedBlock, Norm
 from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
 from relay_fast.tasks.vocabulary import PAD
+from relay_fast.utils.deprecation import renamed_method
 
 
 class Losses(NamedTuple):
-    """A step's losses and counts, all on the device (nothing is read back)."""
+    """The losses and accuracies of a step, as scalars on the device."""
 
     loss: Tensor  # () total
     chain: Tensor  # () weighted chain loss
     answer: Tensor  # () weighted answer loss
-    chain_correct: Tensor  # () share of supervised rows read out right
-    answer_correct: Tensor  # () share of answers right
+    chain_correct: Tensor  # () share of supervised rows whose token is correct
+    answer_correct: Tensor  # () share of correct answers
 
 
 class _Transformer(nn.Module):
-    """Embedding, block, final norm and chain head: what both models share."""
+    """Base of both models: embedding, block, final norm and chain head."""
 
     def __init__(self, config: ModelConfig, recompute: str, impl: str):
         super().__init__()
@@ -55,8 +56,7 @@ class _Transformer(nn.Module):
         return self.embedding.weight.device
 
     def forward(self, batch: PackedBatch) -> Losses:
-        """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it. Under
-        torch.compile it is a graph break."""
+        """Calls `loss`, for wrappers such as DistributedDataParallel; graph break when compiled."""
         if torch.compiler.is_compiling():
             from relay_fast.ops.eager import eager
 
@@ -67,7 +67,7 @@ class _Transformer(nn.Module):
         raise NotImplementedError
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """(N, d) embeddings of the batch's tokens, with dropout in training."""
+        """Returns the embeddings (N, d) of the batch's tokens, with dropout in training."""
         self._check(batch)
         x = self._embed_tokens(batch)
         p = self.config.block.dropout
@@ -100,15 +100,17 @@ class _Transformer(nn.Module):
             )
 
     def check_parts(self) -> None:
-        """Raises RuntimeError, naming it, for a part whose weights are read and that would do more
-        than they say (a forward of its own, hooks)."""
+        """Raises RuntimeError for a part whose forward or hooks would be ignored.
+
+        The weights of these parts are read directly; the parts are not called.
+        """
         check_parts(self, block=LoopedBlock, norm=Norm, chain_head=nn.Linear)
 
     def _readout_parameters(self) -> list[Tensor | None]:
         return [self.norm.weight, self.norm.bias, self.chain_head.weight]
 
     def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """final (N, d), row losses (R,) and correct (R,)."""
+        """Runs the block; returns final states (N, d), row losses (R,) and correct (R,)."""
         self.check_parts()
         c = self.config.block
         readout = None
@@ -125,9 +127,17 @@ class _Transformer(nn.Module):
 class LoopedTransformer(_Transformer):
     """The looped model: embedding, block, chain head on every state, answer head on the last.
 
-    `supervise="chain"` aligns every iteration with a round; `"answer"` is the vanilla looped model.
-    With feedback (`ModelConfig.feedback`) it trains on `PackedBatch.side_by_side`, or, with the
-    state carried too, on `PackedBatch.carried`; and reads `PackedBatch.looped(..., feedback=True)`.
+    Args:
+        config: sizes and options of the model.
+        supervise: "chain" trains each iteration on its round; "answer", the vanilla looped model,
+            trains on the answer only.
+        recompute: recompute policy (`relay_fast.engine.recompute`).
+        impl: "auto", "triton" or "torch".
+
+    With feedback (`ModelConfig.feedback`) the model trains on `PackedBatch.side_by_side` and reads
+    `relay_fast.data.feedback.collate_next`. If it carries its state too, it trains on
+    `PackedBatch.carried` and reads `PackedBatch.looped(..., carry_state=True)`; otherwise it has no
+    answer head, because the rounds hold the answer.
     """
 
     def __init__(
@@ -144,7 +154,9 @@ class LoopedTransformer(_Transformer):
             raise ValueError(f'supervise = {supervise!r} is unknown: use "chain" or "answer"')
         self.supervise = supervise
         tell_hub(self, supervise=supervise, recompute=recompute, impl=impl)
-        self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
+        self.has_answer_head = config.feedback == "none" or config.carry_state
+        if self.has_answer_head:
+            self.answer_head = nn.Linear(config.block.d_model, config.vocabulary_size, bias=False)
         if config.feedback != "none":
             if supervise == "answer":
                 raise ValueError(
@@ -160,7 +172,7 @@ class LoopedTransformer(_Transformer):
         return x + self._embed_fed(batch.fed)
 
     def _embed_fed(self, fed: Tensor) -> Tensor:
-        """(N, d) embeddings of what is fed, with noise in training."""
+        """Returns the embeddings (N, d) of the fed tokens, with noise in training."""
         p = self.config.feedback_noise
         if self.training and p and len(fed):
             wrong = torch.rand(fed.shape, device=fed.device) < p
@@ -193,18 +205,24 @@ class LoopedTransformer(_Transformer):
             losses.append(loss)
             corrects.append(correct)
             if batch.truth < 1 and later:
-                own = batch.feeder.after(t, self._best(run, state, self.chain_head), fed, later)
+                own = batch.feeder.after(self._best(run, state, self.chain_head), later)
         return torch.cat(final[::-1]), torch.cat(losses), torch.cat(corrects)
 
     def check_parts(self) -> None:
         super().check_parts()
-        check_parts(self, answer_head=nn.Linear)
+        if self.has_answer_head:
+            check_parts(self, answer_head=nn.Linear)
 
     def loss(self, batch: PackedBatch) -> Losses:
-        """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers)."""
+        """Computes L = Σ weights · CE(rounds), plus Σ answer_weights · CE(answers) with an answer
+        head."""
         self._check_training_batch(batch)
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
         c = self.config.block
+        if not self.has_answer_head:
+            chain = _chain_loss(row_loss, batch) if row_loss.numel() else final[:0].sum()
+            zero = chain.new_zeros(())
+            return Losses(chain, chain.detach(), zero, _share(correct), zero)
         answer_loss, answer_correct = row_cross_entropy(
             final, batch.answer_rows, batch.answers, self.norm.weight, self.answer_head.weight,
             self.norm.bias, eps=c.eps, norm=c.norm, impl=self.block.impl,
@@ -225,14 +243,19 @@ class LoopedTransformer(_Transformer):
             )
 
     @torch.no_grad()
-    def read(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
-        """Reads the chains off: token ids (N_t,) of each iteration's active prefix, answers (B,).
+    def predict_rounds(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
+        """Predicts the chains of a batch; keeps token ids only, no states of past iterations.
 
-        No state outlives its iteration; only token ids are kept. One launch where the whole-loop
-        kernel serves (`relay_fast.engine.fused_inference`). Raises TypeError for a subclass with a
-        forward or loss of its own, which this pass would not follow.
+        One kernel launch where the fused loop applies (`relay_fast.engine.fused_inference`).
+
+        Returns:
+            Token ids (N_t,) of each iteration's active prefix, and answers (B,), of which there are
+            none without an answer head.
+
+        Raises:
+            TypeError: for a subclass that overrides forward or loss, which this pass does not call.
         """
-        check_not_overridden(self, LoopedTransformer, "forward", "loss", "_pass")
+        check_not_overridden(self, LoopedTransformer, "forward", "loss", "_pass", "read")
         self.check_parts()
         run = self.block.run(batch.plan)
         x = self.embed(batch)
@@ -241,18 +264,22 @@ class LoopedTransformer(_Transformer):
             self.chain_head.weight, self.training,
         )  # fmt: skip
         final, rounds = self._read_iterations(run, x, batch) if isinstance(read, str) else read
+        if not self.has_answer_head:
+            return rounds, batch.tokens[:0]
         return rounds, self._best(run, final[batch.plan.last_rows], self.answer_head)
+
+    read = renamed_method("read", "predict_rounds")
 
     @torch.no_grad()
     def _best(self, run: LoopSpec, states: Tensor, head: nn.Linear) -> Tensor:
-        """(rows,) the most likely token of each row."""
+        """Returns the most likely token of each row, (rows,)."""
         c, weight = self.config.block, head.weight.to(run.compute_dtype)
         return run.ops.argmax(states, self.norm.weight, self.norm.bias, weight, c.eps, c.norm)
 
     def _read_iterations(
         self, run: LoopSpec, x: Tensor, batch: PackedBatch
     ) -> tuple[Tensor, list[Tensor]]:
-        """final (N, d), and the token ids (N_t,) of each iteration."""
+        """Returns final states (N, d), and the token ids (N_t,) of each iteration."""
         plan, final, rounds = run.plan, x.clone(), []
         for t, state, ids in self.iterations(run, x, batch):
             rounds.append(ids)
@@ -264,59 +291,73 @@ class LoopedTransformer(_Transformer):
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (t, state t of the active prefix, its token ids), without gradients.
 
-        A state is valid until the next but one is asked for. With feedback, each iteration is fed
-        the ids of those before it.
+        A state is overwritten two iterations later. With feedback and the state carried,
+        each iteration is fed the ids of the one before it.
 
         Args:
             run: a pass of the block over the batch's plan.
             x: (N, d) the batch's embeddings.
-            batch: of `PackedBatch.looped`.
+            batch: of `PackedBatch.looped`, or what a model with feedback reads.
         """
-        feeder, parameters = batch.feeder, list(self.block.parameters())
-        if self.config.feedback == "none":
+        self._check_readable(batch)
+        parameters, fed = list(self.block.parameters()), None
+
+        def enter(state: Tensor, t: int) -> Tensor:
+            return state[: run.plan.rows_at(t)] + self.fed_embedding(fed)
+
+        if not self.config.carry_state:
             for t, state in iterate(run, x, parameters):
                 yield t, state, self._best(run, state, self.chain_head)
             return
-        if feeder is None:
-            raise ValueError(
-                f"a model with feedback = {self.config.feedback!r} reads its own rounds back: make "
-                "the batch with PackedBatch.looped(..., feedback=True)"
-            )
-        fed = feeder.start()
-
-        def enter(state: Tensor, t: int) -> Tensor:
-            before = state if self.config.carry_state else x
-            return before[: run.plan.rows_at(t)] + self.fed_embedding(fed)
-
+        fed = batch.feeder.start()
         for t, state in iterate(run, x, parameters, enter):
             ids = self._best(run, state, self.chain_head)
             yield t, state, ids
-            fed = feeder.after(t, ids, fed, run.plan.rows_at(t + 1))
+            fed = batch.feeder.after(ids, run.plan.rows_at(t + 1))
+
+    def _check_readable(self, batch: PackedBatch) -> None:
+        c = self.config
+        if c.feedback != "none" and (batch.feeder if c.carry_state else batch.fed) is None:
+            maker = "PackedBatch.looped(..., carry_state=True)" if c.carry_state else "collate_next"
+            raise ValueError(
+                f"a model with feedback = {c.feedback!r} and carry_state = {c.carry_state} reads "
+                f"its own rounds back: make the batch with {maker}, or write whole chains with "
+                f"relay_fast.decoding.chains.generate_looped_chains"
+            )
 
 
 class AutoregressiveTransformer(_Transformer):
-    """The autoregressive model: the same block, causal, one iteration."""
+    """The autoregressive model: a causal block, applied once.
+
+    Args:
+        config: sizes and options of the model; its block must be causal.
+        recompute: recompute policy (`relay_fast.engine.recompute`).
+        impl: "auto", "triton" or "torch".
+    """
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", impl: str = "auto"):
         config = ModelConfig.of(config)
         if not config.block.causal:
-            raise ValueError("an autoregressive model needs BlockConfig(causal=True)")
+            raise ValueError("an autoregressive model must be causal: use BlockConfig(causal=True)")
         super().__init__(config, recompute, impl)
 
     def loss(self, batch: PackedBatch) -> Losses:
-        """Weighted next-token cross-entropy of everything after the problem."""
+        """Computes the weighted next-token cross-entropy of the tokens after the problem."""
         final, row_loss, correct = self._pass(batch, True)
         loss = _chain_loss(row_loss, batch) if row_loss.numel() else final[:0].sum()
         zero = loss.new_zeros(())
         return Losses(loss, loss.detach(), zero, _share(correct), zero)
 
     @torch.no_grad()
-    def forced(self, batch: PackedBatch) -> Tensor:
-        """correct (R,) bool: whether each target is the argmax, given the true tokens before it.
+    def teacher_forced_correct(self, batch: PackedBatch) -> Tensor:
+        """Returns (R,) bool: whether each target is the argmax given the true tokens before it.
 
-        Raises TypeError for a subclass with a forward or loss of its own."""
-        check_not_overridden(self, AutoregressiveTransformer, "forward", "loss")
+        Raises TypeError for a subclass that overrides forward or loss.
+        """
+        check_not_overridden(self, AutoregressiveTransformer, "forward", "loss", "forced")
         return self._pass(batch, True)[2]
+
+    forced = renamed_method("forced", "teacher_forced_correct")
 
 
 def _chain_loss(row_loss: Tensor, batch: PackedBatch) -> Tensor:

@@ -78,7 +78,7 @@ class Settings(p_hop.Settings):
         "copy", description="of the optimiser for a new layer"
     )
     arithmetic: Training = Training(
-        steps=1000, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="late",
+        steps=1000, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="wsd",
         weight_decay=0.01, clip=1.0,
     )  # fmt: skip
 
@@ -95,7 +95,7 @@ class Settings(p_hop.Settings):
 
 PRESETS = {
     # Only the last stage trains the whole stack: the learning rate stays high until then.
-    "cpu": Settings(replace(p_hop.PRESETS["cpu"].training, steps=1000, decay="late")),
+    "cpu": Settings(replace(p_hop.PRESETS["cpu"].training, steps=1000, decay="wsd")),
     "paper": Settings(
         **{**vars(p_hop.PRESETS["paper"]), "models": (), "hops": (16,)}, tasks=("p_hop",), depth=6
     ),

@@ -115,7 +115,7 @@ def _forced(
     with inference(model):
         for chosen in np.split(np.arange(len(problems)), cuts):
             batch = collate_autoregressive(problems.take(chosen), tasks, device=model.device)
-            parts.append(model.forced(batch).cpu().numpy())
+            parts.append(model.teacher_forced_correct(batch).cpu().numpy())
     return np.concatenate(parts)
 
 

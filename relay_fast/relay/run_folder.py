@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from relay_fast.utils.deprecation import current_config
 from relay_fast.utils.files import (
     cannot_write,
     clear_partials,
@@ -108,7 +109,7 @@ class RunFolder:
                     f"{path} is not a run folder (no config.json); make one with "
                     f"python -m relay_fast.train --out {path}."
                 )
-            config = _read_json(path / "config.json")
+            config = current_config(_read_json(path / "config.json"))
         except PermissionError as error:
             raise RunFolderError(
                 f"no permission to read the run folder {path}; change its permissions."

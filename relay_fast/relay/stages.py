@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.data.feedback import check_draws
 from relay_fast.data.sample_files import load_samples, save_samples
 from relay_fast.data.streams import BatchFormat, SampleStream, TruthStream, mean_cost
 from relay_fast.decoding.chains import generate_ar_chains, generate_looped_chains
@@ -26,7 +27,7 @@ from relay_fast.relay.evaluation import evaluate_autoregressive, evaluate_looped
 from relay_fast.relay.presets import recipe
 from relay_fast.relay.resumable_chains import generate_in_parts
 from relay_fast.reporting.progress import Problems, Progress
-from relay_fast.tasks import Samples
+from relay_fast.tasks import NO_ANSWER, FeedbackDraws, Samples
 from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import LOG_EVERY, Trained, train_model
@@ -40,7 +41,7 @@ from relay_fast.utils.seeds import (
 OnProgress = Callable[[Progress | Problems], None]
 
 # Keys of the table `model` that only looped models have.
-_OF_LOOPED = ("feedback", "carry_state", "feedback_noise", "position_range")
+_OF_LOOPED = ("feedback", "carry_state", "feedback_noise")
 
 # Stage -> stages that must be done before, in the order in which ready stages are started.
 STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
@@ -122,23 +123,17 @@ class Context:
             for name, task in self.tasks.items()
         )
         pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
+        own = [self.task_config(name).get("feedback", {}).get("pad_to", 0) for name in self.tasks]
+        pad_to = pad_to if causal else max(pad_to, *own)
         looped = {name: sizes.pop(name) for name in _OF_LOOPED if name in sizes}
-        if causal:
+        if causal or supervise == "answer":  # they write no rounds that could be fed back
             looped = {}
-        elif supervise == "answer":  # writes no rounds to feed back
-            looped = {name: looped[name] for name in looped if name == "position_range"}
         elif looped.get("feedback", "none") != "none":
-            looped["trained_tokens"] = self._longest_input()
-        config = ModelConfig(
+            looped["trained_tokens"] = self._longest_input(looped.get("carry_state", False))
+        return ModelConfig(
             BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16),
             **looped,
         )  # fmt: skip
-        if 0 < config.position_range < max(bound, pad_to):
-            raise ValueError(
-                f"model.position_range = {config.position_range}, but the longest input has "
-                f"{max(bound, pad_to)} tokens: give at least as many"
-            )
-        return config
 
     def new_model(self, kind: str, supervise: str = "chain"):
         """Builds a model of the run's sizes, initialised from the run's seed."""
@@ -149,13 +144,42 @@ class Context:
             return AutoregressiveTransformer(config, **options).to(self.device)
         return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
 
-    def _longest_input(self) -> int:
-        """Returns the tokens of the longest training input of the aligned looped model."""
+    def _longest_input(self, carry_state: bool) -> int:
+        """Returns the tokens of the longest training input of the aligned looped model, padding and
+        gaps included; 0 where longer inputs hold no other positions."""
         settings = recipe(self.config, "looped_aligned")
-        inputs = [settings.get("pad_to", 0)] if settings.get("pad_probability") else []
+        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        plain = dict.fromkeys(self.tasks, FeedbackDraws(**shared))
+        draws = plain if carry_state else self.draws("looped_aligned")
+        inputs = [0]
         for name, task in self.tasks.items():
-            inputs += [task.max_problem_tokens(self.ranges[name][1]), task.min_input_tokens]
+            if carry_state or not task.clips_positions:
+                longest = task.max_problem_tokens(self.ranges[name][1])
+                padded = draws[name].pad_to if draws[name].pad_probability else 0
+                moved = draws[name].gap + draws[name].cut
+                inputs.append(max(longest, task.min_input_tokens, padded) + moved)
         return max(inputs)
+
+    def draws(self, stage: str) -> dict[str, FeedbackDraws]:
+        """What is drawn for each iteration that a stage trains with feedback, by task.
+
+        Raises ValueError for draws that a task has not, and for a shift beyond the vocabulary.
+        """
+        settings = recipe(self.config, stage)
+        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        draws = {}
+        for name, task in self.tasks.items():
+            draws[name] = FeedbackDraws(**{**shared, **self.task_config(name).get("feedback", {})})
+            check_draws(task, draws[name])
+            shift, last = draws[name].shift, task.vocabulary.max_number
+            largest = task.largest_fed(self.ranges[name][1]) + shift
+            if shift and largest > last:
+                raise ValueError(
+                    f"tasks.{name}.feedback.shift = {shift} can need numbers up to {largest}, the "
+                    f"vocabulary ends at {last}: use a smaller shift or a larger "
+                    f"vocabulary.max_number"
+                )
+        return draws
 
     def load(self, name: str):
         """Loads a trained model of the run."""
@@ -226,13 +250,22 @@ def _throttled(on_progress: OnProgress) -> Callable[[int, int], None]:
 # Training from scratch
 
 
-def _schedule(context: Context, settings: Mapping[str, Any], kind: str, samples: int) -> Schedule:
-    """Builds a stage's schedule from its steps, epochs over `samples`, or token-iterations."""
+def _schedule(
+    context: Context,
+    settings: Mapping[str, Any],
+    kind: str,
+    samples: int,
+    draws: Mapping[str, FeedbackDraws] | None = None,
+) -> Schedule:
+    """Builds a stage's schedule from its steps, epochs over `samples`, or token-iterations.
+
+    Token-iterations are counted with what `draws` adds to iterations that train side by side.
+    """
     options = {"warmup": settings["warmup"], "decay": settings["decay"]}
     if "token_iterations" in settings:
         cost = mean_cost(
             context.tasks, context.ranges, kind, settings["batch_size"],
-            settings["lengths"], settings.get("curriculum", 0.0),
+            settings["lengths"], settings.get("curriculum", 0.0), draws,
         )  # fmt: skip
         return Schedule.by_work(settings["token_iterations"], cost, **options)
     if "epochs" in settings:
@@ -245,17 +278,23 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
     """Trains a fresh model on true chains."""
     settings = recipe(context.config, name)
     size = settings.get("dataset_size")
-    schedule = _schedule(context, settings, kind, (size or 0) * len(context.tasks))
     names = ("batch_size", "lengths", "lengths_per_batch", "dataset_size", "curriculum",
              "pad_probability", "pad_to", "truth")  # fmt: skip
     form = replace(
         context.form(settings, kind),
         feedback=model.config.feedback != "none", carry_state=model.config.carry_state,
-        position_range=model.config.position_range,
+    )  # fmt: skip
+    if form.side_by_side:
+        form = replace(form, draws=context.draws(name))
+    schedule = _schedule(
+        context, settings, kind, (size or 0) * len(context.tasks),
+        form.draws if form.side_by_side else None,
     )  # fmt: skip
     options = {k: settings[k] for k in names if k in settings}
     if not form.feedback:
         options.pop("truth", None)
+    if form.side_by_side:
+        options.pop("pad_probability", None)  # each iteration is padded for itself
     stream = TruthStream(
         context.tasks, context.ranges, form, schedule,
         seed=context.stream_seed(TRAIN_STREAM), **options,
@@ -320,7 +359,8 @@ def _fine_tune(
     """Fine-tunes on true problems in the training range merged with `added` chains of a model."""
     settings = recipe(context.config, stage)
     sizes = np.diff(added.sequences(context.tasks)[1])
-    fits = sizes <= model.config.max_tokens  # a wrong chain may never end
+    # A wrong chain may never end, and may hold no answer to learn.
+    fits = (sizes <= model.config.max_tokens) & (added.answer != NO_ANSWER)
     in_range = _in_range_problems(context)
     merged = Samples.concat([in_range, added.take(fits)])
     longest_true = {

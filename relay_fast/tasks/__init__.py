@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from relay_fast.tasks.arithmetic import Arithmetic
 from relay_fast.tasks.base import NO_ANSWER, Task
 from relay_fast.tasks.edit_distance import EditDistance
-from relay_fast.tasks.feedback import FedPlaces
+from relay_fast.tasks.feedback import FeedbackDraws, Inputs, Written
 from relay_fast.tasks.lis import LIS
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import Vocabulary
@@ -20,10 +20,12 @@ __all__ = [
     "TASK_NAMES",
     "Arithmetic",
     "EditDistance",
-    "FedPlaces",
+    "FeedbackDraws",
+    "Inputs",
     "Samples",
     "Task",
     "Vocabulary",
+    "Written",
     "build_tasks",
     "make_task",
 ]

@@ -74,6 +74,38 @@ def solve(values, group, rounds, round_offsets, r):
 
 
 @compiled
+def shifted_rounds(
+    problem, problem_offsets, rounds, round_offsets, first_round, owner, before, shift, group, out
+):
+    """Fill `out`, group + 1 tokens for each iteration, with what follows from shifted lengths."""
+    longest = 0
+    for i in owner:
+        longest = max(longest, problem_offsets[i + 1] - problem_offsets[i])
+    lengths = np.zeros(longest + group, np.int64)
+    cursor = 0
+    for r in range(len(owner)):
+        i = owner[r]
+        values = problem[problem_offsets[i] + 1 : problem_offsets[i + 1] - 1]
+        known = before[r] * group
+        for k in range(known):
+            token = rounds[round_offsets[first_round[i] + k // group] + k % group]
+            lengths[k] = token - NUMBER0 + shift[r]
+        best = 0
+        for k in range(known, known + group):
+            if k < len(values):
+                best = 0
+                for j in range(k):
+                    if values[j] < values[k]:
+                        best = max(best, lengths[j])
+                best += 1
+                lengths[k] = best
+            out[cursor] = NUMBER0 + best
+            cursor += 1
+        out[cursor] = SEP
+        cursor += 1
+
+
+@compiled
 def sample(
     lengths,
     seed,

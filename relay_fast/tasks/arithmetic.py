@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
-from relay_fast.tasks.feedback import FedPlaces
+from relay_fast.tasks.feedback import Inputs, Written, right_aligned
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import (
     ARITHMETIC,
@@ -22,6 +22,7 @@ from relay_fast.tasks.vocabulary import (
     LEFT,
     MINUS,
     NUMBER0,
+    PAD,
     PLUS,
     RIGHT,
     TIMES,
@@ -135,13 +136,42 @@ class Arithmetic(Task):
         answers = np.full(len(samples), NO_ANSWER, np.int32)
         rows, sizes, ends = last_rounds(samples)
         rows, tokens = rows[sizes == 1], samples.rounds[ends[sizes == 1] - 1]
-        read = self._are_numbers(tokens)
+        read = self.are_numbers(tokens)
         answers[rows[read]] = tokens[read]
         return answers
 
-    def fed_places(self, problems: Samples, widths: np.ndarray) -> FedPlaces:
-        """The last round, right-aligned: it is the expression that is left."""
-        return FedPlaces.last_round(widths)
+    def input_sizes(self, written: Written, owner: np.ndarray, before: np.ndarray) -> np.ndarray:
+        return self._left(written, owner, before)[1] + 1
+
+    def inputs(
+        self,
+        written: Written,
+        owner: np.ndarray,
+        before: np.ndarray,
+        widths: np.ndarray,
+        gaps: np.ndarray,
+    ) -> Inputs:
+        """The expression that is left, alone: the last round in the problem's place."""
+        starts, sizes = self._left(written, owner, before)
+        source = np.concatenate([written.problems.problem, written.tokens])
+        tokens = right_aligned(widths, source, starts, sizes)
+        tokens[np.cumsum(widths) - widths] = self.token
+        return Inputs(tokens, np.full_like(tokens, PAD))
+
+    @staticmethod
+    def _left(
+        written: Written, owner: np.ndarray, before: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where the expressions that are left start in the tokens of all problems and then of all
+        rounds, and their sizes."""
+        starts, sizes = (
+            written.problems.problem_offsets[owner] + 1,
+            written.problem_sizes(owner) - 1,
+        )
+        later = before > 0
+        own, sizes[later] = written.last_round(owner[later], before[later])
+        starts[later] = len(written.problems.problem) + own
+        return starts, sizes
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         rounds, tail = split_after(until_eos(ids), EQUALS)

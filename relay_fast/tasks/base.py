@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from relay_fast.tasks.feedback import FedPlaces
+from relay_fast.tasks.feedback import Inputs, Written
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
@@ -31,6 +31,8 @@ class Task(ABC):
         min_length: The smallest length.
         min_input_tokens: The looped model pads shorter inputs on the left to this many tokens, so
             that every round and its boundary `<pad>` fit.
+        takes: Which of "gap" and "shift" (`FeedbackDraws`) the task has in training with feedback.
+        clips_positions: Whether `inputs` of any length hold the same positions.
         answer_suffix: Tokens between the last round and the answer in an autoregressive sequence;
             None if the last round is the answer, so that nothing is added.
     """
@@ -41,6 +43,8 @@ class Task(ABC):
     answer_suffix: ClassVar[tuple[int, ...] | None]
     min_length: ClassVar[int] = 1
     min_input_tokens: int = 0
+    takes: ClassVar[frozenset[str]] = frozenset()
+    clips_positions: ClassVar[bool] = False
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -201,23 +205,50 @@ class Task(ABC):
         It never raises: malformed text becomes a round, an answer that cannot be read is None.
         """
 
-    def fed_places(self, problems: Samples, widths: np.ndarray) -> FedPlaces:
-        """What a looped model with feedback is fed of the rounds so far, and where.
+    def input_sizes(self, written: Written, owner: np.ndarray, before: np.ndarray) -> np.ndarray:
+        """(I,) tokens that `inputs` needs for each iteration; see there."""
+        return np.maximum(written.problem_sizes(owner), self.min_input_tokens)
 
-        It has to hold all that the next round needs, under the tokens that it belongs to.
+    def inputs(
+        self,
+        written: Written,
+        owner: np.ndarray,
+        before: np.ndarray,
+        widths: np.ndarray,
+        gaps: np.ndarray,
+    ) -> Inputs:
+        """What iterations of a looped model with feedback see: a function of the problem and of the
+        rounds before the iteration alone, which holds all that the next round needs.
+
+        The round is written right-aligned, the boundary `<pad>` before it.
 
         Args:
-            problems: (S) problems of this task; their rounds are not read.
-            widths: (S,) tokens of the inputs in which they stand right-aligned, behind the task
-                token.
+            written: problems of this task, and their rounds so far.
+            owner: (I,) which problem each iteration is of.
+            before: (I,) how many of its rounds are written before it.
+            widths: (I,) tokens of its input, `input_sizes` or more.
+            gaps: (I,) what is added to the positions behind the first part of an input, for tasks
+                whose `takes` has "gap".
 
         Raises:
             ValueError: The task does not say.
         """
         raise ValueError(
-            f"task {self.name!r} does not say what is fed back of its rounds: define "
-            f"{type(self).__name__}.fed_places (FedPlaces.last_round feeds the last round), or "
-            f"train without feedback"
+            f"task {self.name!r} does not say what an iteration sees of the rounds so far: define "
+            f"{type(self).__name__}.inputs, or train without feedback"
+        )
+
+    def largest_fed(self, length: int) -> int:
+        """A bound on the numbers that `inputs` shows and rounds hold in problems of a length."""
+        return self.vocabulary.max_number
+
+    def shifted_rounds(
+        self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
+    ) -> np.ndarray:
+        """(tokens,) int64: the rounds after `before` ones of samples `owner`, end to end, where
+        `shift` (I,) is added to every number that the iteration is fed."""
+        raise ValueError(
+            f"task {self.name!r} has no rule for shifted numbers: use shift = 0 in its feedback"
         )
 
     def check(self, problem: Iterable[int], rounds: Rounds) -> list[bool]:
@@ -248,7 +279,7 @@ class Task(ABC):
         """Returns a readable text of a problem or round, without task token and `<pad>`."""
         return self.vocabulary.decode(t for t in map(int, ids) if t not in (self.token, PAD))
 
-    def _are_numbers(self, tokens: np.ndarray) -> np.ndarray:
+    def are_numbers(self, tokens: np.ndarray) -> np.ndarray:
         return (tokens >= NUMBER0) & (tokens < self.vocabulary.n_tokens)
 
     def _spaced(self, text: str) -> str:

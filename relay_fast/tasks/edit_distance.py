@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
-from relay_fast.tasks.feedback import FedPlaces, body_rows
+from relay_fast.tasks.feedback import Inputs, Written, problems_shown, right_aligned
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import (
     BAR,
@@ -28,6 +28,7 @@ from relay_fast.tasks.vocabulary import (
     SEP,
     Vocabulary,
 )
+from relay_fast.utils.ragged import concat_ranges
 
 
 class EditDistance(Task):
@@ -54,6 +55,7 @@ class EditDistance(Task):
     token = EDIT_DISTANCE
     end = SEP
     answer_suffix = (SEP,)
+    takes = frozenset({"gap", "shift"})
 
     def __init__(
         self,
@@ -193,18 +195,65 @@ class EditDistance(Task):
         rows, sizes, ends = last_rounds(samples)
         rows, ends = rows[sizes >= 2], ends[sizes >= 2]
         cells = samples.rounds[ends - 2]
-        read = (samples.rounds[ends - 1] == COMMA) & self._are_numbers(cells)
+        read = (samples.rounds[ends - 1] == COMMA) & self.are_numbers(cells)
         answers[rows[read]] = cells[read]
         return answers
 
-    def fed_places(self, problems: Samples, widths: np.ndarray) -> FedPlaces:
-        """The last row, each cell under its letter of the second string; a mark under the letters
-        of the first string that were used."""
-        places = FedPlaces.last_round(widths)
-        sizes = np.diff(problems.problem_offsets)
-        rows, letter = body_rows(widths, sizes, problems.length.astype(np.int64))
-        places.since[rows], places.token[rows] = letter + 1, BAR
-        return places
+    def inputs(
+        self,
+        written: Written,
+        owner: np.ndarray,
+        before: np.ndarray,
+        widths: np.ndarray,
+        gaps: np.ndarray,
+    ) -> Inputs:
+        """The problem, and fed: the last row of the table (row 0 at first), each cell under its
+        letter of the second string and the one of the border under the bar; one mark under the
+        letters of the first string that were used, another under the next."""
+        tokens = problems_shown(written, owner, widths)
+        first = written.problems.length[owner].astype(np.int64)
+        second = written.problem_sizes(owner) - first - 3
+        bar = np.cumsum(widths) - second - 2  # the row of each input's bar
+        fed = self._last_rows(written, owner, before, widths, second)
+        fed[bar] = NUMBER0 + self.border * before
+        fed[concat_ranges(bar - first, before)] = COMMA
+        fed[(bar - first + before)[before < first]] = BAR
+        index = np.arange(len(tokens))
+        positions = index - np.repeat(np.cumsum(widths) - widths, widths)
+        behind = index >= np.repeat(bar, widths)
+        return Inputs(tokens, fed, positions + np.where(behind, np.repeat(gaps, widths), 0))
+
+    def _last_rows(
+        self,
+        written: Written,
+        owner: np.ndarray,
+        before: np.ndarray,
+        widths: np.ndarray,
+        second: np.ndarray,
+    ) -> np.ndarray:
+        """(N,) int64: the cells of the last row under the `second` letters of the second string."""
+        starts, sizes, later = np.zeros_like(second), np.zeros_like(second), before > 0
+        begins, given = written.last_round(owner[later], before[later])
+        sizes[later] = np.minimum(given, second[later] + 1)  # cells without a letter have no place
+        starts[later] = begins + given - sizes[later]
+        fed = right_aligned(widths, written.tokens, starts, sizes)
+        at, cells = (np.cumsum(widths) - second - 1)[~later], second[~later]
+        fed[concat_ranges(at, cells)] = NUMBER0 + self.border * concat_ranges(
+            np.ones_like(cells), cells
+        )
+        return fed
+
+    def largest_fed(self, length: int) -> int:
+        return max(self.largest_cell(length), self.border * (length + 2))
+
+    def shifted_rounds(
+        self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
+    ) -> np.ndarray:
+        """A row follows from the differences of the numbers in the one before."""
+        r = samples.first_round[owner] + before
+        sizes = np.diff(samples.round_offsets)[r]
+        rounds = samples.rounds[concat_ranges(samples.round_offsets[r], sizes)].astype(np.int64)
+        return rounds + np.where(rounds >= NUMBER0, np.repeat(shift, sizes), 0)
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         chains, tail = split_after(until_eos(ids), SEP)

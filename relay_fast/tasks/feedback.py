@@ -1,56 +1,129 @@
-"""What a looped model is fed of the rounds so far, and under which tokens of its input."""
+"""What each iteration of a model that is fed its own rounds sees: rounds so far, inputs, draws."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import PAD
-from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
-
-LATEST, FROM_ROUND = 0, -1  # of `FedPlaces.since`, of `FedPlaces.token`
+from relay_fast.utils.ragged import concat_ranges
 
 
-class FedPlaces(NamedTuple):
-    """What each token of inputs laid end to end is fed, N tokens in all.
+@dataclass(frozen=True, eq=False)
+class Written:
+    """Problems and the rounds that were written of them so far.
 
-    Rounds are right-aligned, so a token of a round is named by its distance from the round's end.
-
-    from_end (N,) int64: which token of the round is fed, 1 for its last one; `<pad>` where the
-        round has fewer.
-    since (N,) int64: the number of the round, from 1, that is fed after it was written and from
-        then on; LATEST: the last one that was written.
-    token (N,) int64: a token that is fed in its place; FROM_ROUND: none.
-
-    Before the first round, everything is fed `<pad>`.
+    problems: their own rounds are not read.
+    tokens, starts, sizes: round k, from 0, of problem i is the `sizes[r]` tokens from `starts[r]`
+        on, with r = problems.first_round[i] + k.
     """
 
-    from_end: np.ndarray
-    since: np.ndarray
-    token: np.ndarray
+    problems: Samples
+    tokens: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
 
     @staticmethod
-    def last_round(widths: np.ndarray) -> FedPlaces:
-        """The last round, right-aligned as its targets are, in inputs of `widths` tokens."""
-        from_end = np.repeat(np.cumsum(widths), widths) - np.arange(int(widths.sum()))
-        return FedPlaces(
-            from_end, np.full_like(from_end, LATEST), np.full_like(from_end, FROM_ROUND)
-        )
+    def truth(samples: Samples) -> Written:
+        """The true rounds of samples."""
+        offsets = samples.round_offsets
+        return Written(samples, samples.rounds, offsets[:-1], np.diff(offsets))
 
-    @staticmethod
-    def nothing(widths: np.ndarray) -> FedPlaces:
-        """`<pad>` everywhere, in inputs of `widths` tokens."""
-        places = FedPlaces.last_round(widths)
-        places.token.fill(PAD)
-        return places
+    def problem_sizes(self, owner: np.ndarray) -> np.ndarray:
+        """Tokens of the problems `owner`."""
+        return np.diff(self.problems.problem_offsets)[owner]
+
+    def last_round(self, owner: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the last of the `before` (≥ 1) rounds of problems `owner` starts, and its size."""
+        r = self.problems.first_round[owner] + before - 1
+        return self.starts[r], self.sizes[r]
 
 
-def body_rows(
-    widths: np.ndarray, sizes: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first `counts` tokens after the task token of problems of `sizes` tokens, right-aligned
-    in inputs of `widths` tokens: their rows in the inputs laid end to end, and their numbers from
-    0."""
-    starts = lengths_to_offsets(widths)[1:] - sizes + 1
-    return concat_ranges(starts, counts), concat_ranges(np.zeros_like(counts), counts)
+class Inputs(NamedTuple):
+    """What iterations see, laid end to end, N tokens in all.
+
+    tokens (N,) int64: as the model reads them without feedback.
+    fed (N,) int64: a second token at each place, `<pad>` for none.
+    positions (N,) int64: of the tokens; None for 0..n − 1 in each input.
+    """
+
+    tokens: np.ndarray
+    fed: np.ndarray
+    positions: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class FeedbackDraws:
+    """What is drawn for each iteration that a model with feedback trains on.
+
+    pad_probability: share of the inputs that are padded on the left, to a number of tokens that is
+        uniform up to `pad_to`.
+    gap: positions behind the first part of an input are up to `gap` larger.
+    cut_probability: share of the inputs in which all positions from a random place on are 1..`cut`
+        larger, so that no distance between two tokens is unseen in a longer problem.
+    shift_probability: share of the iterations in which a number of 1..`shift` is added to all
+        numbers that are fed, so that the target is what the task's rule gives of them.
+
+    Raises ValueError for values out of range.
+    """
+
+    pad_probability: float = 0.0
+    pad_to: int = 0
+    gap: int = 0
+    cut: int = 0
+    cut_probability: float = 0.5
+    shift: int = 0
+    shift_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("pad_probability", "cut_probability", "shift_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must lie in [0, 1]")
+        for name in ("pad_to", "gap", "cut", "shift"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more")
+
+    def widths(self, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Tokens of inputs that need `sizes`."""
+        padded = (rng.random(len(sizes)) < self.pad_probability) & (sizes < self.pad_to)
+        drawn = rng.integers(np.minimum(sizes, self.pad_to), max(self.pad_to, 0) + 1)
+        return np.where(padded, drawn, sizes)
+
+    def gaps(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        return rng.integers(0, self.gap + 1, count)
+
+    def cuts(self, widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(N,) int64: what is added to the positions of inputs of `widths` tokens."""
+        place = rng.integers(1, np.maximum(widths, 2))
+        moved = np.where(rng.random(len(widths)) < self.cut_probability, self.cut, 0)
+        moved = rng.integers(np.minimum(moved, 1), moved + 1)
+        index = concat_ranges(np.zeros_like(widths), widths)
+        return np.where(index >= np.repeat(place, widths), np.repeat(moved, widths), 0)
+
+    def shifts(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        if not self.shift:
+            return np.zeros(count, np.int64)
+        shifted = rng.random(count) < self.shift_probability
+        return np.where(shifted, rng.integers(1, self.shift + 1, count), 0)
+
+
+def right_aligned(
+    widths: np.ndarray, source: np.ndarray, starts: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """(N,) int64: `sizes` tokens of `source` from `starts` on at the right end of each input of
+    `widths` tokens, `<pad>` before them."""
+    laid = np.full(int(widths.sum()), PAD, np.int64)
+    laid[concat_ranges(np.cumsum(widths) - sizes, sizes)] = source[concat_ranges(starts, sizes)]
+    return laid
+
+
+def problems_shown(written: Written, owner: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """(N,) int64: the problems `owner`, right-aligned behind the task token, which is leftmost."""
+    problems = written.problems
+    starts, sizes = problems.problem_offsets[owner], written.problem_sizes(owner)
+    tokens = right_aligned(widths, problems.problem, starts + 1, sizes - 1)
+    tokens[np.cumsum(widths) - widths] = problems.problem[starts]
+    return tokens

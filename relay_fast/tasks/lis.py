@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, split_after, until_eos
-from relay_fast.tasks.feedback import FROM_ROUND, FedPlaces, body_rows
+from relay_fast.tasks.feedback import Inputs, Written, problems_shown
 from relay_fast.tasks.samples import Samples
+from relay_fast.tasks.vocabulary import LETTER0, N_LETTERS, NUMBER0, PAD, SEP, Vocabulary
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
-from relay_fast.tasks.vocabulary import NUMBER0, SEP, Vocabulary
 from relay_fast.utils.numbers import as_int
-from relay_fast.utils.ragged import lengths_to_offsets
+from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
 class LIS(Task):
@@ -47,6 +47,8 @@ class LIS(Task):
     token = LIS_TOKEN
     end = SEP
     answer_suffix = ()
+    takes = frozenset({"shift"})
+    clips_positions = True
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class LIS(Task):
     def answers_of(self, samples: Samples) -> np.ndarray:
         answers = np.full(len(samples), NO_ANSWER, np.int32)
         tokens, offsets = samples.rounds, samples.round_offsets
-        sizes, numbers = np.diff(offsets), self._are_numbers(tokens)
+        sizes, numbers = np.diff(offsets), self.are_numbers(tokens)
         right = (sizes >= 2) & (np.diff(lengths_to_offsets(numbers)[offsets]) == sizes - 1)
         right[right] = tokens[offsets[1:][right] - 1] == SEP  # the one non-number
         owner = np.repeat(np.arange(len(samples)), samples.loops)
@@ -162,14 +164,52 @@ class LIS(Task):
         answers[owner[~right]] = NO_ANSWER
         return answers
 
-    def fed_places(self, problems: Samples, widths: np.ndarray) -> FedPlaces:
-        """The d_i of all rounds so far, each under its value."""
-        places = FedPlaces.nothing(widths)
-        sizes = np.diff(problems.problem_offsets)
-        rows, value = body_rows(widths, sizes, sizes - 2)
-        places.from_end[rows] = self.group + 1 - value % self.group
-        places.since[rows], places.token[rows] = value // self.group + 1, FROM_ROUND
-        return places
+    def inputs(
+        self,
+        written: Written,
+        owner: np.ndarray,
+        before: np.ndarray,
+        widths: np.ndarray,
+        gaps: np.ndarray,
+    ) -> Inputs:
+        """The problem, and fed: each d_i so far under its value, marks under the next group's.
+        Positions count from the last group on; all before it stands at 0."""
+        if self.group > N_LETTERS:
+            raise ValueError(
+                f"lis group is {self.group}; with feedback each of its values has a mark of its "
+                f"own, of which there are {N_LETTERS}: use a smaller group"
+            )
+        tokens, fed = problems_shown(written, owner, widths), np.full(int(widths.sum()), PAD)
+        sizes, ends = written.problem_sizes(owner), np.cumsum(widths)
+        known = np.minimum(before * self.group, sizes - 2)
+        row = concat_ranges(ends - sizes + 1, known)
+        value = concat_ranges(np.zeros_like(known), known)
+        r = np.repeat(written.problems.first_round[owner], known) + value // self.group
+        from_end = self.group + 1 - value % self.group
+        there = from_end <= written.sizes[r]
+        at = (written.starts + written.sizes)[r[there]] - from_end[there]
+        fed[row[there]] = written.tokens[at]
+        following = np.minimum(known + self.group, sizes - 2) - known
+        mark = concat_ranges(np.full_like(following, LETTER0), following)
+        fed[concat_ranges(ends - sizes + 1 + known, following)] = mark
+        positions = np.arange(len(tokens)) - np.repeat(ends - self.group - 2, widths)
+        return Inputs(tokens, fed, np.maximum(0, positions))
+
+    def largest_fed(self, length: int) -> int:
+        return length
+
+    def shifted_rounds(
+        self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
+    ) -> np.ndarray:
+        """d_i is one more than the largest d_k of a smaller value before it, shifted or not."""
+        from relay_fast.tasks import _lis_jit
+
+        rounds = np.empty(len(owner) * (self.group + 1), np.int64)
+        _lis_jit.shifted_rounds(
+            samples.problem, samples.problem_offsets, samples.rounds, samples.round_offsets,
+            samples.first_round, owner, before, shift, self.group, rounds,
+        )  # fmt: skip
+        return rounds
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         rounds, tail = split_after(until_eos(ids), SEP)

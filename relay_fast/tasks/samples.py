@@ -86,28 +86,6 @@ class Samples:
             answer=self.answer[rows],
         )
 
-    def iterations(self) -> tuple[Samples, np.ndarray, np.ndarray]:
-        """Splits the samples into R samples of one round each, in order.
-
-        Returns:
-            The split samples with the problem and answer of their sample; (R,) the index of that
-            sample; (R,) the number of rounds before.
-        """
-        owner = np.repeat(np.arange(len(self)), self.loops)
-        before = np.arange(len(owner)) - self.first_round[owner]
-        sizes = np.diff(self.problem_offsets)[owner]
-        split = Samples(
-            task=self.task[owner],
-            length=self.length[owner],
-            problem=self.problem[concat_ranges(self.problem_offsets[owner], sizes)],
-            problem_offsets=lengths_to_offsets(sizes),
-            rounds=self.rounds,
-            round_offsets=self.round_offsets,
-            loops=np.ones(len(owner), np.int32),
-            answer=self.answer[owner],
-        )
-        return split, owner, before
-
     @staticmethod
     def concat(parts: Sequence[Samples]) -> Samples:
         """Concatenates all samples of `parts`, in order."""

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from relay_fast.utils.deprecation import current_config
+
 _ABSENT = object()
 _PARTIAL = re.compile(
     r"\.(?P<stem>.+)\.(?P<pid>\d+)\.partial(\.\w+)?"
@@ -153,8 +155,8 @@ def first_differences(found: list[str], most: int = 3) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns `value` as read back from JSON (tuples become lists, keys strings)."""
-    return json.loads(json_text(value))
+    """Returns `value` as read back from JSON, its settings under their current names."""
+    return current_config(json.loads(json_text(value)))
 
 
 def _differing_leaves(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:

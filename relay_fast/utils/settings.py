@@ -13,6 +13,7 @@ import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from typing import (
     Annotated,
     Any,
@@ -25,9 +26,19 @@ from typing import (
     get_origin,
 )
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError
+
+from relay_fast.utils.deprecation import current_config, current_value
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -108,7 +119,7 @@ Betas = Annotated[
     Field(min_length=2, max_length=2, strict=False),
     says("two numbers, like [0.9, 0.95]"),
 ]
-Decay = Literal["linear", "cosine", "late", "constant"]  # of relay_fast.training.schedule.DECAYS
+Decay = Literal["linear", "cosine", "wsd", "constant"]  # of relay_fast.training.schedule.DECAYS
 
 # Settings of every training, in RELAY and in the recipes.
 Steps = Annotated[Count, Field(description="steps of the training")]
@@ -120,7 +131,11 @@ MuonRate = Annotated[
 WeightDecay = Annotated[NotNegative, Field(description="weight decay, of matrices only")]
 BetaPair = Annotated[Betas, Field(description="AdamW's two betas")]
 Warmup = Annotated[Share, Field(description="share of the steps until the full learning rate")]
-DecayKind = Annotated[Decay, Field(description="how the learning rate falls afterwards")]
+DecayKind = Annotated[
+    Decay,
+    BeforeValidator(partial(current_value, "decay")),
+    Field(description="how the learning rate falls afterwards"),
+]
 Clip = Annotated[Positive, Field(description="the largest norm of the gradient")]
 Ema = Annotated[
     Below1, Field(description="decay of the averaged weights that are kept; without it, no average")
@@ -181,7 +196,7 @@ def changed(values: Mapping[str, Any], changes: Sequence[str], schema: type) -> 
     copy = json.loads(json.dumps(values))
     for change in changes:
         _put(copy, change, schema)
-    return copy
+    return current_config(copy, warn=True)
 
 
 def with_changes(values: T, changes: Sequence[str]) -> T:

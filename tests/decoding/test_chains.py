@@ -49,7 +49,7 @@ class Oracle(LoopedTransformer):
         }
         self.batches: list[PackedBatch] = []
 
-    def read(self, batch: PackedBatch):
+    def predict_rounds(self, batch: PackedBatch):
         self.batches.append(batch)
         plan, tokens = batch.plan, batch.tokens.numpy()
         known = []
@@ -115,7 +115,7 @@ def test_rows_of_pad_and_rows_without_any():
         ids = [torch.full((n,), PAD if t else 9) for t, n in enumerate(batch.plan.active_rows)]
         return ids, torch.zeros(len(batch), dtype=torch.int64)
 
-    model.read = read
+    model.predict_rounds = read
     written = generate_looped_chains(model, problems, TASKS)
     sizes = np.diff(problems.problem_offsets).tolist()
     assert np.diff(written.round_offsets).tolist() == [sizes[0], 0, sizes[1], 0, 0]
@@ -153,7 +153,7 @@ def test_another_kind_of_model_a_missing_task_and_no_batch():
     problems = mixed_problems(2)
     with pytest.raises(
         TypeError,
-        match="writes chains with .*generate_ar_chains, and generate_looped_chains takes a loo",
+        match="generate_looped_chains needs a looped model: use .*generate_ar_chains for",
     ):
         generate_looped_chains(ar_model(), problems, TASKS)
     with pytest.raises(ValueError, match="the model is not causal"):
@@ -162,7 +162,9 @@ def test_another_kind_of_model_a_missing_task_and_no_batch():
         (generate_looped_chains, looped_model()),
         (generate_ar_chains, ar_model()),
     ):
-        with pytest.raises(ValueError, match="hold 'edit_distance', which is not among the tasks"):
+        with pytest.raises(
+            ValueError, match="hold 'edit_distance', which is not among the given tasks"
+        ):
             write(model, problems, {k: TASKS[k] for k in ("arithmetic", "lis")})
     with pytest.raises(ValueError, match="batch_tokens = 0: it must be 1 or more"):
         generate_looped_chains(looped_model(), problems, TASKS, batch_tokens=0)
@@ -192,9 +194,9 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
         sizes.append(batch.plan.rows)
         if batch.plan.rows > 100:
             raise torch.OutOfMemoryError("no room")
-        return LoopedTransformer.read(model, batch)
+        return LoopedTransformer.predict_rounds(model, batch)
 
-    model.read = read
+    model.predict_rounds = read
     expected = generate_looped_chains(looped_copy(model), problems, TASKS)
     written = generate_looped_chains(model, problems, TASKS)
     for name in Samples.__dataclass_fields__:
@@ -202,7 +204,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     failed = [size for size in sizes if size > 100]
     assert sizes[: len(failed)] == failed, "what comes later is cut as small from the start"
     assert 2 <= len(failed) <= 5
-    model.read = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    model.predict_rounds = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
     with pytest.raises(torch.OutOfMemoryError):
         generate_looped_chains(model, problems, TASKS)
 

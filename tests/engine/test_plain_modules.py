@@ -176,13 +176,13 @@ TOKENS, ROWS, TARGETS = torch.arange(6).view(2, 3), torch.tensor([2, 5]), torch.
 PASSES = {
     "looped": {
         "loss": lambda m: m(PackedBatch.looped(SAMPLES, TASKS)),
-        "read": lambda m: m.read(PackedBatch.looped(SAMPLES, TASKS)),
+        "rounds": lambda m: m.predict_rounds(PackedBatch.looped(SAMPLES, TASKS)),
         "chains": lambda m: generate_looped_chains(m, SAMPLES, TASKS),
         "scored": lambda m: generate_scored(m, SAMPLES, TASKS),
     },
     "autoregressive": {
         "loss": lambda m: m(PackedBatch.autoregressive(SAMPLES, TASKS)),
-        "forced": lambda m: m.forced(PackedBatch.autoregressive(SAMPLES, TASKS)),
+        "forced": lambda m: m.teacher_forced_correct(PackedBatch.autoregressive(SAMPLES, TASKS)),
         "decode": lambda m: decode(m, *prompts(), max_new=2),
     },
     "classifier": {
@@ -300,7 +300,7 @@ def test_decoding_refuses_a_subclass_with_a_pass_of_its_own(method) -> None:
 
 
 @pytest.mark.parametrize("method", ["forward", "loss"])
-@pytest.mark.parametrize("call", ["read", "chains", "scored"])
+@pytest.mark.parametrize("call", ["rounds", "chains", "scored"])
 def test_reading_chains_refuses_a_subclass_with_a_pass_of_its_own(call, method) -> None:
     model = learned_positions(LoopedTransformer, method)
     with pytest.raises(TypeError, match=f"Learned overrides {method}"):
@@ -318,7 +318,11 @@ def test_reading_chains_honours_an_embedding_of_the_model_s_own() -> None:
             model.positions.weight.fill_(position)
             shifted = copy.deepcopy(plain)
             shifted.embedding.weight.add_(position)
-            for a, b in zip(tensors(model.read(batch)), tensors(shifted.read(batch)), strict=True):
+            for a, b in zip(
+                tensors(model.predict_rounds(batch)),
+                tensors(shifted.predict_rounds(batch)),
+                strict=True,
+            ):
                 assert torch.equal(a, b)
             assert torch.allclose(model(batch).loss, shifted(batch).loss)
 

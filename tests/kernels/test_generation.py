@@ -78,7 +78,9 @@ def test_generation_writes_the_same_tokens(options: dict, served: bool) -> None:
         assert np.array_equal(getattr(value, name), getattr(expected, name)), name
     with torch.no_grad():
         batch = PackedBatch.looped(problems(), TASKS, device=DEVICE)
-        read, truth = (model(impl, **options).eval().read(batch) for impl in ("triton", "torch"))
+        read, truth = (
+            model(impl, **options).eval().predict_rounds(batch) for impl in ("triton", "torch")
+        )
     assert [len(ids) for ids in read[0]] == list(batch.plan.active_rows)
     assert torch.equal(torch.cat([*read[0], read[1]]), torch.cat([*truth[0], truth[1]]))
 
@@ -130,7 +132,7 @@ def test_a_fixed_capacity_batch_is_refused(impl) -> None:
     batch = PackedBatch.looped(problems(), TASKS, device=DEVICE)
     static = CapacityBatch(Capacity.of([batch], 0.5), DEVICE)
     static.load(batch)
-    for read in (looped.read, lambda batch: read_scored(looped, batch)):
+    for read in (looped.predict_rounds, lambda batch: read_scored(looped, batch)):
         with pytest.raises(
             ValueError, match="fixed-capacity batches are for training: generate from"
         ):

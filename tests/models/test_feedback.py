@@ -10,20 +10,35 @@ import torch
 from benchmarks.numerics import assert_bitwise, assert_close
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.data.feedback import places_of
-from relay_fast.data.streams import BatchFormat, TruthStream
-from relay_fast.decoding.chains import generate_looped_chains, generate_scored, stream_chains
+from relay_fast.data.feedback import iterations_of
+from relay_fast.data.streams import BatchFormat, TruthStream, mean_cost
+from relay_fast.decoding.chains import (
+    generate_looped_chains,
+    generate_scored,
+    stream_chains,
+    stream_order,
+)
 from relay_fast.engine.fused_inference import feedback_reason
 from relay_fast.functional import row_cross_entropy
 from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.relay.presets import load_preset, override
+from relay_fast.relay.presets import load_preset, override, recipe
 from relay_fast.relay.stages import Context, run_stage
-from relay_fast.tasks import TASK_NAMES, Samples, Task, Vocabulary, build_tasks
-from relay_fast.tasks.vocabulary import BAR, PAD
+from relay_fast.tasks import (
+    NO_ANSWER,
+    TASK_NAMES,
+    FeedbackDraws,
+    Samples,
+    Task,
+    Vocabulary,
+    Written,
+    build_tasks,
+)
+from relay_fast.tasks.vocabulary import NUMBER0, PAD
 from relay_fast.training import cuda_graph
 from relay_fast.training.model_files import load_model, model_hash, save_model
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import train_model
+from tests.support.fed_inputs import naive_inputs
 
 VOCABULARY = Vocabulary(49, 1)
 TASKS = build_tasks(
@@ -55,136 +70,88 @@ def new_model(**options) -> LoopedTransformer:
     return model
 
 
-def seen(name: str, problem: str, width: int) -> list[str]:
-    """What each iteration of a problem is fed, in an input of `width` tokens."""
-    task = TASKS[name]
-    ids = np.array(task.encode(problem), np.int32)
-    one = task.sample([task.length_of(ids)], 0)
-    problems = Samples(
-        one.task, one.length, ids, np.array([0, len(ids)]), one.rounds, one.round_offsets,
-        one.loops, one.answer,
-    )  # fmt: skip
-    pad = np.array([width - max(len(ids), task.min_input_tokens)])
-    batch = PackedBatch.side_by_side(task.solve_samples(problems), TASKS, extra_pad=pad)
-    fed = batch.fed.view(-1, width).tolist()
-    return [VOCABULARY.decode(row).replace("<pad>", "_") for row in fed]
-
-
-def test_arithmetic_is_fed_the_expression_that_is_left() -> None:
-    #                                   [ARI] _ _ 3 * 2 + 6 / 3 =
-    assert seen("arithmetic", "3*2+6/3=", 11) == [
-        "_ _ _ _ _ _ _ _ _ _ _",
-        "_ _ _ _ _ 6 + 6 / 3 =",
-        "_ _ _ _ _ _ _ 6 + 2 =",
-    ]
-
-
-def test_edit_distance_is_fed_cells_under_their_letters_and_marks_under_those_used() -> None:
-    #                                  [ED] _ a b | b a b <sep>
-    assert seen("edit_distance", "ab|bab<sep>", 9) == [
-        "_ _ _ _ _ _ _ _ _",
-        "_ _ | _ _ 3 1 3 ,",
-    ]
-
-
-def test_lis_is_fed_every_length_under_its_value() -> None:
-    #                                  [LIS] _ 5 7 6 8 9 <sep>
-    assert seen("lis", "5 7 6 8 9 <sep>", 8) == [
-        "_ _ _ _ _ _ _ _",
-        "_ _ 1 2 2 _ _ _",
-    ]
-    assert seen("lis", "5 7 6 8 9 1 2 <sep>", 10)[2] == "_ _ 1 2 2 3 4 1 _ _"
-
-
-def test_marks_are_of_the_first_string_alone() -> None:
-    samples = TASKS["edit_distance"].sample([4, 2], 0)
-    widths = np.diff(samples.problem_offsets) + [3, 0]
-    places = places_of(samples, TASKS, widths)
-    tokens = PackedBatch.looped(samples, TASKS, extra_pad=np.array([3, 0])).tokens.numpy()
-    letters = tokens[places.token == BAR]
-    first = [samples.problem_of(0)[1:5], samples.problem_of(1)[1:3]]
-    assert letters.tolist() == np.concatenate(first).tolist()
-
-
-def test_what_a_model_wrote_is_fed_as_the_truth_is() -> None:
-    samples = mixed()
-    extra = np.random.default_rng(2).integers(0, 4, len(samples))
-    truth = PackedBatch.side_by_side(samples, TASKS, extra_pad=extra)
-    batch = PackedBatch.looped(samples, TASKS, extra_pad=extra, feedback=True)
-    plan, fed = batch.plan, batch.feeder.start()
-    expected = _true_feed(samples, truth)
-    for t in range(1, plan.max_loops + 1):
-        for k in range(plan.active_sequences[t - 1]):
-            rows = slice(plan.offsets[k], plan.offsets[k + 1])
-            assert fed[rows].tolist() == expected[int(batch.order[k]), t - 1].tolist()
-        # What stands before the boundary <pad> is nobody's: it must not be fed.
-        ids = torch.full((plan.rows_at(t),), 7)
-        part = slice(*batch.row_offsets[t - 1 : t + 1])
-        ids[batch.rows[part]] = batch.targets[part]
-        fed = batch.feeder.after(t, ids, fed, plan.rows_at(t + 1))
-
-
-def _true_feed(samples: Samples, batch: PackedBatch) -> dict[tuple[int, int], torch.Tensor]:
-    """What each iteration of each sample is fed in a side-by-side batch."""
-    split, owner, before = samples.iterations()
-    order = np.argsort(before + 1 == samples.loops[owner], kind="stable")
-    pieces = batch.fed.split(batch.plan.lengths.tolist())
-    keys = zip(owner[order].tolist(), before[order].tolist(), strict=True)
-    return dict(zip(keys, pieces, strict=True))
+def true_feed(samples: Samples, i: int, t: int, n: int) -> torch.Tensor:
+    """The round before iteration t (from 0) of a sample, right-aligned in n tokens."""
+    fed = torch.full((n,), PAD)
+    if t:
+        text = samples.rounds_of(i)[t - 1]
+        fed[n - len(text) :] = torch.from_numpy(text.astype(np.int64))
+    return fed
 
 
 @pytest.mark.parametrize("weighting", ["sequence", "row"])
 def test_side_by_side_is_the_loss_of_one_iteration_after_the_other(weighting: str) -> None:
     samples = mixed()
-    extra = np.random.default_rng(3).integers(0, 5, len(samples))
-    options = {
-        "task_weights": {"lis": 2.0, "arithmetic": 0.5}, "chain_weight": 0.7,
-        "weighting": weighting, "extra_pad": extra,
-    }  # fmt: skip
+    task_weights = {"lis": 2.0, "arithmetic": 0.5}
+    draws = {name: FeedbackDraws(0.5, 20) for name in TASKS}
+    draws["edit_distance"] = FeedbackDraws(0.5, 20, gap=9)
     model = new_model().double()
-    batch = PackedBatch.side_by_side(samples, TASKS, **options)
+    batch = PackedBatch.side_by_side(
+        samples, TASKS, task_weights=task_weights, chain_weight=0.7, weighting=weighting,
+        draws=draws, rng=np.random.default_rng(0),
+    )  # fmt: skip
     losses = model.loss(batch)
     losses.loss.backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
-
     model.zero_grad()
-    looped = PackedBatch.looped(samples, TASKS, **options)
-    feed = _true_feed(samples, batch)
-    plan, chain, answer = looped.plan, 0.0, 0.0
-    head = (model.norm.weight, model.chain_head.weight)
-    for k, i in enumerate(looped.order.tolist()):
-        rows = slice(int(plan.offsets[k]), int(plan.offsets[k + 1]))
-        x = model.embedding(looped.tokens[rows])
-        for t in range(1, int(plan.loops[k]) + 1):
-            state = model.block((x + model.fed_embedding(feed[i, t - 1]))[None], 1)[0]
-            part = slice(*looped.row_offsets[t - 1 : t + 1])
-            own = (looped.rows[part] >= rows.start) & (looped.rows[part] < rows.stop)
-            targets, weights = looped.targets[part][own], looped.weights[part][own].double()
-            loss, _ = row_cross_entropy(state, looped.rows[part][own] - rows.start, targets, *head)
-            chain = chain + (loss * weights).sum()
-        loss, _ = row_cross_entropy(
-            state, torch.tensor([len(state) - 1]), looped.answers[k : k + 1], model.norm.weight,
-            model.answer_head.weight,
-        )  # fmt: skip
-        answer = answer + loss[0] * looped.answer_weights[k].double()
-    assert_close("chain", losses.chain, chain.detach(), 1e-12)
-    assert_close("answer", losses.answer, answer.detach(), 1e-12)
-    (chain + answer).backward()
+
+    counts = np.diff(samples.round_offsets) + 1
+    owner = np.repeat(np.arange(len(samples)), samples.loops)
+    before = np.arange(len(owner)) - samples.first_round[owner]
+    place = np.argsort(np.argsort(before + 1 == samples.loops[owner], kind="stable"))
+    plan, total, head = batch.plan, 0.0, (model.norm.weight, model.chain_head.weight)
+    for k, (i, t) in enumerate(zip(owner.tolist(), before.tolist(), strict=True)):
+        name, texts = TASK_NAMES[samples.task[i]], [r.tolist() for r in samples.rounds_of(i)]
+        n = int(plan.lengths[place[k]])
+        gap = int(plan.positions[plan.offsets[place[k] + 1] - 1]) - n + 1
+        gap = gap if name == "edit_distance" else 0
+        state = one_iteration(model, TASKS[name], samples.problem_of(i).tolist(), texts[:t], n, gap)
+        target = torch.tensor([PAD, *texts[t]])
+        rows = torch.arange(n - len(target), n)
+        loss, _ = row_cross_entropy(state, rows, target, *head)
+        share = 1 / counts.sum()
+        if weighting == "sequence":
+            share = 1 / (len(samples) * samples.loops[i] * len(target))
+        weight = np.float32(0.7 * task_weights.get(name, 1.0) * share)
+        total = total + loss.sum() * float(weight)
+    assert_close("loss", losses.loss, total.detach(), 1e-12)
+    assert losses.answer == 0, "the rounds hold the answer"
+    total.backward()
     for name, p in model.named_parameters():
         assert_close(name, ours[name], p.grad, 1e-12)
     assert len(batch) == len(samples) and sorted(batch.order) == list(range(len(samples)))
+    assert batch.plan.lengths.max() == 20
+
+
+def one_iteration(model, task: Task, problem, texts, width: int = 0, gap: int = 0) -> torch.Tensor:
+    """(n, d): the states of one iteration of one problem."""
+    tokens, fed, positions = map(torch.tensor, naive_inputs(task, problem, texts, width, gap))
+    x = model.embedding(tokens) + model.fed_embedding(fed)
+    return model.block(x[None], 1, positions=positions)[0]
+
+
+def test_shifted_rows_have_shifted_targets() -> None:
+    samples = TASKS["edit_distance"].sample([5] * 8, 0)
+    draws = {"edit_distance": FeedbackDraws(shift=4, shift_probability=1.0)}
+    plain = PackedBatch.side_by_side(samples, TASKS)
+    moved = PackedBatch.side_by_side(samples, TASKS, draws=draws, rng=np.random.default_rng(0))
+    for column in ("fed", "targets"):
+        a, b = getattr(plain, column), getattr(moved, column)
+        numbers = a >= NUMBER0
+        assert torch.equal(a[~numbers], b[~numbers])
+        assert set((b - a)[numbers].tolist()) == {1, 2, 3, 4}
+    assert torch.equal(plain.tokens, moved.tokens) and torch.equal(plain.weights, moved.weights)
 
 
 def test_parts_add_up_to_the_batch(monkeypatch) -> None:
-    batch = PackedBatch.side_by_side(
-        mixed(), TASKS, position_range=40, rng=np.random.default_rng(0)
-    )
+    draws = {"edit_distance": FeedbackDraws(gap=9)}
+    batch = PackedBatch.side_by_side(mixed(), TASKS, draws=draws, rng=np.random.default_rng(0))
     model = new_model().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     whole = cuda_graph.take_step(model, optimizer, batch)
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     parts = list(batch.parts(100))
-    assert len(parts) == 4 and max(part.plan.rows for part in parts) < 150
+    assert len(parts) == 3 and max(part.plan.rows for part in parts) < 150
     assert np.concatenate([part.order for part in parts]).tolist() == batch.order.tolist()
     assert_bitwise("positions", torch.cat([p.plan.positions for p in parts]), batch.plan.positions)
     monkeypatch.setitem(cuda_graph.PART_TOKENS, "cpu", 100)
@@ -197,45 +164,22 @@ def test_parts_add_up_to_the_batch(monkeypatch) -> None:
 
 def naive_chain(model: LoopedTransformer, task: Task, problems: Samples, i: int):
     """One problem, one iteration after the other, with what is fed worked out from its texts."""
-    problem = problems.problem_of(i).tolist()
-    n = max(len(problem), task.min_input_tokens)
-    body, texts, scores = problem[1:], [], []
-    tokens = torch.tensor([problem[0], *[PAD] * (n - len(problem)), *body])
-    positions = None
-    if span := model.config.position_range:
-        positions = torch.tensor([round(p * (span - 1) / max(1, n - 1)) for p in range(n)])
+    texts, scores = [], []
     with torch.no_grad():
         for _ in range(int(problems.loops[i])):
-            fed = torch.full((n,), PAD)
-            first = n - len(body)
-            if texts and task.name != "lis":
-                fed[n - len(texts[-1]) :] = torch.tensor(texts[-1], dtype=torch.long)
-            if task.name == "edit_distance":
-                fed[first : first + problems.length[i]] = PAD
-                fed[first : first + len(texts)] = BAR
-            if task.name == "lis":
-                values = []
-                for text in texts:
-                    padded = [PAD] * (task.group + 1) + text
-                    values += padded[len(padded) - task.group - 1 : -1]
-                values = values[: len(body) - 1]
-                fed[first : first + len(values)] = torch.tensor(values, dtype=torch.long)
-            x = model.embedding(tokens) + model.fed_embedding(fed)
-            state = model.block(x[None], 1, positions=positions)[0]
+            state = one_iteration(model, task, problems.problem_of(i).tolist(), texts)
             y = torch.nn.functional.rms_norm(state, (D,), model.norm.weight, 1e-6)
             logits = model.chain_head(y)
             ids = logits.argmax(-1).tolist()
             begin = max((p + 1 for p, token in enumerate(ids) if token == PAD), default=0)
             texts.append(ids[begin:])
-            scores += logits.log_softmax(-1)[range(begin, n), ids[begin:]].tolist()
-        answer = int(model.answer_head(y[-1]).argmax())
-    return texts, answer, scores
+            scores += logits.log_softmax(-1)[range(begin, len(ids)), ids[begin:]].tolist()
+    answer = task.answer_of(texts)
+    return texts, NO_ANSWER if answer is None else answer, scores
 
 
-@pytest.mark.parametrize("position_range", [0, 30])
-def test_generation_is_a_plain_loop_token_for_token(position_range: int) -> None:
-    problems = mixed(8)
-    model = new_model(position_range=position_range).eval()
+def test_generation_is_a_plain_loop_token_for_token() -> None:
+    problems, model = mixed(8), new_model().eval()
     written, scores = generate_scored(model, problems, TASKS, batch_tokens=60)
     sizes, own = [], []
     for i in range(len(problems)):
@@ -246,6 +190,7 @@ def test_generation_is_a_plain_loop_token_for_token(position_range: int) -> None
         sizes += map(len, texts)
         own += log_probabilities
     np.testing.assert_allclose(scores.rounds, own, atol=1e-5)
+    assert not scores.answer.any()
     # The test means something: there are rounds of many sizes, and they differ between iterations.
     assert len(set(sizes)) > 5 and min(sizes) < 3
     assert any(len({tuple(r) for r in written.rounds_of(i)}) > 1 for i in range(len(problems)))
@@ -255,24 +200,51 @@ def test_generation_is_a_plain_loop_token_for_token(position_range: int) -> None
         assert np.array_equal(part.rounds, written.take(chosen).rounds)
 
 
-def test_rounds_that_are_empty_or_have_no_end_are_fed_as_they_are() -> None:
+def test_the_answer_is_what_the_rounds_say(monkeypatch) -> None:
+    """With the truth written in place of the argmax, answers and inputs are the truth's."""
+    problems, model = mixed(8), new_model().eval()
+    truth, seen = Written.truth(problems), []
+
+    def read(batch):
+        t = len(seen)
+        owner = np.flatnonzero(problems.loops[order] > t)
+        ids = torch.full_like(batch.tokens, PAD)
+        for k, i in enumerate(order[owner]):
+            text = torch.from_numpy(problems.rounds_of(i)[t].astype(np.int64))
+            end = int(batch.plan.offsets[k + 1])
+            ids[end - len(text) : end] = text
+        wanted = iterations_of(truth, TASKS, order[owner], np.full(len(owner), t)).inputs
+        assert batch.tokens.tolist() == wanted.tokens.tolist()
+        assert batch.fed.tolist() == wanted.fed.tolist()
+        assert batch.plan.positions.tolist() == wanted.positions.tolist()
+        seen.append(t)
+        return [ids], ids[:0]
+
+    order = stream_order(problems)
+    monkeypatch.setattr(model, "predict_rounds", read)
+    written = generate_looped_chains(model, problems, TASKS)
+    assert np.array_equal(written.rounds, problems.rounds)
+    assert np.array_equal(written.answer, problems.answer)
+
+
+def test_rounds_that_are_empty_or_have_no_end_are_carried_as_they_are() -> None:
     samples = TASKS["arithmetic"].sample([3, 2], 0)
-    feeder = PackedBatch.looped(samples, TASKS, feedback=True).feeder
-    n = int(np.diff(samples.problem_offsets)[0])
-    rows = len(feeder.source)
+    feeder = PackedBatch.looped(samples, TASKS, carry_state=True).feeder
+    n, rows = int(np.diff(samples.problem_offsets)[0]), len(feeder.last)
+    assert not feeder.start().any()
     ids = torch.arange(rows) + 1
-    assert torch.equal(feeder.after(1, ids, feeder.start(), rows), ids)
+    assert torch.equal(feeder.after(ids, rows), ids)
     ids[n - 1] = PAD  # of the first sequence alone
-    fed = feeder.after(1, ids, feeder.start(), rows)
+    fed = feeder.after(ids, rows)
     assert not fed[:n].any() and torch.equal(fed[n:], ids[n:])
-    assert len(feeder.after(1, ids, feeder.start(), n)) == n
+    assert len(feeder.after(ids, n)) == n
 
 
 def test_what_is_fed_matters() -> None:
-    problems, model = mixed(8), new_model().eval()
+    problems, model = TASKS["lis"].sample([9] * 20, 0), new_model().eval()
     before = generate_looped_chains(model, problems, TASKS)
     with torch.no_grad():
-        model.fed_embedding.weight[BAR:] += 1
+        model.fed_embedding.weight[NUMBER0:] += 1  # what no first iteration of LIS is fed
     after = generate_looped_chains(model, problems, TASKS)
     changed = [
         not np.array_equal(a, b) for a, b in zip(_rounds(before), _rounds(after), strict=True)
@@ -301,22 +273,20 @@ def test_carried_states_with_true_rounds_or_its_own(truth: float) -> None:
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     samples, plan, total = mixed(), batch.plan, 0.0
-    extra = np.random.default_rng(3).integers(0, 5, len(samples))
-    feed = _true_feed(samples, PackedBatch.side_by_side(samples, TASKS, extra_pad=extra))
-    read, answers = model.read(batch)
+    read, answers = model.predict_rounds(batch)
     head = (model.norm.weight, model.chain_head.weight)
     for k, i in enumerate(batch.order.tolist()):
         rows = slice(int(plan.offsets[k]), int(plan.offsets[k + 1]))
         state, own = model.embedding(batch.tokens[rows]), batch.feeder.start()
         for t in range(1, int(plan.loops[k]) + 1):
-            fed = feed[i, t - 1] if truth else own[rows]
+            fed = true_feed(samples, i, t - 1, len(state)) if truth else own[rows]
             state = model.block((state + model.fed_embedding(fed))[None], 1)[0]
             part = slice(*batch.row_offsets[t - 1 : t + 1])
             mine = (batch.rows[part] >= rows.start) & (batch.rows[part] < rows.stop)
             targets, weights = batch.targets[part][mine], batch.weights[part][mine].double()
             loss, _ = row_cross_entropy(state, batch.rows[part][mine] - rows.start, targets, *head)
             total = total + (loss * weights).sum()
-            own = batch.feeder.after(t, read[t - 1], own, plan.rows_at(t + 1))
+            own = batch.feeder.after(read[t - 1], plan.rows_at(t + 1))
             if not truth:
                 y = torch.nn.functional.rms_norm(state, (D,), model.norm.weight, 1e-6)
                 assert torch.equal(model.chain_head(y).argmax(-1), read[t - 1][rows])
@@ -342,7 +312,7 @@ def test_a_share_of_the_sequences_is_fed_the_truth() -> None:
 
 
 def test_noise_replaces_its_share_of_the_fed_tokens_in_training_only() -> None:
-    batch = PackedBatch.side_by_side(TASKS["arithmetic"].sample([9] * 40, 0), TASKS)
+    batch = PackedBatch.side_by_side(TASKS["edit_distance"].sample([9] * 40, 0), TASKS)
     model = new_model(feedback_noise=0.25)
     clean = model.eval().embed(batch)
     assert_bitwise("eval", clean, model.embed(batch))
@@ -352,22 +322,9 @@ def test_noise_replaces_its_share_of_the_fed_tokens_in_training_only() -> None:
     assert 0.15 < share < 0.25, "some of the tokens put in happen to be right"
 
 
-def test_random_positions_ascend_inside_the_range_and_are_spread_without_an_rng() -> None:
-    samples = TASKS["lis"].sample([2, 5, 9], 0)
-    drawn = PackedBatch.looped(samples, TASKS, position_range=20, rng=np.random.default_rng(0))
-    again = PackedBatch.looped(samples, TASKS, position_range=20, rng=np.random.default_rng(1))
-    for part in drawn.plan.positions.split(drawn.plan.lengths.tolist()):
-        assert (part.diff() > 0).all() and part[0] >= 0 and part[-1] < 20
-    assert not torch.equal(drawn.plan.positions, again.plan.positions)
-    spread = PackedBatch.looped(samples.take([1]), TASKS, position_range=20).plan.positions
-    assert spread.tolist() == [0, 3, 6, 10, 13, 16, 19]
-    with pytest.raises(ValueError, match="an input of 11 tokens has no room in position_range = 8"):
-        PackedBatch.looped(samples, TASKS, position_range=8)
-
-
 def test_a_small_model_learns_and_is_saved(tmp_path) -> None:
     task = build_tasks(["arithmetic"], VOCABULARY, arithmetic={"prime": 3, "operators": "+"})
-    schedule = Schedule.by_steps(60, warmup=0.1, decay="late")
+    schedule = Schedule.by_steps(60, warmup=0.1, decay="wsd")
     stream = TruthStream(
         task, {"arithmetic": (1, 3)}, BatchFormat("looped", feedback=True), schedule,
         batch_size=32, seed=0, lengths="uniform",
@@ -411,22 +368,21 @@ def test_models_without_feedback_are_written_as_before(tmp_path) -> None:
 
 def test_inputs_longer_than_in_training_are_named() -> None:
     problems = TASKS["arithmetic"].sample([1, 6], 0)
-    longest = int(np.diff(problems.problem_offsets).max())
+    longest, lis = int(np.diff(problems.problem_offsets).max()), TASKS["lis"].sample([12], 0)
     text = f"longest input has {longest} tokens, the model was trained on up to {longest - 1} "
     with pytest.warns(UserWarning, match=text):
         generate_looped_chains(new_model(trained_tokens=longest - 1), problems, TASKS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate_looped_chains(new_model(trained_tokens=longest), problems, TASKS)
+        generate_looped_chains(new_model(trained_tokens=3), lis, TASKS)  # clips its positions
 
 
 class Silent(type(TASKS["arithmetic"])):
-    fed_places = Task.fed_places
+    input_sizes, inputs = Task.input_sizes, Task.inputs
 
 
-class TooFar(type(TASKS["lis"])):
-    min_input_tokens = 4
-
+class TooNarrow(type(TASKS["lis"])):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.min_input_tokens = 4
@@ -436,25 +392,27 @@ def test_bad_input() -> None:
     samples, plain = mixed(2), LoopedTransformer(ModelConfig(BlockConfig(D, 2, 1), VOCABULARY.size))
     fed = PackedBatch.side_by_side(samples, TASKS)
     silent = {**TASKS, "arithmetic": Silent(VOCABULARY, prime=11)}
-    for pack in (PackedBatch.side_by_side, lambda *a: PackedBatch.looped(*a, feedback=True)):
-        with pytest.raises(
-            ValueError, match="'arithmetic' does not say what is fed back .*define S"
-        ):
-            pack(samples, silent)
-    narrow = {"lis": TooFar(VOCABULARY, group=6, low=0, high=49)}
-    one = narrow["lis"].sample([1], 0)
+    for use in (
+        lambda: PackedBatch.side_by_side(samples, silent),
+        lambda: generate_looped_chains(new_model(), samples, silent),
+    ):
+        with pytest.raises(ValueError, match="'arithmetic' does not say what an iter.*Silent.inp"):
+            use()
+    narrow = {"lis": TooNarrow(VOCABULARY, group=6, low=0, high=49)}
     with pytest.raises(ValueError, match="a round does not fit into its input: raise"):
-        PackedBatch.side_by_side(one, narrow)
-    with pytest.raises(ValueError, match="'lis' feeds the token 7 from the end .* of 4 tokens"):
-        PackedBatch.looped(_without_rounds(one), narrow, feedback=True)
+        PackedBatch.side_by_side(narrow["lis"].sample([1], 0), narrow)
     with pytest.raises(ValueError, match="a sample without rounds has no iteration"):
         PackedBatch.side_by_side(_without_rounds(samples, loops=0), TASKS)
+    with pytest.raises(ValueError, match="weighting = 'token' is unknown"):
+        PackedBatch.side_by_side(samples, TASKS, weighting="token")
     with pytest.raises(ValueError, match="the batch has rounds that are fed back, the model takes"):
         plain.loss(fed)
     with pytest.raises(ValueError, match="learns from true rounds .* PackedBatch.side_by_side"):
         new_model().loss(PackedBatch.looped(samples, TASKS))
-    with pytest.raises(ValueError, match=r"make the batch with PackedBatch.looped\(..., feedback"):
-        new_model().read(PackedBatch.looped(samples, TASKS))
+    with pytest.raises(ValueError, match="reads its own rounds back: .*collate_next, or write who"):
+        new_model().predict_rounds(PackedBatch.looped(samples, TASKS))
+    with pytest.raises(ValueError, match=r"PackedBatch.looped\(..., carry_state=True\), or write"):
+        new_model(carry_state=True).predict_rounds(PackedBatch.looped(samples, TASKS))
     with pytest.raises(ValueError, match='answers only .* use feedback = "none"'):
         LoopedTransformer(new_model().config, supervise="answer")
     block = BlockConfig(D, 2, 1)
@@ -463,7 +421,7 @@ def test_bad_input() -> None:
         ({"feedback_noise": 0.1}, "feedback_noise = 0.1 needs fed tokens"),
         ({"carry_state": True}, "carry_state = True says what feedback"),
         ({"feedback": "tokens", "feedback_noise": 1.0}, "feedback_noise = 1.0: it must be in"),
-        ({"position_range": -1}, "position_range = -1: it must be 0 or more"),
+        ({"trained_tokens": -1}, "trained_tokens = -1: it must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             ModelConfig(block, 9, **options)
@@ -511,36 +469,57 @@ def test_empty_batch() -> None:
     assert copy.copy(batch).to("cpu") is not None
 
 
-def test_a_run_with_feedback(tmp_path) -> None:
+@pytest.mark.parametrize("preset", ["cpu-arithmetic", "cpu-edit-distance", "cpu-lis"])
+def test_a_run_with_feedback(preset: str, tmp_path) -> None:
     """The stages take it from the preset: the aligned looped model has it, the others do not."""
-    values = [
-        "model.feedback=tokens",
-        "model.looped.feedback_noise=0.05",
-        "model.position_range=40",
-    ]
-    config = override(load_preset("cpu"), steps=2, batch_size=8, eval_problems=2, values=values)
+    values = ["model.looped.feedback_noise=0.05"]
+    config = override(load_preset(preset), steps=2, batch_size=8, eval_problems=2, values=values)
     context = Context(tmp_path, config, "cpu", "auto")
     (tmp_path / "checkpoints").mkdir()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # pad_to is as long as the longest test problem
-        for stage in ("looped_aligned", "looped_vanilla", "ar_baseline", "evaluate.looped_aligned"):
+        warnings.simplefilter("error")  # training shows all positions of the longest test problem
+        for stage in ("looped_aligned", "evaluate.looped_aligned", "ar_baseline", "chains"):
             result = run_stage(context, stage, lambda progress: None)
+        run_stage(context, "ar_relay", lambda progress: None)
     aligned = context.load("looped_aligned").config
-    assert (aligned.feedback, aligned.feedback_noise, aligned.position_range) == (
-        "tokens",
-        0.05,
-        40,
-    )
-    assert aligned.trained_tokens == 29
-    unpadded = override(config, values=["stages.looped_aligned.pad_probability=0.0"])
-    model = Context(tmp_path, unpadded, "cpu", "auto").new_model("looped")
-    assert model.config.trained_tokens == context.tasks["arithmetic"].max_problem_tokens(10)
-    assert context.load("looped_vanilla").config.feedback == "none"
-    assert context.load("looped_vanilla").config.position_range == 40
-    assert context.load("ar_baseline").config.position_range == 0
-    assert set(result["accuracy"]["looped_aligned"]["arithmetic"]) == set(map(str, range(1, 14)))
+    assert (aligned.feedback, aligned.feedback_noise) == ("tokens", 0.05)
+    span = {"cpu-arithmetic": 50 + 31, "cpu-edit-distance": 2 * 8 + 5 + 31, "cpu-lis": 0}
+    assert aligned.trained_tokens == span[preset]
+    assert context.new_model("looped", "answer").config.feedback == "none"
+    assert context.load("ar_baseline").config.feedback == "none"
+    assert result["trust"]
     paper = Context(tmp_path, load_preset("paper"), "cpu", "auto").new_model("looped")
     assert paper.config.feedback == "none", "the paper's own is untouched"
+
+
+def test_the_draws_are_the_stage_s_and_the_task_s(tmp_path) -> None:
+    config = load_preset("cpu-edit-distance")
+    values = ["training.pad_probability=0.2", "training.pad_to=30",
+              "tasks.edit_distance.feedback.pad_to=25"]  # fmt: skip
+    context = Context(tmp_path, override(config, values=values), "cpu", "auto")
+    wanted = FeedbackDraws(0.2, 25, gap=31, shift=16)
+    assert context.draws("looped_aligned") == {"edit_distance": wanted}
+    wrong = override(load_preset("cpu-arithmetic"), values=["tasks.arithmetic.feedback.gap=3"])
+    with pytest.raises(ValueError, match="'arithmetic' has no gap in its feedback"):
+        Context(tmp_path, wrong, "cpu", "auto").prove()
+    large = override(config, values=["tasks.edit_distance.feedback.shift=50"])
+    text = "feedback.shift = 50 can need numbers up to 76, the vocabulary ends at 63: use a smaller"
+    with pytest.raises(ValueError, match=text):
+        Context(tmp_path, large, "cpu", "auto").prove()
+
+
+def test_token_iterations_are_counted_as_they_come(tmp_path) -> None:
+    config = override(load_preset("cpu-arithmetic"), scale=0.02)
+    settings, draws = recipe(config, "looped_aligned"), {"arithmetic": FeedbackDraws(0.3, 42)}
+    task = Context(tmp_path, config, "cpu", "auto").tasks
+    cost = mean_cost(task, {"arithmetic": (1, 8)}, "looped", 22, "uniform", 0.0, draws)
+    schedule = Schedule.by_work(settings["token_iterations"], cost)
+    form = BatchFormat("looped", feedback=True, draws=draws)
+    stream = TruthStream(
+        task, {"arithmetic": (1, 8)}, form, schedule, batch_size=22, seed=0, lengths="uniform"
+    )
+    seen = sum(stream[step].batch.plan.token_iterations for step in range(len(stream)))
+    assert abs(seen / settings["token_iterations"] - 1) < 0.1
 
 
 def test_a_run_that_carries_the_state(tmp_path) -> None:
@@ -555,15 +534,7 @@ def test_a_run_that_carries_the_state(tmp_path) -> None:
     run_stage(context, "evaluate.looped_aligned", lambda progress: None)
 
 
-@pytest.mark.parametrize(
-    "value", ["model.feedback=state", "model.feedback_noise=1.0", "model.position_range=-1"]
-)
+@pytest.mark.parametrize("value", ["model.feedback=state", "model.feedback_noise=1.0"])
 def test_presets_refuse_values_out_of_range(value: str) -> None:
     with pytest.raises(ValueError, match=value.split("=")[0]):
         override(load_preset("cpu"), values=[value])
-
-
-def test_a_position_range_that_is_too_small_is_said_before_training(tmp_path) -> None:
-    config = override(load_preset("cpu"), values=["model.position_range=20"])
-    with pytest.raises(ValueError, match="model.position_range = 20, the longest input has"):
-        Context(tmp_path, config, "cpu", "auto").new_model("looped")

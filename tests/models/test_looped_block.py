@@ -252,7 +252,7 @@ def test_looped_transformer_equals_eager(policy: str) -> None:
 def test_reading_the_chain_agrees_with_the_loss_counts() -> None:
     batch = PackedBatch.looped(samples(), TASKS)
     model = LoopedTransformer(model_config()).eval()
-    rounds, answers = model.read(batch)
+    rounds, answers = model.predict_rounds(batch)
     assert [len(r) for r in rounds] == list(batch.plan.active_rows)
     right = torch.cat(
         [
@@ -274,7 +274,7 @@ def test_autoregressive_model_is_the_causal_block_once() -> None:
     y = torch.nn.functional.rms_norm(h[batch.rows], (D,), model.norm.weight, 1e-6)
     row = torch.nn.functional.cross_entropy(model.chain_head(y), batch.targets, reduction="none")
     assert_close("loss", losses.loss, row @ batch.weights.double(), 1e-7)
-    assert len(model.forced(batch)) == len(batch.targets)
+    assert len(model.teacher_forced_correct(batch)) == len(batch.targets)
 
 
 def test_empty_batch() -> None:

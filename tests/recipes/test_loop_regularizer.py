@@ -60,7 +60,7 @@ def test_the_paper_preset(tmp_path) -> None:
         ({"models": ("1x4",)}, r"models = \['1x4'\]: give one stack without loops"),
         ({"models": ("4x1", "2x1")}, "give one stack"),
         ({"weights": (-1.0,)}, r"weights = \[-1.0\]: give a number of at least 0"),
-        ({"period": 3}, "period = 3 does not cut a stack of 4 layers"),
+        ({"period": 3}, "period = 3 does not divide a stack of 4 layers"),
         ({"hops": (60,)}, "p = 60 hops do not fit"),
     ],
 )

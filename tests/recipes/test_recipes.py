@@ -149,7 +149,7 @@ def test_finished_training_is_read_back(tmp_path) -> None:
         ({"betas": (0.9, 1.0)}, r"betas = \[0.9, 1.0\]: give at least 0 and less than 1"),
         ({"ema": 2.0}, "ema = 2.0: give at least 0 and less than 1"),
         ({"decay": "cosin"}, "decay = 'cosin' is unknown: use one of linear, cosine"),
-        ({"decay": "cosin"}, "use one of linear, cosine, late, constant"),
+        ({"decay": "cosin"}, "use one of linear, cosine, wsd, constant"),
         ({"optimizer": "adam"}, "optimizer = 'adam' is unknown: use one of adamw, adafactor"),
         ({"optimizer": "adafactor", "muon_lr": 0.1}, "muon_lr = 0.1 goes with optimizer = 'adamw'"),
     ],

@@ -60,7 +60,7 @@ def test_the_paper_preset(tmp_path, monkeypatch) -> None:
     "change, message",
     [
         ({"stages": 3}, "3 stages of 1 more layers each end at 3 layers, not at the 4 of the mod"),
-        ({"layers": 3}, "blocks of 3 layers do not make a stack of 4"),
+        ({"layers": 3}, "layers = 3 does not divide depth = 4"),
         ({"methods": ("first",)}, r"methods = \['first'\] is unknown: use some of full, middle"),
         ({"tasks": ()}, r"tasks = \[\]: give at least 1 of them"),
     ],

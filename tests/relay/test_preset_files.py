@@ -10,7 +10,15 @@ from relay_fast.tasks import TASK_NAMES
 
 
 def test_presets_are_data_and_whole() -> None:
-    assert preset_names() == ["cpu", "paper", "paper-fast"]
+    assert preset_names() == [
+        "cpu",
+        "cpu-arithmetic",
+        "cpu-arithmetic-long",
+        "cpu-edit-distance",
+        "cpu-lis",
+        "paper",
+        "paper-fast",
+    ]
     for name in preset_names():
         config = load_preset(name)
         assert config["name"] == name

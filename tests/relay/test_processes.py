@@ -86,7 +86,7 @@ def test_steps_come_whole_and_in_order(what, monkeypatch) -> None:
         ("dies", WorkerDied, r"was killed \(signal 9\).*set data_workers to fewer"),
         ("stops", WorkerDied, r"no sign of life for 2 s.*set data_workers = 0"),
         ("is slow", WorkerDied, r"has made no batch for 4 s; set data_workers = 0"),
-        ("has no memory", WorkerDied, r"hand over a batch.*Cannot allocate.*set data_workers"),
+        ("has no memory", WorkerDied, r"pass on a batch.*Cannot allocate.*set data_workers"),
         ("raises", LookupError, "no step 3"),
     ],
 )

@@ -203,7 +203,7 @@ def test_groups_can_be_added_and_are_checked() -> None:
     optimizer.step()
     assert torch.equal(more, matrix)
     for wrong, parts in ((torch.ones(4), 1), (torch.ones(4, 4), 3)):
-        with pytest.raises(ValueError, match="is not . real matrices"):
+        with pytest.raises(ValueError, match="is not a stack of . real matrices"):
             group = {"params": [nn.Parameter(wrong)], "muon": True, "parts": parts}
             optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 3

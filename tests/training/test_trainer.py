@@ -65,7 +65,7 @@ def test_work_counts_by_cost() -> None:
     [
         ("linear", 0.5, 0.01),
         ("cosine", 0.5, 0.5 * (1 + math.cos(0.99 * math.pi))),
-        ("late", 1.0, 0.025),
+        ("wsd", 1.0, 0.025),
         ("constant", 1.0, 1.0),
     ],
 )
@@ -77,7 +77,7 @@ def test_learning_rate_factor(decay, half, last) -> None:
     assert factors[50] == pytest.approx(half) and factors[99] == pytest.approx(last)
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert 0 < min(factors) and max(factors) <= 1
-    assert Schedule.by_steps(100, warmup=0.0, decay=decay).factor(0) == 1.0
+    assert Schedule.by_steps(100, warmup=0.0, decay=decay).lr_scale(0) == 1.0
 
 
 def test_a_schedule_knows_its_decays() -> None:
@@ -85,8 +85,8 @@ def test_a_schedule_knows_its_decays() -> None:
         Schedule.by_steps(10, decay="cosin")
 
 
-def test_late_decay_begins_at_three_fifths() -> None:
-    schedule = Schedule.by_steps(10, warmup=0.0, decay="late")
+def test_wsd_decay_begins_at_three_fifths() -> None:
+    schedule = Schedule.by_steps(10, warmup=0.0, decay="wsd")
     factors = [schedule.lr_scale(i) for i in range(10)]
     assert factors == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
 
@@ -287,13 +287,24 @@ def test_a_state_that_counts_neither_samples_nor_waiting_continues(tmp_path, mon
     path = tmp_path / "state.safetensors"
     assert run(path, stop_at=3) is None
     tensors, metadata = load_checkpoint(path)
-    for name in ("samples", "waited", "parts"):
+    for name in ("samples", "data_wait_seconds", "parts"):
         metadata.pop(name, None)
     metadata["history"] = [{"step": h["step"], "loss": h["loss"]} for h in metadata["history"]]
     save_checkpoint(path, tensors, metadata)
     _, trained = run(path)
     assert trained.samples == 5 * 8 and trained.history[-1]["step"] == 8
     assert len(type(trained).of_phases([trained]).history) == 8
+
+
+def test_the_waiting_of_a_state_under_its_old_name_counts_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("relay_fast.training.trainer.LOG_EVERY", 0.0)
+    path = tmp_path / "state.safetensors"
+    assert run(path, stop_at=3) is None
+    tensors, metadata = load_checkpoint(path)
+    metadata["waited"] = metadata.pop("data_wait_seconds") + 1000
+    save_checkpoint(path, tensors, metadata)
+    _, trained = run(path)
+    assert 1000 < trained.data_wait_seconds < 1000 + trained.seconds
 
 
 def test_what_phases_took_together() -> None:

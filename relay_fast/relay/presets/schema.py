@@ -68,7 +68,20 @@ class SavedTask(Table):
     parameters: dict[str, Any] = Field(description="the task's own, checked by the task")
 
 
+class FeedbackTable(Table):
+    """As `relay_fast.tasks.FeedbackDraws`."""
+
+    pad_probability: Share = Field(ABSENT, description="of padding an input, default the stage's")
+    pad_to: Whole = Field(ABSENT, description="up to so many tokens, default the stage's")
+    gap: Whole = Field(0, description="most by which later positions are moved on")
+    cut: Whole = Field(0, description="most by which positions behind a random place are moved on")
+    cut_probability: Share = Field(0.5, description="of moving them")
+    shift: Whole = Field(0, description="most that is added to all numbers fed")
+    shift_probability: Share = Field(0.5, description="of adding to them")
+
+
 class TaskTable(SavedTask):
+    feedback: FeedbackTable = Field(ABSENT, description="what training with feedback draws")
     self_lengths: Counts = Field(description="lengths of the self-written chains, one a phase")
     self_counts: Counts = Field(description="how many of each length a phase writes")
     merge_inside: Count = Field(description="true problems in the fine-tuning of ar_relay")
@@ -101,7 +114,6 @@ class BlockTable(Table):
     )
     carry_state: bool = Field(False, description="with feedback: whether the state goes on too")
     feedback_noise: Below1 = Field(0.0, description="share of fed tokens made wrong in training")
-    position_range: Whole = Field(0, description="random positions below this, 0 for none")
 
 
 class ModelTable(BlockTable):
