@@ -216,8 +216,9 @@ class LoopedBlock(nn.Module):
         if plan.to_sorted is not None:
             packed = packed[plan.to_sorted]
         inner = tuple(t for t in wanted if t < plan.max_loops)
-        run = self.run(plan, states=inner, truncate=truncate)
-        final, states, _, _ = run_loop(run, packed, list(self.parameters()))
+        named = self._named()
+        run = self._run(plan, named, states=inner, truncate=truncate)
+        final, states, _, _ = run_loop(run, packed, list(named.values()))
         if return_states is False:
             final = final if plan.to_caller is None else final[plan.to_caller]
             return final.view(shape)
@@ -261,8 +262,11 @@ class LoopedBlock(nn.Module):
             plan: the batch's sequences and loop counts.
             **options: further fields of `relay_fast.engine.spec.LoopSpec`.
         """
+        return self._run(plan, self._named(), **options)
+
+    def _run(self, plan: Plan, named: dict[str, Tensor], **options) -> LoopSpec:
+        """As `run`, with the parameters by name: collecting them costs as much as a small op."""
         check_max_loops(self.config, plan)
-        named = self._named()
         _check_devices(plan.device, named)
         names = list(named)
         weight = self.layers[0].qkv.weight

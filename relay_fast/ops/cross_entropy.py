@@ -15,6 +15,7 @@ from relay_fast.ops.dispatch import (
     compute_dtype,
     differentiable_once,
     launch_context,
+    refuse_transforms,
     select,
 )
 from relay_fast.ops.gradients import GradientBuffers
@@ -109,6 +110,9 @@ def weighted_losses(loss: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
 
 
 def _check_rows(states: Tensor, rows: Tensor, targets: Tensor, head: Tensor) -> None:
+    for name, t in (("rows", rows), ("targets", targets)):
+        if t.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} are of {t.dtype}: give int64")
     if rows.shape != targets.shape or rows.ndim != 1:
         raise ValueError(
             f"rows {tuple(rows.shape)} and targets {tuple(targets.shape)} must both be (R,)"
@@ -169,6 +173,7 @@ def row_cross_entropy(
             states, rows, targets, norm_weight, norm_bias, head.to(dtype), *options.values(), impl
         )
         return loss, correct
+    refuse_transforms(states, norm_weight, norm_bias, head)
     return _RowCrossEntropy.apply(
         select(impl, states.device), options, dtype, rows, targets, states, norm_weight, norm_bias,
         head,
@@ -231,6 +236,7 @@ def iteration_cross_entropy(
         return weighted_losses(loss, weights, targets).sum()
     _check_rows(states, rows, targets, head)
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    refuse_transforms(states, weights, norm_weight, norm_bias, head)
     return _WeightedCrossEntropy.apply(
         select(impl, states.device), options, compute_dtype(head), rows, targets, weights, states,
         norm_weight, norm_bias, head,

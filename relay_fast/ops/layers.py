@@ -9,7 +9,7 @@ Rows: tokens of all sequences end to end.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -139,7 +139,7 @@ def _attention_bwd(ops: Ops, g: Tensor, t: Any, o: Any, saved: list[Tensor]) -> 
 
 def attention(
     qkv: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | Sequence[int],
     heads: int,
     kv_heads: int | None = None,
     *,
@@ -171,6 +171,8 @@ def attention(
             f"{kv_heads}: give (heads + 2 · kv_heads) · head_dim columns, with heads a multiple of "
             "kv_heads"
         )
+    if not isinstance(cu_seqlens, Tensor):
+        cu_seqlens = torch.as_tensor(cu_seqlens, device="cpu")
     tensors = {"qkv": qkv, "cu_seqlens": cu_seqlens}
     return _call("attention", tensors, impl, heads=heads, kv_heads=kv_heads, causal=causal)
 
@@ -358,7 +360,7 @@ def _call(name: str, tensors: dict[str, Tensor | None], impl: str, **options) ->
             )
     if not torch.compiler.is_compiling():
         refuse_transforms(*present.values())
-    plain = lambda v: v.item() if isinstance(v, np.generic) else v
+    plain = lambda v: v.item() if isinstance(v, np.generic | np.ndarray | Tensor) else v
     option_strings = [f"{n}={plain(v)!r}" for n, v in options.items()]
     return layer_op_fwd(
         list(present.values()), " ".join([name, impl, ",".join(present), *option_strings])

@@ -31,6 +31,7 @@ from relay_fast.tasks import NO_ANSWER, FeedbackDraws, Samples
 from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import LOG_EVERY, Trained, train_model
+from relay_fast.utils.cores import machine_memory
 from relay_fast.utils.seeds import (
     CHAINS_STREAM,
     IN_RANGE_STREAM,
@@ -95,13 +96,14 @@ class Context:
                    *entry["self_lengths"])  # fmt: skip
 
     def prove(self) -> None:
-        """Raises ValueError for lengths that a task does not support and invalid model sizes."""
+        """Raises ValueError for lengths that a task does not support, for invalid model sizes and
+        for models that do not fit into this machine's memory."""
         for name, task in self.tasks.items():
             entry = self.task_config(name)
             for length in (self.ranges[name][0], *entry["self_lengths"], *entry["hit_matrix"]):
                 task.check_length(length)
         for kind in ("looped", "autoregressive"):
-            self.model_config(kind)
+            _check_memory(self.model_config(kind))
 
     def model_config(self, kind: str, supervise: str = "chain") -> ModelConfig:
         """Returns the config of the run's models of a kind.
@@ -202,6 +204,24 @@ class Context:
             "training": {name: trained.record()},
             "longest_true_problem": trained.longest_true,
         }
+
+
+def _check_memory(config: ModelConfig) -> None:
+    """Raises ValueError for a model whose weights and gradients are more than the machine holds: on
+    a CPU too they are allocated, one by one, until the system gives no more."""
+    layers, one_layer = config.block.n_layers, replace(config.block, n_layers=1)
+    try:
+        with torch.device("meta"):
+            model = LoopedTransformer(replace(config, block=one_layer))
+        layer = sum(p.nbytes for p in model.block.layers.parameters())
+        needed = 2 * (sum(p.nbytes for p in model.parameters()) + (layers - 1) * layer)
+    except (RuntimeError, TypeError):  # sizes beyond what a tensor can have
+        needed = math.inf
+    if needed > (have := machine_memory()):
+        raise ValueError(
+            f"model: its weights and their gradients take {needed / 1e9:.3g} GB and this machine "
+            f"has {have / 1e9:.3g}: give smaller sizes (d_model, n_layers, d_hidden)"
+        )
 
 
 def stage_files(folder: Path, name: str) -> list[Path]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from relay_fast.utils.numbers import as_float, as_int
+
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon").
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
@@ -110,8 +112,9 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def _check_muon(group: dict) -> None:
-    parts = group.setdefault("parts", 1)
-    group.setdefault("momentum", 0.95)
+    # Python's numbers: a saved state with numpy's is refused by torch.load(weights_only=True).
+    parts = group["parts"] = as_int("parts", group.get("parts", 1), least=1)
+    group["momentum"] = as_float("momentum", group.get("momentum", 0.95))
     if group["differentiable"]:
         raise ValueError("Muon does not support differentiable = True: use AdamW for this group")
     for p in group["params"]:
@@ -148,6 +151,8 @@ def make_optimizer(
     """
     check_optimizer(optimizer, muon_lr)
     _check_ranges(lr, muon_lr, weight_decay, betas, momentum)
+    lr, weight_decay, betas = float(lr), float(weight_decay), tuple(map(float, betas))
+    muon_lr = None if muon_lr is None else float(muon_lr)
     decayed, plain, matrices, qkv = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2 or "embedding" in name:
@@ -170,7 +175,7 @@ def make_optimizer(
         made = torch.optim.Adafactor(groups, lr=lr, eps=_ADAFACTOR_EPS, foreach=True)
     else:
         fused = {"fused": True} if next(model.parameters()).is_cuda else {"foreach": True}
-        made = MuonAdamW(groups, lr=lr, betas=tuple(betas), **fused)
+        made = MuonAdamW(groups, lr=lr, betas=betas, **fused)
     for group in made.param_groups:
         group["base_lr"] = group["lr"]
     return made
@@ -203,7 +208,7 @@ def set_lr_scale(optimizer: torch.optim.Optimizer, factor: float) -> None:
     A learning rate that is a tensor is filled in place, for CUDA graphs.
     """
     for group in optimizer.param_groups:
-        lr = group["base_lr"] * factor
+        lr = float(group["base_lr"] * factor)
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:

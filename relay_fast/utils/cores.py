@@ -1,4 +1,4 @@
-"""Counts the usable cores and limits torch's threads to them."""
+"""Counts the usable cores and memory, and limits torch's threads to the cores."""
 
 from __future__ import annotations
 
@@ -44,14 +44,24 @@ def limit_threads(most: int | None = None) -> None:
         torch.set_num_threads(threads)
 
 
+def machine_memory() -> float:
+    """Bytes of memory that the machine has; infinite where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not everywhere
+        return math.inf
+
+
 def _quota() -> float:
     """Returns the least CPU quota, in cores, of this process's control groups (v1 and v2)."""
     quotas = [math.inf]
     try:
         lines = _MEMBERSHIP.read_text().splitlines()
-    except OSError:  # not Linux
+    except (OSError, ValueError):  # no Linux, or a path that is no text
         return math.inf
     for line in lines:
+        if line.count(":") < 2:  # no group of a version that we know
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "cpu") or "cpu" in controllers.split(","):
             root = _GROUPS / controllers
@@ -71,5 +81,5 @@ def _group_quota(group: Path) -> float:
         else:
             quota, period = ((group / f"cpu.cfs_{of}_us").read_text() for of in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):  # no quota, or "max"
+    except (OSError, ValueError, ZeroDivisionError):  # none, "max", or nonsense
         return math.inf

@@ -182,12 +182,15 @@ def test_plain_numbers() -> None:
     assert json.dumps(plain_numbers(value)) == '{"a": 1, "b": [0.5, [true, "x"]], "c": {"d": null}}'
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("kind", KINDS)
 def test_ops_and_tasks_take_them(kind) -> None:
     x, norm = torch.randn(6, 16), torch.ones(16)
     qkv, cu = torch.randn(6, 48), torch.tensor([0, 6], dtype=torch.int32)
     same = lambda a, b: torch.equal(a, b)
-    assert same(functional.attention(qkv, cu, kind(2)), functional.attention(qkv, cu, 2))
+    attended = functional.attention(qkv, cu, 2)
+    assert same(functional.attention(qkv, cu, kind(2)), attended)
+    for offsets in (cu.tolist(), cu.numpy()):
+        assert same(functional.attention(qkv, offsets, 2, kind(2)), attended)
     up, down = torch.randn(32, 16), torch.randn(16, 32)
     for call in (
         lambda eps: functional.norm_linear(x, norm, up, eps=eps),
