@@ -3,8 +3,6 @@
 import sys
 import time
 
-import pytest
-
 from relay_fast.reporting.progress import Display, Problems, Progress
 
 
@@ -47,7 +45,6 @@ def test_progress_of_stages_in_phases(capsys, monkeypatch) -> None:
 
 
 def test_bars_on_a_terminal(monkeypatch, capsys) -> None:
-    pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with Display() as display:
         display.start("ar_baseline")
