@@ -7,8 +7,6 @@ a call with autograd registered, a plain autograd Function 5.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ class _RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ops, options, dtype, rows, targets, states, norm_weight, norm_bias, head):
-        with _no_autocast(states):
+        with undisturbed(states):
             loss, lse, correct = ops.cross_entropy_fwd(
                 states, targets, norm_weight, norm_bias, head.to(dtype), rows, **options
             )
@@ -48,11 +46,10 @@ class _RowCrossEntropy(torch.autograd.Function):
         grads = GradientBuffers(parameters, ctx.needs_input_grad[6:], ctx.ops.weight_grad)
         dstates = None
         if g_loss is not None:
-            with _no_autocast(states):
-                dh = ctx.ops.cross_entropy_bwd(
-                    g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
-                    grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
-                )  # fmt: skip
+            dh = ctx.ops.cross_entropy_bwd(
+                g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
+                grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
+            )  # fmt: skip
             if ctx.needs_input_grad[5]:
                 dstates = _scatter(rows, dh, states.shape, states.dtype)
         return None, None, None, None, None, dstates, *grads.results()
@@ -69,7 +66,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         parameters = (norm_weight, norm_bias, head)
         grads = GradientBuffers(parameters, ctx.needs_input_grad[7:], ops.weight_grad)
         wide = [grads.buffer(i) for i in range(3)]
-        with _no_autocast(states):
+        with undisturbed(states):
             loss, dh = ops.cross_entropy_grad(
                 weights, states, targets, norm_weight, norm_bias, head.to(dtype),
                 wide[2], wide[0], wide[1], rows, **options,
@@ -103,14 +100,6 @@ def _scatter(rows: Tensor, dh: Tensor, shape: torch.Size, dtype: torch.dtype) ->
     """Gradient of all states from that of some rows."""
     dstates = torch.zeros(shape, dtype=dtype, device=dh.device)
     return dstates.index_add_(0, rows, dh.to(dtype))
-
-
-def _no_autocast(t: Tensor):
-    """What the kernels are given is in the dtype it is meant to be in, and stays in it."""
-    kind = t.device.type
-    if not torch.amp.is_autocast_available(kind):  # meta
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def weighted_losses(loss: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
