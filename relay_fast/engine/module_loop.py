@@ -188,9 +188,10 @@ def _refuse_strangers(new: Tensor, known: Iterable[Tensor]) -> None:
             )
 
 
-def _refuse_side_graphs(module: nn.Module, before: Mapping[int, tuple[str, Tensor]]) -> None:
-    """Raises RuntimeError where the module holds other tensors with a graph than `before`."""
-    for key, (where, _) in graphs_left(module).items():
+def _refuse_side_graphs(call: _Call, before: Mapping[int, tuple[str, Tensor]]) -> None:
+    """Raises RuntimeError where the module and what it was given hold other tensors with a graph
+    than `before`."""
+    for key, (where, _) in graphs_left(call.module, call.shared).items():
         if key not in before:
             raise RuntimeError(
                 f"the module left a tensor that needs a gradient in {where!r} (an auxiliary loss?) "
@@ -261,12 +262,12 @@ class _ModuleIteration:
     def _first(self, h: Tensor, row_range: RowRange) -> list[Tensor]:
         """The first iteration of a call, with its graph, which is looked at."""
         call, same = self.call, lambda t: t
-        before = graphs_left(call.module)
+        before = graphs_left(call.module, call.shared)
         # Hooks of the caller's would store what is dropped soon.
         with saved_tensors_hooks(same, same) if _hooked() else nullcontext():
             entered, new, *cut = self._run(h, row_range, keep=True)
         _refuse_strangers(new, [entered, *cut, *call.weights.values(), *call.shared_leaves])
-        _refuse_side_graphs(call.module, before)
+        _refuse_side_graphs(call, before)
         call.checked = True
         return [entered, new, *cut]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 
@@ -26,10 +26,16 @@ _SCALARS = {str, int, float, bool, type(None)}
 _EMPTYABLE = {dict, OrderedDict, set, list}
 
 
-def graphs_left(module: nn.Module) -> dict[int, tuple[str, Tensor]]:
-    """The tensors with a gradient graph that a module and its parts hold: by id, where and what."""
+def graphs_left(
+    module: nn.Module, arguments: Mapping[str, object] | None = None
+) -> dict[int, tuple[str, Tensor]]:
+    """The tensors with a gradient graph that a module, its parts and the containers among its
+    arguments hold: by id, where and what."""
     parts = dict(module.named_modules())
     seen, found = {id(part) for part in parts.values()}, {}
+    for name, value in (arguments or {}).items():
+        for where, tensor in _walk(name, value, DEPTH, seen):
+            found[id(tensor)] = where, tensor
     for name, part in parts.items():
         # Old-style reparametrizations leave the weight that forward reads, made from parameters.
         remade = {
@@ -92,6 +98,11 @@ def _parts(where: str, value: object) -> Iterator[tuple[str, object]]:
         yield from (
             (f"{where}.{key}", part) for key, part in getattr(value, "__dict__", {}).items()
         )
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for key in (slots,) if isinstance(slots, str) else slots:
+                if not key.startswith("__") and hasattr(value, key):
+                    yield f"{where}.{key}", getattr(value, key)
 
 
 def _of_function(where: str, function: types.FunctionType) -> Iterator[tuple[str, object]]:
