@@ -200,9 +200,10 @@ def _refuse_unregistered_tensors(new: Tensor, known: Iterable[Tensor]) -> None:
             )
 
 
-def _refuse_retained_graphs(module: nn.Module, before: Mapping[int, tuple[str, Tensor]]) -> None:
-    """Raises RuntimeError if the module stores a tensor with a graph that is not in `before`."""
-    for key, (where, _) in find_retained_graphs(module).items():
+def _refuse_retained_graphs(call: _Call, before: Mapping[int, tuple[str, Tensor]]) -> None:
+    """Raises RuntimeError if the module or its arguments store a tensor with a graph that is not in
+    `before`."""
+    for key, (where, _) in find_retained_graphs(call.module, call.shared).items():
         if key not in before:
             raise RuntimeError(
                 f"the module stored a tensor that needs a gradient in {where!r} (an auxiliary "
@@ -277,14 +278,14 @@ class _ModuleIteration:
     def _first_call(self, h: Tensor, row_range: RowRange) -> list[Tensor]:
         """Runs the first iteration with its graph, and checks the graph."""
         call, same = self.call, lambda t: t
-        before = find_retained_graphs(call.module)
+        before = find_retained_graphs(call.module, call.shared)
         # Disables the caller's hooks, which would store tensors that are dropped soon.
         with saved_tensors_hooks(same, same) if _has_saved_tensor_hooks() else nullcontext():
             state, new, *sliced = self._call_module(h, row_range, keep=True)
         _refuse_unregistered_tensors(
             new, [state, *sliced, *call.weights.values(), *call.shared_leaves]
         )
-        _refuse_retained_graphs(call.module, before)
+        _refuse_retained_graphs(call, before)
         call.checked = True
         return [state, new, *sliced]
 

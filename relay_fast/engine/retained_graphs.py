@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 
@@ -27,11 +27,16 @@ _SCALARS = {str, int, float, bool, type(None)}
 _EMPTYABLE = {dict, OrderedDict, set, list}
 
 
-def find_retained_graphs(module: nn.Module) -> dict[int, tuple[str, Tensor]]:
-    """Returns the tensors with an autograd graph that a module and its submodules refer to: id →
-    (where, tensor)."""
+def find_retained_graphs(
+    module: nn.Module, arguments: Mapping[str, object] | None = None
+) -> dict[int, tuple[str, Tensor]]:
+    """Returns the tensors with an autograd graph that a module, its submodules and the containers
+    among its arguments refer to: id → (where, tensor)."""
     parts = dict(module.named_modules())
     seen, found = {id(part) for part in parts.values()}, {}
+    for name, value in (arguments or {}).items():
+        for where, tensor in _walk(name, value, DEPTH, seen):
+            found[id(tensor)] = where, tensor
     for name, part in parts.items():
         # Hook-based reparametrizations store the weight that they compute from parameters.
         remade = {
@@ -94,6 +99,11 @@ def _parts(where: str, value: object) -> Iterator[tuple[str, object]]:
         yield from (
             (f"{where}.{key}", part) for key, part in getattr(value, "__dict__", {}).items()
         )
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for key in (slots,) if isinstance(slots, str) else slots:
+                if not key.startswith("__") and hasattr(value, key):
+                    yield f"{where}.{key}", getattr(value, key)
 
 
 def _of_function(where: str, function: types.FunctionType) -> Iterator[tuple[str, object]]:

@@ -46,11 +46,10 @@ class _RowCrossEntropy(torch.autograd.Function):
         grads = GradientBuffers(parameters, ctx.needs_input_grad[6:], ctx.ops.weight_grad)
         dstates = None
         if g_loss is not None:
-            with launch_context(states):
-                dh = ctx.ops.cross_entropy_bwd(
-                    g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
-                    grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
-                )  # fmt: skip
+            dh = ctx.ops.cross_entropy_bwd(
+                g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
+                grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
+            )  # fmt: skip
             if ctx.needs_input_grad[5]:
                 dstates = _scatter(rows, dh, states.shape, states.dtype)
         return None, None, None, None, None, dstates, *grads.results()
