@@ -350,9 +350,14 @@ def test_numbers_that_can_only_diverge_are_refused(change) -> None:
     with pytest.raises(ValueError, match=f"{name} = {value}: give a finite number of at least 0"):
         make_optimizer(make_model(), **{"lr": 0.1} | change)
     for name in ("rope_base", "eps"):
-        for value in (0.0, -1.0, math.nan, math.inf):
-            with pytest.raises(ValueError, match=f"{name} = {value}: give a .*positive number"):
+        for value in (math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"{name} = {value}: it must be finite"):
                 make_model(**{name: value})
+    for name, value in (("rope_base", 0.0), ("rope_base", -1.0), ("eps", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} = {value}: give a .*positive number"):
+            make_model(**{name: value})
+    with pytest.raises(ValueError, match="eps = -1.0: it must be 0 or more"):
+        make_model(eps=-1.0)
 
 
 def test_it_saves_now_and_then(tmp_path, monkeypatch) -> None:
