@@ -349,6 +349,9 @@ def _cast(**tensors: Tensor | None) -> dict[str, Tensor | None]:
     return {n: None if t is None else t.to(compute_dtype(t)) for n, t in tensors.items()}
 
 
+_ARRAYS = (np.generic, np.ndarray, Tensor)  # a tuple, which torch.compile can trace
+
+
 def _call(name: str, tensors: dict[str, Tensor | None], impl: str, **options) -> Tensor:
     present = {n: t for n, t in tensors.items() if t is not None}
     first, *others = (n for n in present if n != "cu_seqlens")  # offsets may be on the host
@@ -360,7 +363,7 @@ def _call(name: str, tensors: dict[str, Tensor | None], impl: str, **options) ->
             )
     if not torch.compiler.is_compiling():
         refuse_transforms(*present.values())
-    plain = lambda v: v.item() if isinstance(v, np.generic | np.ndarray | Tensor) else v
+    plain = lambda v: v.item() if isinstance(v, _ARRAYS) else v
     option_strings = [f"{n}={plain(v)!r}" for n, v in options.items()]
     return layer_op_fwd(
         list(present.values()), " ".join([name, impl, ",".join(present), *option_strings])
