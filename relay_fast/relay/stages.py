@@ -121,7 +121,7 @@ class Context:
         return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
 
     def _longest_input(self, carry_state: bool) -> int:
-        """Tokens of the longest input, padding and gaps included, that the aligned looped model
+        """Tokens of the longest input, padding and cuts included, that the aligned looped model
         trains on; 0 where longer ones hold no other positions."""
         settings = recipe(self.config, "looped_aligned")
         shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
@@ -132,8 +132,7 @@ class Context:
             if carry_state or not task.clips_positions:
                 longest = task.max_problem_tokens(self.ranges[name][1])
                 padded = draws[name].pad_to if draws[name].pad_probability else 0
-                moved = draws[name].gap + draws[name].cut
-                inputs.append(max(longest, task.min_input_tokens, padded) + moved)
+                inputs.append(max(longest, task.min_input_tokens, padded) + draws[name].cut)
         return max(inputs)
 
     def draws(self, stage: str) -> dict[str, FeedbackDraws]:

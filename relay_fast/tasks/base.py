@@ -27,7 +27,7 @@ class Task(ABC):
     min_length: the smallest length.
     min_input_tokens: the looped model pads shorter inputs on the left to this many tokens, so that
         every round and its boundary `<pad>` fit.
-    takes: which of "gap" and "shift" (`FeedbackDraws`) the task has in training with feedback.
+    takes_shift: whether there is a rule for shifted numbers (`shifted_rounds`).
     clips_positions: whether `inputs` of any length hold the same positions.
     answer_suffix: tokens between the last round and the answer in an autoregressive sequence;
         None where the last round itself is the answer, so that nothing is added.
@@ -42,7 +42,7 @@ class Task(ABC):
     answer_suffix: ClassVar[tuple[int, ...] | None]
     min_length: ClassVar[int] = 1
     min_input_tokens: int = 0
-    takes: ClassVar[frozenset[str]] = frozenset()
+    takes_shift: ClassVar[bool] = False
     clips_positions: ClassVar[bool] = False
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -204,12 +204,7 @@ class Task(ABC):
         return np.maximum(written.problem_sizes(owner), self.min_input_tokens)
 
     def inputs(
-        self,
-        written: Written,
-        owner: np.ndarray,
-        before: np.ndarray,
-        widths: np.ndarray,
-        gaps: np.ndarray,
+        self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
     ) -> Inputs:
         """What iterations of a looped model with feedback see: a function of the problem and of the
         rounds before the iteration alone, which holds all that the next round needs.
@@ -221,8 +216,6 @@ class Task(ABC):
             owner: (I,) which problem each iteration is of.
             before: (I,) how many of its rounds are written before it.
             widths: (I,) tokens of its input, `input_sizes` or more.
-            gaps: (I,) what is added to the positions behind the first part of an input, for tasks
-                whose `takes` has "gap".
 
         Raises:
             ValueError: The task does not say.
