@@ -54,9 +54,13 @@ class EagerLayer(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         # Behind a causal mask no token sees the padding, which lies on the right.
         o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if c.causal else mask, is_causal=c.causal,
+            q,
+            k,
+            v,
+            attn_mask=None if c.causal else mask,
+            is_causal=c.causal,
             enable_gqa=c.kv_heads != c.n_heads,
-        )  # fmt: skip
+        )
         x = x + F.dropout(self.out(o.transpose(1, 2).flatten(2)), c.dropout, self.training)
         y = self.norm2(x)
         if c.activation == "swiglu":
@@ -220,9 +224,12 @@ class EagerTransformer(nn.Module):
         x = self.embedding(batch.tokens)
         total, state = x.new_zeros(()), x
         states = self.block.states(
-            x, batch.max_loops, batch.loops, batch.mask,
+            x,
+            batch.max_loops,
+            batch.loops,
+            batch.mask,
             per_iteration_checkpoint=per_iteration_checkpoint,
-        )  # fmt: skip
+        )
         for t, state in enumerate(states):
             rows, targets = state.flatten(0, 1), batch.targets[t].view(-1)
             weights = batch.weights[t].view(-1)

@@ -28,8 +28,8 @@ class EagerReader(EagerTransformer):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def read(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
-        """As `LoopedTransformer.read`; every row is read out after every iteration."""
+    def predict_rounds(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
+        """As `LoopedTransformer.predict_rounds`; every row is read out after every iteration."""
         plan, device = batch.plan, self.device
         lengths = torch.from_numpy(plan.lengths).to(device)
         mask = torch.arange(int(plan.lengths.max()), device=device) < lengths[:, None]
@@ -100,12 +100,20 @@ def huggingface_model(model: torch.nn.Module):
 
     c, size = model.config.block, model.config.vocabulary_size
     config = ArceeConfig(
-        vocab_size=size, hidden_size=c.d_model, intermediate_size=c.hidden, rms_norm_eps=c.eps,
-        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.kv_heads, hidden_act="gelu_pytorch_tanh",
-        max_position_embeddings=model.config.max_tokens, pad_token_id=PAD, bos_token_id=None,
-        eos_token_id=EOS, rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
-    )  # fmt: skip
+        vocab_size=size,
+        hidden_size=c.d_model,
+        intermediate_size=c.hidden,
+        rms_norm_eps=c.eps,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.kv_heads,
+        hidden_act="gelu_pytorch_tanh",
+        max_position_embeddings=model.config.max_tokens,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
+    )
     theirs = ArceeForCausalLM(config)
     weights = {
         "model.embed_tokens.weight": model.embedding.weight,
@@ -142,9 +150,12 @@ def huggingface_decode(
             return input_ids.shape[1] - width >= ends
 
     written = model.generate(
-        tokens, attention_mask=mask.long(), max_new_tokens=int(limits.max()), do_sample=False,
+        tokens,
+        attention_mask=mask.long(),
+        max_new_tokens=int(limits.max()),
+        do_sample=False,
         stopping_criteria=[OwnLimit()],
-    )  # fmt: skip
+    )
     return written[:, width:].cpu().numpy()
 
 

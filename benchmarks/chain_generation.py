@@ -28,13 +28,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import chain_baselines, common  # noqa: E402
+from benchmarks import chain_baselines, common, measuring  # noqa: E402
 from benchmarks.baselines import EagerTransformer  # noqa: E402
 from relay_fast.config import ModelConfig  # noqa: E402
 from relay_fast.decoding.autoregressive import decode  # noqa: E402
 from relay_fast.decoding.chains import generate_looped_chains, read_batch  # noqa: E402
 from relay_fast.functional import supports  # noqa: E402
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer  # noqa: E402
+from relay_fast.reporting.palette import COLORS  # noqa: E402
+from relay_fast.reporting.plots import new_figure  # noqa: E402
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks  # noqa: E402
 from relay_fast.tasks.vocabulary import EOS  # noqa: E402
 
@@ -301,7 +303,7 @@ def measure(providers: list[Provider], case: Case, seconds: float, device: str) 
     while True:
         for p in providers:
             with PeakMemory(device) as memory:
-                times[p.name].append(common.seconds_of(lambda p=p: p.run(case), device))
+                times[p.name].append(measuring.seconds_of(lambda p=p: p.run(case), device))
             peaks[p.name] = max(memory.bytes, peaks.get(p.name, 0))
         spent = time.perf_counter() - start
         if spent * (1 + 1 / len(times[providers[0].name])) > seconds:
@@ -343,23 +345,15 @@ def print_ratios(rows: list[dict]) -> None:
         print(f"{task} {length}: " + ", ".join(parts))
 
 
-def show(rows: list[dict]) -> None:
-    cells = [COLUMNS, *([str(row[c]) for c in COLUMNS] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    for line in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
-
-
 def plot(rows: list[dict], path: Path) -> None:
     """Chains a second against length, a panel for each task."""
-    from matplotlib.figure import Figure
-
     tasks = [name for name in TASK_NAMES if any(row["task"] == name for row in rows)]
     if not tasks:
         return
-    figure = Figure(figsize=(4 * len(tasks) + 2.5, 4), layout="constrained")
+    figure = new_figure(4 * len(tasks) + 2.5, 4)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
+        panel.set_prop_cycle(color=COLORS)
         for name in PROVIDERS:
             own = [row for row in rows if (row["task"], row["provider"]) == (task, name)]
             style = "-o" if "relay_fast" in name else "--s"
@@ -408,7 +402,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             p.run(case.take(2))
         rows += measure(providers, case, seconds, args.device)
         print(f"{case.task} {case.length}: {len(case.problems)} chains done", flush=True)
-    show(rows)
+    common.show(rows, COLUMNS)
     print_ratios(rows)
     extra = {"config": args.config or config_name(config), "batch": batch}
     extra["dtype"] = str(dtype).removeprefix("torch.")

@@ -40,12 +40,14 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
+from benchmarks.launches import recorded  # noqa: E402
 from relay_fast.functional import SMALL_VOCABULARY, select  # noqa: E402
-from relay_fast.kernels._runtime import FACTS, assume  # noqa: E402
+from relay_fast.kernels._runtime import DEVICE_PROPS  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
 from relay_fast.kernels.dropout_ref import Dropout  # noqa: E402
 from relay_fast.kernels.loop import loop_fwd  # noqa: E402
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights  # noqa: E402
+from relay_fast.utils.cores import usable_cores  # noqa: E402
 from relay_fast.utils.files import replacing  # noqa: E402
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -169,11 +171,9 @@ def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
     """The launches that `calls` makes on meta tensors."""
     launches: list[Launch] = []
 
-    def run(self: JITFunction, *args, grid, warmup, **kwargs):
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-        values = self.signature.bind(*args, **kwargs).arguments
+    def add(kernel: JITFunction, values, options, grid) -> None:
         signature, constexprs, attrs = {}, {}, {}
-        for i, parameter in enumerate(self.params):
+        for i, parameter in enumerate(kernel.params):
             name, value = parameter.name, values[parameter.name]
             if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 signature[name], constexprs[name] = "constexpr", value
@@ -188,15 +188,11 @@ def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
                 divisible = value % 16 == 0
             if divisible:
                 attrs[(i,)] = [["tt.divisibility", 16]]
-        cost = launch_cost(self.__name__, values)
-        launches.append(Launch(self, signature, constexprs, attrs, options, dtype, arch, cost))
+        cost = launch_cost(kernel.__name__, values)
+        launches.append(Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost))
 
-    original, JITFunction.run = JITFunction.run, run
-    try:
-        assume(arch)
+    with recorded(arch, add):
         calls()
-    finally:
-        JITFunction.run = original
     return launches
 
 
@@ -250,23 +246,31 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal, **count)
     *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
     ops.weight_grad(new(columns, d, of=state), dz, y, **count)
-
-    head, targets = new(s.vocabulary, d), new(rows, of=torch.int64)
-    ops.argmax(x, *norm, head, **common)
+    run_readout(s, dtype, rows)
     if d <= 128 and not s.counted:
         run_loop(s, dtype, rows)
-    if d > 512:  # the reference's chunks read nothing that a meta tensor does not have
+
+
+def run_readout(s: Sizes, dtype: torch.dtype, rows: int) -> None:
+    """Argmax and cross-entropy, forward and backward, on meta tensors of these sizes."""
+    ops, state = select("triton", "meta"), torch.float32
+
+    def new(*shape: int, of: torch.dtype = state) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    count = {"row_count": new(1, of=torch.int32) if s.counted else None}
+    common = {"eps": 1e-6, "kind": s.norm, **count}
+    x, norm_bias = new(rows, s.d), new(s.d) if s.bias else None
+    norm, head = (new(s.d), norm_bias), new(s.vocabulary, s.d, of=dtype)
+    targets = new(rows, of=torch.int64)
+    ops.argmax(x, *norm, head, **common)
+    if s.d > 512:  # the reference's chunks read nothing that a meta tensor does not have
         return
     _, lse, _ = ops.cross_entropy_fwd(x, targets, *norm, head, targets, **common)
+    grads = (new(s.vocabulary, s.d), new(s.d), norm_bias)  # of the head and the norm
     if s.vocabulary > SMALL_VOCABULARY:
-        ops.cross_entropy_grad(
-            lse, x, targets, *norm, head, new(s.vocabulary, d, of=state), new(d, of=state),
-            norm_bias, targets, eps=1e-6, kind=s.norm,
-        )  # fmt: skip
-    ops.cross_entropy_bwd(
-        lse, x, targets, lse, *norm, head, new(s.vocabulary, d, of=state), new(d, of=state),
-        norm_bias, targets, **common,
-    )  # fmt: skip
+        ops.cross_entropy_grad(lse, x, targets, *norm, head, *grads, targets, eps=1e-6, kind=s.norm)
+    ops.cross_entropy_bwd(lse, x, targets, lse, *norm, head, *grads, targets, **common)
 
 
 def run_loop(s: Sizes, dtype: torch.dtype, rows: int) -> None:
@@ -283,11 +287,17 @@ def run_loop(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     lengths = np.full(rows // length, length)
     layout = LoopLayout(lengths, np.full(len(lengths), 30), "meta")
     weights = LoopWeights(
-        new(3, d, of=state), new(3, (heads + 2 * kv_heads) * s.head_dim, d), new(3, d, d),
-        new(3, d, of=state), new(3, s.hidden, d),
-        new(3, s.hidden, d) if s.activation == "swiglu" else None, new(3, d, s.hidden),
-        None, new(d, of=state), new(s.vocabulary, d),
-    )  # fmt: skip
+        new(3, d, of=state),
+        new(3, (heads + 2 * kv_heads) * s.head_dim, d),
+        new(3, d, d),
+        new(3, d, of=state),
+        new(3, s.hidden, d),
+        new(3, s.hidden, d) if s.activation == "swiglu" else None,
+        new(3, d, s.hidden),
+        None,
+        new(d, of=state),
+        new(s.vocabulary, d),
+    )
     x, cos = (
         new(int(lengths.sum()), d, of=state),
         new(int(lengths.sum()), s.head_dim // 2, of=state),
@@ -325,12 +335,14 @@ def matrix_instructions(ptx: str) -> str:
 def compile_row(launch: Launch) -> Row:
     """Compiles one launch and holds it to its bound."""
     source = ASTSource(
-        fn=launch.function, signature=launch.signature,
-        constexprs=launch.constexprs, attrs=launch.attrs,
-    )  # fmt: skip
+        fn=launch.function,
+        signature=launch.signature,
+        constexprs=launch.constexprs,
+        attrs=launch.attrs,
+    )
     target = GPUTarget("cuda", launch.arch, 32)
     allowed = allowed_spill(launch.function.__name__, launch.config, launch.arch)
-    shared_limit = FACTS[launch.arch].shared_bytes
+    shared_limit = DEVICE_PROPS[launch.arch].shared_bytes
     bound = f"spill<={allowed} shared<={shared_limit}"
     head = (launch.function.__name__, launch.arch, launch.dtype, launch.config)
     seconds, binds = launch.cost.floor(launch.arch, launch.dtype)
@@ -383,13 +395,13 @@ def report(launches: list[Launch], workers: int) -> Iterator[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="RELAY's sizes on sm_90 only")
-    parser.add_argument("--arch", type=int, nargs="*", choices=sorted(FACTS))
+    parser.add_argument("--arch", type=int, nargs="*", choices=sorted(DEVICE_PROPS))
     parser.add_argument("--dtype", nargs="*", choices=sorted(DTYPES))
     parser.add_argument("--csv", type=Path, help="where to keep the rows")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=min(8, usable_cores()))
     options = parser.parse_args()
     start = time.perf_counter()
-    archs = tuple(options.arch or ((90,) if options.quick else sorted(FACTS)))
+    archs = tuple(options.arch or ((90,) if options.quick else sorted(DEVICE_PROPS)))
     rows = []
     for r in report(collect(options.quick, archs, options.dtype), options.workers):
         rows.append(r)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common  # noqa: E402
+from benchmarks import common, measuring  # noqa: E402
 
 # On a CPU a batch of 64 is the paper's mix on 2 cores; a GPU needs more to be busy.
 BATCH = {"cpu": {"relay": 64, "lm": 4, "tiny": 64}, "cuda": {"relay": 512, "lm": 32, "tiny": 512}}
@@ -38,7 +38,7 @@ def tune(config: str, mix: str, size: int, dtype, device: str) -> None:
         ]
         for provider in providers:
             provider.step()
-        times = common.interleave(providers, 0, least=3)
+        times = measuring.interleave(providers, 0, least=3)
         for most, seen in zip(TUNE_BUCKETS, times, strict=True):
             print(f"{size * share:5}  {most:7}  {size * share / statistics.median(seen):.3f}")
 
@@ -77,13 +77,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
         f"{plan.lengths.max() * plan.max_loops}); eager bucketed cuts each task into "
         f"{args.buckets} length buckets"
     )
-    rows = common.measure(
+    rows = measuring.measure(
         providers,
         {"config": args.config, "mix": mix},
         config,
         batch,
         args.seconds,
-        common.matmul_peak(args.device, dtype),
+        measuring.matmul_peak(args.device, dtype),
         args.rounds,
     )
     common.show(rows)

@@ -15,7 +15,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common  # noqa: E402
+from benchmarks import common, measuring  # noqa: E402
+from relay_fast.reporting.palette import COLORS  # noqa: E402
+from relay_fast.reporting.plots import new_figure  # noqa: E402
 
 LOOPS, QUICK_LOOPS = (1, 2, 4, 8, 16, 30, 64), (1, 4, 30)
 TOKENS, TARGETS = 48, 12  # of a sequence; supervised ones in each iteration
@@ -23,13 +25,12 @@ TOKENS, TARGETS = 48, 12  # of a sequence; supervised ones in each iteration
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
     """saved_bytes and peak_bytes over T, both axes logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2, sharey=True)
     names = dict.fromkeys((str(r["provider"]), str(r["policy"]).split(":")[0]) for r in rows)
     loops = sorted({r["loops"] for r in rows})
     for axis, column in ((left, "saved_bytes"), (right, "peak_bytes")):
+        axis.set_prop_cycle(color=COLORS)
         for name, policy in names:
             own = [
                 r for r in rows if (r["provider"], str(r["policy"]).split(":")[0]) == (name, policy)
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     args = parser.parse_args(argv)
     config, dtype = common.CONFIGS[args.config], common.chosen_dtype(args)
     size = args.batch or (2 if args.quick else 8 if args.device == "cpu" else 256)
-    peak = common.matmul_peak(args.device, dtype)
+    peak = measuring.matmul_peak(args.device, dtype)
     names = [n for n in common.PROVIDERS if not (args.quick and n == "compile_bucketed")]
     extra = {"batch": size, "dtype": str(dtype).removeprefix("torch.")}
     rows = []
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
         )
         label = {"config": args.config, "mix": "equal"}
         seconds, least = (0, 1) if args.quick else (5, 2)
-        rows += common.measure(providers, label, config, batch, seconds, peak, least)
+        rows += measuring.measure(providers, label, config, batch, seconds, peak, least)
     common.show(rows)
     common.append_rows(args.csv, [row | extra | common.machine(args.device) for row in rows])
     png = args.png or args.csv.with_suffix(".png")

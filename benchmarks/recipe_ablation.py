@@ -28,6 +28,8 @@ from benchmarks import common  # noqa: E402
 from relay_fast.relay.evaluation import evaluate_looped  # noqa: E402
 from relay_fast.relay.presets import load_preset, override  # noqa: E402
 from relay_fast.relay.stages import Context, run_stage  # noqa: E402
+from relay_fast.reporting.palette import SKY  # noqa: E402
+from relay_fast.reporting.plots import new_figure  # noqa: E402
 
 TASK, STAGE = "arithmetic", "looped_aligned"
 Config = dict[str, Any]
@@ -117,17 +119,16 @@ def held(path: Path) -> list[dict[str, str]]:
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
     """Chains right inside and beyond the trained range: a bar a change, a dot a seed."""
-    from matplotlib.figure import Figure
-
     names = [name for name in CHANGES if any(row["change"] == name for row in rows)]
     columns = {"trained_mean": "mean of 1 to 10", "beyond_1": "11", "beyond_2": "12",
                "beyond_3": "13"}  # fmt: skip
-    figure = Figure(figsize=(11, 0.32 * len(names) + 1.2), layout="constrained")
+    figure = new_figure(11, 0.32 * len(names) + 1.2)
     places = range(len(names))
-    for axis, (column, title) in zip(figure.subplots(1, 4, sharey=True), columns.items(),
-                                     strict=True):  # fmt: skip
+    for axis, (column, title) in zip(
+        figure.subplots(1, 4, sharey=True), columns.items(), strict=True
+    ):
         seen = [[100 * float(r[column]) for r in rows if r["change"] == name] for name in names]
-        axis.barh(places, [float(np.mean(values)) for values in seen], color="#56B4E9")
+        axis.barh(places, [float(np.mean(values)) for values in seen], color=SKY)
         for place, values in zip(places, seen, strict=True):
             axis.plot(values, [place] * len(values), "k.", markersize=4)
         axis.set_title(title)

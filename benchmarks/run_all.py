@@ -62,10 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     stream = nullcontext() if options.dry_run else torch.cuda.stream(torch.cuda.Stream())
     with stream:
         return agenda.run(
-            options.out, 60 * options.minutes, dry=options.dry_run, quick=options.quick,
+            options.out,
+            60 * options.minutes,
+            dry=options.dry_run,
+            quick=options.quick,
             only=options.only,
-            seed=random.SystemRandom().randrange(2**31), script=Path(__file__).resolve(),
-        )  # fmt: skip
+            seed=random.SystemRandom().randrange(2**31),
+            script=Path(__file__).resolve(),
+        )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""What every kernel shares: the one `dot`, facts about the device, and launch configurations.
+"""Shared parts of the kernels: `dot`, device properties, and launch configurations.
 
-`dot` is the only place that calls `tl.dot`. Operands stay in their storage dtype on a device: an
-upcast to fp32 there would compile to TF32 without a word. The interpreter multiplies the raw bits
-of bf16, so there (and only there) operands are upcast. fp32 operands are multiplied in full fp32
+`dot` is the only function that calls `tl.dot`. On a device, operands stay in their storage dtype:
+upcast to fp32 they would silently be multiplied as TF32. The interpreter multiplies the raw bits of
+bf16, so there (and only there) operands are upcast. fp32 operands are multiplied in full fp32
 (`ieee`).
 
-Row counts on the device: a launcher's `row_count` (one int32 on the device, None: all rows) says
-how many of its rows hold data, so that a CUDA graph captured at a capacity serves smaller batches.
-The grid stays the capacity's; programs beyond the count leave at once. What the kernels sum over
-rows (norm and weight gradients) covers the counted rows only; a cross-entropy's outputs are 0
-beyond them, all other outputs hold there what the buffer held. Attention takes whole sequences:
-those that start at or beyond the count, and empty ones, do nothing, so `cu_seqlens` of a capacity
-repeats its last offset. All shapes stay the capacity's, and so do GEMMs that are left to cuBLAS.
+Row counts on the device: a launcher's `row_count` (one int32 on the device, None: all rows) is the
+number of rows that hold data, so that a CUDA graph captured at a fixed capacity also runs smaller
+batches. The grid is that of the capacity; programs beyond the count return at once. Sums over rows
+(norm and weight gradients) cover the counted rows only. Beyond them, the outputs of a cross-entropy
+are 0 and all other outputs keep the buffer's content. Attention processes whole sequences: empty
+ones, and those that start at or beyond the count, are skipped, so `cu_seqlens` of a capacity
+repeats its last offset. All shapes are those of the capacity, and so are the GEMMs that cuBLAS
+runs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def counted_rows(M, count_ptr, first=0):
-    """How many of the M rows from row `first` on hold data: all, or what the device says."""
+    """Returns how many of the M rows from row `first` on hold data, according to the row count."""
     if count_ptr is not None:
         M = tl.minimum(M, tl.load(count_ptr) - first)
     return M
@@ -45,49 +46,49 @@ def counted_rows(M, count_ptr, first=0):
 
 @triton.jit
 def rows_left(M, base, BLOCK_M: tl.constexpr):
-    """How many of a program's BLOCK_M rows from `base` (int64) on exist.
+    """Returns how many of a program's BLOCK_M rows from `base` (int64) on exist.
 
-    Pointers are moved to `base` once, so that offsets inside a tile stay 32-bit: 64-bit ones cost
-    two registers an element wherever a tile is touched twice.
+    Pointers are moved to `base` once, so that offsets inside a tile stay 32-bit: 64-bit offsets
+    cost two registers per element wherever a tile is used twice.
     """
     return tl.minimum(M - base, BLOCK_M).to(tl.int32)
 
 
 @dataclass(frozen=True)
 class DeviceProps:
-    """What launch configurations depend on."""
+    """The device properties that launch configurations depend on."""
 
     arch: int  # compute capability, 90 for sm_90
     processors: int
     shared_bytes: int  # largest dynamic shared memory of one program
 
 
-FACTS = {
+DEVICE_PROPS = {
     80: DeviceProps(80, 108, 163 << 10),
     90: DeviceProps(90, 132, 227 << 10),
     100: DeviceProps(100, 148, 227 << 10),
 }
-_assumed = FACTS[90]
+_assumed = DEVICE_PROPS[90]
 
 
-def assume(arch: int) -> None:
-    """The architecture that tensors without a GPU (interpreter, compile report) stand for."""
+def assume_arch(arch: int) -> None:
+    """Sets the architecture assumed for tensors without a GPU (interpreter, compile report)."""
     global _assumed
-    _assumed = FACTS[arch]
+    _assumed = DEVICE_PROPS[arch]
 
 
 @cache
-def _cuda_facts(index: int) -> DeviceProps:
+def _cuda_props(index: int) -> DeviceProps:
     p = torch.cuda.get_device_properties(index)
-    shared = getattr(p, "shared_memory_per_block_optin", FACTS[90].shared_bytes)
+    shared = getattr(p, "shared_memory_per_block_optin", DEVICE_PROPS[90].shared_bytes)
     return DeviceProps(10 * p.major + p.minor, p.multi_processor_count, shared)
 
 
-def facts(device: torch.device) -> DeviceProps:
-    """DeviceProps about a tensor's device, asked for once."""
+def device_props(device: torch.device) -> DeviceProps:
+    """Returns the properties of a device, cached."""
     if device.type != "cuda":
         return _assumed
-    return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+    return _cuda_props(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,19 @@ def cdiv(a: int, b: int) -> int:
 
 
 def block_of(size: int) -> int:
-    """The power of two that holds `size` columns; tensor cores want at least 16."""
+    """Returns the smallest power of two ≥ `size`, and at least 16 for the tensor cores."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def contiguous_columns(x: Tensor) -> Tensor:
-    """x with contiguous columns; any row stride, zero included, is read as it is."""
+    """Returns x with contiguous columns; copies only if needed. Any row stride is kept, including
+    0."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def split_columns(tiles: int, row_blocks: int, device: torch.device) -> tuple[int, int]:
-    """How many column tiles a program takes, and how many programs share a block of rows: one, or
-    more where row blocks alone would not give every processor two programs."""
-    programs = min(tiles, max(1, 2 * facts(device).processors // row_blocks))
+    """Returns the column tiles per program, and the number of programs that share a block of rows:
+    more than one if the row blocks alone give less than two programs per processor."""
+    programs = min(tiles, max(1, 2 * device_props(device).processors // row_blocks))
     each = cdiv(tiles, programs)
     return each, cdiv(tiles, each)

@@ -1,10 +1,10 @@
-"""Activations of the MLP's hidden layer as parts of kernels, and as elementwise kernels.
+"""Activations of the MLP's hidden layer, inside other kernels and as elementwise kernels.
 
     gelu_tanh(u) = u · σ(2z), z = √(2/π) · (u + 0.044715 u³);  gelu(u) = u · Φ(u)
     relu2(u) = max(u, 0)²;  swiglu(u, g) = g · σ(g) · u
 
-All in fp32. The elementwise kernels serve d > 256, where the hidden layer lies in memory: bytes are
-their floor.
+All in fp32. The elementwise kernels are used for d > 256, where the hidden layer is in memory; they
+are memory bound.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _sigmoid(x):
 
 @triton.jit
 def activate(up, gate, ACTIVATION: tl.constexpr):
-    """The hidden layer from its pre-activations, fp32 (gate is read by swiglu only)."""
+    """Returns the hidden layer in fp32; only swiglu reads the gate."""
     if ACTIVATION == "gelu_tanh":
         return up * _sigmoid((up + up * up * up * _GELU_K) * (2.0 * _GELU_C))
     elif ACTIVATION == "gelu":
@@ -43,7 +43,7 @@ def activate(up, gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_grad(dhidden, up, gate, ACTIVATION: tl.constexpr):
-    """dup and dgate in fp32 (dgate means something for swiglu only)."""
+    """Returns dup and dgate in fp32; dgate is meaningful for swiglu only."""
     if ACTIVATION == "gelu_tanh":
         s = _sigmoid((up + up * up * up * _GELU_K) * (2.0 * _GELU_C))
         slope = (1.0 + up * up * (3.0 * _GELU_K)) * (2.0 * _GELU_C)
@@ -90,7 +90,7 @@ def _activation_bwd_kernel(
 
 
 def activation_fwd(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
-    """The hidden layer (rows, hidden) from its contiguous pre-activations."""
+    """Returns the hidden layer (rows, hidden), given its contiguous pre-activations."""
     hidden = torch.empty_like(up)
     if up.numel():
         _activation_fwd_kernel[(cdiv(up.numel(), 2048),)](
@@ -102,7 +102,7 @@ def activation_fwd(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
 def activation_bwd(
     activation: str, dhidden: Tensor, up: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """dup and dgate (None without a gate), each (rows, hidden)."""
+    """Returns dup and dgate (None without a gate), each (rows, hidden)."""
     dup = torch.empty_like(up)
     dgate = None if gate is None else torch.empty_like(gate)
     if up.numel():

@@ -2,16 +2,16 @@
 
     s = q · kᵀ · scale (+ mask);  p = exp(s − lse);  o = p · v
 
-Shapes: qkv (rows, (heads + 2 · kv_heads) · head_dim), rows of a sequence cu_seqlens[i] ..
+Shapes: qkv (rows, (heads + 2 · kv_heads) · head_dim), rows of sequence i from cu_seqlens[i] to
 cu_seqlens[i + 1], o (rows, heads · head_dim), lse (rows, heads) fp32. Saved: qkv, o, lse.
 
 *Short* (no sequence over 128 rows, fp32: 32): one program per (sequence, head) holds all keys, so
-softmax takes a single pass. *Long*: one program per (sequence, head, block of queries), online
-softmax over blocks of keys. Nothing is padded in memory; programs without rows leave at once.
+softmax takes a single pass. *Long*: one program per (sequence, head, block of queries), with online
+softmax over blocks of keys. Nothing is padded in memory; programs without rows return at once.
 
-FLOPs: 4 · n² · head_dim a head. Bytes: every row of q, k, v read and of o written once
-(8 · head_dim in 16 bits a row and head; key blocks again from L2): for n ≤ 128 at most 64 FLOP a
-byte, so memory is the floor.
+FLOPs: 4 · n² · head_dim per head. Bytes: every row of q, k, v is read and of o written once (8 ·
+head_dim in 16 bits per row and head; later reads of key blocks hit L2). For n ≤ 128 this is at most
+64 FLOP per byte, so it is memory bound.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ SHORT = 128  # rows of the longest sequence that one tile holds
 
 @triton.jit
 def load_head(ptr, stride, rows, row_mask, column, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Columns column .. column + HEAD_DIM of some rows, [BLOCK, BLOCK_H], zeros outside."""
+    """Loads columns column .. column + HEAD_DIM of some rows, [BLOCK, BLOCK_H], with zeros
+    outside."""
     inside = tl.arange(0, BLOCK_H)
     return tl.load(
         ptr + rows[:, None] * stride + column + inside[None, :],
@@ -44,7 +45,7 @@ def load_head(ptr, stride, rows, row_mask, column, HEAD_DIM: tl.constexpr, BLOCK
 def store_head(
     ptr, value, stride, rows, row_mask, column, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
-    """Writes what `load_head` reads."""
+    """Stores a tile in the layout of `load_head`."""
     inside = tl.arange(0, BLOCK_H)
     tl.store(
         ptr + rows[:, None] * stride + column + inside[None, :],
@@ -58,7 +59,7 @@ def masked_scores(
     q, k, q_at, k_at, n, SCALE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_M, BLOCK_N] in units of log 2, −inf where a key is not seen."""
+    """Returns scores [BLOCK_M, BLOCK_N] in units of log 2, −inf for masked keys."""
     s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (SCALE * LOG2_E)
     visible = (k_at < n)[None, :]
     if CAUSAL:
@@ -68,7 +69,8 @@ def masked_scores(
 
 @triton.jit
 def sequence_rows(cu_ptr, count_ptr, sequence):
-    """First row (int64) and number of rows of a sequence; none where `count_ptr` leaves it out."""
+    """Returns the first row (int64) of a sequence and its number of rows, 0 beyond the row
+    count."""
     start = tl.load(cu_ptr + sequence)
     n = tl.load(cu_ptr + sequence + 1) - start
     if count_ptr is not None:
@@ -144,7 +146,7 @@ def _attention_long_fwd_kernel(
     stop = n
     if CAUSAL:
         stop = tl.minimum(n, first + BLOCK_M)
-    # Key 0 is seen by every query, so `top` is finite after the first block.
+    # Every query attends to key 0, so `top` is finite after the first block.
     for block in range(0, stop, BLOCK_N):
         k_at = block + tl.arange(0, BLOCK_N)
         k_mask = k_at < n
@@ -168,12 +170,12 @@ def _attention_long_fwd_kernel(
 
 
 def is_short(layout: PaddedLayout, dtype: torch.dtype) -> bool:
-    """Whether one tile holds each sequence."""
+    """Returns whether one tile holds each sequence."""
     return layout.max_length <= (32 if dtype == torch.float32 else SHORT)
 
 
 def long_config(head_dim: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Blocks of the long kernels, forward and backward."""
+    """Returns the blocks of the long kernels, forward and backward."""
     return pick("attention_long", dtype, head_dim, 0, device)
 
 
@@ -185,7 +187,7 @@ def check(
     row_count: Tensor | None,
     *others: Tensor,
 ) -> None:
-    """Raises Unsupported where the kernels do not take the call."""
+    """Raises Unsupported if the kernels do not support the call."""
     require(
         rows_reason(qkv, *others)
         or heads_reason(qkv.shape[1], heads, kv_heads)
@@ -203,7 +205,10 @@ def attention_fwd(
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o (rows, heads * head_dim) in qkv's dtype and lse (rows, heads) in fp32."""
+    """Returns o (rows, heads · head_dim) in qkv's dtype and lse (rows, heads) in fp32.
+
+    Args: as `attention_fwd_ref`; row_count: see `_runtime`.
+    """
     check(qkv, layout, heads, kv_heads, row_count)
     qkv = contiguous_columns(qkv)
     rows, head_dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)

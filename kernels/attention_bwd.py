@@ -3,15 +3,15 @@
     p = exp(s − lse);  dv = pᵀ · do;  ds = p · (do · vᵀ − rowsum(do · o)) · scale;  dq = ds · k
     dk = dsᵀ · q   (both sums over the query heads that share a key/value head)
 
-dq, dk, dv go into one buffer of qkv's shape, every element written by exactly one program: no
+dq, dk, dv are parts of one buffer of qkv's shape; exactly one program writes each element, without
 atomics. Saved: qkv, o, lse. Recomputed: p, rowsum(do · o).
 
-*Short*: one program per (sequence, key/value head) holds all keys and values and walks over its
+*Short*: one program per (sequence, key/value head) holds all keys and values and iterates over its
 query heads and blocks of queries; dk and dv stay in registers. *Long*: one kernel for dq (a program
 per block of queries), one for dk and dv (a program per block of keys); 7 GEMMs instead of 5.
 
-FLOPs: 10 · n² · head_dim a head (long: 14). Bytes: qkv, o, do read once, dqkv written once:
-16 · head_dim in 16 bits a row and head; for n ≤ 128 memory is the floor.
+FLOPs: 10 · n² · head_dim per head (long: 14). Bytes: qkv, o, do are read and dqkv is written once:
+16 · head_dim in 16 bits per row and head; for n ≤ 128 it is memory bound.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _from_row(
     row, qkv_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, stride_qm, stride_om, stride_dm,
     HEADS: tl.constexpr, width,
 ):  # fmt: skip
-    """The pointers moved to a sequence's first row (int64), so that offsets stay 32-bit."""
+    """Moves the pointers to a sequence's first row (int64), so that offsets stay 32-bit."""
     qkv_ptr += row * stride_qm
     o_ptr += row * stride_om
     do_ptr += row * stride_dm
@@ -54,7 +54,8 @@ def _load_queries(
     qkv_ptr, o_ptr, do_ptr, lse_ptr, stride_qm, stride_om, stride_dm, rows, mask, head,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """q, do [BLOCK_M, BLOCK_H], lse in units of log 2 and delta = rowsum(do · o) [BLOCK_M]."""
+    """Loads q, do [BLOCK_M, BLOCK_H], lse in units of log 2 and delta = rowsum(do · o)
+    [BLOCK_M]."""
     q = load_head(qkv_ptr, stride_qm, rows, mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
     o = load_head(o_ptr, stride_om, rows, mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
     do = load_head(do_ptr, stride_dm, rows, mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
@@ -68,7 +69,7 @@ def _score_grads(
     q, do, lse, delta, k, v, q_at, k_at, n, SCALE: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """p and ds [BLOCK_M, BLOCK_N] in the storage dtype."""
+    """Returns p and ds [BLOCK_M, BLOCK_N] in the storage dtype."""
     s = masked_scores(q, k, q_at, k_at, n, SCALE, CAUSAL, BLOCK_M, BLOCK_N)
     p = tl.exp2(s - lse[:, None])
     dp = dot(do, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
@@ -243,7 +244,10 @@ def attention_bwd(
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """dqkv, of qkv's shape and dtype, in one buffer."""
+    """Returns dqkv, of qkv's shape and dtype.
+
+    Args: as `attention_bwd_ref`; o and lse of the forward are used; row_count: see `_runtime`.
+    """
     check(qkv, layout, heads, kv_heads, row_count, do, o, lse)
     width = (qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads)
     rows = (qkv.shape[0], heads)

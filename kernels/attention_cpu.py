@@ -1,8 +1,8 @@
-"""Attention over packed sequences on a CPU: PyTorch's fused kernels, forward and backward.
+"""Attention over packed sequences on a CPU with PyTorch's fused kernels, forward and backward.
 
-The scores never lie in memory whole, and what a causal mask hides is not computed. Saved: qkv, o
-and lse. Whatever the fused kernels do not take (other devices, shared key/value heads, fp16, an
-older torch) goes to the reference (`attention_ref`).
+The score matrix is never stored as a whole, and masked causal blocks are skipped. Saved: qkv, o and
+lse. Calls that the fused kernels do not support (other devices, shared key/value heads, fp16, an
+older torch) use the reference (`attention_ref`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def _fused(qkv: Tensor, layout: PaddedLayout, heads: int, kv_heads: int) -> bool:
-    """Whether PyTorch's kernels take the call. Raises ValueError for a layout of another device:
-    they would read its masks as if they were in this device's memory."""
+    """Returns whether PyTorch's fused kernels support the call. Raises ValueError for a layout on
+    another device, whose masks they would read as host memory."""
     if layout.cu_seqlens.device != qkv.device:
         raise ValueError(
-            f"the layout lies on {layout.cu_seqlens.device} and qkv on {qkv.device}: make the "
+            f"the layout is on {layout.cu_seqlens.device} and qkv on {qkv.device}: build the "
             "layout on qkv's device"
         )
     there = _FORWARD is not None and _BACKWARD is not None
@@ -31,20 +31,20 @@ def _fused(qkv: Tensor, layout: PaddedLayout, heads: int, kv_heads: int) -> bool
 
 
 def _by_rows(t: Tensor) -> Tensor:
-    """t with contiguous columns. The fused kernels are called past the dispatcher that sees to it:
-    they take any stride of rows and heads, but that of a head's columns for 1."""
+    """Returns t with contiguous columns, which the fused kernels assume: they are called below the
+    dispatcher that ensures it. Strides of rows and heads are free."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _heads(padded: Tensor, group: Group, heads: int) -> Tensor:
-    """A group's slots (slots, heads · width) as (S, heads, L, width), a view."""
+    """(slots, heads · width) → (S, heads, L, width) of a group, a view."""
     rows = padded[group.first_slot : group.first_slot + group.sequences * group.length]
     return rows.view(group.sequences, group.length, heads, -1).transpose(1, 2)
 
 
 def _bias(group: Group, dtype: torch.dtype, causal: bool) -> Tensor | None:
-    """What is added to the scores, (S, 1, L, L), −∞ where no token is. Behind a causal mask no
-    token sees the padding, which lies on the right."""
+    """Returns the bias of the scores, (S, 1, L, L), −∞ at padding. A causal mask hides the padding,
+    which is on the right."""
     if group.pad_mask is None or causal:
         return None
     none = torch.zeros_like(group.pad_mask, dtype=dtype, memory_format=torch.contiguous_format)
@@ -59,8 +59,11 @@ def attention_fwd_cpu(
     kv_heads: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """o (rows, heads * head_dim) in qkv's dtype and lse (rows, heads), wide; lse is None where the
-    reference was taken, whose backward needs none."""
+    """Returns o (rows, heads · head_dim) in qkv's dtype and lse (rows, heads) in fp32 or fp64; lse
+    is None if the reference was used, whose backward does not need it.
+
+    Args: as `attention_fwd_ref`; lse is always computed by the fused kernels.
+    """
     if not _fused(qkv, layout, heads, kv_heads):
         return attention_fwd_ref(qkv, layout, heads, kv_heads, causal)
     padded = layout.pad(_by_rows(qkv))
@@ -79,13 +82,16 @@ def attention_bwd_cpu(
     do: Tensor,  # (rows, heads * head_dim)
     qkv: Tensor,
     o: Tensor,
-    lse: Tensor | None,  # None where the forward took the reference
+    lse: Tensor | None,  # None if the forward used the reference
     layout: PaddedLayout,
     heads: int,
     kv_heads: int,
     causal: bool,
 ) -> Tensor:
-    """dqkv, of qkv's shape and dtype, in one buffer."""
+    """Returns dqkv, of qkv's shape and dtype.
+
+    Args: as `attention_bwd_ref`; o and lse of the forward are used.
+    """
     if lse is None or not _fused(qkv, layout, heads, kv_heads):
         return attention_bwd_ref(do, qkv, o, lse, layout, heads, kv_heads, causal)
     padded, do, o, lse = (layout.pad(_by_rows(part)) for part in (qkv, do, o, lse))

@@ -3,9 +3,8 @@
     s = q · kᵀ · scale (+ mask);  p = softmax(s);  o = p · v
     dv = pᵀ · do;  ds = p · (do · vᵀ − rowsum(do · o)) · scale;  dq = ds · k;  dk = dsᵀ · q
 
-Saved: qkv. Recomputed: p. Rows are packed; only here are they padded, sequence group by
-sequence
-group, through the index that a `PaddedLayout` holds (never a Python loop over sequences).
+Saved: qkv. Recomputed: p. Only this op pads the packed rows, one group of sequences at a time, with
+the indices of a `PaddedLayout`; there is no Python loop over sequences.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .norm_ref import upcast
@@ -27,18 +27,23 @@ class Group:
     first_slot: int
     sequences: int
     length: int
-    pad_mask: Tensor | None  # (sequences, 1, length) bool, True where no token is
+    pad_mask: Tensor | None  # (sequences, 1, length) bool, True in empty slots
 
 
 class PaddedLayout:
-    """Where the packed rows of some sequences lie, and where each goes in a padded buffer.
+    """The offsets of packed sequences, and the place of each row in a padded buffer.
 
-    cu_seqlens (sequences + 1,) int32 row offsets on the device; max_length: rows of the longest;
-    rows: where the offsets end, given by those who made them on the host, from lengths. Without it
-    the Triton kernels read the offsets back once, to check them.
-    The padding is made by `make_padding` when it is first asked for (the Triton kernels need none):
-    `slots` rows of the padded buffer; `slot` (rows,) int64, or None when the rows already lie in
-    order without any padding; `groups`.
+    `slots` is the number of rows of the padded buffer; `slot` (rows,) int64 is each row's place in
+    it, or None if the rows are already in order without padding; `groups` are the groups of
+    sequences.
+
+    Args:
+        cu_seqlens: (sequences + 1,) int32 row offsets on the device.
+        max_length: rows of the longest sequence.
+        make_padding: returns slots, slot and groups; called on first use, never by the Triton
+            kernels.
+        rows: the last offset, if the host knows it; else the Triton kernels copy the offsets to the
+            host once to check them.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class PaddedLayout:
         return self._padding[2]
 
     def pad(self, rows: Tensor) -> Tensor:
-        """(rows, columns) → (slots, columns), zeros where no token is."""
+        """(rows, columns) → (slots, columns), with zeros in empty slots."""
         if self.slot is None:
             return rows
         return rows.new_zeros(self.slots, rows.shape[1]).index_copy_(0, self.slot, rows)
@@ -79,13 +84,13 @@ class PaddedLayout:
 
 
 def _heads_first(padded: Tensor, group: Group, heads: int) -> Tensor:
-    """A group's slots (slots, heads · width) as (heads, S, L, width), contiguous."""
+    """(slots, heads · width) → (heads, S, L, width) of a group, contiguous."""
     rows = padded[group.first_slot : group.first_slot + group.sequences * group.length]
     return rows.view(group.sequences, group.length, heads, -1).permute(2, 0, 1, 3).contiguous()
 
 
 def _put(padded: Tensor, group: Group, heads_first: Tensor) -> None:
-    """The inverse of `_heads_first`, into the group's slots."""
+    """Copies (heads, S, L, width) into the group's slots, the inverse of `_heads_first`."""
     rows = padded[group.first_slot : group.first_slot + group.sequences * group.length]
     shape = (group.sequences, group.length, heads_first.shape[0], -1)
     rows.view(shape).copy_(heads_first.permute(1, 2, 0, 3))
@@ -96,26 +101,28 @@ def _queries_and_keys(
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (kv_heads · S, heads / kv_heads · L, head_dim) and k, v (kv_heads · S, L, head_dim).
-
-    The queries that share a key/value head lie one after the other, so that each product is one
-    batched GEMM. Views where every head has its own keys.
-    """
+    """Splits qkv into q (kv_heads · S, heads / kv_heads · L, head_dim), see `_join_queries`, and
+    k, v (kv_heads · S, L, head_dim). They are views if heads = kv_heads."""
     q, k, v = qkv.split((heads, kv_heads, kv_heads))
-    q = q.unflatten(0, (kv_heads, -1)).transpose(1, 2)  # (kv_heads, S, heads / kv_heads, L, ·)
-    return q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    return _join_queries(q, kv_heads), k.flatten(0, 1), v.flatten(0, 1)
 
 
-def _per_head(shared: Tensor, group: Group, kv_heads: int) -> Tensor:
-    """(heads, S, L, ·) of the queries' order, (kv_heads · S, heads / kv_heads · L, ·)."""
-    shape = (kv_heads, group.sequences, -1, group.length, shared.shape[-1])
-    return shared.view(shape).transpose(1, 2).flatten(0, 1)
+def _join_queries(q: Tensor, kv_heads: int) -> Tensor:
+    """(heads, S, L, ·) → (kv_heads · S, heads / kv_heads · L, ·): puts the query heads that share a
+    key/value head end to end, so that each product is one batched GEMM."""
+    return rearrange(q, "(k g) s l w -> (k s) (g l) w", k=kv_heads)
+
+
+def _split_queries(joined: Tensor, group: Group, kv_heads: int) -> Tensor:
+    """The inverse of `_join_queries`."""
+    return rearrange(joined, "(k s) (g l) w -> (k g) s l w", k=kv_heads, l=group.length)
 
 
 def _probabilities(
     q: Tensor, k: Tensor, group: Group, kv_heads: int, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Masked, scaled scores and their softmax, (kv_heads · S, heads / kv_heads · L, L), wide."""
+    """Masked, scaled scores and their softmax, (kv_heads · S, heads / kv_heads · L, L), in fp32 or
+    fp64."""
     scores = upcast(torch.bmm(q, k.mT)).mul_(q.shape[-1] ** -0.5)
     if group.pad_mask is not None:
         by_sequence = scores.view(kv_heads, group.sequences, *scores.shape[1:])
@@ -128,16 +135,25 @@ def _probabilities(
 
 
 def attention_fwd_ref(
-    qkv: Tensor,  # (rows, (heads + 2 * kv_heads) * head_dim)
+    qkv: Tensor,
     layout: PaddedLayout,
     heads: int,
     kv_heads: int,
     causal: bool,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """o (rows, heads * head_dim) in qkv's dtype and, if asked for, lse (rows, heads), wide.
+    """Computes attention.
 
-    The reference's own backward recomputes p by softmax and needs no lse.
+    Args:
+        qkv: (rows, (heads + 2 · kv_heads) · head_dim).
+        layout: the sequences.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        causal: whether a token attends to itself and earlier tokens only.
+        with_lse: whether to compute lse; the reference's backward recomputes p without it.
+
+    Returns:
+        o (rows, heads · head_dim) in qkv's dtype; lse (rows, heads) in fp32 or fp64, or None.
     """
     padded = layout.pad(qkv)
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
@@ -147,14 +163,14 @@ def attention_fwd_ref(
         packed = _heads_first(padded, group, heads + 2 * kv_heads)
         q, k, v = _queries_and_keys(packed, heads, kv_heads)
         scores, p = _probabilities(q, k, group, kv_heads, causal)
-        _put(o, group, _per_head(torch.bmm(p.to(v.dtype), v), group, kv_heads))
+        _put(o, group, _split_queries(torch.bmm(p.to(v.dtype), v), group, kv_heads))
         if lse is not None:
-            _put(lse, group, _per_head(scores.logsumexp(-1, keepdim=True), group, kv_heads))
+            _put(lse, group, _split_queries(scores.logsumexp(-1, keepdim=True), group, kv_heads))
     return layout.unpad(o), None if lse is None else layout.unpad(lse)
 
 
 def attention_bwd_ref(
-    do: Tensor,  # (rows, heads * head_dim)
+    do: Tensor,
     qkv: Tensor,
     o: Tensor,
     lse: Tensor | None,
@@ -163,20 +179,33 @@ def attention_bwd_ref(
     kv_heads: int,
     causal: bool,
 ) -> Tensor:
-    """dqkv, of qkv's shape and dtype, in one buffer. o and lse are not used: see the forward."""
+    """Computes the backward of `attention_fwd_ref`.
+
+    Args:
+        do: (rows, heads · head_dim).
+        qkv: (rows, (heads + 2 · kv_heads) · head_dim).
+        o: not used.
+        lse: not used.
+        layout: the sequences.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        causal: as in the forward.
+
+    Returns:
+        dqkv, of qkv's shape and dtype.
+    """
     padded, do = layout.pad(qkv), layout.pad(do)
     dqkv = padded.new_empty(padded.shape)
     for group in layout.groups:
         packed = _heads_first(padded, group, heads + 2 * kv_heads)
         q, k, v = _queries_and_keys(packed, heads, kv_heads)
-        per_query = _heads_first(do, group, heads).unflatten(0, (kv_heads, -1)).transpose(1, 2)
-        do_q = per_query.flatten(2, 3).flatten(0, 1)
+        do_q = _join_queries(_heads_first(do, group, heads), kv_heads)
         _, p = _probabilities(q, k, group, kv_heads, causal)
         dp = upcast(torch.bmm(do_q, v.mT))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
         ds, p = ds.to(q.dtype), p.to(q.dtype)
         shape = (-1, group.sequences, group.length, q.shape[-1])
-        dq = _per_head(torch.bmm(ds, k), group, kv_heads)
+        dq = _split_queries(torch.bmm(ds, k), group, kv_heads)
         dk, dv = torch.bmm(ds.mT, q).view(shape), torch.bmm(p.mT, do_q).view(shape)
         _put(dqkv, group, torch.cat((dq, dk, dv)))
     return layout.unpad(dqkv)

@@ -1,7 +1,8 @@
-"""The search behind RELAY_FAST_AUTOTUNE=1: times candidates of `tuning.TABLE` and learns the best.
+"""Autotuning with RELAY_FAST_AUTOTUNE=1: times candidates for rules of `tuning.TABLE`, and uses the
+fastest.
 
-Only on a GPU and only where it is asked for. An op's arguments are copied first, because a search
-calls it many times and some ops add into what they are given.
+Runs on a GPU only. The search copies an op's arguments first, because it calls the op many times
+and some ops accumulate into their arguments.
 """
 
 from __future__ import annotations
@@ -16,17 +17,24 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import tuning
-from ._runtime import Config, facts
+from ._runtime import Config, device_props
 from .tuning import Rule
 
-GAIN = 0.97  # a new configuration must take at most this share of the old one's time
+GAIN = 0.97  # a new configuration may take at most this share of the old one's time
 
 
 def search(
     call: Callable[[], object], seconds: Callable[[Callable[[], object]], float]
 ) -> dict[Rule, dict[Config, float]]:
-    """Seconds of a call under every candidate of each rule that it picks; inf where a candidate
-    does not fit the device."""
+    """Times a call under every candidate of each rule that it uses.
+
+    Args:
+        call: the call.
+        seconds: measures a call.
+
+    Returns:
+        Seconds by rule and candidate; inf if a candidate does not fit the device.
+    """
     with tuning.watching() as picked:
         call()
     found: dict[Rule, dict[Config, float]] = {}
@@ -45,7 +53,14 @@ def search(
 
 
 def better(rule: Rule, times: dict[Config, float], arch: int, script: str) -> Rule | None:
-    """The rule with the quickest configuration, if that is worth a new line."""
+    """Returns the rule with the fastest configuration, or None if it is not GAIN times faster.
+
+    Args:
+        rule: the current rule.
+        times: seconds by configuration.
+        arch: compute capability of the device.
+        script: name of the measurement, recorded in the rule.
+    """
     best = min(times, key=times.__getitem__)
     if best == rule.config or times[best] > GAIN * times[rule.config]:
         return None
@@ -59,9 +74,9 @@ def _median(call: Callable[[], object]) -> float:
     return do_bench(call, warmup=5, rep=20, return_mode="median") / 1e3
 
 
-def searching(op: Callable, kind: str = "cuda") -> Callable:
-    """The op, which searches when it first picks a rule on a device of this kind, prints the lines
-    that the table should have, and takes them from then on."""
+def autotuned(op: Callable, kind: str = "cuda") -> Callable:
+    """Wraps an op: when it first uses a rule on a device of this kind, it searches, prints the new
+    lines of the table, and uses them from then on."""
     known: set[Rule] = set()
 
     @wraps(op)
@@ -76,7 +91,7 @@ def searching(op: Callable, kind: str = "cuda") -> Callable:
             copy = lambda t: t.clone() if isinstance(t, Tensor) else t
             args, kwargs = tree_map(copy, (args, kwargs))
             for rule, times in search(lambda: op(*args, **kwargs), _median).items():
-                new = better(rule, times, facts(device).arch, "RELAY_FAST_AUTOTUNE")
+                new = better(rule, times, device_props(device).arch, "RELAY_FAST_AUTOTUNE")
                 if new is not None:
                     print(tuning.line(new), flush=True)
                     tuning.learn(new)

@@ -3,16 +3,16 @@
     y = norm(h);  l = y · Wᵀ;  lse = log Σ exp(l)
     loss = lse − (1 − s) · l[target] − s · mean(l) + z · lse²
 
-Shapes: h (rows, d) or with `index` (rows,) the buffer that holds them, W (V, d); loss, lse (rows,)
-fp32, correct (rows,) bool. A program keeps norm(h) of its rows and walks over the vocabulary in
-tiles with an online log-sum-exp: no logits leave the SM. Where rows are few and the vocabulary is
-large, the vocabulary is split over programs and the parts are joined afterwards. Only lse is saved.
-Rows with target < 0 are not read. A target at or beyond V gives a loss and gradients of NaN: to
-raise an error would take a look from the host.
+Shapes: h (rows, d), or with `index` (rows,) the buffer that holds the rows; W (V, d); loss, lse
+(rows,) fp32; correct (rows,) bool. A program keeps norm(h) of its rows and iterates over the
+vocabulary in tiles with an online log-sum-exp: logits stay on the SM. If rows are few and the
+vocabulary is large, several programs share the vocabulary and their parts are combined afterwards.
+Only lse is saved. Rows with target < 0 are not read. A target ≥ V makes its loss and the gradients
+NaN: raising an error would need a synchronisation.
 
-FLOPs a row: 2 · d · V. Bytes a row (fp32 state): 4 · d + 16; at d = 256, V = 320: 160 FLOP a byte,
-near the ridge; the head (164 kB) stays in L2. Above d = 512 (fp32: 256) the logits of a chunk of
-rows are cuBLAS's and go through the reference.
+FLOPs per row: 2 · d · V. Bytes per row (fp32 state): 4 · d + 16; at d = 256, V = 320: 160 FLOP per
+byte, near the ridge; the head (164 kB) stays in L2. Above d = 512 (fp32: 256) cuBLAS computes the
+logits of a chunk of rows, through the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, contiguous_columns, counted_rows, dot, facts
+from ._runtime import Config, block_of, cdiv, contiguous_columns, counted_rows, device_props, dot
 from .cross_entropy_ref import argmax_ref, check_lists, cross_entropy_fwd_ref
 from .norm import normalize, scale_shift
 from .supports import (
@@ -44,7 +44,7 @@ from .tuning import pick
 def load_states(
     h_ptr, index_ptr, stride_hm, at, wanted, columns, D: tl.constexpr,
 ):  # fmt: skip
-    """The states [BLOCK_M, BLOCK_D] of list entries `at`, fp32, zeros where not wanted."""
+    """Loads the states [BLOCK_M, BLOCK_D] of list entries `at` in fp32, zeros if not wanted."""
     rows = at
     if index_ptr is not None:
         rows = tl.load(index_ptr + at, mask=wanted, other=0).to(tl.int64)
@@ -129,20 +129,21 @@ def _cross_entropy_fwd_kernel(
 
 
 def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """block_n is the extent of a tile of the vocabulary; forward and backward."""
+    """Returns the configuration of forward and backward; block_n is the size of a vocabulary
+    tile."""
     return pick("readout", dtype, d, rows, device)
 
 
 def check_readout(
     h, norm_weight, norm_bias, head, kind, row_count, targets=None, index=None, *per_row
 ) -> None:
-    """Raises Unsupported where the kernels do not take the call, ValueError for lists on the host
-    that hold targets or rows out of range; per_row: (rows,) like targets."""
+    """Raises Unsupported if the kernels do not support the call, and ValueError for targets or rows
+    out of range in lists on the host. per_row: tensors (rows,) like targets."""
     require(norm_reason(h, norm_weight, norm_bias, head, *per_row, kind=kind))
     d = h.shape[1]
     reason = row_count_reason(row_count, h)
     if row_count is not None and not norm_is_fused(d, head.dtype):
-        reason = f"a readout of width {d} takes no row_count, its GEMMs being cuBLAS's"
+        reason = f"a readout of width {d} does not support row_count, since cuBLAS runs its GEMMs"
     require(
         reason
         or shapes_reason(
@@ -158,16 +159,18 @@ def check_readout(
         require(list_reason("targets", targets, rows, h) or list_reason("index", index, rows, h))
         wrong = [tuple(t.shape) for t in per_row if t.shape != rows]
         require(f"grad or lse is {wrong[0]} instead of {tuple(rows)}" if wrong else None)
-        if targets.is_cpu:
-            check_lists(targets, head.shape[0], index, h.shape[0])
+        if targets.is_cpu:  # interpreted: rows beyond the count hold anything
+            counted = slice(None if row_count is None else int(row_count))
+            index = None if index is None else index[counted]
+            check_lists(targets[counted], head.shape[0], index, h.shape[0])
 
 
 def _splits(rows: int, vocabulary: int, config: Config, device: torch.device) -> tuple[int, int]:
-    """How many programs share the vocabulary, and how many tokens each takes."""
+    """Returns how many programs share the vocabulary, and how many tokens each takes."""
     tiles = cdiv(vocabulary, config.block_n)
     if vocabulary <= 1024:
         return 1, tiles * config.block_n
-    wanted = max(1, 2 * facts(device).processors // cdiv(rows, config.block_m))
+    wanted = max(1, 2 * device_props(device).processors // cdiv(rows, config.block_m))
     each = cdiv(tiles, min(tiles, wanted)) * config.block_n
     return cdiv(vocabulary, each), each
 
@@ -186,7 +189,8 @@ def _launch(
 
 
 def _allocator(h: Tensor, row_count: Tensor | None) -> Callable[..., Tensor]:
-    """Makes buffers on h's device, filled with 0 where a row count leaves rows out."""
+    """Returns a function that allocates buffers on h's device, filled with 0 if there is a row
+    count."""
     new = torch.empty if row_count is None else torch.zeros
 
     def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -205,7 +209,11 @@ def argmax(
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """Token ids (rows,) int64 of the largest logit, the first of equals; no logits are stored."""
+    """Returns token ids (rows,) int64 of the largest logit, the first one among equals; logits are
+    not stored.
+
+    Args: as `readout_ref`; row_count: see `_runtime`.
+    """
     check_readout(h, norm_weight, norm_bias, head, kind, row_count)
     if not norm_is_fused(h.shape[1], head.dtype) and h.shape[0]:
         return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)
@@ -238,7 +246,11 @@ def cross_entropy_fwd(
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (rows,), lse (rows,) in fp32, and correct (rows,) bool (argmax equals target)."""
+    """Returns loss (rows,) and lse (rows,) in fp32, and correct (rows,) bool (argmax equals
+    target).
+
+    Args: as `cross_entropy_fwd_ref`; row_count: see `_runtime`.
+    """
     check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_fwd_ref(

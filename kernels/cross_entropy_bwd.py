@@ -2,13 +2,12 @@
 
     dl = g · ((1 + 2·z·lse) · softmax(l) − (1 − s) · onehot − s / V);  dy = dl · W;  dW += dlᵀ · y
 
-The logits are recomputed tile by tile; d(state) is formed in the same sweep with the norm's
-backward fused. dl (rows, V) and y are written, in the compute dtype, only where the head needs a
-gradient, for a chunk of rows at a time (at most `CHUNK_LOGITS` elements), and reduced by
-weight_grad at once.
+The logits are recomputed tile by tile; the same sweep computes d(state), with the norm's backward
+fused. dl (rows, V) and y are written, in the compute dtype, only if the head needs a gradient: for
+a chunk of rows at a time (at most `CHUNK_LOGITS` elements), which weight_grad reduces at once.
 
-FLOPs a row: 4 · d · V, plus 2 · d · V in weight_grad. Bytes a row: 12 · d + 2 · V.
-Above d = 512 (fp32: 256) the GEMMs are cuBLAS's, through the reference.
+FLOPs per row: 4 · d · V, plus 2 · d · V in weight_grad. Bytes per row: 12 · d + 2 · V.
+Above d = 512 (fp32: 256) cuBLAS runs the GEMMs, through the reference.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .supports import norm_is_fused
 from .weight_grad import weight_grad
 
 CHUNK_LOGITS = 1 << 26  # elements of dl in memory at a time
-CHUNK_ROWS = 256  # but no fewer rows
+CHUNK_ROWS = 256  # lower bound of the rows of a chunk
 
 
 @triton.jit
@@ -85,7 +84,7 @@ def _cross_entropy_bwd_kernel(
         dlogits -= tl.where(hit, ((1.0 - SMOOTHING) * grad)[:, None], 0.0)
         if SMOOTHING != 0.0:
             dlogits -= (SMOOTHING / V * grad)[:, None]
-        # Ignored rows hold whatever exp gave; columns outside meet a zero head row.
+        # Ignored rows may hold anything; columns outside are multiplied by zero head rows.
         dlogits = tl.where(wanted[:, None], dlogits, 0.0).to(y.dtype)
         if dlogits_ptr is not None:
             tl.store(
@@ -101,7 +100,6 @@ def _cross_entropy_bwd_kernel(
     tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
 
 
-# Long: one launch with two dozen arguments.
 def cross_entropy_bwd(
     grad: Tensor,  # (rows,) gradient of each row's loss
     h: Tensor,
@@ -121,7 +119,7 @@ def cross_entropy_bwd(
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """dh (rows, d) of the rows named by `index` (all rows of h without it), in fp32."""
+    """Returns dh (rows, d) in fp32. Args: as `cross_entropy_bwd_ref`; row_count: see `_runtime`."""
     check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index, grad, lse)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_bwd_ref(
@@ -133,9 +131,7 @@ def cross_entropy_bwd(
     rows, (vocabulary, d) = targets.shape[0], head.shape
     new = torch.empty if row_count is None else torch.zeros
     dh = new(rows, d, dtype=torch.float32, device=h.device)
-    step = rows
-    if head_grad is not None:
-        step = max(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
+    step = rows if head_grad is None else max(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
     for start in range(0, rows, max(1, step)):
         part = slice(start, min(rows, start + step))
         count = part.stop - start

@@ -1,19 +1,19 @@
-"""Final norm + head + cross-entropy where each row's gradient is known before the forward: loss and
-gradient from one pass over the logits, for large vocabularies.
+"""Final norm + head + cross-entropy for row gradients that are known before the forward: computes
+loss and gradient in one pass over the logits, for large vocabularies.
 
     y = norm(h);  l = y · Wᵀ;  loss as in `cross_entropy`;  dl as in `cross_entropy_bwd`, for g = 1
     dy = g · (dl · W);  dW += dlᵀ · (g · y)
 
-dl is what 16 bits hold of it for a gradient of 1 (in fp16 `UNIT` of it, against underflow): the
-rows' own gradients, which may be small, are applied to dy in fp32 and to y. In fp16 the largest of
-them is taken out of y and put back into dW.
+dl is stored in 16 bits for a row gradient of 1 (in fp16 times `UNIT`, against underflow). The rows'
+own gradients, which may be small, are applied to dy in fp32 and to y. In fp16 the largest of them
+is factored out of y and multiplied into dW.
 
-A chunk of rows at a time (`CHUNK_LOGITS` logits, 128 MB in 16 bits) has its logits in memory: one
-GEMM makes them, a row kernel turns them into dl where they lie and writes the loss, two GEMMs
-consume dl. Against `cross_entropy` with its backward this saves the second pass over the head, 2 ·
-d · V of 8 · d · V FLOPs a row, for 8 · V bytes a row.
+The logits of one chunk of rows (`CHUNK_LOGITS` logits, 128 MB in 16 bits) are in memory at a time:
+one GEMM computes them, a row kernel overwrites them with dl and writes the loss, two GEMMs consume
+dl. Compared with `cross_entropy` and its backward this saves the second pass over the head, 2 · d ·
+V of 8 · d · V FLOPs per row, for 8 · V bytes per row.
 
-The row kernel reads its logits twice and writes them once: 6 · V bytes a row, memory bound.
+The row kernel reads its logits twice and writes them once: 6 · V bytes per row, memory bound.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def cross_entropy_grad(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """loss (rows,) and dh (rows, d) of the rows named by `index`, both fp32."""
+    """Returns loss (rows,) and dh (rows, d), both in fp32.
+
+    Args: as `cross_entropy_grad_ref`; head_grad must be zero.
+    """
     check_readout(h, norm_weight, norm_bias, head, kind, None, targets, index, grad)
     h, targets = contiguous_columns(h), targets.contiguous()
     rows, (vocabulary, d) = targets.shape[0], head.shape

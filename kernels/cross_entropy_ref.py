@@ -5,13 +5,13 @@ backward.
     loss = lse − (1 − s) · l[target] − s · mean(l) + z · lse²
     dl = g · ((1 + 2·z·lse) · softmax(l) − (1 − s) · onehot − s / V)
 
-Only lse is saved; the backward recomputes the logits. Where each row's g is known beforehand, one
-pass forms loss and gradient from the same logits. Rows are taken in chunks, so that no more than
-`CHUNK_LOGITS` logits exist at a time.
+Only lse is saved; the backward recomputes the logits. If each row's g is known beforehand, one pass
+computes loss and gradient from the same logits. Rows are processed in chunks of at most
+`CHUNK_LOGITS` logits.
 
-Rows with target < 0 are ignored: loss 0, gradient 0, never correct, whatever their states hold
-(rows that nobody wrote may be NaN): these are taken as zeros, losses and gradients selected away.
-Losses, lse and dh are fp32, or fp64 where the states or the head are.
+Rows with target < 0 are ignored: loss 0, gradient 0, never correct. Their states may hold anything,
+including NaN: they are read as zeros, and their losses and gradients are masked. Losses, lse and dh
+are fp32, or fp64 if the states or the head are.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .norm_ref import norm_bwd_ref, norm_fwd_ref, wide_dtype
+from .norm_ref import norm_bwd_ref, norm_fwd_ref, upcast_dtype
 from .weight_grad_ref import weight_grad_ref
 
 CHUNK_LOGITS = 1 << 22  # logits alive at once
-# dl for a row's gradient of 1 is small where the vocabulary is large: what it is multiplied by in
-# fp16, whose smallest numbers are 6e-8.
+# Factor of dl in fp16, whose smallest number is 6e-8: for large vocabularies dl is small.
 UNIT = {torch.float16: 64.0}
 
 
@@ -36,19 +35,32 @@ def _chunk_rows(vocabulary: int) -> int:
 
 
 def readout_ref(
-    h: Tensor,  # (rows, d)
+    h: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
-    head: Tensor,  # (V, d), in the compute dtype
+    head: Tensor,
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> Tensor:
-    """Logits (rows, V) in the head's dtype."""
+    """Computes the logits.
+
+    Args:
+        h: (rows, d).
+        norm_weight: (d,), of the final norm.
+        norm_bias: (d,), or None.
+        head: (V, d), in the compute dtype.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+
+    Returns:
+        (rows, V) in the head's dtype.
+    """
     return norm_fwd_ref(h, norm_weight, norm_bias, eps, kind, head.dtype) @ head.t()
 
 
 def argmax_ref(h, norm_weight, norm_bias, head, eps=1e-6, kind="rms") -> Tensor:
-    """Token ids (rows,) int64 of the largest logit, without keeping the logits of all rows."""
+    """Returns token ids (rows,) int64 of the largest logit, with the logits of one chunk of rows in
+    memory at a time."""
     chunks = h.split(_chunk_rows(head.shape[0]))
     ids = [readout_ref(c, norm_weight, norm_bias, head, eps, kind).argmax(-1) for c in chunks]
     return torch.cat(ids)
@@ -57,27 +69,27 @@ def argmax_ref(h, norm_weight, norm_bias, head, eps=1e-6, kind="rms") -> Tensor:
 def check_lists(
     targets: Tensor, vocabulary: int, index: Tensor | None = None, states: int = 0
 ) -> None:
-    """Raises ValueError for targets at or beyond the vocabulary, and for entries of `index` that
-    name none of the `states`. Reads the lists, which have to be on the host."""
+    """Raises ValueError for targets ≥ vocabulary, and for entries of `index` outside 0..states − 1.
+    The lists must be on the host."""
     largest = int(targets.max()) if targets.numel() else -1
     if largest >= vocabulary:
         raise ValueError(
-            f"target {largest} is outside of the vocabulary of {vocabulary}: targets are below it, "
-            "negative ones are ignored"
+            f"target {largest} is outside of the vocabulary of {vocabulary}: give smaller "
+            "targets, or negative ones to ignore rows"
         )
     if index is not None and index.numel():
         low, high = (int(t) for t in index.aminmax())
         if low < 0 or high >= states:
             raise ValueError(
-                f"row {low if low < 0 else high} is none of the {states} states: rows are "
+                f"row {low if low < 0 else high} is none of the {states} states: give rows in "
                 f"0..{states - 1}"
             )
 
 
 @contextmanager
 def _named_ranges(targets: Tensor, head: Tensor, index: Tensor | None, h: Tensor) -> Iterator[None]:
-    """Says which target or row was out of range where PyTorch has found one. On other devices it
-    fails there by itself."""
+    """Replaces PyTorch's index error on a CPU by one that names the target or row out of range;
+    other devices raise their own."""
     try:
         yield
     except (IndexError, RuntimeError):
@@ -87,7 +99,7 @@ def _named_ranges(targets: Tensor, head: Tensor, index: Tensor | None, h: Tensor
 
 
 def masked_states(h: Tensor, index: Tensor | None, part: slice, target: Tensor) -> Tensor:
-    """The states of a part of the list, zeros where the target is ignored."""
+    """Returns the states of a part of the list, zeros where the target is ignored."""
     ignored = (target < 0).unsqueeze(1)
     if index is None:
         return h[part].masked_fill(ignored, 0)
@@ -97,7 +109,7 @@ def masked_states(h: Tensor, index: Tensor | None, part: slice, target: Tensor) 
 def _row_losses(
     logits: Tensor, target: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, lse and correct of rows of logits in the wide dtype."""
+    """Returns loss, lse and correct of rows of fp32 or fp64 logits."""
     ignored = target < 0
     chosen = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
     lse = logits.logsumexp(-1)
@@ -112,7 +124,7 @@ def _row_losses(
 def _logit_grads_(
     logits: Tensor, lse: Tensor, target: Tensor, g: Tensor, label_smoothing: float, z_loss: float
 ) -> Tensor:
-    """dl in the place of the logits."""
+    """Overwrites the logits with dl."""
     weight = g.to(logits.dtype).masked_fill(target < 0, 0)
     dlogits = logits.sub_(lse.unsqueeze(1)).exp_()
     dlogits.mul_((weight * (1 + 2 * z_loss * lse)).unsqueeze(1))
@@ -124,21 +136,40 @@ def _logit_grads_(
 
 
 def cross_entropy_fwd_ref(
-    h: Tensor,  # (rows, d) states, or with `index` the buffer that holds them
-    targets: Tensor,  # (rows,) int64
+    h: Tensor,
+    targets: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
-    head: Tensor,  # (V, d)
-    index: Tensor | None = None,  # (rows,) which rows of h
+    head: Tensor,
+    index: Tensor | None = None,
     eps: float = 1e-6,
     kind: str = "rms",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (rows,), lse (rows,) in the wide dtype, and correct (rows,) bool (argmax equals
-    target). Raises ValueError for targets and rows out of range, where they are on the host."""
+    """Computes the row losses.
+
+    Args:
+        h: (rows, d) states, or with `index` the buffer that holds them.
+        targets: (rows,) int64; negative ones are ignored.
+        norm_weight: (d,), of the final norm.
+        norm_bias: (d,), or None.
+        head: (V, d), in the compute dtype.
+        index: (rows,), the rows of h; None: all.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+        label_smoothing: weight s of the uniform distribution in the target.
+        z_loss: weight z of lse².
+
+    Returns:
+        loss (rows,) and lse (rows,) in fp32 or fp64, and correct (rows,) bool (argmax equals
+        target).
+
+    Raises:
+        ValueError: for targets and rows out of range, if they are on the host.
+    """
     rows = targets.shape[0]
-    loss = torch.empty(rows, dtype=wide_dtype(h, head), device=h.device)
+    loss = torch.empty(rows, dtype=upcast_dtype(h, head), device=h.device)
     lse = torch.empty_like(loss)
     correct = torch.empty(rows, dtype=torch.bool, device=h.device)
     step = _chunk_rows(head.shape[0])
@@ -154,15 +185,15 @@ def cross_entropy_fwd_ref(
 
 
 def cross_entropy_bwd_ref(
-    grad: Tensor,  # (rows,) gradient of each row's loss
+    grad: Tensor,
     h: Tensor,
     targets: Tensor,
-    lse: Tensor,  # (rows,)
+    lse: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     head: Tensor,
-    head_grad: Tensor | None,  # (V, d) wide accumulator, or None if the head is frozen
-    norm_grad: Tensor | None,  # (d,) wide accumulator
+    head_grad: Tensor | None,
+    norm_grad: Tensor | None,
     norm_bias_grad: Tensor | None,
     index: Tensor | None = None,
     eps: float = 1e-6,
@@ -170,7 +201,19 @@ def cross_entropy_bwd_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """dh (rows, d) of the rows named by `index` (all rows of h without it), in the wide dtype."""
+    """Computes the backward of `cross_entropy_fwd_ref`, and adds to the accumulators.
+
+    Args:
+        grad: (rows,), gradient of each row's loss.
+        lse: (rows,), from the forward.
+        head_grad: (V, d) fp32 or fp64 accumulator, or None if the head is frozen.
+        norm_grad: (d,) accumulator, or None.
+        norm_bias_grad: (d,) accumulator, or None.
+        others: as `cross_entropy_fwd_ref`.
+
+    Returns:
+        dh (rows, d) in fp32 or fp64.
+    """
     rows, vocabulary = targets.shape[0], head.shape[0]
     dh = torch.empty(rows, h.shape[1], dtype=lse.dtype, device=h.device)
     step = _chunk_rows(vocabulary)
@@ -196,13 +239,13 @@ def cross_entropy_bwd_ref(
 
 
 def cross_entropy_grad_ref(
-    grad: Tensor,  # (rows,) gradient of each row's loss, known before the forward
+    grad: Tensor,
     h: Tensor,
     targets: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     head: Tensor,
-    head_grad: Tensor | None,  # accumulators as in `cross_entropy_bwd_ref`
+    head_grad: Tensor | None,
     norm_grad: Tensor | None,
     norm_bias_grad: Tensor | None,
     index: Tensor | None = None,
@@ -211,12 +254,18 @@ def cross_entropy_grad_ref(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """loss (rows,) and dh (rows, d), forward and backward from one pass over the logits.
+    """Computes loss and gradient in one pass over the logits, and adds to the accumulators.
 
-    dl is formed for a gradient of 1 and each row's own applied in the wide dtype behind the GEMMs:
-    in 16 bits small ones would be lost."""
+    dl is computed for a gradient of 1; each row's own gradient is applied after the GEMMs in fp32
+    or fp64, since small ones would underflow in 16 bits.
+
+    Args: as `cross_entropy_bwd_ref`.
+
+    Returns:
+        loss (rows,) and dh (rows, d) in fp32 or fp64.
+    """
     rows = targets.shape[0]
-    loss = torch.empty(rows, dtype=wide_dtype(h, head), device=h.device)
+    loss = torch.empty(rows, dtype=upcast_dtype(h, head), device=h.device)
     dh = torch.empty(rows, h.shape[1], dtype=loss.dtype, device=h.device)
     unit = UNIT.get(head.dtype, 1.0)
     step = _chunk_rows(head.shape[0])

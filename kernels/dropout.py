@@ -1,7 +1,7 @@
 """Counter-based dropout inside kernels: the same integers as `dropout_ref`, in uint32 arithmetic.
 
-The mask is a hash of (seed, site, iteration, token, column): never stored, drawn again in
-backward. Without dropout the seed pointer is None and nothing of this is compiled in.
+The mask is a hash of (seed, site, iteration, token, column): it is not stored, but recomputed in
+the backward. Without dropout the seed pointer is None, and no dropout code is compiled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def dropout_scale(
 
 
 def dropout_arguments(dropout: Dropout | None) -> dict[str, Any]:
-    """The kernel arguments that name a mask; pointers are None without dropout."""
+    """Returns the kernel arguments that define a mask; the pointers are None without dropout."""
     if dropout is None:
         return {
             "seed_ptr": None, "tokens_ptr": None, "counter": 0, "THRESHOLD": 0, "SCALE": 1.0

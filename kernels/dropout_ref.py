@@ -1,8 +1,8 @@
-"""Counter-based dropout: the mask is a hash of (seed, site, iteration, token, column), never
+"""Counter-based dropout: the mask is a hash of (seed, site, iteration, token, column), and not
 stored.
 
-The same integers come out of the Triton version, so that forward, recomputation and both
-implementations draw the same mask. p = 0 never gets here.
+The Triton version computes the same integers, so forward, recomputation and both implementations
+use the same mask. p = 0 is handled by the caller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LOW = 0xFFFFFFFF
 
 
 class Dropout(NamedTuple):
-    """What names a mask: its probability and the counters that are hashed."""
+    """Defines a mask: its probability, and the counters that are hashed."""
 
     p: float
     seed: Tensor  # () int64, on the device
@@ -50,12 +50,12 @@ NOISE_ROWS = 8192
 
 
 def noise_table(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(NOISE_ROWS, columns) standard normal, always the same."""
+    """Returns a fixed table (NOISE_ROWS, columns) of standard normal numbers."""
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(NOISE_ROWS, columns, generator=generator, device="cpu").to(device, dtype)
 
 
 def state_noise_ref(dropout: Dropout, h: Tensor, table: Tensor) -> Tensor:
-    """h (rows, d) plus normal noise of p times each row's RMS: a hashed row of the table each."""
+    """Adds to each row of h (rows, d) a hashed row of the table times p · RMS(row)."""
     rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True).mul_(dropout.p * h.shape[1] ** -0.5)
     return torch.addcmul(h, table.index_select(0, _row_key(dropout) % NOISE_ROWS), rms)

@@ -1,12 +1,13 @@
-"""Output projection added into the residual stream: out = residual + drop(a · Wᵀ + b).
+"""Output projection added to the residual stream: out = residual + drop(a · Wᵀ + b).
 
 Shapes: a (rows, columns), W (d, columns), residual and out (rows, d).
-Backward: da = dbranch · W with dbranch = drop(dout) in the compute dtype, which is also the weight
-gradient's operand (dW = dbranchᵀ · a); the residual's gradient is dout itself. Nothing is saved.
+Backward: da = dbranch · W with dbranch = drop(dout) in the compute dtype, which is also an operand
+of the weight gradient (dW = dbranchᵀ · a); the residual's gradient is dout itself. Nothing is
+saved.
 
-FLOPs a row: 2 · d · columns each way. Bytes a row (16-bit, fp32 state, d = columns = 256): forward
-2·columns + 8d = 2.6 kB, backward 6d + 2·columns = 2 kB: memory is the floor.
-Above d = 512 the GEMM belongs to cuBLAS (`addmm`), which is the reference itself.
+FLOPs per row: 2 · d · columns in each direction. Bytes per row (16-bit, fp32 state, d = columns =
+256): forward 2·columns + 8d = 2.6 kB, backward 6d + 2·columns = 2 kB: memory bound.
+Above d = 512 cuBLAS runs the GEMM (`addmm`), which is the reference itself.
 """
 
 from __future__ import annotations
@@ -95,11 +96,14 @@ def linear_residual_fwd(
     bias: Tensor | None,  # (d,)
     residual: Tensor,  # (rows, d), in the state dtype
     dropout: Dropout | None = None,
-    out: Tensor | None = None,  # (rows, d), where the result goes
+    out: Tensor | None = None,  # (rows, d), buffer of the result
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype."""
+    """Returns residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype.
+
+    Args: as `linear_residual_fwd_ref`; row_count: see `_runtime`.
+    """
     require(norm_reason(a, weight, bias, residual, out))
     (rows, columns), d = a.shape, weight.shape[0]
     require(
@@ -166,7 +170,7 @@ def _linear_residual_bwd_kernel(
             )
         g = g.to(weight_ptr.dtype.element_ty)
         if dbranch_ptr is not None:
-            # The first column block writes it for all of them.
+            # Only the first column block writes it.
             tl.store(
                 dbranch_ptr + rows[:, None] * K + inside[None, :], g,
                 mask=mask & (program % column_blocks == 0),
@@ -189,9 +193,10 @@ def linear_residual_bwd(
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """da (rows, columns) and dbranch (rows, d), the weight gradient's operand (dW = dbranchᵀ · a).
+    """Returns da (rows, columns) and dbranch (rows, d), an operand of dW = dbranchᵀ · a, in the
+    compute dtype; dbranch is dout itself if it needs neither a cast nor dropout.
 
-    Both are in the compute dtype; dbranch is dout itself where nothing changes it.
+    Args: as `linear_residual_bwd_ref`; row_count: see `_runtime`.
     """
     require(
         norm_reason(dout, weight)

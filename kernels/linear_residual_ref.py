@@ -1,4 +1,4 @@
-"""Output projection added into the residual stream, plain torch: out = residual + drop(a · Wᵀ +
+"""Output projection added to the residual stream, plain torch: out = residual + drop(a · Wᵀ +
 b)."""
 
 from __future__ import annotations
@@ -10,14 +10,26 @@ from .dropout_ref import Dropout, dropout_mask_ref
 
 
 def linear_residual_fwd_ref(
-    a: Tensor,  # (rows, columns), in the compute dtype
-    weight: Tensor,  # (d, columns), in the compute dtype
-    bias: Tensor | None,  # (d,)
-    residual: Tensor,  # (rows, d), in the state dtype
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
     dropout: Dropout | None = None,
-    out: Tensor | None = None,  # (rows, d), where the result goes
+    out: Tensor | None = None,
 ) -> Tensor:
-    """residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype."""
+    """Computes residual + drop(a · Wᵀ + b).
+
+    Args:
+        a: (rows, columns), in the compute dtype.
+        weight: (d, columns), in the compute dtype.
+        bias: (d,), or None.
+        residual: (rows, d), in the state dtype.
+        dropout: the mask, or None.
+        out: (rows, d), buffer of the result.
+
+    Returns:
+        (rows, d) in the residual's dtype.
+    """
     if dropout is None and bias is None and a.dtype == residual.dtype:
         return torch.addmm(residual, a, weight.t(), out=out)
     branch = torch.nn.functional.linear(a, weight, bias)
@@ -27,13 +39,20 @@ def linear_residual_fwd_ref(
 
 
 def linear_residual_bwd_ref(
-    dout: Tensor,  # (rows, d)
-    weight: Tensor,  # (d, columns)
+    dout: Tensor,
+    weight: Tensor,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """da (rows, columns) and dbranch (rows, d), the weight gradient's operand (dW = dbranchᵀ · a).
+    """Computes the backward of `linear_residual_fwd_ref`; the residual's gradient is dout itself.
 
-    Both are in the compute dtype. The residual's gradient is dout itself.
+    Args:
+        dout: (rows, d).
+        weight: (d, columns).
+        dropout: the mask, or None.
+
+    Returns:
+        da (rows, columns) and dbranch (rows, d), an operand of dW = dbranchᵀ · a, in the compute
+        dtype.
     """
     dbranch = dout.to(weight.dtype)
     if dropout is not None:

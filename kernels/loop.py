@@ -1,19 +1,20 @@
-"""The whole loop in one launch, for inference: d ≤ 128, at most 128 rows a sequence (fp32: 64, 32).
+"""The whole loop in one launch, for inference: d ≤ 128, sequences of at most 128 rows (fp32: d ≤
+64, 32 rows).
 
-A program holds a run of whole sequences, `BLOCK_M` packed rows at most, and runs all iterations
-with all layers on them: the residual stream stays in registers, where the output projections
-accumulate right into it, the weights are streamed from L2 (which they never leave: 1.2 MB at
-d = 128, 3 layers). Attention is one tile with a mask of equal
-sequence numbers. Rows whose own loops are over stay as they are; the program ends with the last of
-its rows. After every iteration the readout's argmax is written, only token ids leave the SM.
+A program holds consecutive whole sequences, at most `BLOCK_M` packed rows, and runs all layers of
+all iterations on them. The residual stream stays in registers, where the output projections
+accumulate into it. The weights are read from L2, where they stay (1.2 MB at d = 128, 3 layers).
+Attention is one tile with a mask of equal sequence numbers. Rows whose loops are over are left
+unchanged; a program ends with the last of its rows. After every iteration the readout's argmax is
+written; only token ids leave the SM.
 
     RoPE: z · cos + z' · sin, where z' = y · W'ᵀ and W' holds W's rows with the halves of a head
-    swapped; so no column ever moves between threads.
+    swapped; so no column moves between threads.
 
-FLOPs a row and iteration: a layer 2 · d · (5 · heads + …) as in its parts, q and k twice over.
-Bytes: 8 · d a row for the whole loop, 8 a row and iteration for the ids; weights from L2,
-bytes(weights) / BLOCK_M a row and iteration: 9.4 kB at d = 128, so L2 bandwidth is the floor
-(about 5.5 TB/s on an H200), a quarter of the tensor cores' time.
+FLOPs per row and iteration: a layer 2 · d · (5 · heads + …) as in its parts, with q and k computed
+twice. Bytes: 8 · d per row for the whole loop, 8 per row and iteration for the ids; weights from
+L2: bytes(weights) / BLOCK_M per row and iteration, 9.4 kB at d = 128. It is bound by L2 bandwidth
+(about 5.5 TB/s on an H200), at a quarter of the tensor cores' peak.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from .supports import loop_reason, loop_tile, require
 
 
 @triton.jit
-def _normed(
+def _apply_norm(
     x, weight_ptr, inside, like, D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr
 ):
-    """norm(x) [BLOCK_M, BLOCK_D] in the dtype of the weights at `like`."""
+    """Returns norm(x) [BLOCK_M, BLOCK_D] in the dtype of the weights at `like`."""
     x_hat, _ = normalize(x, inside, D, EPS, IS_LAYER)
     return scale_shift(x_hat, weight_ptr, None, inside, D).to(like.dtype.element_ty)
 
 
 @triton.jit
-def _rows_of(weight_ptr, rows, row_mask, inside, D: tl.constexpr):
-    """Rows of a (·, D) weight, turned: [BLOCK_D, rows]."""
+def _load_weight_rows(weight_ptr, rows, row_mask, inside, D: tl.constexpr):
+    """Loads rows of a (·, D) weight, transposed: [BLOCK_D, rows]."""
     return tl.load(
         weight_ptr + rows[None, :] * D + inside[:, None],
         mask=row_mask[None, :] & (inside < D)[:, None], other=0.0,
@@ -51,18 +52,18 @@ def _rows_of(weight_ptr, rows, row_mask, inside, D: tl.constexpr):
 
 
 @triton.jit
-def _head_of(
+def _project_head(
     y, weight_ptr, column, cos, sin, inside,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One head's columns of y · Wᵀ [BLOCK_M, BLOCK_K], turned by RoPE if asked."""
+    """Returns one head's columns of y · Wᵀ [BLOCK_M, BLOCK_K], rotated by RoPE if `ROPE`."""
     at = tl.arange(0, BLOCK_K)
-    w = _rows_of(weight_ptr, column + at, at < HEAD_DIM, inside, D)
+    w = _load_weight_rows(weight_ptr, column + at, at < HEAD_DIM, inside, D)
     z = dot(y, w, tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
     if ROPE:
         swapped = column + (at + HEAD_DIM // 2) % HEAD_DIM
-        w = _rows_of(weight_ptr, swapped, at < HEAD_DIM, inside, D)
+        w = _load_weight_rows(weight_ptr, swapped, at < HEAD_DIM, inside, D)
         partner = dot(y, w, tl.zeros((BLOCK_M, BLOCK_K), tl.float32))
         z = z * cos.to(tl.float32) + partner * sin.to(tl.float32)
     return z.to(y.dtype)
@@ -99,8 +100,8 @@ def _loop_fwd_kernel(
     columns: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     width: tl.constexpr = HEADS * HEAD_DIM
     head_at = tl.arange(0, BLOCK_K)
-    # Held in the compute dtype, sin with the sign of the half: loading them again in every head
-    # would keep their addresses in four times the registers.
+    # Kept in the compute dtype, sin with the sign of the half: reloading them for every head would
+    # need four times the registers, for the addresses.
     cos = x
     sin = x
     if cos_ptr is not None:
@@ -116,14 +117,14 @@ def _loop_fwd_kernel(
         active = (loops > t)[:, None]
         for layer in range(0, layers):
             qkv = qkv_ptr + layer * (columns * D)
-            y = _normed(x, norm1_ptr + layer * D, inside, qkv_ptr, D, EPS, IS_LAYER)
+            y = _apply_norm(x, norm1_ptr + layer * D, inside, qkv_ptr, D, EPS, IS_LAYER)
             for head in range(0, HEADS):
                 kv = head // (HEADS // KV_HEADS)
-                q = _head_of(
+                q = _project_head(
                     y, qkv, head * HEAD_DIM, cos, sin, inside,
                     D, HEAD_DIM, cos_ptr is not None, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
-                k = _head_of(
+                k = _project_head(
                     y, qkv, (HEADS + kv) * HEAD_DIM, cos, sin, inside,
                     D, HEAD_DIM, cos_ptr is not None, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
@@ -134,7 +135,7 @@ def _loop_fwd_kernel(
                 s = tl.where(visible, s * (SCALE * LOG2_E), float("-inf"))
                 p = tl.exp2(s - tl.max(s, 1)[:, None])
                 total = tl.sum(p, 1)
-                v = _head_of(
+                v = _project_head(
                     y, qkv, (HEADS + KV_HEADS + kv) * HEAD_DIM, cos, sin, inside,
                     D, HEAD_DIM, False, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
@@ -147,14 +148,14 @@ def _loop_fwd_kernel(
                 )  # [BLOCK_K, BLOCK_D]  # fmt: skip
                 x = dot(o, w_out, x)
 
-            y = _normed(x, norm2_ptr + layer * D, inside, qkv_ptr, D, EPS, IS_LAYER)
+            y = _apply_norm(x, norm2_ptr + layer * D, inside, qkv_ptr, D, EPS, IS_LAYER)
             for start in range(0, H, BLOCK_H):
                 at = start + tl.arange(0, BLOCK_H)
-                w = _rows_of(up_ptr + layer * H * D, at, at < H, inside, D)
+                w = _load_weight_rows(up_ptr + layer * H * D, at, at < H, inside, D)
                 up = dot(y, w, tl.zeros((BLOCK_M, BLOCK_H), tl.float32))
                 gate = up
                 if gate_ptr is not None:
-                    w = _rows_of(gate_ptr + layer * H * D, at, at < H, inside, D)
+                    w = _load_weight_rows(gate_ptr + layer * H * D, at, at < H, inside, D)
                     gate = dot(y, w, tl.zeros((BLOCK_M, BLOCK_H), tl.float32))
                 hidden = tl.where(active, activate(up, gate, ACTIVATION), 0.0).to(y.dtype)
                 w_down = tl.load(
@@ -166,12 +167,12 @@ def _loop_fwd_kernel(
             x_hat, _ = normalize(x, inside, D, EPS, IS_LAYER)
             x = tl.where(active, scale_shift(x_hat, loop_norm_ptr, None, inside, D), x)
 
-        y = _normed(x, norm_ptr, inside, qkv_ptr, D, EPS, IS_LAYER)
+        y = _apply_norm(x, norm_ptr, inside, qkv_ptr, D, EPS, IS_LAYER)
         best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         ids = tl.zeros((BLOCK_M,), tl.int32)
         for start in range(0, V, BLOCK_V):
             tokens = start + tl.arange(0, BLOCK_V)
-            w = _rows_of(head_ptr, tokens, tokens < V, inside, D)
+            w = _load_weight_rows(head_ptr, tokens, tokens < V, inside, D)
             logits = dot(y, w, tl.zeros((BLOCK_M, BLOCK_V), tl.float32))
             logits = tl.where((tokens < V)[None, :], logits, float("-inf"))
             top, top_at = tl.max(logits, 1, return_indices=True)
@@ -195,8 +196,10 @@ def loop_fwd(
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """final (rows, d), each sequence's state after its last iteration, in fp32, and the token ids
-    int64 of all iterations end to end, each of the rows still looping then."""
+    """Returns final (rows, d) in fp32, and the token ids int64 of all iterations end to end.
+
+    Args: as `loop_fwd_ref`; at most `loop_tile` rows per sequence.
+    """
     require(loop_reason(x, layout, weights, cos, sin, heads, kv_heads, activation, kind))
     w, x = weights, contiguous_columns(x)
     d, head_dim = x.shape[1], w.qkv.shape[1] // (heads + 2 * kv_heads)

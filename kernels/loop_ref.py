@@ -1,9 +1,9 @@
-"""The whole loop for inference, plain torch: iterations of the block, each read out by argmax.
+"""The whole loop for inference, plain torch: iterations of the block, each followed by an argmax.
 
-    for t = 1..T: for each layer: u = u + attention(norm1(u)); u = u + mlp(norm2(u));  ids_t =
-    argmax(norm(u) · headᵀ)
+    for t = 1..T: for each layer: u = u + attention(norm1(u)); u = u + mlp(norm2(u));
+    ids_t = argmax(norm(u) · headᵀ)
 
-Rows are sorted by loops, largest first: the rows still looping are a prefix.
+Rows are sorted by loops, largest first, so the rows that still loop are a prefix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .norm_ref import norm_fwd_ref
 
 
 class LoopWeights(NamedTuple):
-    """The block's and the readout's weights, stacked over layers; no biases."""
+    """The weights of the block, stacked over layers, and of the readout; no biases."""
 
     norm1: Tensor  # (layers, d)
     qkv: Tensor  # (layers, (heads + 2 kv_heads) · head_dim, d), in the compute dtype
@@ -41,7 +41,13 @@ class LoopWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class LoopLayout:
-    """Sequences of `lengths` rows that loop `loops` times each, sorted by loops, largest first."""
+    """Sequences sorted by loops, largest first.
+
+    Args:
+        lengths: rows of each sequence.
+        loops: iterations of each sequence.
+        device: where the index tensors are.
+    """
 
     lengths: np.ndarray
     loops: np.ndarray
@@ -54,7 +60,7 @@ class LoopLayout:
 
     @cached_property
     def active(self) -> np.ndarray:
-        """(T,) sequences still looping at each iteration."""
+        """(T,) number of sequences that still loop at each iteration."""
         steps = np.arange(1, int(self.loops.max(initial=0)) + 1)
         return np.searchsorted(-self.loops, -steps, side="right")
 
@@ -64,18 +70,19 @@ class LoopLayout:
         return np.concatenate([[0], np.cumsum(self.offsets[self.active], dtype=np.int64)])
 
     def bins(self, size: int) -> Tensor:
-        """(bins + 1,) int32 row offsets of runs of whole sequences of at most `size` rows."""
+        """Returns (bins + 1,) int32 row offsets of bins of consecutive whole sequences, at most
+        `size` rows each."""
         bounds, start = [0], 0
         while start < len(self.lengths):
             end = int(np.searchsorted(self.offsets, self.offsets[start] + size, "right")) - 1
             if end <= start:
-                raise ValueError(f"sequence {start} has more than {size} rows")
+                raise ValueError(f"sequence {start} has more than {size} rows: use larger bins")
             start = end
             bounds.append(int(self.offsets[end]))
         return self.tensor(np.array(bounds), torch.int32)
 
     def per_row(self, values: np.ndarray) -> Tensor:
-        """(rows,) int32 from one value a sequence."""
+        """Returns (rows,) int32, given one value per sequence."""
         return self.tensor(np.repeat(values, self.lengths), torch.int32)
 
     def tensor(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -83,10 +90,10 @@ class LoopLayout:
 
 
 def loop_fwd_ref(
-    x: Tensor,  # (rows, d), the state before the first iteration
+    x: Tensor,
     layout: LoopLayout,
     weights: LoopWeights,
-    cos: Tensor | None,  # (rows, head_dim / 2)
+    cos: Tensor | None,
     sin: Tensor | None,
     heads: int,
     kv_heads: int,
@@ -95,8 +102,25 @@ def loop_fwd_ref(
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """final (rows, d), each sequence's state after its last iteration, and the token ids int64 of
-    all iterations end to end, each of the rows still looping then."""
+    """Runs the loop and its argmax readout.
+
+    Args:
+        x: (rows, d), the initial state.
+        layout: the sequences and their loops.
+        weights: the weights.
+        cos: (rows, head_dim / 2), or None.
+        sin: like cos.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        causal: whether a token attends to itself and earlier tokens only.
+        activation: activation of the MLP.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+
+    Returns:
+        final (rows, d), each sequence's state after its last iteration; and the token ids int64 of
+        all iterations end to end, for the rows that loop in each.
+    """
     w, final, ids = weights, x.clone(), []
     head_dim = w.qkv.shape[1] // (heads + 2 * kv_heads)
     rotary = 0 if cos is None else (heads + kv_heads) * head_dim
@@ -128,7 +152,7 @@ def loop_fwd_ref(
 
 
 def _padding(layout: LoopLayout, lengths: np.ndarray) -> tuple[int, Tensor, tuple[Group, ...]]:
-    """One group, padded to the longest."""
+    """Returns the padding of one group: every sequence is padded to the longest."""
     width = int(lengths.max(initial=0))
     at = np.arange(width)[None, :]
     mask = layout.tensor(at >= lengths[:, None], torch.bool).unsqueeze(1)

@@ -4,18 +4,18 @@
     out = x + drop(a · Wdᵀ + bd)
 
 Shapes: x, out (rows, d), Wu and Wg (hidden, d), Wd (d, hidden). For d ≤ 256 (fp32: 128) a program
-keeps norm(x) and the output of its rows on the SM and walks over the hidden layer in tiles, which
-never leave the SM unless the backward wants them.
+keeps norm(x) and the output of its rows on the SM and iterates over the hidden layer in tiles,
+which are written only if the backward needs them.
 
 | saved by the caller | recomputed in backward |
 |---|---|
 | x, u, (gate), a, if `keep` | norm(x) |
 
-FLOPs a row: 4 · d · hidden (SwiGLU 6). Bytes a row (fp32 state): 8 · d without `keep`, plus
-4 · hidden with it. At d = 256, hidden = 1,024: 512 FLOP a byte, so the tensor cores are the floor;
-kept, 170: both.
-Above d = 256 the hidden layer lies in memory: `mlp_up` writes it, linear_residual reads it. Above
-d = 512 (fp32: 256, SwiGLU 128) it is a norm, GEMMs and an elementwise activation.
+FLOPs per row: 4 · d · hidden (SwiGLU 6). Bytes per row (fp32 state): 8 · d without `keep`, plus 4 ·
+hidden with it. At d = 256, hidden = 1,024: 512 FLOP per byte, compute bound; with `keep` 170, near
+the ridge.
+Above d = 256 the hidden layer is in memory: `mlp_up` writes it, linear_residual reads it. Above d =
+512 (fp32: 256, SwiGLU 128) the op is a norm, GEMMs and an elementwise activation.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def _mlp_fwd_kernel(
 
 
 def mlp_config(rows: int, d: int, dtype: torch.dtype, device: torch.device, gated: bool) -> Config:
-    """block_n is the extent of a tile of the hidden layer; forward and backward."""
+    """Returns the configuration of forward and backward; block_n is the size of a tile of the
+    hidden layer."""
     return pick("mlp_gated" if gated else "mlp", dtype, d, rows, device)
 
 
@@ -130,7 +131,7 @@ def check_mlp(
     x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind, row_count,
     up_bias=None, gate_bias=None, down_bias=None, out=None, dout=None, up=None, gate=None,
 ) -> None:  # fmt: skip
-    """Raises Unsupported where the kernels do not take the call."""
+    """Raises Unsupported if the kernels do not support the call."""
     require(
         norm_reason(
             x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, up_bias, gate_bias,
@@ -159,7 +160,6 @@ def check_mlp(
     )
 
 
-# Long: the choice of one of three launches, each with two dozen arguments.
 def mlp_fwd(
     x: Tensor,  # (rows, d), in the state dtype
     norm_weight: Tensor,
@@ -179,7 +179,11 @@ def mlp_fwd(
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """out (rows, d), and if `keep`, for the backward u, gate, a (rows, hidden)."""
+    """Returns out (rows, d) and, if `keep`, u, gate and a (rows, hidden) for the backward, else
+    None.
+
+    Args: as `mlp_fwd_ref`; row_count: see `_runtime`.
+    """
     check_mlp(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
         row_count, up_bias, gate_bias, down_bias, out,
@@ -187,23 +191,10 @@ def mlp_fwd(
     x = contiguous_columns(x)
     (rows, d), hidden_size = x.shape, up_weight.shape[0]
     if not mlp_is_fused(d, up_weight.dtype):
-        norm = (norm_weight, norm_bias)
-        options = {"eps": eps, "kind": kind, "row_count": row_count}
-        if up_is_fused(d, up_weight.dtype, gate_weight is not None):
-            up, gate, hidden = mlp_up_fwd(
-                x, *norm, up_weight, up_bias, gate_weight, gate_bias, activation, keep=keep,
-                **options,
-            )  # fmt: skip
-        else:
-            up = norm_linear_fwd(x, *norm, up_weight, up_bias, **options)
-            gate = None
-            if gate_weight is not None:
-                gate = norm_linear_fwd(x, *norm, gate_weight, gate_bias, **options)
-            hidden = activation_fwd(activation, up, gate)
-        out = linear_residual_fwd(
-            hidden, down_weight, down_bias, x, dropout, out, row_count=row_count
-        )
-        return (out, up, gate, hidden) if keep else (out, None, None, None)
+        return _mlp_wide_fwd(
+            x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias, down_weight,
+            down_bias, activation, eps, kind, dropout, out, keep, row_count,
+        )  # fmt: skip
     if out is None:
         out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
     require("out needs contiguous columns" if out.stride(-1) != 1 else None)
@@ -227,3 +218,24 @@ def mlp_fwd(
             BLOCK_M=config.block_m, BLOCK_H=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
     return out, up, gate, hidden
+
+
+def _mlp_wide_fwd(
+    x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias,
+    activation, eps, kind, dropout, out, keep, row_count,
+):  # fmt: skip
+    """The forward for wide d, with the hidden layer in memory."""
+    norm = (norm_weight, norm_bias)
+    options = {"eps": eps, "kind": kind, "row_count": row_count}
+    if up_is_fused(x.shape[1], up_weight.dtype, gate_weight is not None):
+        up, gate, hidden = mlp_up_fwd(
+            x, *norm, up_weight, up_bias, gate_weight, gate_bias, activation, keep=keep, **options
+        )
+    else:
+        up = norm_linear_fwd(x, *norm, up_weight, up_bias, **options)
+        gate = None
+        if gate_weight is not None:
+            gate = norm_linear_fwd(x, *norm, gate_weight, gate_bias, **options)
+        hidden = activation_fwd(activation, up, gate)
+    out = linear_residual_fwd(hidden, down_weight, down_bias, x, dropout, out, row_count=row_count)
+    return (out, up, gate, hidden) if keep else (out, None, None, None)

@@ -3,12 +3,12 @@
     dbranch = drop(dout);  da = dbranch · Wd;  (dup, dgate) = act'(u, gate) · da
     dy = dup · Wu (+ dgate · Wg);  dx by the norm's backward, without the residual's own dout
 
-One program per block of rows walks over the hidden layer in tiles; da never leaves the SM. dup,
+One program per block of rows iterates over the hidden layer in tiles; da stays on the SM. dup,
 dgate, dbranch and norm(x) are written once, as operands of weight_grad; the norm's gradients are
-summed from one partial a program, in a fixed order.
+summed from one partial per program, in a fixed order.
 
-FLOPs a row: 4 · d · hidden (SwiGLU 6). Bytes a row (16-bit, fp32 gradient): 4 · hidden + 16 · d
-(SwiGLU 8 · hidden): 131 FLOP a byte at d = 256, hidden = 1,024, so memory is the floor, narrowly.
+FLOPs per row: 4 · d · hidden (SwiGLU 6). Bytes per row (16-bit, fp32 gradient): 4 · hidden + 16 · d
+(SwiGLU 8 · hidden): 131 FLOP per byte at d = 256, hidden = 1,024, just memory bound.
 Above d = 256: linear_residual's backward, an elementwise kernel, norm_linear's backward.
 """
 
@@ -143,8 +143,11 @@ def mlp_bwd(
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor]:
-    """dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias (None without a bias),
-    and the weight gradients' operands y, dup, dgate, dbranch."""
+    """Returns dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias (None without
+    a bias), and the weight gradients' operands y, dup, dgate, dbranch.
+
+    Args: as `mlp_bwd_ref`; row_count: see `_runtime`.
+    """
     check_mlp(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
         row_count, dout=dout, up=up, gate=gate,
@@ -184,7 +187,7 @@ def _mlp_wide_bwd(
     dout, x, up, gate, norm_weight, norm_bias, up_weight, gate_weight, down_weight,
     activation, eps, kind, dropout, row_count,
 ):  # fmt: skip
-    """The same with the hidden layer's gradients in memory."""
+    """The backward for wide d, with the hidden layer's gradients in memory."""
     da, dbranch = linear_residual_bwd(dout, down_weight, dropout, row_count=row_count)
     dup, dgate = activation_bwd(activation, da, up.contiguous(), gate)
     norm = (norm_weight, norm_bias)
@@ -192,7 +195,7 @@ def _mlp_wide_bwd(
         options = {"eps": eps, "kind": kind, "row_count": row_count}
         dx, dnw, dnb, _, y = norm_linear_bwd(dup, x, *norm, up_weight, **options)
         return dx, dnw, dnb, y, dup, None, dbranch
-    # Two projections share one norm: their input gradients meet before it.
+    # Two projections share one norm: their input gradients are summed before its backward.
     y = norm_fwd(x, *norm, eps, kind, up_weight.dtype, row_count)
     dy = torch.addmm(dup @ up_weight, dgate, gate_weight)
     dx, dnw, dnb = norm_bwd(dy, x, norm_weight, eps, kind, norm_bias is not None, row_count)

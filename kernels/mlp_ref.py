@@ -1,13 +1,14 @@
 """Norm + up + activation + down + residual, plain torch, forward and backward.
 
-    y = norm(x);  u = y · Wuᵀ + bu;  a = act(u)  (SwiGLU: a = silu(y · Wgᵀ) · u);  out = x +
-    drop(a · Wdᵀ + bd)
+    y = norm(x);  u = y · Wuᵀ + bu;  a = act(u)  (SwiGLU: a = silu(y · Wgᵀ) · u)
+    out = x + drop(a · Wdᵀ + bd)
 
 | saved by the caller | recomputed in backward |
 |---|---|
 | x, u, (gate), a | norm(x) |
 
-Under a recompute policy the caller runs the forward again from x and hands over what it returns.
+Under a recompute policy the caller runs the forward again from x, and passes its results to the
+backward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")
 
 
 def activation_fwd_ref(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
-    """The hidden layer (rows, hidden) from its pre-activations."""
+    """Returns the hidden layer (rows, hidden), given its pre-activations."""
     if activation == "gelu_tanh":
         return torch.nn.functional.gelu(up, approximate="tanh")
     if activation == "gelu":
@@ -36,7 +37,8 @@ def activation_fwd_ref(activation: str, up: Tensor, gate: Tensor | None) -> Tens
 def activation_bwd_ref(
     activation: str, da: Tensor, up: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the pre-activations: (dup, dgate), each (rows, hidden)."""
+    """Returns the gradients of the pre-activations, dup and dgate (None without a gate), each
+    (rows, hidden)."""
     if activation == "gelu_tanh":
         return torch.ops.aten.gelu_backward(da, up, approximate="tanh"), None
     if activation == "gelu":
@@ -48,14 +50,14 @@ def activation_bwd_ref(
 
 
 def mlp_fwd_ref(
-    x: Tensor,  # (rows, d), in the state dtype
+    x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
-    up_weight: Tensor,  # (hidden, d), in the compute dtype
+    up_weight: Tensor,
     up_bias: Tensor | None,
-    gate_weight: Tensor | None,  # (hidden, d), SwiGLU only
+    gate_weight: Tensor | None,
     gate_bias: Tensor | None,
-    down_weight: Tensor,  # (d, hidden)
+    down_weight: Tensor,
     down_bias: Tensor | None,
     activation: str = "gelu_tanh",
     eps: float = 1e-6,
@@ -64,7 +66,28 @@ def mlp_fwd_ref(
     out: Tensor | None = None,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """out (rows, d), and if `keep`, for the backward u, gate, a (rows, hidden)."""
+    """Computes x + drop(act(norm(x) · Wuᵀ + bu) · Wdᵀ + bd).
+
+    Args:
+        x: (rows, d), in the state dtype.
+        norm_weight: (d,).
+        norm_bias: (d,), or None.
+        up_weight: (hidden, d), in the compute dtype.
+        up_bias: (hidden,), or None.
+        gate_weight: (hidden, d) for SwiGLU, else None.
+        gate_bias: (hidden,), or None.
+        down_weight: (d, hidden).
+        down_bias: (d,), or None.
+        activation: one of ACTIVATIONS.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+        dropout: the mask, or None.
+        out: (rows, d), buffer of the result.
+        keep: whether a backward follows.
+
+    Returns:
+        out (rows, d); u, gate (SwiGLU only) and a, each (rows, hidden), for the backward.
+    """
     y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, up_weight.dtype)
     up = torch.nn.functional.linear(y, up_weight, up_bias)
     gate = None if gate_weight is None else torch.nn.functional.linear(y, gate_weight, gate_bias)
@@ -74,7 +97,7 @@ def mlp_fwd_ref(
 
 
 def mlp_bwd_ref(
-    dout: Tensor,  # (rows, d)
+    dout: Tensor,
     x: Tensor,
     up: Tensor,
     gate: Tensor | None,
@@ -88,8 +111,27 @@ def mlp_bwd_ref(
     kind: str = "rms",
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias,
-    and the weight gradients' operands y, dup, dgate, dbranch."""
+    """Computes the backward of `mlp_fwd_ref`.
+
+    Args:
+        dout: (rows, d).
+        x: (rows, d).
+        up: (rows, hidden), u of the forward.
+        gate: (rows, hidden), or None.
+        norm_weight: (d,).
+        norm_bias: (d,), or None.
+        up_weight: (hidden, d).
+        gate_weight: (hidden, d), or None.
+        down_weight: (d, hidden).
+        activation: one of ACTIVATIONS.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+        dropout: the mask, or None.
+
+    Returns:
+        dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias, and the weight
+        gradients' operands y, dup, dgate, dbranch.
+    """
     da, dbranch = linear_residual_bwd_ref(dout, down_weight, dropout)
     dup, dgate = activation_bwd_ref(activation, da, up, gate)
     dy = dup @ up_weight

@@ -1,14 +1,14 @@
-"""Norm + up + activation in one kernel, the first half of an MLP whose hidden layer lies in memory.
+"""Norm + up + activation in one kernel: the first half of an MLP whose hidden layer is in memory.
 
     y = norm(x);  u = y · Wuᵀ + bu;  a = act(u)  (SwiGLU: a = silu(y · Wgᵀ + bg) · u)
 
-Shapes: x (rows, d), Wu and Wg (hidden, d), u, gate, a (rows, hidden). For 256 < d ≤ 512 (fp32:
-128 < d ≤ 256, without SwiGLU). A program keeps norm(x) of its rows on the SM and walks over its
-share of the hidden layer in tiles; u and gate are written only where a backward wants them.
+Shapes: x (rows, d), Wu and Wg (hidden, d), u, gate, a (rows, hidden). For 256 < d ≤ 512 (fp32: 128
+< d ≤ 256, without SwiGLU). A program keeps norm(x) of its rows on the SM and iterates over its
+share of the hidden layer in tiles; u and gate are written only if the backward needs them.
 
-FLOPs a row: 2 · d · hidden (SwiGLU 4). Bytes a row (16-bit, fp32 state): 4 · d + 2 · hidden, 4 (6)
-· hidden with u (and gate): at d = 512, hidden = 2,048 and nothing kept 340 FLOP a byte, so the
-tensor cores are the floor; kept, 205: both.
+FLOPs per row: 2 · d · hidden (SwiGLU 4). Bytes per row (16-bit, fp32 state): 4 · d + 2 · hidden, or
+with u (and gate) 4 · d + 4 (6) · hidden. At d = 512, hidden = 2,048: 340 FLOP per byte, compute
+bound; with u 205, near the ridge.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from .tuning import pick
 def load_weight(
     ptr, stride, first, last, at, D: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first` < last and columns `at` < D of a weight: [rows, columns], or turned."""
+    """Loads rows `first` < last and columns `at` < D of a weight: [rows, columns], or
+    transposed."""
     if TRANSPOSED:
         return tl.load(
             ptr + first[None, :] * stride + at[:, None],
@@ -47,8 +48,8 @@ def hidden_tile(
     up_ptr, gate_ptr, hidden_ptr, stride_un, stride_gn,
     D: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Columns `at` of the hidden layer [BLOCK_M, BLOCK_H] in y's dtype, 0 beyond H; it and its
-    pre-activations are written where there is a buffer for them."""
+    """Returns columns `at` of the hidden layer [BLOCK_M, BLOCK_H] in y's dtype, 0 beyond H; also
+    writes them and their pre-activations to the buffers that are given."""
     hidden_at = rows[:, None] * H + at[None, :]
     mask = row_mask[:, None] & (at < H)[None, :]
     w_up = load_weight(up_weight_ptr, stride_un, at, H, inside, D, True)
@@ -131,7 +132,10 @@ def mlp_up_fwd(
     keep: bool,
     row_count: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """u, gate (None unless `keep`) and a (rows, hidden); mlp_fwd has checked the call."""
+    """Returns u, gate (None unless `keep`) and a (rows, hidden); mlp_fwd has checked the call.
+
+    Args: as `mlp_fwd_ref`; row_count: see `_runtime`.
+    """
     (rows, d), hidden_size = x.shape, up_weight.shape[0]
     gated = gate_weight is not None
 

@@ -1,13 +1,13 @@
 """RMSNorm and LayerNorm over the last dimension as row kernels, and as parts of other kernels.
 
     x̂ = (x − μ) · r,  μ = 0 for RMSNorm,  r = (mean((x − μ)²) + eps)^(−1/2),  y = x̂ · weight + bias
-    dx = r · (g − [mean(g)] − x̂ · mean(g · x̂)),  g = dy · weight   (the bracket only for LayerNorm)
+    dx = r · (g − [mean(g)] − x̂ · mean(g · x̂)),  g = dy · weight   ([…] only for LayerNorm)
 
 Shapes: x, y, dy, dx (rows, d), weight and bias (d,). Nothing is saved; x̂ and r are recomputed.
-dweight and dbias are summed from one fp32 partial a program, in a fixed order: no float atomics.
+dweight and dbias are summed from one fp32 partial per program, in a fixed order: no float atomics.
 
-Bytes a row: forward d · (x + y), backward d · (x + dy + 4): memory bound everywhere, the floor is
-bytes / bandwidth. The row kernels serve d > 512, where the GEMM beside them belongs to cuBLAS.
+Bytes per row: forward d · (x + y), backward d · (x + dy + 4): memory bound everywhere. The row
+kernels are used for d > 512, where cuBLAS runs the GEMM next to them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .supports import norm_reason, require, row_count_reason, shapes_reason
 
 @triton.jit
 def normalize(x, columns, D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr):
-    """x̂ [BLOCK_M, BLOCK_D] and r [BLOCK_M] of x, fp32 with zeros beyond column D."""
+    """Returns x̂ [BLOCK_M, BLOCK_D] and r [BLOCK_M] in fp32, with zeros beyond column D."""
     if IS_LAYER:
         x = tl.where(columns[None, :] < D, x - (tl.sum(x, 1) / D)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)
-    if EPS == 0.0:  # rows of zeros, those outside too
+    if EPS == 0.0:  # rows of zeros, and rows outside
         rstd = tl.where(rstd == float("inf"), 0.0, rstd)
     return x * rstd[:, None], rstd
 
 
 @triton.jit
 def scale_shift(x_hat, weight_ptr, bias_ptr, columns, D: tl.constexpr):
-    """x̂ · weight + bias [BLOCK_M, BLOCK_D] in fp32; zeros beyond column D."""
+    """Returns x̂ · weight + bias [BLOCK_M, BLOCK_D] in fp32, with zeros beyond column D."""
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     y = x_hat * weight[None, :]
     if bias_ptr is not None:
@@ -45,7 +45,7 @@ def scale_shift(x_hat, weight_ptr, bias_ptr, columns, D: tl.constexpr):
 
 @triton.jit
 def norm_input_grad(dy, x_hat, rstd, weight_ptr, columns, D: tl.constexpr, IS_LAYER: tl.constexpr):
-    """dx [BLOCK_M, BLOCK_D] in fp32; dy has zeros beyond column D."""
+    """Returns dx [BLOCK_M, BLOCK_D] in fp32; dy must be zero beyond column D."""
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     g = dy * weight[None, :]
     inner = g - x_hat * (tl.sum(g * x_hat, 1) / D)[:, None]
@@ -56,7 +56,7 @@ def norm_input_grad(dy, x_hat, rstd, weight_ptr, columns, D: tl.constexpr, IS_LA
 
 @triton.jit
 def store_norm_partials(dy, x_hat, dweight_ptr, dbias_ptr, program, columns, D: tl.constexpr):
-    """This program's share of dweight and dbias; rows beyond M must be zero in dy."""
+    """Stores this program's part of dweight and dbias; dy must be zero in rows beyond M."""
     mask = columns < D
     tl.store(dweight_ptr + program * D + columns, tl.sum(dy * x_hat, 0), mask=mask)
     if dbias_ptr is not None:
@@ -65,7 +65,7 @@ def store_norm_partials(dy, x_hat, dweight_ptr, dbias_ptr, program, columns, D: 
 
 @triton.jit
 def clear_norm_partials(dweight_ptr, dbias_ptr, program, columns, D: tl.constexpr):
-    """The share of a program that has no rows."""
+    """Stores zeros as the part of a program without rows."""
     mask = columns < D
     tl.store(dweight_ptr + program * D + columns, 0.0, mask=mask)
     if dbias_ptr is not None:
@@ -139,7 +139,10 @@ def norm_fwd(
     dtype: torch.dtype | None = None,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """y (rows, d) in `dtype` (default: x's)."""
+    """Returns y (rows, d) in `dtype` (default: x's).
+
+    Args: as `norm_fwd_ref`; row_count: see `_runtime`.
+    """
     require(
         norm_reason(x, weight, bias, kind=kind)
         or shapes_reason(
@@ -168,7 +171,10 @@ def norm_bwd(
     has_bias: bool = True,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx (rows, d), dweight (d,) and dbias (d,), all in fp32."""
+    """Returns dx (rows, d), dweight (d,) and dbias (d,) (None unless `has_bias`), all in fp32.
+
+    Args: as `norm_bwd_ref`; row_count: see `_runtime`.
+    """
     require(
         norm_reason(x, weight, dy, kind=kind)
         or shapes_reason(("the norm's weight", weight, x.shape[1:]), ("dy", dy, x.shape))
@@ -192,7 +198,7 @@ def norm_bwd(
 def norm_grad_buffers(
     x: Tensor, programs: int, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx (rows, d) and the partials (programs, d) of dweight and dbias, uninitialised, fp32."""
+    """Allocates dx (rows, d) and the partials (programs, d) of dweight and dbias in fp32."""
     d = x.shape[1]
     dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     partials = [torch.empty(programs, d, dtype=torch.float32, device=x.device) for _ in "wb"]

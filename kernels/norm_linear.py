@@ -4,17 +4,18 @@
     dz = RoPE⁻¹(dout);  dy = dz · W;  dx by the norm's backward
 
 Shapes: x (rows, d), W (columns, d), out and dz (rows, columns). A program keeps norm(x) of its rows
-on the SM and walks over the columns two half-tiles at a time: column c of a head's first half and
-column c + head_dim / 2 lie at the same place of two accumulators, so that RoPE is elementwise.
+on the SM and iterates over the columns two half-tiles at a time: column c of a head's first half
+and column c + head_dim / 2 have the same place in two accumulators, so RoPE is elementwise.
 
 | saved by the caller | recomputed in backward | written for weight_grad |
 |---|---|---|
 | x | norm(x), its statistics | norm(x), dz (dout itself without RoPE) |
 
-FLOPs a row: 2 · d · columns forward, the same backward. Bytes a row (16-bit, fp32 state; d = 256,
-columns = 768): forward 4d + 2·columns = 2.6 kB, backward 4d + 4·columns + 6d = 5.6 kB, so both sit
-at about 100 FLOP a byte: below the H200's 180, the floor is memory.
-Above d = 512 (fp32: 256) the norm is a row kernel, the GEMM cuBLAS's, RoPE an in-place kernel.
+FLOPs per row: 2 · d · columns forward, the same backward. Bytes per row (16-bit, fp32 state; d =
+256, columns = 768): forward 4d + 2·columns = 2.6 kB, backward 4d + 4·columns + 6d = 5.6 kB: about
+100 FLOP per byte each, below the H200's 180, so memory bound.
+Above d = 512 (fp32: 256) it is a row kernel for the norm, a cuBLAS GEMM, and an in-place RoPE
+kernel.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ from .tuning import pick
 
 @triton.jit
 def _pair_columns(tile, HALF: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Columns [BLOCK_P] of the first halves of a tile's pairs; their partners lie HALF further."""
+    """Returns the columns [BLOCK_P] of the first halves of a tile's pairs; their partners are HALF
+    further."""
     pair = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     return pair // HALF * (2 * HALF) + pair % HALF
 
@@ -67,7 +69,7 @@ def _pair_columns(tile, HALF: tl.constexpr, BLOCK_P: tl.constexpr):
 def _rope_tables(
     cos_ptr, sin_ptr, stride_cm, rows, row_mask, first, rotary, HALF: tl.constexpr
 ):  # fmt: skip
-    """cos and sin [BLOCK_M, BLOCK_P] in fp32; 1 and 0 on columns that RoPE leaves alone."""
+    """Loads cos and sin [BLOCK_M, BLOCK_P] in fp32; 1 and 0 on columns without RoPE."""
     at = rows[:, None] * stride_cm + (first % (2 * HALF))[None, :]
     mask = row_mask[:, None] & (first < rotary)[None, :]
     cos = tl.load(cos_ptr + at, mask=mask, other=1.0)
@@ -166,7 +168,7 @@ def _rope_kernel(
 def _rope(
     z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float, row_count: Tensor | None
 ) -> Tensor:
-    """Turns the first `rotary` columns of z in place."""
+    """Rotates the first `rotary` columns of z in place."""
     half = cos.shape[1]
     if z.shape[0]:
         _rope_kernel[(cdiv(z.shape[0], 16), cdiv(rotary // 2, 64))](
@@ -177,7 +179,7 @@ def _rope(
 
 
 def _config(rows: int, d: int, dtype: torch.dtype, device: torch.device, back: bool) -> Config:
-    """block_n is the number of column pairs a tile."""
+    """Returns a configuration; block_n is the number of column pairs per tile."""
     return pick("norm_linear_bwd" if back else "norm_linear_fwd", dtype, d, rows, device)
 
 
@@ -214,7 +216,10 @@ def norm_linear_fwd(
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """out (rows, columns) in the weight's dtype."""
+    """Returns out (rows, columns) in the weight's dtype.
+
+    Args: as `norm_linear_fwd_ref`; row_count: see `_runtime`.
+    """
     _check(x, norm_weight, norm_bias, weight, bias, None, cos, sin, rotary, kind, row_count)
     x = contiguous_columns(x)
     (rows, d), columns = x.shape, weight.shape[0]
@@ -330,8 +335,11 @@ def norm_linear_bwd(
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """dx, dnorm_weight, dnorm_bias (None without a bias), and the weight gradient's operands
-    dz (rows, columns), y (rows, d)."""
+    """Returns dx, dnorm_weight, dnorm_bias (None without a bias), and the weight gradient's
+    operands dz (rows, columns), y (rows, d).
+
+    Args: as `norm_linear_bwd_ref`; row_count: see `_runtime`.
+    """
     _check(x, norm_weight, norm_bias, weight, None, dout, cos, sin, rotary, kind, row_count)
     (rows, d), columns = x.shape, weight.shape[0]
     x, dout = contiguous_columns(x), contiguous_columns(dout)
@@ -341,7 +349,7 @@ def norm_linear_bwd(
         has_bias = norm_bias is not None
         dx, dnw, dnb = norm_bwd(dz @ weight, x, norm_weight, eps, kind, has_bias, row_count)
         return dx, dnw, dnb, dz, y
-    # Not in place: another thread may still have to read what one writes.
+    # Not in place: other threads may still read the same elements.
     dz = torch.empty(dout.shape, dtype=dout.dtype, device=x.device) if rotary else dout
     y = torch.empty(rows, d, dtype=weight.dtype, device=x.device)
     config = _config(rows, d, weight.dtype, x.device, back=True)

@@ -19,9 +19,14 @@ from .norm_ref import norm_bwd_ref, norm_fwd_ref
 
 
 def rotate_ref(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float = 1.0) -> Tensor:
-    """Half-split rotary embedding of the first `rotary` columns of z, in place.
+    """Applies half-split RoPE to the first `rotary` columns of z, in place.
 
-    z (rows, columns); cos, sin (rows, head_dim / 2); sign −1 is the inverse (and the backward).
+    Args:
+        z: (rows, columns).
+        cos: (rows, head_dim / 2).
+        sin: like cos.
+        rotary: number of columns, whole heads.
+        sign: −1 is the inverse rotation, as in the backward.
     """
     half = cos.shape[-1]
     pairs = z[:, :rotary].unflatten(-1, (-1, 2, half))  # (rows, heads, 2, half), a view
@@ -34,37 +39,69 @@ def rotate_ref(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float = 1
 
 
 def norm_linear_fwd_ref(
-    x: Tensor,  # (rows, d)
-    norm_weight: Tensor,  # (d,)
-    norm_bias: Tensor | None,  # (d,)
-    weight: Tensor,  # (columns, d), in the compute dtype
-    bias: Tensor | None,  # (columns,)
-    cos: Tensor | None = None,  # (rows, head_dim / 2)
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor | None = None,
     sin: Tensor | None = None,
-    rotary: int = 0,  # columns that RoPE turns: (q heads + k heads) * head_dim
+    rotary: int = 0,
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> Tensor:
-    """out (rows, columns) in the weight's dtype."""
+    """Computes norm(x) · Wᵀ + b, with RoPE on the first columns.
+
+    Args:
+        x: (rows, d).
+        norm_weight: (d,).
+        norm_bias: (d,), or None.
+        weight: (columns, d), in the compute dtype.
+        bias: (columns,), or None.
+        cos: (rows, head_dim / 2), or None.
+        sin: like cos.
+        rotary: columns that RoPE rotates, (query heads + key heads) · head_dim.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+
+    Returns:
+        out (rows, columns) in the weight's dtype.
+    """
     y = norm_fwd_ref(x, norm_weight, norm_bias, eps, kind, weight.dtype)
     out = torch.nn.functional.linear(y, weight, bias)
     return rotate_ref(out, cos, sin, rotary) if rotary else out
 
 
 def norm_linear_bwd_ref(
-    dout: Tensor,  # (rows, columns); overwritten where RoPE turns it back
-    x: Tensor,  # (rows, d)
+    dout: Tensor,
+    x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor | None,
-    weight: Tensor,  # (columns, d)
+    weight: Tensor,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     rotary: int = 0,
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dnorm_weight, dnorm_bias, and the weight gradient's operands dz (rows, columns), y
-    (rows, d)."""
+    """Computes the backward of `norm_linear_fwd_ref`.
+
+    Args:
+        dout: (rows, columns); its rotary columns are overwritten.
+        x: (rows, d).
+        norm_weight: (d,).
+        norm_bias: (d,), or None.
+        weight: (columns, d), in the compute dtype.
+        cos: (rows, head_dim / 2), or None.
+        sin: like cos.
+        rotary: columns that RoPE rotates, (query heads + key heads) · head_dim.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+
+    Returns:
+        dx, dnorm_weight, dnorm_bias, and the weight gradient's operands dz (rows, columns), y
+        (rows, d).
+    """
     dz = rotate_ref(dout, cos, sin, rotary, -1.0) if rotary else dout
     dx, dnorm_weight, dnorm_bias, y = norm_bwd_ref(
         dz @ weight, x, norm_weight, norm_bias, eps, kind, weight.dtype

@@ -1,12 +1,10 @@
 """RMSNorm and LayerNorm over the last dimension, plain torch, forward and hand-written backward.
 
-    x̂ = (x − μ) · r,  μ = 0 for RMSNorm,  r = (mean((x − μ)²) + eps)^(−1/2),  y = x̂ · weight +
-    bias
-    dx = r · (g − [mean(g)] − x̂ · mean(g · x̂)),  g = dy · weight   (the bracket only for
-    LayerNorm)
+    x̂ = (x − μ) · r,  μ = 0 for RMSNorm,  r = (mean((x − μ)²) + eps)^(−1/2),  y = x̂ · weight + bias
+    dx = r · (g − [mean(g)] − x̂ · mean(g · x̂)),  g = dy · weight   ([…] only for LayerNorm)
 
-Nothing is saved: x̂ and r are recomputed from x, which the caller holds anyway.
-Statistics are taken in fp32 (fp64 for fp64 inputs); y has the dtype that the caller asks for.
+Nothing is saved: x̂ and r are recomputed from x, which the caller keeps. Statistics are computed in
+fp32 (fp64 for fp64 inputs); y has the dtype that the caller requests.
 """
 
 from __future__ import annotations
@@ -18,19 +16,19 @@ NORMS = ("rms", "layer")
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the dtype in which sums are taken: fp32, or fp64 for fp64."""
+    """Returns x in the dtype of sums: fp32, or fp64 for fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype in which sums over all of these are taken: fp32, or fp64 where one of them is."""
+def upcast_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Returns the dtype of sums over these tensors: fp32, or fp64 if one of them is."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
 
 
 def normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
-    """x̂ (rows, d) and r (rows, 1) of the rows of x. With eps = 0 both are 0 for a row that has
-    nothing to norm."""
+    """Returns x̂ (rows, d) and r (rows, 1) of the rows of x. With eps = 0, both are 0 for constant
+    (RMSNorm: zero) rows."""
     x = upcast(x)
     if kind == "layer":
         x = x - x.mean(-1, keepdim=True)
@@ -42,14 +40,26 @@ def normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def norm_fwd_ref(
-    x: Tensor,  # (rows, d)
-    weight: Tensor,  # (d,)
-    bias: Tensor | None,  # (d,)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     kind: str = "rms",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y (rows, d) in `dtype` (default: x's)."""
+    """Computes the norm.
+
+    Args:
+        x: (rows, d).
+        weight: (d,).
+        bias: (d,), or None.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+        dtype: dtype of the result; default: x's.
+
+    Returns:
+        y (rows, d).
+    """
     x_hat, _ = normalize(x, eps, kind)
     return _scale(x_hat, weight, bias).to(dtype or x.dtype)
 
@@ -60,17 +70,30 @@ def _scale(x_hat: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def norm_bwd_ref(
-    dy: Tensor,  # (rows, d)
-    x: Tensor,  # (rows, d)
-    weight: Tensor,  # (d,)
-    bias: Tensor | None,  # (d,)
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     eps: float,
     kind: str = "rms",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (rows, d), dweight (d,), dbias (d,) (zeros without a bias) in the wide dtype, and y again
-    in `dtype` (default: x's), which the weight gradient of the projection behind it needs."""
-    sums = wide_dtype(dy, x, weight)
+    """Computes the norm's backward.
+
+    Args:
+        dy: (rows, d).
+        x: (rows, d).
+        weight: (d,).
+        bias: (d,), or None.
+        eps: epsilon of the norm.
+        kind: "rms" or "layer".
+        dtype: dtype of y; default: x's.
+
+    Returns:
+        dx (rows, d), dweight (d,) and dbias (d,) (zeros without a bias) in fp32 or fp64; and y, an
+        operand of the next projection's weight gradient.
+    """
+    sums = upcast_dtype(dy, x, weight)
     dy, scale = dy.to(sums), weight.to(sums)
     x_hat, rstd = normalize(x.to(sums), eps, kind)
     y = _scale(x_hat, weight, bias).to(dtype or x.dtype)

@@ -1,6 +1,7 @@
-"""What the Triton kernels take: every check returns the reason why not, or None.
+"""The limits of the Triton kernels: each check returns a reason why a call is not supported, or
+None.
 
-Importing this module does not import triton, so `relay_fast.explain` answers anywhere.
+This module does not import triton, so `relay_fast.explain` works everywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .norm_ref import NORMS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (8, 128)
-FUSED_WIDTH = 512  # above, GEMMs belong to cuBLAS
+FUSED_WIDTH = 512  # above, cuBLAS runs the GEMMs
 MAX_WIDTH = 8192
 MAX_VOCABULARY = 1 << 18
 MAX_LENGTH = 65_535 * 16  # the grid's second axis, blocks of at least 16 rows
@@ -29,33 +30,33 @@ _INT32 = 2**31 - 1
 
 
 class Unsupported(RuntimeError):
-    """A call that the Triton kernels do not take; raised before anything is launched."""
+    """A call that the Triton kernels do not support; raised before any launch."""
 
 
 def require(reason: str | None) -> None:
-    """Raises Unsupported with the reason, if there is one."""
+    """Raises Unsupported if there is a reason."""
     if reason is not None:
         raise Unsupported(f'impl="triton" cannot be used: {reason}; use impl="torch" or "auto"')
 
 
 def norm_is_fused(d: int, dtype: torch.dtype) -> bool:
-    """Whether a norm of this width shares a kernel with the GEMM behind it."""
+    """Returns whether a norm of this width is fused with the GEMM after it."""
     return d <= (256 if dtype == torch.float32 else FUSED_WIDTH)
 
 
 def mlp_is_fused(d: int, dtype: torch.dtype) -> bool:
-    """Whether the MLP's hidden layer stays on the SM."""
+    """Returns whether the MLP's hidden layer stays on the SM."""
     return d <= (128 if dtype == torch.float32 else 256)
 
 
 def up_is_fused(d: int, dtype: torch.dtype, gated: bool) -> bool:
-    """Whether the activation shares a kernel with the projection before it. In fp32, where products
-    are multiply-adds, two weights' tiles at d > 128 spill kilobytes."""
+    """Returns whether the activation is fused with the projection before it. In fp32, where
+    products are multiply-adds, the tiles of two weights at d > 128 would spill kilobytes."""
     return norm_is_fused(d, dtype) and not (gated and dtype == torch.float32)
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in the interpreter, on a CPU."""
+    """Returns whether Triton kernels run in the interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -66,18 +67,19 @@ def _has_triton() -> bool:
 
 @cache
 def _card_reason(index: int | None) -> str | None:
-    """Why kernels cannot run on this CUDA card."""
+    """Returns why kernels cannot run on this GPU."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not cards:
-        return "torch finds no CUDA card on this machine"
+        return "torch finds no CUDA device on this machine"
     if index is not None and index >= cards:
-        return f"CUDA device {index} is asked for and this machine has {cards}"
+        return f"CUDA device {index} was requested, but this machine has {cards}"
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"the card is sm_{major}{minor}, older than sm_80"
+    return None if major >= 8 else f"the GPU is sm_{major}{minor}, older than sm_80"
 
 
 def device_reason(device: torch.device | str) -> str | None:
-    """Why kernels cannot run on `device`; None if they can (meta: they can be compiled for it)."""
+    """Returns why kernels cannot run on `device`, or None if they can; they can be compiled for
+    meta."""
     device = torch.device(device)
     if not _has_triton():
         return "the package triton is not installed"
@@ -89,7 +91,7 @@ def device_reason(device: torch.device | str) -> str | None:
 
 
 def dtype_reason(*dtypes: torch.dtype) -> str | None:
-    """Why these dtypes are not taken."""
+    """Returns why these dtypes are not supported."""
     for dtype in dtypes:
         if dtype not in DTYPES:
             known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
@@ -98,11 +100,11 @@ def dtype_reason(*dtypes: torch.dtype) -> str | None:
 
 
 def tensor_reason(*tensors: Tensor | None) -> str | None:
-    """Why these tensors are not taken: device, dtype, layout or size."""
+    """Returns why these tensors are not supported: device, dtype, layout or size."""
     present = [t for t in tensors if t is not None]
     for t in present:
         if t.device != present[0].device:
-            return f"tensors lie on {present[0].device} and {t.device}"
+            return f"tensors are on {present[0].device} and {t.device}"
         if t.numel() and t.shape[-1] * max(t.stride(-1), 1) > _INT32:
             return f"a row of {tuple(t.shape)} overflows 32-bit offsets"
         if t.ndim == 2 and t.stride(0) * TILE_ROWS > _INT32:
@@ -111,19 +113,19 @@ def tensor_reason(*tensors: Tensor | None) -> str | None:
 
 
 def row_count_reason(row_count: Tensor | None, x: Tensor) -> str | None:
-    """Why this row count on the device is not taken (see `_runtime`)."""
+    """Returns why this row count on the device is not supported (see `_runtime`)."""
     if row_count is None:
         return None
     if row_count.numel() != 1 or row_count.dtype != torch.int32:
         kind = f"{tuple(row_count.shape)} {str(row_count.dtype).removeprefix('torch.')}"
         return f"row_count is {kind} instead of one int32"
     if row_count.device != x.device:
-        return f"row_count lies on {row_count.device} and the rows on {x.device}"
+        return f"row_count is on {row_count.device} and the rows on {x.device}"
     return None
 
 
 def width_reason(d: int, kind: str = "rms") -> str | None:
-    """Why a norm of this width or kind is not taken."""
+    """Returns why a norm of this width or kind is not supported."""
     if kind not in NORMS:
         return f"norm {kind!r} is not one of {NORMS}"
     if not 1 <= d <= MAX_WIDTH:
@@ -132,7 +134,8 @@ def width_reason(d: int, kind: str = "rms") -> str | None:
 
 
 def shapes_reason(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> str | None:
-    """Why these named tensors are not taken: another shape than expected, or a strided vector."""
+    """Returns why these named tensors are not supported: an unexpected shape, or a strided
+    vector."""
     for name, t, shape in expected:
         if t is None:
             continue
@@ -144,29 +147,29 @@ def shapes_reason(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> str 
 
 
 def list_reason(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor) -> str | None:
-    """Why this list of integers, one a row, is not taken."""
+    """Returns why this list of integers, one per row, is not supported."""
     if t is None:
         return None
     if t.shape != shape or t.dtype not in (torch.int32, torch.int64):
         kind = f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
         return f"{name} is {kind} instead of {tuple(shape)} int32 or int64"
-    return None if t.device == x.device else f"{name} lies on {t.device} and the rows on {x.device}"
+    return None if t.device == x.device else f"{name} is on {t.device} and the rows on {x.device}"
 
 
 def rows_reason(x: Tensor, *tensors: Tensor | None) -> str | None:
-    """Why x (rows, columns) and what belongs to it are not taken."""
+    """Returns why x (rows, columns) and the tensors that belong to it are not supported."""
     if x.ndim != 2:
         return f"a tensor of rows has {x.ndim} dimensions instead of 2"
     return tensor_reason(x, *tensors)
 
 
 def norm_reason(x: Tensor, *tensors: Tensor | None, kind: str = "rms") -> str | None:
-    """Why a norm of x (rows, d) is not taken."""
+    """Returns why a norm of x (rows, d) is not supported."""
     return rows_reason(x, *tensors) or width_reason(x.shape[1], kind)
 
 
 def weights_reason(*weights: Tensor | None) -> str | None:
-    """Why these GEMM weights are not taken."""
+    """Returns why these GEMM weights are not supported."""
     present = [w for w in weights if w is not None]
     for w in present:
         if w.dtype != present[0].dtype:
@@ -181,7 +184,7 @@ def weights_reason(*weights: Tensor | None) -> str | None:
 def rope_reason(
     rows: int, columns: int, rotary: int, cos: Tensor | None, sin: Tensor | None
 ) -> str | None:
-    """Why this rotary embedding is not taken."""
+    """Returns why this rotary embedding is not supported."""
     if not rotary:
         return None
     if cos is None or sin is None:
@@ -199,17 +202,17 @@ def rope_reason(
 def layout_reason(
     layout: PaddedLayout, x: Tensor, row_count: Tensor | None, *others: Tensor
 ) -> str | None:
-    """Why these sequences of the rows of x (and of `others`) are not taken.
+    """Returns why these sequences of the rows of x (and of `others`) are not supported.
 
-    Offsets whose end the layout does not know are read back from the device, once. With a row count
-    x may have more rows than the offsets end at.
+    If the layout does not know the last offset, the offsets are copied to the host, once. With a
+    row count, x may have more rows than the last offset.
     """
     cu, rows = layout.cu_seqlens, x.shape[0]
     if cu.ndim != 1 or len(cu) == 0 or cu.dtype != torch.int32 or not cu.is_contiguous():
         kind = f"{tuple(cu.shape)} {str(cu.dtype).removeprefix('torch.')}"
         return f"cu_seqlens is {kind} instead of (sequences + 1,) int32, contiguous"
     if cu.device != x.device:
-        return f"cu_seqlens lies on {cu.device} and the rows on {x.device}"
+        return f"cu_seqlens is on {cu.device} and the rows on {x.device}"
     if not 0 <= layout.max_length <= MAX_LENGTH:
         return f"max_length {layout.max_length} is not in 0..{MAX_LENGTH}"
     stride = max(t.stride(0) for t in (x, *others))
@@ -222,7 +225,7 @@ def layout_reason(
             return f"cu_seqlens starts at {offsets[0]} instead of 0"
         if min(lengths, default=0) < 0:
             at = next(i for i, n in enumerate(lengths) if n < 0)
-            return f"cu_seqlens falls from {offsets[at]} to {offsets[at + 1]} at sequence {at}"
+            return f"cu_seqlens decreases from {offsets[at]} to {offsets[at + 1]} at sequence {at}"
         if max(lengths, default=0) > layout.max_length:
             return (
                 f"a sequence of {max(lengths)} rows is longer than max_length {layout.max_length}"
@@ -234,7 +237,7 @@ def layout_reason(
 
 
 def heads_reason(columns: int, heads: int, kv_heads: int) -> str | None:
-    """Why these attention heads are not taken."""
+    """Returns why these attention heads are not supported."""
     if not 1 <= kv_heads <= heads or heads % kv_heads:
         return f"{heads} heads are not divisible by {kv_heads} key/value heads"
     if columns % (heads + 2 * kv_heads):
@@ -247,23 +250,25 @@ def heads_reason(columns: int, heads: int, kv_heads: int) -> str | None:
 
 
 def activation_reason(activation: str, gated: bool) -> str | None:
-    """Why this activation is not taken."""
+    """Returns why this activation is not supported."""
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} is not one of {ACTIVATIONS}"
     if gated != (activation == "swiglu"):
-        return f"activation {activation!r} {'takes no' if gated else 'needs a'} gate weight"
+        needs = "does not support a" if gated else "needs a"
+        return f"activation {activation!r} {needs} gate weight"
     return None
 
 
 def vocabulary_reason(vocabulary: int) -> str | None:
-    """Why a head of so many tokens is not taken."""
+    """Returns why this vocabulary size is not supported."""
     if not 1 <= vocabulary <= MAX_VOCABULARY:
         return f"vocabulary {vocabulary} is not in 1..{MAX_VOCABULARY}"
     return None
 
 
 def loop_tile(longest: int, dtype: torch.dtype) -> int:
-    """Rows a program of the whole-loop kernel, 0 if the longest sequence does not fit."""
+    """Returns the rows per program of the whole-loop kernel, or 0 if the longest sequence does not
+    fit."""
     sizes = (32,) if dtype == torch.float32 else (64, 128)
     return next((size for size in sizes if longest <= size), 0)
 
@@ -279,7 +284,7 @@ def loop_reason(
     activation: str,
     kind: str,
 ) -> str | None:
-    """Why the whole-loop kernel does not take this call."""
+    """Returns why the whole-loop kernel does not support this call."""
     w, rows = weights, int(layout.lengths.sum())
     reason = (
         norm_reason(x, *w, cos, sin, kind=kind)
@@ -293,11 +298,11 @@ def loop_reason(
         return reason
     widest = 64 if w.qkv.dtype == torch.float32 else 128
     if x.shape[1] > widest:
-        return f"the whole-loop kernel takes widths up to {widest}, not {x.shape[1]}"
+        return f"the whole-loop kernel supports widths up to {widest}, not {x.shape[1]}"
     longest = int(layout.lengths.max(initial=0))
     if not loop_tile(longest, w.qkv.dtype):
         most = 32 if w.qkv.dtype == torch.float32 else 128
-        return f"the whole-loop kernel takes sequences of up to {most} rows, not {longest}"
+        return f"the whole-loop kernel supports sequences of up to {most} rows, not {longest}"
     if not all(t is None or t.is_contiguous() for t in (*w, cos, sin)):
-        return "the whole-loop kernel takes contiguous weights and tables"
+        return "the whole-loop kernel needs contiguous weights and tables"
     return None

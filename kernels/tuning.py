@@ -1,9 +1,10 @@
 """Launch configurations of every kernel, in one table, and the choice from it.
 
-A rule serves operands of `bits` bits and widths up to `widest` (d, or what the op's line says) on
-architectures from `arch` on; the first that fits is taken, so narrow ones stand first. Where
-`rows` is "many" it serves calls whose blocks of 128 rows keep the processors busy, "few" the
-others. RELAY_FAST_AUTOTUNE=1 searches around a rule (`autotune.py`) and prints lines to put here.
+A rule applies to operands of `bits` bits and widths up to `widest` (d, or as listed below) on
+architectures from `arch` on. The first rule that applies is used, so narrow widths come first. With
+`rows` = "many" it applies to calls whose blocks of 128 rows keep the processors busy, with "few" to
+the others. RELAY_FAST_AUTOTUNE=1 searches around a rule (`autotune.py`) and prints lines for this
+table.
 
 | op | width | block_m | block_n |
 |---|---|---|---|
@@ -25,10 +26,10 @@ from typing import NamedTuple
 
 import torch
 
-from ._runtime import Config, cdiv, facts
+from ._runtime import Config, cdiv, device_props
 
 ANY = 1 << 30
-AHEAD = "2026-11-21 compile_report.py"  # by registers, spills and instructions; timed nowhere yet
+AHEAD = "2026-11-21 compile_report.py"  # by registers, spills and instructions; not timed yet
 
 
 class Rule(NamedTuple):
@@ -39,7 +40,7 @@ class Rule(NamedTuple):
     widest: int
     rows: str  # many, few or any
     config: Config
-    arch: int = 80  # the least compute capability
+    arch: int = 80  # the lowest compute capability
     measured: str = AHEAD  # date and script
 
 
@@ -96,10 +97,10 @@ TABLE = (
     Rule("weight_grad",         32,  ANY, "any",  Config( 32,  32, 4, 2)),
 )
 # fmt: on
-# mlp_up_gated: two weights of 512 columns, twice, beside 64 rows are 200 KB, too much for sm_80.
-# Two programs of linear_residual's columns share a block of rows: half the blocks are many.
+# mlp_up_gated: two stages of two weights of 512 columns and 64 rows are 200 KB, too much for sm_80.
+# linear_residual: two programs share a block of rows, so half as many blocks count as "many".
 _BUSY = {"linear_residual": 2}
-_learned: list[Rule] = []  # by this process's search
+_learned: list[Rule] = []  # found by this process's search
 _trying: dict[str, Config] = {}
 _watched: list[dict[Rule, Config]] = []
 
@@ -107,8 +108,16 @@ _watched: list[dict[Rule, Config]] = []
 def pick(
     op: str, dtype: torch.dtype, width: int, rows: int = 0, device: torch.device | None = None
 ) -> Config:
-    """The configuration of an op's launch for operands of `dtype` and so many rows."""
-    here = facts(device or torch.device("cpu"))
+    """Returns the launch configuration of an op.
+
+    Args:
+        op: name in the table.
+        dtype: dtype of the operands.
+        width: width as listed in the table.
+        rows: number of rows of the call.
+        device: device of the tensors; None: the CPU.
+    """
+    here = device_props(device or torch.device("cpu"))
     many = cdiv(rows, 128) >= here.processors // _BUSY.get(op, 1)
     rule = _rule(op, 32 if dtype == torch.float32 else 16, width, many, here.arch)
     config = _trying.get(op, rule.config)
@@ -128,7 +137,7 @@ def _rule(op: str, bits: int, width: int, many: bool, arch: int) -> Rule:
 
 @contextmanager
 def watching() -> Iterator[dict[Rule, Config]]:
-    """Yields a dict that fills with the rules picked inside, and what they gave."""
+    """Yields a dict that collects the rules used inside the context, and their configurations."""
     seen: dict[Rule, Config] = {}
     _watched.append(seen)
     try:
@@ -139,7 +148,7 @@ def watching() -> Iterator[dict[Rule, Config]]:
 
 @contextmanager
 def trying(op: str, config: Config) -> Iterator[None]:
-    """Every launch of an op inside takes this configuration."""
+    """Makes every launch of an op inside the context use this configuration."""
     before = dict(_trying)
     _trying[op] = config
     try:
@@ -150,14 +159,14 @@ def trying(op: str, config: Config) -> Iterator[None]:
 
 
 def learn(rule: Rule) -> None:
-    """Puts a rule before the table's, in this process."""
+    """Puts a rule before those of the table, in this process."""
     _learned.insert(0, rule)
     _rule.cache_clear()
 
 
 def candidates(rule: Rule) -> list[Config]:
-    """Configurations to try in a rule's place, its own first: one thing changed at a time, and the
-    warps with the rows. At most 20."""
+    """Returns at most 20 configurations to try for a rule, its own first. Each changes one
+    parameter; warps also change with the rows."""
     c, found = rule.config, [rule.config]
     sizes = lambda size: [s for s in (size // 2, size * 2) if 16 <= s <= 256]
     for warps in (4, 8):
@@ -168,7 +177,7 @@ def candidates(rule: Rule) -> list[Config]:
 
 
 def line(rule: Rule) -> str:
-    """The rule as a line of the table."""
+    """Formats the rule as a line of the table."""
     widest = "ANY" if rule.widest == ANY else rule.widest
     c = rule.config
     config = f"Config({c.block_m:3}, {c.block_n:3}, {c.num_warps}, {c.num_stages})"

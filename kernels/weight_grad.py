@@ -1,9 +1,9 @@
 """Weight gradient accumulated into an fp32 buffer: acc += dyᵀ · x (beta = 1), deterministic.
 
 Shapes: acc (columns, d), dy (rows, columns), x (rows, d). The sum over rows is long and the output
-small (768 × 256: 12 tiles for 132 processors), so rows are split over programs; each writes an fp32
-partial, and a second kernel adds them to acc in a fixed order: no float atomics, the same bits on
-every run on one machine.
+small (768 × 256: 12 tiles for 132 processors), so the rows are split over programs. Each writes an
+fp32 partial, and a second kernel adds the partials to acc in a fixed order: no float atomics, and
+the same bits in every run on one machine.
 
 FLOPs: 2 · rows · columns · d. Bytes: 2 · rows · (columns + d) + 8 · splits · columns · d; the
 partials (8.6 MB at 768 × 256 and 11 splits) stay in L2.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, cdiv, contiguous_columns, counted_rows, dot, facts
+from ._runtime import Config, cdiv, contiguous_columns, counted_rows, device_props, dot
 from .supports import norm_reason, require, row_count_reason, shapes_reason, weights_reason
 from .tuning import pick
 
@@ -79,7 +79,7 @@ def _weight_grad_sum_kernel(
 
 
 def _config(columns: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """block_m is the tile's extent along d here."""
+    """Returns a configuration; block_m is the size of a tile along d."""
     return pick("weight_grad", dtype, min(columns, d), 0, device)
 
 
@@ -92,10 +92,15 @@ def weight_grad(
     row_count: Tensor | None = None,
     offset: int = 0,
 ) -> None:
-    """acc (columns, d) in fp32 += dy (rows, columns)ᵀ · x (rows, d), summed in fp32.
+    """acc += dyᵀ · x, summed in fp32.
 
-    fresh: acc holds nothing yet, and is zeroed first. offset: which of the rows that `row_count`
-    counts dy's first one is.
+    Args:
+        acc: (columns, d) fp32.
+        dy: (rows, columns).
+        x: (rows, d).
+        fresh: whether acc is uninitialised and must be zeroed first.
+        row_count: (1,) int32 on the device, the number of rows that count; None: all.
+        offset: index of dy's first row among the rows that `row_count` counts.
     """
     reason = (
         norm_reason(x, acc, dy)
@@ -118,7 +123,9 @@ def weight_grad(
     config = _config(columns, d, x.dtype, x.device)
     block_k = 32 if x.dtype == torch.float32 else 64
     grid = (cdiv(d, config.block_m), cdiv(columns, config.block_n))
-    splits = max(1, min(cdiv(rows, 4 * block_k), facts(x.device).processors // (grid[0] * grid[1])))
+    splits = max(
+        1, min(cdiv(rows, 4 * block_k), device_props(x.device).processors // (grid[0] * grid[1]))
+    )
     rows_each = cdiv(cdiv(rows, splits), block_k) * block_k
     splits = cdiv(rows, rows_each)
     target = acc

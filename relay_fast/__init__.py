@@ -1,7 +1,7 @@
 """relay_fast: fast looped transformers, and RELAY end to end.
 
-Importing this package is quick and touches neither CUDA nor triton (nor torch): a public name is
-looked up in the module that defines it when it is first used.
+The import is fast and loads neither torch, CUDA nor triton: a public name is imported from its
+module on first use.
 """
 
 import importlib
@@ -15,7 +15,7 @@ name_moved_paths()
 
 __version__ = "0.1.0"
 
-# Public name -> the module it comes from; a module stands for itself.
+# Public name -> the module that defines it; a public module maps to itself.
 _PUBLIC = {
     "LoopedBlock": "relay_fast.models.looped_block",
     "LoopedTransformer": "relay_fast.models.transformers",

@@ -54,6 +54,23 @@ MOVED = {
     "relay_fast.whole_loop": "relay_fast.engine.fused_inference",
 }
 
+# Old name -> new name, for what is forwarded from an old path.
+RENAMED = {
+    "relay_fast.data": {"Form": "BatchFormat", "run_ahead": "prefetch"},
+    "relay_fast.engine": {"Body": "Iteration", "Run": "LoopSpec"},
+    "relay_fast.evaluate": {
+        "Marks": "Grades",
+        "mark_autoregressive": "grade_autoregressive",
+        "mark_looped": "grade_looped",
+    },
+    "relay_fast.generate": {
+        "Scores": "ChainLogProbs",
+        "generate_chains": "generate_looped_chains",
+        "read_chains": "parse_chains",
+        "write_chains": "generate_ar_chains",
+    },
+}
+
 
 class _MovedPaths:
     """The last finder on sys.meta_path: asked for what no other one finds."""
@@ -71,13 +88,25 @@ def name_moved_paths() -> None:
 
 
 def forward(module: str, *homes: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` that looks names up in the modules `homes`, imported when asked."""
+    """Makes a module's `__getattr__` that looks names up in the modules `homes`.
+
+    A renamed one is found under its old name too, with one DeprecationWarning.
+    """
+    renamed = RENAMED.get(module, {})
 
     def find(name: str) -> Any:
         if not name.startswith("__"):
+            current = renamed.get(name, name)
             for home in map(importlib.import_module, homes):
-                if hasattr(home, name):
-                    return getattr(home, name)
+                if hasattr(home, current):
+                    value = getattr(home, current)
+                    if current != name:
+                        from relay_fast.utils.deprecation import warn_renamed
+
+                        warn_renamed(f"{module}.{name}", f"{home.__name__}.{current}")
+                        # A `from` import of a package asks twice.
+                        setattr(sys.modules[module], name, value)
+                    return value
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return find

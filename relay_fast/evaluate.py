@@ -1,4 +1,4 @@
-"""Evaluates the models of a run again: `python -m relay_fast.evaluate --out RUN`."""
+"""Evaluates the models of a run: `python -m relay_fast.evaluate --out RUN`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from relay_fast._moved_paths import forward
 from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.relay.evaluation import evaluate_autoregressive, evaluate_looped
+from relay_fast.relay.evaluation import Metrics, evaluate_autoregressive, evaluate_looped
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolderError, versions
 from relay_fast.reporting.progress import Display, Problems
@@ -29,8 +29,6 @@ from relay_fast.utils.lengths import parse_lengths
 from relay_fast.utils.settings import Seed, check_value
 from relay_fast.utils.tensor_files import CheckpointError
 
-# The command
-
 
 def evaluate_run(
     run: str,
@@ -41,21 +39,32 @@ def evaluate_run(
     device: str = "cpu",
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Evaluates models of a run folder again and writes RUN/evaluation.json, which it returns; as
-    far as it is after each model, so that an interruption loses one model's numbers at most.
+    """Evaluates models of a run folder and writes RUN/evaluation.json.
 
-    models: default all that are there. lengths: default from the shortest trained to the longest
-    test length of each task. seed: default the run's. display: told how far each model is. Raises
-    RunFolderError, CheckpointError, ValueError.
+    The file is updated after each model, so that an interruption loses one model's numbers at most.
+
+    Args:
+        run: The run folder.
+        models: Names of the models, by default all that are trained.
+        lengths: By default, from the shortest trained to the longest test length of each task.
+        number: Number of problems of each length.
+        seed: Selects the problems, by default the run's seed.
+        device: "cpu" or a CUDA device.
+        display: Shows the progress.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        RunFolderError, CheckpointError: The folder or a model cannot be used.
+        ValueError: An argument is invalid.
     """
     config = open_run(run).config
     seed = config.get("seed", 0) if seed is None else seed
     check_value("seed", seed, Seed)
     check_device(device)
     _, tasks = run_tasks(config)
-    there = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
-    if models is None and not there:
-        raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
+    names = _trained_models(run) if models is None else models
     results = {
         "config": config,
         "seed": seed,
@@ -65,35 +74,46 @@ def evaluate_run(
         "accuracy": {},
     }
     folder = open_run(run, write=True)
-    # All of them first: what cannot be loaded is said before any work.
-    chosen_models = there if models is None else models
-    loaded = {name: load_run_model(run, name, device) for name in chosen_models}
-    for model_name, model in loaded.items():
-        looped = isinstance(model, LoopedTransformer)
-        evaluate = evaluate_looped if looped else evaluate_autoregressive
-        accuracy, started = {}, time.monotonic()
-        options = {}
+    # Loads all models before the first evaluation, so that errors come early.
+    loaded = {name: load_run_model(run, name, device) for name in names}
+    by_task = {}
+    for name, task in config["tasks"].items():
+        by_task[name] = lengths or range(task["train"][0], task["test"][1] + 1)
+    for name, model in loaded.items():
+        started, options = time.monotonic(), {}
         if display is not None:
-            display.start(model_name)
-            options["progress"] = lambda done, total, name=model_name: display.progress(
-                name, Problems(done, total)
-            )
-        for name in tasks:
-            entry = config["tasks"][name]
-            chosen = lengths or range(entry["train"][0], entry["test"][1] + 1)
-            by_length = evaluate(model, tasks, name, chosen, number, seed, **options)
-            accuracy[name] = {str(length): row for length, row in by_length.items()}
-        results["accuracy"][model_name] = accuracy
+            display.start(name)
+            options["progress"] = lambda *done, name=name: display.progress(name, Problems(*done))
+        results["accuracy"][name] = _accuracy(model, tasks, by_task, number, seed, options)
         results["complete"] = len(results["accuracy"]) == len(loaded)
         folder.write("evaluation.json", results)
         if display is not None:
-            display.finish(model_name, time.monotonic() - started)
+            display.finish(name, time.monotonic() - started)
     return results
+
+
+def _trained_models(run: str) -> list[str]:
+    """Returns the models of a run that are trained; raises CheckpointError if there is none."""
+    names = [name for name in MODEL_NAMES if model_path(run, name).is_file()]
+    if not names:
+        raise CheckpointError(f"{run} holds no trained model yet; finish training first.")
+    return names
+
+
+def _accuracy(model, tasks, lengths, number, seed, options) -> dict[str, dict[str, Metrics]]:
+    """Evaluates one model on the `lengths` of each task; returns {task: {length: metrics}}."""
+    looped = isinstance(model, LoopedTransformer)
+    evaluate = evaluate_looped if looped else evaluate_autoregressive
+    accuracy = {}
+    for name in tasks:
+        by_length = evaluate(model, tasks, name, lengths[name], number, seed, **options)
+        accuracy[name] = {str(length): metrics for length, metrics in by_length.items()}
+    return accuracy
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m relay_fast.evaluate", description="Evaluate the models of a run again."
+        "python -m relay_fast.evaluate", description="Evaluate the models of a run."
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--models", help=f"comma-separated, default all of {','.join(MODEL_NAMES)}")
@@ -105,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 2 for bad input, 130 when interrupted."""
+    """Runs the command; the exit status is 0, 2 for bad input or 130 when interrupted."""
     with lenient_output():
         return _main(_parser().parse_args(arguments))
 
@@ -144,7 +164,7 @@ def _main(a: argparse.Namespace) -> int:
 
 __getattr__ = forward(
     __name__, "relay_fast.relay.evaluation", "relay_fast.utils.lengths"
-)  # what others took from here
+)  # old import paths
 
 
 if __name__ == "__main__":

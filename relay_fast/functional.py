@@ -1,4 +1,4 @@
-"""Public ops: those of a layer one by one, the readout's cross-entropy, and what takes which
+"""Public ops: the ops of a layer, the readout's cross-entropy, and the choice of their
 implementation (`relay_fast.ops.dispatch`)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command that prints chains, writes folders of them and shows such folders.
+"""Prints chains of a trained model, writes datasets of them and shows such datasets.
 
 Its three forms:
 
@@ -7,7 +7,7 @@ Its three forms:
         --dataset DIR
     python -m relay_fast.generate --show DIR
 
-The same command continues a folder of chains.
+The same command continues an interrupted dataset.
 """
 
 from __future__ import annotations
@@ -57,33 +57,38 @@ CHECKS = {"self": "self", "task": "task", "none": None}
 def chain_text(
     task: Task, problem: np.ndarray, rounds: Sequence[Sequence[int]] | None, answer: int
 ) -> str:
-    """A problem, its rounds with ✓ or ✗ at each, and its answer, to be read by people.
+    """Formats a problem, its rounds with ✓ or ✗ at each, and its answer.
 
-    rounds: None for a model that writes answers only. answer: NO_ANSWER where none can be read.
+    Args:
+        task: The problem's task.
+        problem: Token ids of the problem.
+        rounds: Token ids of each round; None for a model that writes answers only.
+        answer: Token id of the answer, NO_ANSWER if none can be read.
     """
-    truth, right_answer = task.solve(problem)
+    truth, true_answer = task.solve(problem)
     lines = [task.decode(problem)]
     if rounds is not None:
         texts = [task.decode(r) or "(nothing)" for r in rounds]
         texts += ["(no round)"] * (len(truth) - len(rounds))
-        for k, right in enumerate(task.check(problem, rounds)):
+        for k, correct in enumerate(task.check(problem, rounds)):
             wanted = task.decode(truth[k]) if k < len(truth) else "no further round"
             lines.append(
-                f"  {_mark(right)} {texts[k]}" + ("" if right else f"   expected {wanted}")
+                f"  {_mark(correct)} {texts[k]}" + ("" if correct else f"   expected {wanted}")
             )
-    expected = task.decode([right_answer])
+    expected = task.decode([true_answer])
     given = "(none)" if answer == NO_ANSWER else task.decode([answer])
-    right = answer == right_answer
-    lines.append(f"  answer {given} {_mark(right)}" + ("" if right else f" expected {expected}"))
+    correct = answer == true_answer
+    mark = _mark(correct)
+    lines.append(f"  answer {given} {mark}" + ("" if correct else f" expected {expected}"))
     return "\n".join(lines)
 
 
-def _mark(right: bool) -> str:
-    return "✓" if right else "✗"
+def _mark(correct: bool) -> str:
+    return "✓" if correct else "✗"
 
 
 def _print_chains(model: Model, task: Task, problems: Samples) -> None:
-    """Prints what the model writes for each problem, and how much of it is right."""
+    """Prints the model's chain for each problem, and how many are correct."""
     tasks, unended = {task.name: task}, 0
     if looped := isinstance(model, LoopedTransformer):
         written = generate_looped_chains(model, problems, tasks)
@@ -94,8 +99,8 @@ def _print_chains(model: Model, task: Task, problems: Samples) -> None:
     for i in range(len(problems)):
         rounds = written.rounds_of(i) if writes_chains else None
         print(chain_text(task, problems.problem_of(i), rounds, int(written.answer[i])) + "\n")
-    right = int((written.answer == problems.answer).sum())
-    parts = [f"{right} of {len(problems)} answers right"]
+    correct = int((written.answer == problems.answer).sum())
+    parts = [f"{correct} of {len(problems)} answers right"]
     if writes_chains:
         chains = [
             all(task.check(problems.problem_of(i), written.rounds_of(i)))
@@ -108,7 +113,7 @@ def _print_chains(model: Model, task: Task, problems: Samples) -> None:
 
 
 def _print_some(a: argparse.Namespace) -> None:
-    """`--length`: chains of one length, for people to read."""
+    """Prints chains of one length (`--length`)."""
     model, tasks, config = _load(a)
     task = tasks[a.task]
     problems = fitting_problems(model, task, a.length, a.number, a.seed)
@@ -118,13 +123,13 @@ def _print_some(a: argparse.Namespace) -> None:
 
 
 def _write(a: argparse.Namespace) -> None:
-    """`--dataset`: a folder of chains."""
+    """Writes a dataset of chains (`--dataset`)."""
     model, tasks, _ = _load(a)
     limit = model.config.max_tokens
     chosen = parse_lengths(a.lengths)
     if chosen[-1] > limit:
         raise ValueError(
-            f"--lengths {a.lengths} goes beyond what this model takes, {limit} tokens: give "
+            f"--lengths {a.lengths} goes beyond this model's limit of {limit} tokens: give "
             f"shorter ones."
         )
     lengths = np.array(chosen)
@@ -144,7 +149,7 @@ def _write(a: argparse.Namespace) -> None:
 
 
 def _show(a: argparse.Namespace) -> None:
-    """`--show`: what is in a folder of chains."""
+    """Prints some chains of a dataset and its counts (`--show`)."""
     manifest = read_manifest(a.show)
     tasks = dataset_tasks(manifest)
     chains = ChainDataset(a.show, only_passed=False, unfinished=True)
@@ -170,7 +175,7 @@ def _summary(folder: str, manifest: dict) -> str:
         f"passed: by {check[identity['verify']]}"
     ]
     if manifest["complete"]:
-        lines.append(filter_metrics.report(filter_metrics.from_json(manifest["counts"])))
+        lines.append(filter_metrics.table_text(filter_metrics.from_json(manifest["counts"])))
     return "\n".join(lines)
 
 
@@ -212,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
-    """What the arguments ask for. Raises ValueError where they do not fit together."""
+    """Selects the function for the arguments. Raises ValueError if they do not fit together."""
     if a.number < 1:
         raise ValueError(f"--number is {a.number}; give at least 1.")
     check_value("--seed", a.seed, Seed)
@@ -239,7 +244,7 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 for bad input."""
+    """Runs the command; the exit status is 0, 2 for bad input or 130 when interrupted."""
     with lenient_output():
         return _main(_parser().parse_args(arguments))
 
@@ -257,7 +262,7 @@ def _main(a: argparse.Namespace) -> int:
     return 0
 
 
-__getattr__ = forward(__name__, "relay_fast.decoding.chains")  # what others took from here
+__getattr__ = forward(__name__, "relay_fast.decoding.chains")  # old import paths
 
 
 if __name__ == "__main__":

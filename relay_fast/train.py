@@ -1,6 +1,6 @@
-"""RELAY from the shell: `python -m relay_fast.train --preset cpu --out RUN`.
+"""Runs RELAY: `python -m relay_fast.train --preset cpu --out RUN`.
 
-The same command continues an interrupted run. Leaves results.json, tables, plots and checkpoints.
+The same command continues an interrupted run. It writes results.json, plots and checkpoints.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from relay_fast.relay.stages import STAGE_DEPENDENCIES, Context
 from relay_fast.reporting.progress import Display
 from relay_fast.reporting.terminal import draw_all, lenient_output, refused
 from relay_fast.training.model_files import check_device
+from relay_fast.utils.deprecation import renamed_keywords
 from relay_fast.utils.errors import RunStopped
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.settings import check, described_text
 from relay_fast.utils.tensor_files import CheckpointError
 
 
+@renamed_keywords(report="print_table")
 def train(
     config: Mapping[str, Any],
     out: str | Path,
@@ -37,14 +39,27 @@ def train(
     device: str = "cpu",
     impl: str = "auto",
     minutes: float | None = None,
-    report: bool = True,
+    print_table: bool = True,
 ) -> dict[str, Any]:
-    """Runs RELAY (or the given stages and what they need) in the run folder `out`.
+    """Runs RELAY, or some of its stages, in the run folder `out`; continues an interrupted run.
 
-    config: a preset from `relay_fast.relay.presets`, overridden or not. report: print the table and
-    draw the plots in the end. Returns the content of results.json. Raises RunFolderError,
-    ValueError, CheckpointError with one clear sentence, RunStopped for a training that diverged and
-    a worker that was killed, and OutOfTime after `minutes`, with everything saved.
+    Args:
+        config: A preset of `relay_fast.relay.presets`, overridden or not.
+        out: The run folder.
+        stages: The stages to run, with their dependencies; by default all.
+        device: "cpu" or a CUDA device.
+        impl: Implementation of the kernels: "auto", "triton" or "torch".
+        minutes: Time limit, by default none.
+        print_table: Print the table and draw the plots at the end.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        ValueError: The config or an argument is invalid.
+        RunFolderError, CheckpointError: The folder or a checkpoint cannot be used.
+        RunStopped: A training diverged, or a worker process died.
+        OutOfTime: `minutes` are over; everything is saved.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
@@ -54,35 +69,31 @@ def train(
     refuse_foreign(out)
     folder = RunFolder(out, config)
     call = _Call(folder, device)
-
-    def done(name: str, result: Mapping[str, Any]) -> None:
-        longest = folder.results().get("longest_true_problem", {})
-        part = dict(result["result"])
-        for task, length in part.pop("longest_true_problem", {}).items():
-            longest[task] = max(length, longest.get(task, 0))
-        folder.update_results(
-            {**part, "longest_true_problem": longest, "seconds": {name: result["seconds"]}}
-        )
-        call.record(name)
-        folder.mark_done(name, {"seconds": result["seconds"]})
-
     try:
         with Display() as display:
             run_pipeline(
-                folder, names, display, device=device, impl=impl, minutes=minutes, done=done
+                folder, names, display, device=device, impl=impl, minutes=minutes, done=call.finish
             )
     except BaseException:
         call.record()
         raise
     results = folder.results()
-    if report:
+    if print_table:
         _show(results, folder.path)
     return results
 
 
 def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") -> None:
-    """Raises ValueError, before anything is written, for a config whose tasks or models cannot be,
-    and for an implementation that the device has not."""
+    """Checks a config before anything is written.
+
+    Args:
+        config: The config of a run.
+        device: Where it will run.
+        impl: Implementation of the kernels.
+
+    Raises:
+        ValueError: The tasks or models cannot be built, or the device does not support `impl`.
+    """
     check(RunConfig, config)
     try:
         select(impl, device)
@@ -92,8 +103,10 @@ def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") ->
 
 
 class _Call:
-    """What results.json says about a run as a whole, and about each call that it took: when, how
-    long, on what, what it finished. A call with nothing to do leaves it as it is."""
+    """The record in results.json of a run and of each call: start, duration, device, stages.
+
+    A call that has nothing to do is not recorded.
+    """
 
     def __init__(self, folder: RunFolder, device: str):
         self.folder, self.began = folder, time.monotonic()
@@ -103,8 +116,20 @@ class _Call:
         self.call |= {key: self.versions[key] for key in ("device_name", "torch", "commit")}
         self.call["finished"] = []
 
+    def finish(self, stage: str, result: Mapping[str, Any]) -> None:
+        """Writes the results of a stage that has just finished."""
+        longest = self.folder.results().get("longest_true_problem", {})
+        part, seconds = dict(result["result"]), result["seconds"]
+        for task, length in part.pop("longest_true_problem", {}).items():
+            longest[task] = max(length, longest.get(task, 0))
+        self.folder.update_results(
+            {**part, "longest_true_problem": longest, "seconds": {stage: seconds}}
+        )
+        self.record(stage)
+        self.folder.mark_done(stage, {"seconds": seconds})
+
     def record(self, stage: str | None = None) -> None:
-        """Writes down how things are; stage: what has just finished."""
+        """Updates results.json; `stage` is the one that has just finished, if any."""
         self.call["finished"] += [stage] if stage else []
         self.call["seconds"] = round(time.monotonic() - self.began, 1)
         calls, config = [*self.before, self.call], self.folder.config
@@ -121,7 +146,7 @@ class _Call:
 
 
 def _show(results: Mapping[str, Any], path: Path) -> None:
-    """The table on the terminal, the plots into the folder."""
+    """Prints the tables and draws the plots into the folder."""
     from relay_fast.reporting.plots import pictures
     from relay_fast.reporting.tables import print_report
 
@@ -139,32 +164,35 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())}")
-    parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--out", required=True, metavar="RUN", help="the run folder")
     parser.add_argument("--tasks", help="comma-separated, default all of the preset")
-    parser.add_argument("--stages", help="comma-separated, default all; what they need runs too")
-    parser.add_argument("--steps", type=int, help="so many steps in every training stage")
+    parser.add_argument("--stages", help="comma-separated, default all; with dependencies")
+    parser.add_argument("--steps", type=int, help="steps of every training stage")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--eval-problems", type=int, help="problems a length in evaluation")
-    parser.add_argument("--scale", type=float, help="this share of all steps and problems (0.01)")
+    parser.add_argument("--scale", type=float, help="share of all steps and problems, like 0.01")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="values",
-                        help="another value in the preset (model.d_model=64)")  # fmt: skip
+                        help="change a setting, like model.d_model=64")  # fmt: skip
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--minutes", type=float, help="stop and save after so many")
-    parser.add_argument("--no-report", action="store_true", help="no table and plots in the end")
+    parser.add_argument("--minutes", type=float, help="stop and save after so many minutes")
+    parser.add_argument("--no-report", action="store_true", help="print no table and draw no plots")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"))
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 (out of minutes too), 1 where training diverged or a worker died, 2 for bad
-    input, 130 when interrupted."""
+    """Runs the command; returns the exit status.
+
+    It is 0 (also out of minutes), 1 if training diverged or a worker died, 2 for bad input, 130
+    when interrupted.
+    """
     with lenient_output():
         return _main(_parser().parse_args(arguments))
 
 
 def _names(text: str | None) -> list[str] | None:
-    """What a comma-separated option says; an empty text is one empty name, which is refused."""
+    """Splits a comma-separated option; an empty text gives an empty name, which is refused."""
     return None if text is None else text.split(",")
 
 
@@ -178,7 +206,7 @@ def _main(a: argparse.Namespace) -> int:
         )  # fmt: skip
         stages = _names(a.stages)
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
-        options["report"] = not a.no_report
+        options["print_table"] = not a.no_report
         train(config, a.out, stages=stages, **options)
     except (ValueError, RunFolderError, CheckpointError, OSError, MemoryError) as error:
         return refused(error)

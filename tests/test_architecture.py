@@ -1,4 +1,5 @@
-"""The wings of the package import downwards only, and no file or function grows out of hand.
+"""The wings of the package import downwards only, and no file or function grows out of hand, in
+the package, its tests and its benchmarks.
 
 Lazy imports (in functions), relative ones and modules named by a string (importlib) count.
 """
@@ -54,6 +55,8 @@ FILES = {
     for top in ("relay_fast", "kernels")
     for path in sorted((ROOT / top).rglob("*.py"))
 }
+AROUND = [path for top in ("tests", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))]
+EVERY_FILE = [*FILES.values(), *AROUND]
 
 
 def docstrings(tree: ast.AST) -> set[ast.AST]:
@@ -161,7 +164,7 @@ def test_only_doors_stand_directly_in_the_package() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    lines = {path.relative_to(ROOT): path.read_text().count("\n") for path in FILES.values()}
+    lines = {path.relative_to(ROOT): path.read_text().count("\n") for path in EVERY_FILE}
     long = {str(path): count for path, count in lines.items() if count > MOST_LINES}
     assert not long, f"over {MOST_LINES} lines: {long}"
 
@@ -183,7 +186,7 @@ def is_exempt(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) ->
 
 def test_no_function_is_too_long() -> None:
     wrong = []
-    for path in FILES.values():
+    for path in EVERY_FILE:
         text = path.read_text()
         lines = text.splitlines()
         for node in ast.walk(ast.parse(text)):
@@ -197,21 +200,52 @@ def test_no_function_is_too_long() -> None:
     )
 
 
+def outside_imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of what a test or benchmark imports, by a statement or importlib."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            yield from ((node.lineno, name) for name in names)
+
+
+def may_import(path: Path, name: str) -> bool:
+    """Tests import tests.support and no other test, benchmarks nothing of tests/."""
+    parts = name.split(".")
+    if parts[0] == "" or parts[0].startswith("test_") or parts[0] == "conftest":
+        return False
+    if parts[0] == "tests":
+        return path.is_relative_to(ROOT / "tests") and parts[1:2] == ["support"]
+    return True
+
+
 def test_no_test_imports_a_test_and_no_benchmark_imports_tests() -> None:
-    wrong = []
-    for top in ("tests", "benchmarks"):
-        for path in sorted((ROOT / top).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom) and node.level:
-                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: a relative import")
-                names = [a.name for a in getattr(node, "names", ()) if isinstance(a, ast.alias)]
-                if isinstance(node, ast.ImportFrom):
-                    names = [f"{node.module}.{name}" for name in names]
-                for name in names:
-                    parts = name.split(".")
-                    of_tests = parts[0] == "tests" and (
-                        top == "benchmarks" or parts[1] != "support"
-                    )
-                    if of_tests or any(part.startswith("test_") for part in parts[:2]):
-                        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+    assert len(AROUND) > 50 and ROOT / "tests" / "support" / "memory.py" in AROUND
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in AROUND
+        for line, name in outside_imports(path)
+        if not may_import(path, name)
+    ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("top", "name", "allowed"),
+    [
+        ("tests", "tests.support.memory", True),
+        ("tests", "benchmarks.numerics.assert_close", True),
+        ("tests", "tests.engine.test_loop", False),
+        ("tests", "tests.conftest", False),
+        ("tests", "test_loop", False),
+        ("tests", ".test_loop.check", False),
+        ("benchmarks", "tests.support.memory", False),
+        ("benchmarks", "benchmarks.common", True),
+    ],
+)
+def test_what_tests_and_benchmarks_may_import(top: str, name: str, allowed: bool) -> None:
+    assert may_import(ROOT / top / "x.py", name) == allowed

@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Path:
 def test_training_continues_from_its_state(run):
     state, metadata = load_checkpoint(run / "checkpoints" / "ar_baseline.state.safetensors")
     assert metadata["step"] == 3
-    results = train(RunFolder.open(run).config, run, stages=["ar_baseline"], report=False)
+    results = train(RunFolder.open(run).config, run, stages=["ar_baseline"], print_table=False)
     steps = [entry["step"] for entry in results["history"]["ar_baseline"]]
     assert steps[:3] == [1, 2, 3] and steps[-1] == 5
     assert [entry["step"] for entry in results["history"]["looped_aligned"]][-1] == 5

@@ -21,6 +21,7 @@ from benchmarks.card.kernels import time_case
 from benchmarks.card.session import Deadline, Later, Row, Session, Unit
 from benchmarks.card.sweep import sweep
 from benchmarks.common import machine
+from relay_fast.utils.cores import usable_cores
 from relay_fast.utils.files import replacing
 
 STEP_OPS = (
@@ -30,7 +31,7 @@ STEP_OPS = (
 
 def run(
     out: Path, seconds: float, *, dry: bool, quick: bool, only: str, seed: int, script: Path
-) -> int:  # fmt: skip
+) -> int:
     """Measures what is not yet measured; the exit status. only: part of the names of the units that
     are wanted beside the checks and the ceilings."""
     device = "cpu" if dry else "cuda"
@@ -100,16 +101,20 @@ def profile_step(tiny: bool, samples: int, device: str) -> list[Row]:
     return profile.measured_rows(step, len(batch), device)
 
 
-def units(
-    session: Session, timer: Timer, memory: int, dry: bool, quick: bool, seed: int, script: Path
-) -> list[Unit]:  # fmt: skip
-    """Every unit of work, in the order in which it is wanted."""
-    device, timed = timer.device, timed_cases(dry)
-    found = []
+def check_units(dry: bool, quick: bool, seed: int, device: str) -> list[Unit]:
+    units = []
     for number, (case, dtype) in enumerate(checked(dry, quick)):
         name = f"checks/{case.name}/{str(dtype).removeprefix('torch.')}"
         work = partial(checks.check, case, dtype, seed + number, device)
-        found.append(Unit(name, "checks", 1.0 if dry else 4.0, work, checks=(case.op,)))
+        units.append(Unit(name, "checks", 1.0 if dry else 4.0, work, checks=(case.op,)))
+    return units
+
+
+def units(
+    session: Session, timer: Timer, memory: int, dry: bool, quick: bool, seed: int, script: Path
+) -> list[Unit]:
+    """Every unit of work, in the order in which it is wanted."""
+    device, timed = timer.device, timed_cases(dry)
 
     def rates() -> dict[str, float]:
         rows = {r["what"]: float(r["rate"]) for r in session.rows("ceilings") if r.get("rate")}
@@ -117,27 +122,41 @@ def units(
             raise Later("the ceilings are not measured yet, so no share can be told")
         return rows
 
+    found = check_units(dry, quick, seed, device)
     found.append(Unit("ceilings", "ceilings", 15, lambda: ceilings(timer, dry)))
     step_units = steps.units(dry, timer, rates, memory, STEP_OPS)
     kernel_units = [
-        Unit(f"kernels/{c.name}", "kernels", 2 if dry else 30,
-             lambda c=c: time_case(c, timer, rates(), 0 if dry else 6), needs=(c.op,))
+        Unit(
+            f"kernels/{c.name}",
+            "kernels",
+            2 if dry else 30,
+            lambda c=c: time_case(c, timer, rates(), 0 if dry else 6),
+            needs=(c.op,),
+        )
         for c in timed
-    ]  # fmt: skip
+    ]
     sweep_units = [
-        Unit(f"sweep/{c.name}", "sweep", 4 if dry else 40,
-             lambda c=c: sweep(c, timer, 0 if dry else 15), needs=(c.op,))
+        Unit(
+            f"sweep/{c.name}",
+            "sweep",
+            4 if dry else 40,
+            lambda c=c: sweep(c, timer, 0 if dry else 15),
+            needs=(c.op,),
+        )
         for c in timed
-    ]  # fmt: skip
+    ]
     last = [
-        Unit(f"profile/{n}", "profile", 5 if dry else 30, partial(profile_step, dry, n, device),
-             needs=STEP_OPS)
+        Unit(
+            f"profile/{n}",
+            "profile",
+            5 if dry else 30,
+            partial(profile_step, dry, n, device),
+            needs=STEP_OPS,
+        )
         for n in ((512,) if dry else (512, 4096))
-    ]  # fmt: skip
-    last += [
-        Unit("checks/compute-sanitizer", "checks", checks.SANITIZER_SECONDS,
-             lambda: checks.sanitize(device, script))
-    ]  # fmt: skip
+    ]
+    sanitize = partial(checks.sanitize, device, script)
+    last.append(Unit("checks/compute-sanitizer", "checks", checks.SANITIZER_SECONDS, sanitize))
     if quick:
         wanted = ("mix/policies", "mix/compile reduce-overhead")
         step_units = [u for u in step_units if u.name.endswith(wanted)]
@@ -163,14 +182,18 @@ def checked(dry: bool, quick: bool) -> list[tuple[Case, torch.dtype]]:
 
 def compile_ahead(script: Path, deadline: Deadline) -> None:
     """Fills Triton's cache: as many processes as there are cores share the checks' kernels."""
-    processes = max(1, min(12, (os.cpu_count() or 1) - 2))
+    processes = max(1, min(12, usable_cores() - 2))
     command = [sys.executable, str(script), "--share"]
     began = time.monotonic()
     running = [
-        subprocess.Popen([*command, f"{i}/{processes}"], cwd=ROOT, stdout=subprocess.DEVNULL,
-                         stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command, f"{i}/{processes}"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for i in range(processes)
-    ]  # fmt: skip
+    ]
     for process in running:
         try:
             process.wait(max(1.0, min(120.0, deadline.left - 60) - (time.monotonic() - began)))

@@ -108,9 +108,13 @@ def norm_linear(rows: int, d: int, heads: int) -> Case:
     def make(draw: Draw) -> SimpleNamespace:
         angle = draw(rows, half, wide=True)
         return SimpleNamespace(
-            x=draw(rows, d, wide=True), norm=draw.norm(d), weight=draw.weight(columns, d),
-            cos=angle.cos(), sin=angle.sin(), g=draw(rows, columns),
-        )  # fmt: skip
+            x=draw(rows, d, wide=True),
+            norm=draw.norm(d),
+            weight=draw.weight(columns, d),
+            cos=angle.cos(),
+            sin=angle.sin(),
+            g=draw(rows, columns),
+        )
 
     def forward(ops: Ops, i) -> Named:
         return {"out": ops.norm_linear_fwd(i.x, i.norm, None, i.weight, None, i.cos, i.sin, rotary)}
@@ -141,11 +145,12 @@ def attention(lengths: Sequence[int], heads: int, head_dim: int, causal: bool) -
         plan = Plan(lengths, np.ones_like(lengths), draw.device)
         mask = torch.arange(longest) < torch.from_numpy(lengths)[:, None]
         return SimpleNamespace(
-            qkv=draw(rows, 3 * width), g=draw(rows, width),
+            qkv=draw(rows, 3 * width),
+            g=draw(rows, width),
             padded=draw(3, len(lengths), heads, longest, head_dim),  # eager's q, k, v
             layout=plan.layout(0, len(lengths)),
             mask=None if mask.all() else mask[:, None, None, :].to(draw.device),
-        )  # fmt: skip
+        )
 
     def forward(ops: Ops, i) -> Named:
         o, lse = ops.attention_fwd(i.qkv, i.layout, heads, heads, causal)
@@ -173,9 +178,11 @@ def linear_residual(rows: int, d: int) -> Case:
 
     def make(draw: Draw) -> SimpleNamespace:
         return SimpleNamespace(
-            a=draw(rows, d), weight=draw.weight(d, d), residual=draw(rows, d, wide=True),
+            a=draw(rows, d),
+            weight=draw.weight(d, d),
+            residual=draw(rows, d, wide=True),
             g=draw(rows, d, wide=True),
-        )  # fmt: skip
+        )
 
     def forward(ops: Ops, i) -> Named:
         return {"out": ops.linear_residual_fwd(i.a, i.weight, None, i.residual)}
@@ -196,9 +203,12 @@ def mlp(rows: int, d: int) -> Case:
 
     def make(draw: Draw) -> SimpleNamespace:
         return SimpleNamespace(
-            x=draw(rows, d, wide=True), norm=draw.norm(d), up=draw.weight(hidden, d),
-            down=draw.weight(d, hidden), g=draw(rows, d, wide=True),
-        )  # fmt: skip
+            x=draw(rows, d, wide=True),
+            norm=draw.norm(d),
+            up=draw.weight(hidden, d),
+            down=draw.weight(d, hidden),
+            g=draw(rows, d, wide=True),
+        )
 
     def forward(ops: Ops, i) -> Named:
         out, up, _, a = ops.mlp_fwd(i.x, i.norm, None, i.up, None, None, None, i.down, None)
@@ -226,9 +236,11 @@ def cross_entropy(rows: int, d: int, vocabulary: int) -> Case:
 
     def make(draw: Draw) -> SimpleNamespace:
         return SimpleNamespace(
-            h=draw(rows, d, wide=True), norm=draw.norm(d), head=draw.weight(vocabulary, d),
+            h=draw(rows, d, wide=True),
+            norm=draw.norm(d),
+            head=draw.weight(vocabulary, d),
             targets=draw.ids(vocabulary, rows),
-        )  # fmt: skip
+        )
 
     def forward(ops: Ops, i) -> Named:
         loss, lse, _ = ops.cross_entropy_fwd(i.h, i.targets, i.norm, None, i.head)
@@ -255,9 +267,17 @@ def cross_entropy(rows: int, d: int, vocabulary: int) -> Case:
         return F.cross_entropy(F.linear(rms(i.h, i.norm, i.head.dtype), i.head).float(), i.targets)
 
     work = 2.0 * rows * d * vocabulary
-    return Case("cross_entropy", f"{rows}x{d} V{vocabulary}", make, forward, eager,
-                (work, 2 * work), backward, ("h", "norm", "head"),
-                both if vocabulary > SMALL_VOCABULARY else None)  # fmt: skip
+    return Case(
+        "cross_entropy",
+        f"{rows}x{d} V{vocabulary}",
+        make,
+        forward,
+        eager,
+        (work, 2 * work),
+        backward,
+        ("h", "norm", "head"),
+        both if vocabulary > SMALL_VOCABULARY else None,
+    )
 
 
 def weight_grad(rows: int, columns: int, d: int) -> Case:
@@ -309,14 +329,25 @@ def whole_loop(lengths: Sequence[int], loops: int, d: int, vocabulary: int) -> C
         stack = lambda r, c: torch.stack([draw.weight(r, c) for _ in range(layers)])
         norms = lambda: torch.stack([draw.norm(d) for _ in range(layers)])
         weights = LoopWeights(
-            norms(), stack(3 * d, d), stack(d, d), norms(), stack(4 * d, d), None, stack(d, 4 * d),
-            None, draw.norm(d), draw.weight(vocabulary, d),
-        )  # fmt: skip
+            norms(),
+            stack(3 * d, d),
+            stack(d, d),
+            norms(),
+            stack(4 * d, d),
+            None,
+            stack(d, 4 * d),
+            None,
+            draw.norm(d),
+            draw.weight(vocabulary, d),
+        )
         angle = draw(rows, d // heads // 2, wide=True)
         return SimpleNamespace(
-            x=draw(rows, d, wide=True), weights=weights, cos=angle.cos(), sin=angle.sin(),
+            x=draw(rows, d, wide=True),
+            weights=weights,
+            cos=angle.cos(),
+            sin=angle.sin(),
             layout=layout(draw.device),
-        )  # fmt: skip
+        )
 
     def forward(ops: Ops, i) -> Named:
         run = ops.loop_fwd or loop_fwd_ref

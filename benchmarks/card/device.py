@@ -137,8 +137,9 @@ def identity() -> str:
     commit = git("rev-parse", "--short", "HEAD")
     if not commit:
         return f"tree-{source_hash()}"
-    changed = git("status", "--porcelain", "--", "relay_fast", "kernels", "benchmarks/*.py",
-                  "benchmarks/card")  # fmt: skip
+    changed = git(
+        "status", "--porcelain", "--", "relay_fast", "kernels", "benchmarks/*.py", "benchmarks/card"
+    )
     return f"{commit}-{source_hash()}" if changed else commit
 
 

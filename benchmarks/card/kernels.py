@@ -114,13 +114,19 @@ def time_case(case: Case, timer: Timer, rates: dict[str, float], budget: float) 
             calls[name], how[name] = graphed(by_direction[direction], device)
         seconds = timer.seconds(calls, budget / len(own))
         for name, taken in seconds.items():
-            rows.append(label | {
-                "provider": name, "direction": direction, "seconds": f"{taken:.4g}",
-                "floor_seconds": f"{floor[direction]:.4g}",
-                "share_of_floor": f"{floor[direction] / taken:.3g}",
-                "times_eager": f"{seconds['eager'] / taken:.3g}", "peak_bytes": peak[name],
-                "graph": how[name],
-            })  # fmt: skip
+            rows.append(
+                label
+                | {
+                    "provider": name,
+                    "direction": direction,
+                    "seconds": f"{taken:.4g}",
+                    "floor_seconds": f"{floor[direction]:.4g}",
+                    "share_of_floor": f"{floor[direction] / taken:.3g}",
+                    "times_eager": f"{seconds['eager'] / taken:.3g}",
+                    "peak_bytes": peak[name],
+                    "graph": how[name],
+                }
+            )
     return rows
 
 

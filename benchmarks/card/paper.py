@@ -99,8 +99,12 @@ def what_travels(run: Path, since: float) -> Iterator[list[Path]]:
             for file in stage_files(folder, name):
                 if file.exists() and (name in needed or file.stat().st_mtime >= since):
                     yield [file]
-    scratch = [file for folder, names in left.items() for name in names
-               for file in sorted(scratch_files(folder, name))]  # fmt: skip
+    scratch = [
+        file
+        for folder, names in left.items()
+        for name in names
+        for file in sorted(scratch_files(folder, name))
+    ]
     states: dict[str, list[Path]] = {}
     for file in scratch:
         stage, found, _ = str(file).partition(".state.")
@@ -164,8 +168,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--carried", type=Path, help="folder of what the last call sent back")
     parser.add_argument("--back", type=Path, help="folder for what is to be sent back")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--release", type=Path, metavar="DIR", help="do nothing but write the "
-                        "looped and the RELAY-enhanced model to DIR, in half the size")  # fmt: skip
+    parser.add_argument(
+        "--release",
+        type=Path,
+        metavar="DIR",
+        help="do nothing but write the "
+        "looped and the RELAY-enhanced model to DIR, in half the size",
+    )
     options, flags = parser.parse_known_args(argv)
     if options.release is not None:
         release(options.run, options.release)
@@ -177,8 +186,11 @@ def main(argv: list[str] | None = None) -> int:
     status = go_on(options.run, deadline, ["--device", options.device, *flags])
     if options.back is not None and (options.run / "config.json").exists():
         pack(options.run, options.back, since)
-    names = [f"{share.folder}/{name}".strip("/") for share in PLAN
-             for name in unfinished(options.run / share.folder, share.stages)]  # fmt: skip
+    names = [
+        f"{share.folder}/{name}".strip("/")
+        for share in PLAN
+        for name in unfinished(options.run / share.folder, share.stages)
+    ]
     print(f"left: {', '.join(dict.fromkeys(names))}" if names else "everything is done")
     return status
 

@@ -83,9 +83,13 @@ def stream_of(context: Context, stage: str) -> TruthStream:
     if stage not in SCRATCH:
         options["curriculum"] = 0.0
     return TruthStream(
-        context.tasks, context.ranges, context.form(settings, KIND[stage]),
-        Schedule.by_steps(settings["steps"]), seed=1, **options,
-    )  # fmt: skip
+        context.tasks,
+        context.ranges,
+        context.form(settings, KIND[stage]),
+        Schedule.by_steps(settings["steps"]),
+        seed=1,
+        **options,
+    )
 
 
 def training(context: Context, stage: str) -> Training:
@@ -163,8 +167,9 @@ def writing(context: Context, wanted: Iterable[tuple[str, int, int]]) -> Writing
     linear = 2 * c.n_layers * (c.d_model * (4 * c.d_model) + 2 * c.d_model * c.hidden)
     for name, length, number in wanted:
         problems = context.tasks[name].sample(np.full(EXAMPLES, length), 7)
-        sizes, prompts = (np.diff(x) for x in (problems.sequences(context.tasks)[1],
-                                               problems.problem_offsets))  # fmt: skip
+        sizes, prompts = (
+            np.diff(x) for x in (problems.sequences(context.tasks)[1], problems.problem_offsets)
+        )
         tokens, ends = sizes - prompts, -(-sizes // LENGTH_STEP) * LENGTH_STEP
         reads = float((tokens * ends).mean()) * position / (card.bandwidth * ROWS_AT_WORK)
         work = float((prompts * problems.loops).mean()) * linear / (card.flops_fp32 * FP32_SHARE)
@@ -194,8 +199,11 @@ def measured_steps(results: dict) -> dict[str, tuple[float, float]]:
     found = {}
     for stage, history in results.get("history", {}).items():
         steps = [(e["step"], e["seconds"]) for e in history]
-        forward = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(steps, steps[1:], strict=False)
-                   if b[0] > a[0]]  # fmt: skip  # a phase counts anew
+        forward = [
+            (b[0] - a[0], b[1] - a[1])
+            for a, b in zip(steps, steps[1:], strict=False)
+            if b[0] > a[0]
+        ]  # a phase counts anew
         if taken := sum(step for step, _ in forward):
             share = results["training"][stage]["data_wait_share"]
             found[stage] = sum(seconds for _, seconds in forward) / taken, share
@@ -221,23 +229,46 @@ def compared(trained: dict[str, Training], results: dict) -> str:
     )
 
 
+def training_table(context: Context, trained: dict[str, Training]) -> str:
+    made = {
+        KIND[stage]: made_per_second(stream_of(context, stage))
+        for stage in ("looped_aligned", "ar_baseline")
+    }
+    workers = context.config["data_workers"]
+    columns = (
+        "stage", "batch", "steps", "token-iterations", "TFLOP", "nodes", "longest step, ms",
+        "mean step, ms", "minutes", "memory, GB", "samples/s", "made a core/s", "headroom",
+    )  # fmt: skip
+    rows = [
+        (
+            t.stage, f"{t.batch:,}", f"{t.steps:,}", f"{t.token_iterations:,}",
+            f"{t.flops / 1e12:.3g}", f"{t.nodes:,}", f"{1e3 * t.longest:.3g}",
+            f"{1e3 * t.mean:.3g}", f"{t.seconds / 60:.1f}", f"{t.memory / 1e9:.0f}",
+            f"{t.batch / t.mean:,.0f}", f"{made[KIND[t.stage]]:,.0f}",
+            f"{made[KIND[t.stage]] * workers * t.mean / t.batch:.1f}×",
+        )
+        for t in trained.values()
+    ]  # fmt: skip
+    return markdown(columns, rows)
+
+
+def writing_table(written: dict[str, Writing]) -> str:
+    columns = ("what", "chains", "tokens, M", "autoregressive, s", "looped, s")
+    rows = [
+        (
+            what, f"{w.chains:,}", f"{w.tokens / 1e6:.0f}", f"{w.autoregressive:.0f}",
+            f"{w.looped:.0f}",
+        )
+        for what, w in written.items()
+    ]  # fmt: skip
+    return markdown(columns, rows)
+
+
 def page(results: dict | None = None) -> str:
+    """The whole prediction as Markdown; beside what was measured, where `results` are given."""
     context = Context(Path("nowhere"), load_preset("paper-fast"), "cpu", "triton")
     trained = {stage: training(context, stage) for stage in KIND}
     written, phases = sets(context), 5
-    made = {KIND[stage]: made_per_second(stream_of(context, stage))
-            for stage in ("looped_aligned", "ar_baseline")}  # fmt: skip
-    rows = [
-        (t.stage, f"{t.batch:,}", f"{t.steps:,}", f"{t.token_iterations:,}",
-         f"{t.flops / 1e12:.3g}", f"{t.nodes:,}", f"{1e3 * t.longest:.3g}", f"{1e3 * t.mean:.3g}",
-         f"{t.seconds / 60:.1f}", f"{t.memory / 1e9:.0f}", f"{t.batch / t.mean:,.0f}",
-         f"{made[KIND[t.stage]]:,.0f}",
-         f"{made[KIND[t.stage]] * context.config['data_workers'] * t.mean / t.batch:.1f}×")
-        for t in trained.values()
-    ]  # fmt: skip
-    columns = ("stage", "batch", "steps", "token-iterations", "TFLOP", "nodes", "longest step, ms",
-               "mean step, ms", "minutes", "memory, GB", "samples/s", "made a core/s",
-               "headroom")  # fmt: skip
     whole = stages(trained, written, phases)
     card, t = CARDS[ARCH], trained["looped_aligned"]
     return (
@@ -245,7 +276,7 @@ def page(results: dict | None = None) -> str:
         "**Predictions, none measured on a card.** Made by `python -m benchmarks.card.predict`. "
         f"{card.name}: {card.flops_16_bit / 1e12:.0f} TFLOP/s in bf16, "
         f"{card.flops_fp32 / 1e12:.0f} in fp32, {card.bandwidth / 1e12:.1f} TB/s.\n\n"
-        "## Training\n\n" + markdown(columns, rows) + "\n"
+        "## Training\n\n" + training_table(context, trained) + "\n"
         "Step = Σ over its launches of max(FLOPs / peak, bytes / bandwidth) / share of processors "
         f"at work, + {1e6 * NODE:.0f} µs a node of the CUDA graph, + {1e3 * HOST['looped']:.0f} ms "
         f"(looped) or {1e3 * HOST['autoregressive']:.0f} ms (autoregressive) in which the host "
@@ -258,18 +289,14 @@ def page(results: dict | None = None) -> str:
         f"The looped model's longest step does {t.flops / 1e12 / t.longest:.0f} TFLOP/s, "
         f"{t.flops / t.longest / card.flops_16_bit:.0%} of the peak.\n\n"
         "## Writing chains\n\n"
-        + markdown(
-            ("what", "chains", "tokens, M", "autoregressive, s", "looped, s"),
-            [(what, f"{w.chains:,}", f"{w.tokens / 1e6:.0f}", f"{w.autoregressive:.0f}",
-              f"{w.looped:.0f}") for what, w in written.items()],
-        )  # fmt: skip
+        + writing_table(written)
         + "\nAutoregressive: every step reads the keys and values of its rows in fp32, "
         f"{ROWS_AT_WORK:.0%} of them at work. Looped: FLOPs at {FP32_SHARE:.0%} of the fp32 peak.\n"
         "\n## The whole\n\n"
         + markdown(("stages", "minutes"), [(k, f"{v / 60:.1f}") for k, v in whole.items()])
         + f"\n{BEGIN:.0f} s are counted for the start of each stage.\n"
         + (compared(trained, results) if results else "")
-    )  # fmt: skip
+    )
 
 
 def stages(

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from benchmarks import common
+from benchmarks import common, measuring
 from benchmarks.card.table import INTERPRETED, markdown
 from benchmarks.kernel_costs import CARDS, FLOPS, launch_cost
+from benchmarks.launches import recorded
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
-from relay_fast.kernels._runtime import FACTS, assume
+from relay_fast.kernels._runtime import DEVICE_PROPS
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.utils.files import replacing
 
@@ -78,7 +80,7 @@ def short(kernel: str) -> str:
 
 def utilisation(programs: int) -> float:
     """Share of the processors' time that programs of equal length use, one a processor at once."""
-    processors = FACTS[ARCH].processors
+    processors = DEVICE_PROPS[ARCH].processors
     return programs / (-(-programs // processors) * processors)
 
 
@@ -109,27 +111,16 @@ class _TorchOps(TorchDispatchMode):
 
 
 @contextmanager
-def traced():
+def traced() -> Iterator[Trace]:
     """Yields a trace of what is launched inside, on meta tensors."""
     trace = Trace()
 
-    def run(self: JITFunction, *args, grid, warmup, **kwargs):
-        for option in ("num_warps", "num_stages"):
-            kwargs.pop(option, None)
-        values = self.signature.bind(*args, **kwargs).arguments
-        cost = launch_cost(self.__name__, values)
-        programs = 1
-        for size in grid:
-            programs *= size
-        trace.add(self.__name__, cost.flops, cost.bytes, programs)
+    def add(kernel: JITFunction, values, options, grid) -> None:
+        cost = launch_cost(kernel.__name__, values)
+        trace.add(kernel.__name__, cost.flops, cost.bytes, math.prod(grid))
 
-    original, JITFunction.run = JITFunction.run, run
-    assume(ARCH)
-    try:
-        with _TorchOps(trace):
-            yield trace
-    finally:
-        JITFunction.run = original
+    with recorded(ARCH, add), _TorchOps(trace):
+        yield trace
 
 
 def trace_step(samples: int) -> tuple[Trace, float, int]:
@@ -208,9 +199,10 @@ def next_steps(parts: list[tuple[str, Part]], total: Part) -> str:
     name, largest = parts[0]
     idle = max(parts, key=lambda item: item[1].waves - item[1].floor)
     memory = sum(
-        p.floor for _, p in parts
+        p.floor
+        for _, p in parts
         if p.bytes / CARDS[ARCH].bandwidth >= p.flops / CARDS[ARCH].flops_16_bit
-    )  # fmt: skip
+    )
     return (
         "Next, by this prediction: "
         f"{short(name)} is the largest ({ms(largest.waves)}); "
@@ -246,8 +238,8 @@ def page(sizes: list[int], measured_csv: Path | None) -> str:
         f"{card.bandwidth / 1e12:.1f} TB/s (design.md), every launch recorded with its own "
         "configuration, FLOPs and bytes by `benchmarks/kernel_costs.py`. *Floor*: each launch at "
         "the ceiling that binds it, nothing read twice. *With idle processors*: the same over the "
-        f"share of the {FACTS[ARCH].processors} processors that the launch's programs keep busy, "
-        "one program a processor. Without the optimiser.\n"
+        f"share of the {DEVICE_PROPS[ARCH].processors} processors that the launch's programs keep "
+        "busy, one program a processor. Without the optimiser.\n"
     )
     return head + "".join("\n" + section(n, measured.get(n, {})) for n in sizes)
 
@@ -263,12 +255,12 @@ def measured_rows(step: Callable[[], object], samples: int, device: str) -> list
     activities = [activity.CPU, activity.CUDA] if device == "cuda" else [activity.CPU]
     step()
     profile = torch.profiler.profile(activities=activities)
-    with common.quiet():
+    with measuring.quiet():
         profile.start()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    with common.quiet():
+    with measuring.quiet():
         profile.stop()
     calls, seconds = Counter(), Counter()
     kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU

@@ -89,8 +89,12 @@ class Session:
         """Runs what is not finished and fits into the time."""
         finished = {row["unit"] for row in self.rows() if row["status"] in FINISHED}
         finished -= {row["unit"] for row in self.rows() if row["status"] not in FINISHED}
-        failed = {op for row in self.rows("checks") if row["status"] == "failed"
-                  for op in str(row["op"]).split()}  # fmt: skip
+        failed = {
+            op
+            for row in self.rows("checks")
+            if row["status"] == "failed"
+            for op in str(row["op"]).split()
+        }
         for unit in units:
             if unit.name in finished:
                 continue

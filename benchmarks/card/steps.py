@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks import common
+from benchmarks import common, measuring
 from benchmarks.baselines import EagerTransformer, PaddedBatch, buckets
 from benchmarks.card.device import Timer
 from benchmarks.card.kernels import compiled
@@ -113,9 +113,16 @@ def relay(
 
 
 def eager(
-    workload: Workload, pieces: list, name: str, dtype, device: str, *,
-    mode: str | None = None, dense: bool = False, checkpoint: bool = False,
-) -> common.Provider:  # fmt: skip
+    workload: Workload,
+    pieces: list,
+    name: str,
+    dtype,
+    device: str,
+    *,
+    mode: str | None = None,
+    dense: bool = False,
+    checkpoint: bool = False,
+) -> common.Provider:
     model = EagerTransformer(workload.config)
     torch.manual_seed(0)
     model.load_state_dict(LoopedTransformer(workload.config).state_dict())
@@ -176,9 +183,9 @@ def measure(
     truth, memories = None, []
     for p in providers:
         with others_may_fail(p.name):
-            loss, grads, memory = common.measured_step(p)
+            loss, grads, memory = measuring.measured_step(p)
         truth = truth or (loss, grads)
-        common.check_equal(f"{p.name} {p.policy}".strip(), loss, grads, truth, bound)
+        measuring.check_equal(f"{p.name} {p.policy}".strip(), loss, grads, truth, bound)
         memories.append(memory)
         with others_may_fail(p.name):
             for _ in range(5 if timer.device == "cuda" else 1):  # warm up, capture, compile
@@ -206,9 +213,12 @@ def measure(
 
 
 def units(
-    tiny: bool, timer: Timer, rates: Callable[[], dict[str, float]], memory: int,
+    tiny: bool,
+    timer: Timer,
+    rates: Callable[[], dict[str, float]],
+    memory: int,
     needs: tuple[str, ...],
-) -> list[Unit]:  # fmt: skip
+) -> list[Unit]:
     """The units of work of all workloads, most wanted first."""
     torch._dynamo.config.recompile_limit = 256  # a shape a bucket
     device = timer.device
@@ -249,10 +259,16 @@ def units(
             kinds[name] = (seconds, work)
     chosen = {w.name: w for w in workloads(tiny)}
     return [
-        Unit(f"steps/{w}/{kind}", "steps", 10 if tiny else kinds[kind][0],
-             partial(kinds[kind][1], chosen[w]), needs=needs, memory=chosen[w].bytes)
+        Unit(
+            f"steps/{w}/{kind}",
+            "steps",
+            10 if tiny else kinds[kind][0],
+            partial(kinds[kind][1], chosen[w]),
+            needs=needs,
+            memory=chosen[w].bytes,
+        )
         for w, kind in in_order(list(chosen), list(kinds))
-    ]  # fmt: skip
+    ]
 
 
 def in_order(names: list[str], kinds: list[str]) -> list[tuple[str, str]]:

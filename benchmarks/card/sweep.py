@@ -11,7 +11,7 @@ from benchmarks.card.device import Timer
 from benchmarks.card.kernels import own_calls
 from benchmarks.card.session import Row
 from relay_fast.kernels import tuning
-from relay_fast.kernels._runtime import facts
+from relay_fast.kernels._runtime import device_props
 from relay_fast.kernels.autotune import better, search
 
 
@@ -27,7 +27,7 @@ def sweep(case: Case, timer: Timer, budget: float) -> list[Row]:
             continue
         seconds = lambda call: timer.seconds({"": call}, budget / 40)[""]
         for rule, times in search(calls[direction], seconds).items():
-            new = better(rule, times, facts(torch.device(device)).arch, script)
+            new = better(rule, times, device_props(torch.device(device)).arch, script)
             best = min(times, key=times.__getitem__)
             for config, taken in times.items():
                 fits = taken < math.inf

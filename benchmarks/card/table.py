@@ -33,66 +33,103 @@ def best_baselines(rows: Sequence[Row]) -> list[tuple[str, Row]]:
 def page(session: Session, interpreted: bool) -> str:
     """The whole page."""
     label = session.label
-    parts = [f"# {label['machine']}\n\n{label['versions']}, commit {label['commit']}\n\n"]
-    if interpreted:
-        parts.append(INTERPRETED)
-    ceilings = [
+    title = f"# {label['machine']}\n\n{label['versions']}, commit {label['commit']}\n\n"
+    sections = (_ceilings, _checks, _steps, _kernels, _sweep, _not_measured)
+    return title + INTERPRETED * interpreted + "".join(part(session) for part in sections)
+
+
+def _measured(session: Session, table: str) -> list[Row]:
+    return [row for row in session.rows(table) if row["status"] == "ok"]
+
+
+def _ceilings(session: Session) -> str:
+    lines = [
         (r["what"], r["size"], f"{float(r['rate']) / 1e12:.4g} T{r['unit_of_rate']}")
-        for r in session.rows("ceilings") if r["status"] == "ok"
-    ]  # fmt: skip
-    if ceilings:
-        parts.append("## Ceilings\n\n" + markdown(("what", "size", "rate"), ceilings))
+        for r in _measured(session, "ceilings")
+    ]
+    return "## Ceilings\n\n" + markdown(("what", "size", "rate"), lines) if lines else ""
+
+
+def _checks(session: Session) -> str:
     checks = by_key(session.rows("checks"), "op")
-    if checks:
-        parts.append("\n## Correct\n\n" + markdown(
-            ("op", "cases", "largest RMS ratio", "eager's own there"),
-            [(op or "compute-sanitizer", len(rows), *_worst(rows)) for (op,), rows in
-             checks.items()],
-        ))  # fmt: skip
-    steps = [r for r in session.rows("steps") if r["status"] == "ok"]
-    if steps:
-        columns = ("workload", "provider", "policy", "ms", "samples/s", "share of peak",
-                   "times relay_fast's graph", "peak MB", "note")  # fmt: skip
-        lines = [
-            (r["workload"], r["provider"], r["policy"], milliseconds(r), r["samples_per_s"],
-             r["share_of_peak"], r["times_relay_fast"], f"{int(r['peak_bytes']) / 1e6:.4g}",
-             r["note"])
-            for r in steps
-        ]  # fmt: skip
-        parts.append("\n## Training steps\n\n" + markdown(columns, lines))
-        for workload, row in best_baselines(steps):
-            parts.append(
-                f"\nBest baseline of {workload}: {row['provider']}, {row['times_relay_fast']} times"
-                " the time of relay_fast's graph.\n"
-            )
-    kernels = [r for r in session.rows("kernels") if r["status"] == "ok"]
-    if kernels:
-        columns = ("op", "shape", "direction", "provider", "ms", "floor, ms", "share of floor",
-                   "times eager")  # fmt: skip
-        lines = [
-            (r["op"], r["shape"], r["direction"], r["provider"], milliseconds(r),
-             f"{1e3 * float(r['floor_seconds']):.4g}", r["share_of_floor"], r["times_eager"])
-            for r in kernels
-        ]  # fmt: skip
-        parts.append("\n## Kernels\n\n" + markdown(columns, lines))
-    sweep = [r for r in session.rows("sweep") if r.get("line")]
-    if sweep:
-        lines = sorted(
-            f"{r['line']}  # {r['shape']}, {r['direction']}: {r['of_picked']} of the time"
-            for r in sweep
+    columns = ("op", "cases", "largest RMS ratio", "eager's own there")
+    lines = [
+        (op or "compute-sanitizer", len(rows), *_worst(rows)) for (op,), rows in checks.items()
+    ]
+    return "\n## Correct\n\n" + markdown(columns, lines) if lines else ""
+
+
+def _steps(session: Session) -> str:
+    steps = _measured(session, "steps")
+    if not steps:
+        return ""
+    columns = (
+        "workload", "provider", "policy", "ms", "samples/s", "share of peak",
+        "times relay_fast's graph", "peak MB", "note",
+    )  # fmt: skip
+    lines = [
+        (
+            r["workload"],
+            r["provider"],
+            r["policy"],
+            milliseconds(r),
+            r["samples_per_s"],
+            r["share_of_peak"],
+            r["times_relay_fast"],
+            f"{int(r['peak_bytes']) / 1e6:.4g}",
+            r["note"],
         )
-        parts.append("\n## Lines for kernels/tuning.py\n\n```\n" + "\n".join(lines) + "\n```\n")
-    odd = [r for r in session.rows() if r["status"] != "ok"]
-    if odd:
-        parts.append("\n## Not measured\n\n" + markdown(
-            ("unit", "status", "why"),
-            [(r["unit"], r["status"], " ".join(filter(None, (r.get("provider"), r["note"]))))
-             for r in odd],
-        ))  # fmt: skip
+        for r in steps
+    ]
+    best = "".join(
+        f"\nBest baseline of {workload}: {row['provider']}, {row['times_relay_fast']} times"
+        " the time of relay_fast's graph.\n"
+        for workload, row in best_baselines(steps)
+    )
+    return "\n## Training steps\n\n" + markdown(columns, lines) + best
+
+
+def _kernels(session: Session) -> str:
+    columns = (
+        "op", "shape", "direction", "provider", "ms", "floor, ms", "share of floor", "times eager",
+    )  # fmt: skip
+    lines = [
+        (
+            r["op"],
+            r["shape"],
+            r["direction"],
+            r["provider"],
+            milliseconds(r),
+            f"{1e3 * float(r['floor_seconds']):.4g}",
+            r["share_of_floor"],
+            r["times_eager"],
+        )
+        for r in _measured(session, "kernels")
+    ]
+    return "\n## Kernels\n\n" + markdown(columns, lines) if lines else ""
+
+
+def _sweep(session: Session) -> str:
+    lines = sorted(
+        f"{r['line']}  # {r['shape']}, {r['direction']}: {r['of_picked']} of the time"
+        for r in session.rows("sweep")
+        if r.get("line")
+    )
+    title = "\n## Lines for kernels/tuning.py\n\n"
+    return title + "```\n" + "\n".join(lines) + "\n```\n" if lines else ""
+
+
+def _not_measured(session: Session) -> str:
+    lines = [
+        (r["unit"], r["status"], " ".join(filter(None, (r.get("provider"), r["note"]))))
+        for r in session.rows()
+        if r["status"] != "ok"
+    ]
+    text = "\n## Not measured\n\n" + markdown(("unit", "status", "why"), lines) if lines else ""
     if session.left:
         names = ", ".join(unit.name for unit in session.left)
-        parts.append(f"\nNot reached in time, the same command goes on with them: {names}.\n")
-    return "".join(parts)
+        text += f"\nNot reached in time, the same command goes on with them: {names}.\n"
+    return text
 
 
 def _worst(rows: Sequence[Row]) -> tuple[object, object]:

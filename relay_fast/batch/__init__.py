@@ -1,4 +1,4 @@
-"""Batches without padding: their plan, the packed batch, and a batch of fixed capacity."""
+"""Batches without padding: their plan, the packed batch, and batches of fixed capacity."""
 
 from relay_fast._moved_paths import forward
 

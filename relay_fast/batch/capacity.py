@@ -1,10 +1,10 @@
-"""Batches of one fixed shape, whatever they hold: what a CUDA graph is captured over.
+"""Batches with fixed shapes, as CUDA graphs need them.
 
-A `Capacity` says how much of everything fits; `CapacityBatch` has the tensors, and `load` copies a
-batch into them. Iteration t always works on the capacity's rows; how many of them are live (the
-active prefix of the batch that is loaded) is known on the device alone. Rows beyond are other
-sequences' or nobody's: the engine keeps their states and gradients as they were, and their
-targets are ignored.
+A `Capacity` gives the largest supported sizes. `CapacityBatch` allocates tensors of these sizes,
+and `load` copies a batch into them. Iteration t always computes the capacity's number of rows; the
+number of live rows (the active prefix of the loaded batch) is known on the device only. The other
+rows are dead: they belong to finished sequences or are unused. The engine leaves their states and
+gradients unchanged, and their targets are ignored.
 """
 
 from __future__ import annotations
@@ -21,14 +21,22 @@ from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.kernels.attention_ref import Group, PaddedLayout
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
-ALIGN = 64  # capacities in rows are whole blocks of the kernels
+ALIGN = 64  # rows are rounded up to whole blocks of the kernels
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How large a batch may be. Per iteration: rows, sequences that still loop, rows with targets.
+    """The largest supported sizes of a batch.
 
-    longest: tokens of the longest sequence; sequences: in all (loops of 0 included).
+    Args:
+        rows: rows in each iteration.
+        active: sequences that still loop in each iteration.
+        targets: rows with targets in each iteration.
+        sequences: number of sequences, including those with 0 loops.
+        longest: tokens of the longest sequence.
+
+    Raises:
+        ValueError: if the lists differ in length, are empty, or rows or active increase.
     """
 
     rows: tuple[int, ...]
@@ -41,14 +49,13 @@ class Capacity:
         sizes = {len(self.rows), len(self.active), len(self.targets)}
         if len(sizes) != 1 or not self.rows:
             raise ValueError(
-                "a capacity needs one number of rows, active sequences and targets for each of at "
-                f"least one iteration, got {len(self.rows)}, {len(self.active)} and "
-                f"{len(self.targets)}"
+                f"capacity rows, active and targets have {len(self.rows)}, {len(self.active)} and "
+                f"{len(self.targets)} entries: give one entry per iteration, at least one"
             )
         for name in ("rows", "active"):
             values = getattr(self, name)
             if any(a < b for a, b in zip(values, values[1:], strict=False)):
-                raise ValueError(f"capacity {name} must not grow with the iteration: {values}")
+                raise ValueError(f"capacity {name} must not increase with the iteration: {values}")
 
     @property
     def token_iterations(self) -> int:
@@ -56,15 +63,17 @@ class Capacity:
 
     @staticmethod
     def of(batches: Iterable[PackedBatch], slack: float = 0.1, spread: float = 0.0) -> Capacity:
-        """What these batches need, and `slack` more of everything but the longest sequence and the
-        iterations.
+        """Returns the capacity that the given batches need, plus a margin.
 
-        spread: of an iteration that k sequences reach also spread / √k more: where lengths are
-        drawn at random, k itself differs from batch to batch by about √k.
+        Args:
+            batches: at least one batch.
+            slack: relative margin of everything except the longest sequence and the iterations.
+            spread: extra relative margin spread / √k of an iteration that k sequences reach: with
+                random lengths, k varies between batches by about √k.
         """
         batches = list(batches)
         if not batches:
-            raise ValueError("Capacity.of needs at least one batch to measure")
+            raise ValueError("Capacity.of got no batch: give at least one")
         loops = max(b.plan.max_loops for b in batches)
 
         def most(of) -> np.ndarray:
@@ -74,7 +83,7 @@ class Capacity:
         more = 1 + slack + spread / np.sqrt(np.maximum(1, active))
         grow = lambda values: np.ceil(np.round(values * more, 6)).astype(int)
         rows = grow(most(lambda b, t: b.plan.rows_at(t) if t > 1 else b.plan.rows))
-        rows = np.maximum.accumulate(rows[::-1])[::-1]  # none may grow with the iteration
+        rows = np.maximum.accumulate(rows[::-1])[::-1]  # may not increase with the iteration
         sequences = int(np.ceil(max(len(b) for b in batches) * (1 + slack)))
         return Capacity(
             tuple((-(-rows // ALIGN) * ALIGN).tolist()),
@@ -85,7 +94,7 @@ class Capacity:
         )
 
     def reason(self, batch: PackedBatch) -> str | None:
-        """Why a batch does not fit; None if it does."""
+        """Returns why a batch does not fit, or None if it does."""
         plan = batch.plan
         if plan.max_loops > len(self.rows):
             return f"the batch loops {plan.max_loops} times, the capacity is {len(self.rows)}"
@@ -113,7 +122,7 @@ def _at(values: Sequence[int], iteration: int) -> int:
 
 
 class CapacityPlan(Plan):
-    """A plan whose sizes are a capacity's, with the loaded batch's own counts on the device."""
+    """A plan with the sizes of a capacity; the loaded batch's own counts are on the device."""
 
     fixed_capacity = True
 
@@ -124,7 +133,7 @@ class CapacityPlan(Plan):
         self.lengths = np.full(c.sequences, c.longest)
         self.max_loops = len(c.rows)
         self.loops = np.full(c.sequences, self.max_loops)
-        # Slices by sequence are taken from the device's offsets; only the ends are known here.
+        # The host knows the sizes only; the sequences' offsets are on the device.
         self.active_sequences, self.active_rows = c.active, c.rows
         self.state_offsets = (0, *np.cumsum(c.rows).tolist())
         new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=self.device)
@@ -145,10 +154,12 @@ class CapacityPlan(Plan):
         return self.capacity.rows[0]
 
     def to(self, device: torch.device | str) -> Plan:
-        raise RuntimeError("a static plan stays on its device: load batches into another one there")
+        raise RuntimeError(
+            "a fixed-capacity plan cannot change its device: make a CapacityBatch on the other one"
+        )
 
     def load(self, plan: Plan) -> None:
-        """Takes a plan's counts and indices over; what the capacity has beyond them is empty."""
+        """Copies a plan's counts and indices; the rest of the capacity becomes empty."""
         rows, sequences = plan.rows, plan.sequences
         _fill(self.positions, plan.positions)
         _fill(self.tokens, plan.tokens)
@@ -159,25 +170,24 @@ class CapacityPlan(Plan):
         counts[: plan.max_loops] = np.array([plan.active_sequences, plan.active_rows]).T
         self.active_counts.copy_(torch.from_numpy(counts), non_blocking=True)
         _fill(self.last_rows, plan.last_rows)
-        self._offsets.clear()  # worked out from another batch
+        self._offsets.clear()  # computed from the previous batch
         self._live.clear()
 
     def row_ranges(self, iteration: int, truncate: int | None = None) -> tuple[RowRange, ...]:
         if truncate is not None:
-            raise ValueError("a static plan cannot truncate: where to depends on the batch")
+            raise ValueError("fixed-capacity batches do not support truncate: use truncate=None")
         t = iteration - 1
         return (RowRange(iteration, 0, self.active_sequences[t], 0, self.active_rows[t]),)
 
     def row_count(self, iteration: int) -> Tensor:
-        """(1,) int32: live rows of an iteration."""
+        """Returns the number of live rows of an iteration, (1,) int32."""
         return self.active_counts[iteration - 1, 1:]
 
-    # What is remembered below must serve training too, also where it is first asked for in
-    # evaluation.
+    # The cached tensors below must not be inference tensors: training may use them later.
 
     @torch.inference_mode(False)
     def live(self, iteration: int) -> Tensor:
-        """(N_t, 1) bool: which of the capacity's rows are live."""
+        """Returns which rows of an iteration are live, (N_t, 1) bool."""
         if iteration not in self._live:
             rows = torch.arange(self.active_rows[iteration - 1], device=self.device)
             self._live[iteration] = (rows < self.row_count(iteration)).unsqueeze(1)
@@ -185,20 +195,21 @@ class CapacityPlan(Plan):
 
     @torch.inference_mode(False)
     def layout_of(self, row_range: RowRange) -> PaddedLayout:
-        """Offsets of the sequences that loop in this iteration, the others being empty."""
+        """Returns the offsets of the sequences that loop in this iteration; the others are
+        empty."""
         t, last = row_range.iteration, row_range.last_sequence
         if t not in self._offsets:
             self._offsets[t] = torch.minimum(self.cu_seqlens[: last + 1], self.row_count(t))
         offsets, longest = self._offsets[t], self.capacity.longest
-        return PaddedLayout(offsets, longest, lambda: self._make_static_padding(t, offsets), 0)
+        return PaddedLayout(offsets, longest, lambda: self._make_padding(t, offsets), 0)
 
     @torch.inference_mode(False)
-    def _make_static_padding(
+    def _make_padding(
         self, iteration: int, offsets: Tensor
     ) -> tuple[int, Tensor, tuple[Group, ...]]:
-        """One slot for every token of every sequence, and a last sequence for the dead rows.
+        """Pads each sequence to the longest one, and adds a last sequence for the dead rows.
 
-        Empty sequences attend to their zeros, so that nothing is ever NaN.
+        Empty sequences attend to their zeros, so that nothing becomes NaN.
         """
         last, longest = len(offsets) - 1, self.capacity.longest
         rows = torch.arange(self.active_rows[iteration - 1], device=self.device, dtype=torch.int32)
@@ -212,13 +223,18 @@ class CapacityPlan(Plan):
 
 
 def _fill(buffer: Tensor, values: Tensor, beyond: float = 0) -> None:
-    """Copies values into the start of a buffer and `beyond` into the rest."""
+    """Copies values into the start of a buffer, and fills the rest with `beyond`."""
     buffer[: len(values)].copy_(values, non_blocking=True)
     buffer[len(values) :].fill_(beyond)
 
 
 class CapacityBatch:
-    """The tensors of a batch at a capacity; `batch` is what a model takes."""
+    """The tensors of a batch at a fixed capacity; `batch` is the PackedBatch to pass to a model.
+
+    Args:
+        capacity: the sizes.
+        device: where the tensors are allocated.
+    """
 
     def __init__(self, capacity: Capacity, device: torch.device | str):
         self.capacity = capacity
@@ -239,10 +255,10 @@ class CapacityBatch:
         )
 
     def load(self, batch: PackedBatch) -> None:
-        """Copies a batch in. Raises ValueError where it does not fit."""
+        """Copies a batch into the tensors. Raises ValueError if it does not fit."""
         reason = self.capacity.reason(batch)
         if reason is not None:
-            raise ValueError(f"{reason}: make it larger (Capacity.of takes batches and a slack)")
+            raise ValueError(f"{reason}: build a larger one with Capacity.of(batches, slack)")
         into = self.batch
         self.plan.load(batch.plan)
         _fill(into.tokens, batch.tokens)

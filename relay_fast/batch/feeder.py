@@ -1,4 +1,4 @@
-"""The last round as tokens for a model that carries its state too, on the device."""
+"""The last round as tokens, on the device, for a model that carries its state too."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Feeder:
-    """Turns the tokens that a model writes into what it is fed, for the N rows of a batch: the
-    last round, right-aligned as it was written.
+    """Maps the tokens that a model predicts to those that its next iteration gets: the last round,
+    right-aligned as it was written.
 
-    last (N,) int64: the last row of the row's sequence.
-    pad: what is fed in place of tokens in front of a round, which begins after the last `pad` of
-        its sequence.
+    Args:
+        last: (N,) int64, the last row of each row's sequence.
+        pad: the token in front of a round, which begins after the last `pad` of its sequence.
     """
 
     last: Tensor
@@ -25,15 +25,15 @@ class Feeder:
         return Feeder(self.last.to(device, non_blocking=True), self.pad)
 
     def start(self) -> Tensor:
-        """(N,) int64: what the first iteration is fed."""
+        """Returns the tokens (N,) int64 that the first iteration gets."""
         return torch.full_like(self.last, self.pad)
 
     def after(self, ids: Tensor, rows: int) -> Tensor:
-        """(rows,) int64: what the next iteration is fed.
+        """Returns the tokens (rows,) int64 that the next iteration gets.
 
         Args:
-            ids: (N_t,) the tokens that this one wrote.
-            rows: of the batch's sequences that go on.
+            ids: (N_t,) tokens that this one predicted.
+            rows: number of rows of the sequences that continue.
         """
         ids = ids[:rows]
         index = torch.arange(rows, device=ids.device)

@@ -19,18 +19,26 @@ from relay_fast.utils.ragged import pieces
 class PackedBatch:
     """B sequences of N tokens in all, largest loop count first.
 
-    tokens (N,) int64; plan: order, active prefix, offsets (see `Plan`).
-    rows (R,) int64: rows with a target, as index into the active prefix of their iteration,
-    iteration-major; row_offsets: T + 1 ints, where the rows of iteration t start (index t − 1);
-    targets (R,) int64; weights (R,) fp32: w_task · λ / (B · T_i · |M_t|).
-    answers (B,) int64 and answer_weights (B,) fp32: w_task / B.
-    order (B,): which sample of the caller each sequence is; max_token: the largest token id.
-    fed (N,) int64: a second token at each place of a `side_by_side` batch, whose sequences are
-    iterations (each sample's last one at the end, in `order`); target_offsets (sequences + 1,):
-    where their rows start. feeder: for a model with feedback that carries its state.
-    true_feed (Σ n_i · T_i,) int64, iteration-major: what every iteration is fed of true rounds
-    where the state is carried; truth: the share of the iterations that are fed them, the others
-    the model's own.
+    Args:
+        tokens: (N,) int64.
+        plan: order, active prefix and offsets.
+        rows: (R,) int64, rows with a target as indices into the active prefix of their iteration,
+            iteration-major.
+        row_offsets: T + 1 ints; the rows of iteration t start at row_offsets[t − 1].
+        targets: (R,) int64.
+        weights: (R,) fp32, w_task · λ / (B · T_i · |M_t|).
+        answers: (B,) int64.
+        answer_weights: (B,) fp32, w_task / B.
+        order: (B,), the caller's sample of each sequence.
+        max_token: the largest token id.
+        fed: (N,) int64, of a `side_by_side` batch: a second token at each place. Its sequences are
+            iterations, with the last one of each sample at the end, in `order`.
+        target_offsets: (sequences + 1,), of a `side_by_side` batch: where the rows of each sequence
+            start.
+        feeder: for a model with feedback that carries its state.
+        true_feed: (Σ n_i · T_i,) int64, iteration-major: the true rounds for each iteration if the
+            state is carried.
+        truth: share of the iterations that get true rounds; the others get the model's own.
     """
 
     tokens: Tensor
@@ -54,11 +62,11 @@ class PackedBatch:
 
     @property
     def answer_rows(self) -> Tensor:
-        """(B,) int64: the rows at whose last state the answers are read."""
+        """(B,) int64: the rows whose last state the answers are read from."""
         return self.plan.last_rows[self.plan.sequences - len(self) :]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch on another device; itself if it is there already."""
+        """Returns the batch on a device; itself if it is already there."""
         device = torch.device(device)
         if device.type == self.plan.device.type and device.index in (None, self.plan.device.index):
             return self
@@ -68,7 +76,7 @@ class PackedBatch:
         return replace(self, plan=self.plan.to(device), **moved)
 
     def pin_memory(self) -> PackedBatch:
-        """The batch in pinned memory, as a DataLoader with `pin_memory=True` asks for it."""
+        """Returns the batch in pinned memory; called by a DataLoader with `pin_memory=True`."""
         return replace(self, **self._tensors(Tensor.pin_memory))
 
     def _tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -76,8 +84,8 @@ class PackedBatch:
         return {name: change(t) for name, t in values.items() if isinstance(t, Tensor)}
 
     def parts(self, tokens: int) -> Iterator[PackedBatch]:
-        """A `side_by_side` batch as batches of about so many tokens each, whose losses add up to
-        its own; any other batch as it is."""
+        """Splits a `side_by_side` batch into batches of about `tokens` tokens each, whose losses
+        sum to its own; yields any other batch unchanged."""
         plan = self.plan
         if self.fed is None or plan.rows <= tokens:
             yield self
@@ -106,28 +114,28 @@ class PackedBatch:
 
     @staticmethod
     def looped(*arguments, **options) -> PackedBatch:
-        """The batch of `relay_fast.data.collate.collate_looped`, which see."""
+        """Calls `relay_fast.data.collate.collate_looped`."""
         from relay_fast.data.collate import collate_looped
 
         return collate_looped(*arguments, **options)
 
     @staticmethod
     def side_by_side(*arguments, **options) -> PackedBatch:
-        """The batch of `relay_fast.data.collate.collate_side_by_side`, which see."""
+        """Calls `relay_fast.data.collate.collate_side_by_side`."""
         from relay_fast.data.collate import collate_side_by_side
 
         return collate_side_by_side(*arguments, **options)
 
     @staticmethod
     def carried(*arguments, **options) -> PackedBatch:
-        """The batch of `relay_fast.data.collate.collate_carried`, which see."""
+        """Calls `relay_fast.data.collate.collate_carried`."""
         from relay_fast.data.collate import collate_carried
 
         return collate_carried(*arguments, **options)
 
     @staticmethod
     def autoregressive(*arguments, **options) -> PackedBatch:
-        """The batch of `relay_fast.data.collate.collate_autoregressive`, which see."""
+        """Calls `relay_fast.data.collate.collate_autoregressive`."""
         from relay_fast.data.collate import collate_autoregressive
 
         return collate_autoregressive(*arguments, **options)

@@ -1,8 +1,8 @@
-"""The plan: everything about a batch that is known on the host before the first kernel.
+"""The plan of a batch: all that the host knows before the first kernel.
 
-Sequences are sorted by loops, largest first, so that the ones still looping at iteration t are a
-prefix of the rows (the *active prefix*). The plan holds the sizes of that prefix as Python ints,
-and the index tensors on the device; after it nothing reads a tensor back to Python.
+Sequences are sorted by loops, largest first, so that the rows of the sequences that still loop at
+iteration t are a prefix (the *active prefix*). The plan holds the sizes of that prefix as Python
+ints, and the index tensors on the device. Later no tensor is copied back to the host.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from relay_fast.kernels.attention_ref import Group, PaddedLayout
-from relay_fast.utils.numbers import is_truth, whole
+from relay_fast.utils.numbers import as_int, is_bool
 
-GROUP_COST = 16_000  # what one more attention group costs, in score elements (measured on a CPU)
+GROUP_COST = 16_000  # cost of another attention group in score elements, measured on a CPU
 MAX_GROUPS = 6
 
 
 @dataclass(frozen=True)
 class RowRange:
-    """Consecutive sequences that one iteration works on together.
+    """Consecutive sequences that are computed together in one iteration.
 
-    `grad` is False where truncated backpropagation keeps the gradient out.
+    `grad` is False if truncated backpropagation stops the gradient there.
     """
 
     iteration: int  # 1-based
@@ -44,22 +44,24 @@ class RowRange:
 class Plan:
     """The order, the active prefix and the attention layout of a batch of packed sequences.
 
-    Parameters
-    ----------
-    lengths: tokens of each sequence, in the caller's order.
-    loops: iterations of each sequence (≥ 0), in the caller's order.
-    device: where index tensors are put.
-    positions: position of each token in the caller's row order; default 0..n−1 of each sequence.
+    Args:
+        lengths: tokens of each sequence, in the caller's order.
+        loops: iterations of each sequence (≥ 0), in the caller's order.
+        device: where the index tensors are.
+        positions: position of each token, in the caller's row order; default: 0..n − 1 in each
+            sequence.
 
-    Attributes (all sequence-wise ones in sorted order)
-    ----------
-    lengths, loops: int64 arrays (sequences,).
-    order: caller's index of each sorted sequence; the identity when the caller had sorted them.
-    offsets: first row of each sequence, (sequences + 1,).
-    max_loops: the largest loop count T.
-    active_sequences, active_rows: tuples of T ints, for t = 1..T.
-    state_offsets: T + 1 ints: where state t starts (index t − 1) in an iteration-major buffer
-    of all states.
+    Attributes:
+        lengths: int64 array (sequences,), in sorted order like the following ones.
+        loops: int64 array (sequences,).
+        order: caller's index of each sorted sequence.
+        sorted: whether the caller's order is already sorted; `order` is then the identity.
+        offsets: first row of each sequence, (sequences + 1,).
+        max_loops: the largest loop count T.
+        active_sequences: T ints, the sequences that still loop at t = 1..T.
+        active_rows: T ints, their rows.
+        state_offsets: T + 1 ints; state t starts at state_offsets[t − 1] in an iteration-major
+            buffer of all states.
     """
 
     def __init__(
@@ -86,16 +88,17 @@ class Plan:
         self._layouts: dict[tuple[int, int], PaddedLayout] = {}
 
     def to(self, device: torch.device | str) -> Plan:
-        """The same plan for another device, its sorted order taken as the caller's."""
+        """Returns the plan on another device; its sorted order counts as the caller's."""
         positions = None if self._caller_positions is None else self.positions.cpu().numpy()
         return Plan(self.lengths, self.loops, device, positions)
 
     def part(self, first: int, last: int) -> Plan:
-        """The plan of sequences first..last − 1 alone."""
+        """Returns the plan of sequences first..last − 1."""
         return self._part(first, last, self.loops[first:last])
 
     def once(self, iteration: int) -> Plan:
-        """The plan of one iteration alone: the sequences that reach it, one loop each."""
+        """Returns the plan of a single iteration: the sequences that reach it, with one loop
+        each."""
         active = self.active_sequences[iteration - 1]
         return self._part(0, active, np.ones(active, np.int64))
 
@@ -116,33 +119,32 @@ class Plan:
 
     @property
     def token_iterations(self) -> int:
-        """Σ n_i · T_i, what the batch costs."""
+        """Σ n_i · T_i, the cost of the batch."""
         return self.state_offsets[-1]
 
-    # A static plan's sizes are a capacity's: what is live then is known on the device alone
-    # (`relay_fast.batch.capacity`). Here every row is.
+    # `CapacityPlan` overrides these: its live rows are known on the device only. Here all are.
 
     fixed_capacity = False
 
     def live(self, iteration: int) -> Tensor | None:
-        """(N_t, 1) bool: which rows of an iteration are live; None: all."""
+        """Returns which rows of an iteration are live, (N_t, 1) bool; None: all."""
         return None
 
     def row_count(self, iteration: int) -> Tensor | None:
-        """(1,) int32 on the device: live rows of an iteration; None: all."""
+        """Returns the number of live rows of an iteration, (1,) int32 on the device; None: all."""
         return None
 
     def layout_of(self, row_range: RowRange) -> PaddedLayout:
-        """The attention layout of a row range."""
+        """Returns the attention layout of a row range."""
         return self.layout(row_range.first_sequence, row_range.last_sequence)
 
     def rows_at(self, iteration: int) -> int:
-        """Rows of the active prefix at iteration t (0 beyond the last)."""
+        """Returns the number of rows of the active prefix at an iteration; 0 after the last."""
         return self.active_rows[iteration - 1] if 1 <= iteration <= self.max_loops else 0
 
     def row_ranges(self, iteration: int, truncate: int | None = None) -> tuple[RowRange, ...]:
-        """The row ranges of an iteration: one, or two where truncation (to each sequence's last
-        `truncate` iterations) keeps the gradient out of a part of the prefix."""
+        """Returns the row ranges of an iteration: one, or two if truncation (to each sequence's
+        last `truncate` iterations) stops the gradient in a part of the prefix."""
         last = self.active_sequences[iteration - 1]
         later = iteration + truncate if truncate else self.max_loops + 1
         cut = self.active_sequences[later - 1] if later <= self.max_loops else 0
@@ -154,18 +156,18 @@ class Plan:
         )
 
     def chosen_states(self, return_states: bool | Sequence[int]) -> tuple[int, ...]:
-        """See the function of this name."""
+        """Calls `chosen_states` for this plan's iterations."""
         return chosen_states(return_states, self.max_loops)
 
-    # Index tensors, each made once on the host and copied to the device. A batch that is evaluated
-    # under inference_mode may be trained on afterwards: they are never inference tensors.
+    # Index tensors, each built once on the host and copied to the device. They are never inference
+    # tensors: a batch may be evaluated under inference_mode first, and trained on later.
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
         return _tensor(array, dtype, self.device)
 
     @cached_property
     def row_order(self) -> np.ndarray | None:
-        """Caller's row index of each sorted row, None when the two orders agree."""
+        """Caller's row index of each sorted row; None if the orders are equal."""
         if self.sorted:
             return None
         caller_lengths = np.empty_like(self.lengths)
@@ -189,14 +191,15 @@ class Plan:
         )
 
     def active_to_caller(self, iteration: int) -> Tensor | None:
-        """(N_t,) int64: brings the rows of state t into the caller's relative order."""
+        """Returns (N_t,) int64 indices that put the rows of state t into the caller's relative
+        order."""
         if self.row_order is None:
             return None
         return self._tensor(np.argsort(self.row_order[: self.rows_at(iteration)]), torch.int64)
 
     @cached_property
     def tokens(self) -> Tensor:
-        """(rows,) int64: the caller's token index of each row, which keys the dropout masks."""
+        """(rows,) int64: the caller's token index of each row, a counter of the dropout masks."""
         rows = np.arange(self.rows) if self.row_order is None else self.row_order
         return self._tensor(rows, torch.int64)
 
@@ -217,8 +220,8 @@ class Plan:
 
     @cached_property
     def last_rows(self) -> Tensor:
-        """(sequences,) int64: the last row of each sequence (of a sequence without rows: the
-        row before)."""
+        """(sequences,) int64: the last row of each sequence; for an empty one, the row before
+        it."""
         return self._tensor(self.offsets[1:] - 1, torch.int64)
 
     @cached_property
@@ -226,7 +229,8 @@ class Plan:
         return _Paddings(self.lengths, self.device)
 
     def layout(self, first: int, last: int) -> PaddedLayout:
-        """Row offsets of sequences first..last − 1, and their padding for the torch attention."""
+        """Returns the row offsets of sequences first..last − 1, with their padding for torch's
+        attention."""
         key = (first, last)
         if key not in self._layouts:
             lengths = self.lengths[first:last]
@@ -243,11 +247,11 @@ class Plan:
 
 
 class _Paddings:
-    """How some of a plan's sequences are padded for the torch attention, the one op that pads;
-    sequences of similar length share a group.
+    """Pads sequences for torch's attention, the only op that needs padding; sequences of similar
+    length share a group.
 
-    Apart from the plan, which holds the layouts that ask for it: a batch that is dropped is freed
-    at once, and one that was used can be pickled.
+    Separate from the plan, which holds the layouts that refer to it: without a reference cycle a
+    dropped batch is freed at once, and a used one can be pickled.
     """
 
     def __init__(self, lengths: np.ndarray, device: torch.device):
@@ -255,7 +259,7 @@ class _Paddings:
 
     @cached_property
     def _group_bounds(self) -> np.ndarray:
-        """Largest length of each attention group, ascending, chosen to waste least."""
+        """The largest length of each attention group, ascending, with minimal total cost."""
         lengths, counts = np.unique(self.lengths[self.lengths > 0], return_counts=True)
         if len(lengths) == 0:
             return lengths
@@ -281,7 +285,7 @@ class _Paddings:
         return np.array(bounds[::-1])
 
     def make(self, first: int, last: int) -> tuple[int, Tensor | None, tuple[Group, ...]]:
-        """Slots, slot and groups (see `PaddedLayout`) of sequences first..last − 1."""
+        """Returns slots, slot and groups (see `PaddedLayout`) of sequences first..last − 1."""
         lengths = self.lengths[first:last]
         rows = int(lengths.sum())
         member = np.searchsorted(self._group_bounds, lengths)
@@ -313,11 +317,16 @@ def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:
-    """Which of the iterations 1..loops are asked for: none, all, or the ones given, ascending.
+    """Returns the iterations in 1..loops whose states are requested, ascending.
 
-    Raises ValueError for an iteration that the batch does not reach, and for a single int.
+    Args:
+        return_states: True for all, False for none, or a list of iterations.
+        loops: the number of iterations of the batch.
+
+    Raises:
+        ValueError: for an iteration that the batch does not reach, and for a single int.
     """
-    if is_truth(return_states):
+    if is_bool(return_states):
         return tuple(range(1, loops + 1)) if return_states else ()
     if isinstance(return_states, Tensor | np.ndarray):
         return_states = return_states.tolist()
@@ -325,53 +334,69 @@ def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int,
         raise ValueError(
             f"return_states = {return_states}: pass True for all states, or a list of iterations"
         )
-    wanted = tuple(sorted({whole("an iteration in return_states", t) for t in return_states}))
+    wanted = tuple(sorted({as_int("an iteration in return_states", t) for t in return_states}))
     if wanted and not 1 <= wanted[0] <= wanted[-1] <= loops:
         raise ValueError(
-            f"return_states asks for iterations {list(wanted)} but the batch loops 1..{loops}"
+            f"return_states has iterations {list(wanted)}: give iterations in 1..{loops}"
         )
     return wanted
 
 
 def check_floating(x: Tensor) -> None:
-    """Raises TypeError for an x that is no state."""
+    """Raises TypeError unless x is in floating point."""
     if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}: a state is in floating point, so embed the tokens first")
+        raise TypeError(f"x is {x.dtype}, but a state is in floating point: embed the tokens first")
 
 
 def check_cu_seqlens(
     cu_seqlens: Sequence[int] | np.ndarray | Tensor, rows: int, of: str = "x"
 ) -> np.ndarray:
-    """Row offsets (sequences + 1,) int64 on the host, 0 to `rows`, which are those of `of`.
+    """Returns row offsets (sequences + 1,) as int64 on the host; copying a CUDA tensor
+    synchronises.
 
-    A CUDA tensor costs one synchronisation here. Raises ValueError for offsets that are no such
-    row, TypeError for ones that are not integers.
+    Args:
+        cu_seqlens: the offsets.
+        rows: the number of rows at which they must end.
+        of: name of the tensor that has the rows, for messages.
+
+    Raises:
+        ValueError: if they do not start at 0, decrease, or do not end at `rows`.
+        TypeError: if they are not integers.
     """
     if isinstance(cu_seqlens, Tensor):
         cu_seqlens = cu_seqlens.detach().cpu().numpy()
     offsets = np.asarray(cu_seqlens)
     if offsets.ndim != 1 or not offsets.size or offsets[0] != 0:
         start = offsets.reshape(-1)[:1].tolist()
-        raise ValueError(f"cu_seqlens must be (sequences + 1,) and start at 0, not at {start}")
+        raise ValueError(
+            f"cu_seqlens must have shape (sequences + 1,) and start at 0, not at {start}"
+        )
     if not np.issubdtype(offsets.dtype, np.integer):
-        raise TypeError(f"cu_seqlens must be integers, got {offsets.dtype}")
+        raise TypeError(f"cu_seqlens must be integers, got {offsets.dtype}: give row offsets")
     lengths = np.diff(offsets)
     if lengths.min(initial=0) < 0:
         i = int(np.argmax(lengths < 0))
         raise ValueError(
-            f"cu_seqlens falls from {offsets[i]} to {offsets[i + 1]} at sequence {i}: give the row "
-            "offsets of the sequences in order"
+            f"cu_seqlens decreases from {offsets[i]} to {offsets[i + 1]} at sequence {i}: give the "
+            "row offsets of the sequences in order"
         )
     if offsets[-1] != rows:
-        raise ValueError(f"cu_seqlens ends at {offsets[-1]} but {of} has {rows} rows")
+        raise ValueError(
+            f"cu_seqlens ends at {offsets[-1]} but {of} has {rows} rows: give offsets up to {rows}"
+        )
     return offsets.astype(np.int64)
 
 
 def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int) -> np.ndarray:
-    """Loop counts (sequences,) int64 on the host, from an int, a list, an array or a tensor.
+    """Returns loop counts (sequences,) as int64 on the host; copying a CUDA tensor synchronises.
 
-    A CUDA tensor costs one synchronisation here, and nowhere later. Raises ValueError for negative
-    counts or another number of counts than sequences, TypeError for counts that are not integers.
+    Args:
+        loops: an int, or one count per sequence.
+        sequences: the number of sequences.
+
+    Raises:
+        ValueError: for negative counts, or another number of counts than sequences.
+        TypeError: for counts that are not integers.
     """
     if isinstance(loops, Tensor):
         loops = loops.detach().cpu().numpy()
@@ -393,5 +418,5 @@ def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int
         )
     if counts.size and counts.min() < 0:
         worst = int(counts.argmin())
-        raise ValueError(f"loops[{worst}] = {counts[worst]} is negative: a loop count is 0 or more")
+        raise ValueError(f"loops[{worst}] = {counts[worst]} is negative: give counts of 0 or more")
     return counts.astype(np.int64)

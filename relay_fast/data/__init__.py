@@ -1,4 +1,4 @@
-"""Samples on their way into a training: files of them, streams, and collation into batches."""
+"""Training data: sample files, streams of batches, and collation of samples into batches."""
 
 from relay_fast._moved_paths import forward
 

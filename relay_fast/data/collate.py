@@ -1,4 +1,4 @@
-"""Collates samples into packed batches for the looped and the autoregressive model."""
+"""Collation of samples into packed batches for the looped and the autoregressive model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTINGS = ("sequence", "row")
 _NO_ROOM = "a round does not fit into its input: raise the task's min_input_tokens"
 
 
-# Long: the arrays of a batch are built in one go, each from the ones before it.
+# Long: each array of the batch is computed from the ones before it.
 def collate_looped(
     samples: Samples,
     tasks: Mapping[str, Task],
@@ -33,14 +33,24 @@ def collate_looped(
     carry_state: bool = False,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The looped model's batch: problems, and every iteration's round right-aligned.
+    """Makes the looped model's batch: problems, with each iteration's round right-aligned.
 
-    An input shorter than its task's longest round plus the boundary `<pad>` is padded on the
-    left, between the task token (always leftmost) and the problem, and so is every input by
-    `extra_pad` (S,) more tokens. weighting="sequence" lets
-    sequences weigh alike whatever their length; "row" lets all supervised rows weigh alike.
-    carry_state: for a model that is fed its own rounds and carries its state too.
-    Raises ValueError for unknown weightings and tasks, and for tokens that are negative.
+    An input shorter than its task's longest round plus the boundary `<pad>` is padded on the left,
+    between the task token (always leftmost) and the problem.
+
+    Args:
+        samples: S samples.
+        tasks: their tasks by name.
+        task_weights: weights of the tasks' losses, default 1.
+        chain_weight: weight of the rounds' loss relative to the answers'.
+        weighting: "sequence" gives all sequences the same weight, whatever their length; "row"
+            gives all supervised rows the same weight.
+        extra_pad: (S,) further padding tokens of each input.
+        carry_state: whether the model gets its own rounds as tokens beside its state.
+        device: of the batch.
+
+    Raises:
+        ValueError: for unknown weightings and tasks, and negative tokens.
     """
     _check_weighting(weighting, task_weights)
     order = np.argsort(-samples.loops, kind="stable")
@@ -57,7 +67,7 @@ def collate_looped(
     ]
     tokens[plan.offsets[:-1]] = s.problem[s.problem_offsets[:-1]]
 
-    # Rounds, iteration-major: the boundary <pad> and then the round's tokens.
+    # Rounds, iteration-major: the boundary <pad>, then the round's tokens.
     owner = np.repeat(np.arange(len(s)), s.loops)
     iteration = np.arange(len(owner)) - s.first_round[owner]
     major = np.lexsort((owner, iteration))
@@ -107,11 +117,13 @@ def collate_side_by_side(
     rng: np.random.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The batch that trains a model with feedback: every iteration of a sample as a sequence of
-    one iteration, which sees the true rounds before it as its task has it (`Task.inputs`).
+    """Makes a batch for training with feedback: an iteration is a sequence that sees true rounds.
 
-    draws: by task, what is drawn from `rng` for each iteration. Weights and errors are those of
-    `collate_looped`; a sample without rounds raises ValueError too.
+    Args:
+        samples: S samples, each with at least one round; ValueError otherwise.
+        tasks, task_weights, chain_weight, weighting, device: as in `collate_looped`.
+        draws: random options of the inputs (`Task.inputs`), by task.
+        rng: draws them for each iteration.
     """
     _check_weighting(weighting, task_weights)
     if np.any(samples.loops < 1):
@@ -158,11 +170,13 @@ def collate_side_by_side(
 def collate_carried(
     samples: Samples, tasks: Mapping[str, Task], *, truth: float = 1.0, **options
 ) -> PackedBatch:
-    """The batch that trains a model whose iterations get the state before them and the last round,
-    right-aligned.
+    """Makes the batch that trains a model whose iterations get the state and the last round.
 
-    truth: the share of the iterations that are fed the true round. Other options and errors are
-    those of `collate_looped`.
+    Args:
+        samples: S samples.
+        tasks: their tasks by name.
+        truth: share of the iterations that get the true round, in [0, 1].
+        **options: others of `collate_looped`, which raises the same errors.
     """
     if not 0 <= truth <= 1:
         raise ValueError(f"truth = {truth}: it must lie in [0, 1]")
@@ -185,9 +199,12 @@ def collate_autoregressive(
     weighting: str = "sequence",
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The autoregressive model's batch: whole sequences, targets after the problem.
+    """Makes the autoregressive model's batch: whole sequences with targets after the problem.
 
-    Options and errors are those of `collate_looped`.
+    Args:
+        samples: S samples.
+        tasks, task_weights, weighting, device: as in `collate_looped`, which raises the same
+            errors.
     """
     _check_weighting(weighting, task_weights)
     sequence, offsets, prompts = samples.sequences(tasks)
@@ -224,7 +241,7 @@ def _check_weighting(weighting: str, task_weights: Mapping[str, float] | None) -
 
 
 def _largest(*tokens: np.ndarray) -> int:
-    """The largest token id."""
+    """Returns the largest token id; raises ValueError for a negative one."""
     least = min(int(part.min(initial=0)) for part in tokens)
     if least < 0:
         raise ValueError(f"token {least} is negative: token ids are 0 or more")
@@ -232,6 +249,6 @@ def _largest(*tokens: np.ndarray) -> int:
 
 
 def _task_weights(samples: Samples, task_weights: Mapping[str, float] | None) -> np.ndarray:
-    """w_task of each sample."""
+    """Returns each sample's task weight (S,)."""
     table = np.array([(task_weights or {}).get(name, 1.0) for name in TASK_NAMES])
     return table[samples.task]

@@ -1,4 +1,4 @@
-"""Samples on disk: one safetensors file, written whole or not at all."""
+"""Files of samples: one safetensors file, written atomically."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from relay_fast.utils.tensor_files import CheckpointError, load_checkpoint, save
 
 
 def save_samples(path: str | os.PathLike, samples: Samples, info: Mapping[str, Any]) -> None:
-    """Write `samples`, and JSON-able `info` about where they come from."""
+    """Writes samples.
+
+    Args:
+        path: the safetensors file.
+        samples: the samples to save.
+        info: JSON-able facts about their origin.
+    """
     tensors = {f.name: torch.from_numpy(getattr(samples, f.name)) for f in fields(samples)}
     save_checkpoint(path, tensors, {"kind": "samples", "info": dict(info)})
 
 
 def load_samples(path: str | os.PathLike) -> Samples:
-    """The samples that `save_samples` wrote; raises CheckpointError for any other file."""
+    """Loads samples that `save_samples` wrote; raises CheckpointError for any other file."""
     tensors, metadata = load_checkpoint(path)
     if metadata.get("kind") != "samples":
         raise CheckpointError(
@@ -30,6 +36,6 @@ def load_samples(path: str | os.PathLike) -> Samples:
     if differing := names ^ set(tensors):
         raise CheckpointError(
             f"{path} was written by another version of relay_fast, with other columns "
-            f"({min(differing)!r}); use that version, or delete it to have it made anew."
+            f"({min(differing)!r}); use that version, or delete the file to generate it again."
         )
     return Samples(**{name: value.numpy() for name, value in tensors.items()})

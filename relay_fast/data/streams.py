@@ -1,7 +1,7 @@
-"""Streams of training batches: step → batch, the same for every worker and after every resume.
+"""Streams of training batches: step → batch, the same in every worker and after every resume.
 
-A stream draws only true problems inside the training range, or samples that a model wrote; it
-reports the longest *true* problem of each batch, so that a run can prove what it was trained on.
+A stream draws true problems inside the training range, or samples that a model generated. It
+reports the longest *true* problem of each batch, so that a run can prove its training range.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FEEDBACK = 0xFED  # and of what is drawn for each iteration
 
 
 class Schedule(Protocol):
-    """What a stream reads of its stage's schedule (see `relay_fast.training.schedule.Schedule`)."""
+    """The part of a `relay_fast.training.schedule.Schedule` that a stream reads."""
 
     progress: np.ndarray
 
@@ -48,9 +48,11 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchFormat:
-    """How samples become a batch: `kind` looped or autoregressive, and the batch's options;
-    feedback, carry_state: as the looped model has them; draws: with feedback and no carried state,
-    what is drawn for each iteration, by task."""
+    """The kind ("looped" or "autoregressive") and options of batches.
+
+    feedback and carry_state are those of the looped model's ModelConfig. draws, with feedback and
+    without a carried state, are the random options of each iteration's inputs, by task.
+    """
 
     kind: str
     task_weights: Mapping[str, float] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class BatchFormat:
     feedback: bool = False
     carry_state: bool = False
     draws: Mapping[str, FeedbackDraws] = field(default_factory=dict)
-    batch_tokens: int | None = None  # upper bound on a batch's tokens: the samples that fit
+    batch_tokens: int | None = None  # samples beyond so many tokens are left out
 
     def collate(
         self,
@@ -68,7 +70,14 @@ class BatchFormat:
         extra_pad: np.ndarray | None,
         **more,
     ) -> PackedBatch:
-        """The batch. more: further options of the looped model's (truth, or rng of its draws)."""
+        """Makes a batch.
+
+        Args:
+            samples: S samples.
+            tasks: their tasks by name.
+            extra_pad: (S,) further padding tokens of each input, or None.
+            **more: `rng` and `truth` of the looped model's batches.
+        """
         if self.batch_tokens is not None:
             samples, extra_pad = self._limit_tokens(samples, tasks, extra_pad)
         options = {"task_weights": self.task_weights, "weighting": self.weighting}
@@ -87,7 +96,7 @@ class BatchFormat:
     def _limit_tokens(
         self, samples: Samples, tasks: Mapping[str, Task], extra_pad: np.ndarray | None
     ):
-        """The first samples that fit, tasks in turns so that none of them is cut off."""
+        """Keeps the first samples of all tasks in turn, up to `batch_tokens`."""
         if self.kind == "autoregressive":
             tokens = np.diff(samples.sequences(tasks)[1]) - 1
         else:
@@ -107,13 +116,25 @@ class BatchFormat:
 class TruthStream(Dataset):
     """True problems inside the training range, tasks in equal shares.
 
-    ranges[task] = (shortest, longest); lengths: "proportional" (probability ∝ length) or "uniform".
-    lengths_per_batch: how many different (length, padding) pairs a batch draws per task, None for
-    one a sample; few of them make attention cheap. dataset_size: samples per task that exist in
-    all, None for ever fresh ones. curriculum: share of the stage over which the longest length
-    grows. pad_probability: share of the draws that get random extra padding, so that the input is
-    as long as some problem of up to `pad_to` tokens. truth: share of the iterations that are fed
-    true rounds in the end, where the state is carried too; all of them at first.
+    Args:
+        tasks: the tasks by name.
+        ranges: (shortest, longest) length of each task.
+        form: of the batches.
+        schedule: of the training stage.
+        batch_size: samples per batch.
+        seed: of the problems, lengths and padding.
+        lengths: "proportional" (probability ∝ length) or "uniform".
+        lengths_per_batch: different (length, padding) pairs per batch and task, None for one per
+            sample; with few of them attention is cheaper.
+        dataset_size: number of different samples per task, None for new ones in every batch.
+        curriculum: share of the stage over which the longest length grows.
+        pad_probability: share of the draws that get random extra padding, up to `pad_to` tokens.
+        pad_to: tokens of the longest padded input.
+        truth: with a carried state, share of the iterations that are fed true rounds at the end
+            of the stage; the share falls from 1 at its start.
+
+    Raises:
+        ValueError: for lengths that a task does not have, and options that do not fit together.
     """
 
     def __init__(
@@ -176,7 +197,7 @@ class TruthStream(Dataset):
         return Step(self.form.collate(samples, self.tasks, extra, **options), longest_true)
 
     def _block(self, step: int) -> int:
-        """Which block of `share` samples a step takes: ever new ones, or each once an epoch."""
+        """Returns the index of a step's block of samples: always new, or each once per epoch."""
         if self.dataset_size is None:
             return step
         blocks = max(1, self.dataset_size // self.share)
@@ -201,9 +222,17 @@ class TruthStream(Dataset):
 
 
 class SampleStream(Dataset):
-    """A fixed set of samples, shuffled anew each epoch.
+    """A fixed set of samples, shuffled in each epoch.
 
-    longest_true[task]: the longest of them whose truth a task computed (the rest a model wrote).
+    Args:
+        samples: the samples, not empty.
+        tasks: their tasks by name.
+        form: of the batches.
+        schedule: of the training stage.
+        batch_size: samples per batch.
+        seed: of the shuffling.
+        longest_true: the longest true problem of each task among the samples, as opposed to those
+            that a model generated.
     """
 
     def __init__(
@@ -222,7 +251,7 @@ class SampleStream(Dataset):
         self.samples, self.tasks, self.form, self.schedule = samples, tasks, form, schedule
         self.batch_size, self.seed = min(batch_size, len(samples)), seed
         self.longest_true = dict(longest_true)
-        self._shuffled: tuple[int, np.ndarray] | None = None  # the last epoch, and its order
+        self._shuffled: tuple[int, np.ndarray] | None = None  # the last epoch and its order
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -241,11 +270,17 @@ class SampleStream(Dataset):
 def prefetch(
     stream: Dataset, start: int, workers: int, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Step]:
-    """The stream's steps from `start` on, made ahead by `workers` processes (0: in this one), at
-    most one a core.
+    """Yields the stream's steps from `start` on, made ahead by worker processes.
 
-    stopped(): asked while a process is waited for; KeyboardInterrupt is raised when it says so.
-    Raises what the stream raises, and WorkerDied for a process that died, hangs or did not start.
+    Args:
+        stream: step → Step.
+        start: the first step.
+        workers: processes, at most one per core; 0 makes the steps in this process.
+        stopped: polled while waiting for a process; True raises KeyboardInterrupt.
+
+    Raises:
+        WorkerDied: if a process died, hangs or did not start.
+        Exception: what the stream raises.
     """
     workers = min(workers, usable_cores(), len(stream) - start)
     if workers > 0:
@@ -264,9 +299,16 @@ def mean_cost(
     curriculum: float,
     draws: Mapping[str, FeedbackDraws] | None = None,
 ):
-    """cost(progress): expected token-iterations of a batch, for `Schedule.by_work`.
+    """Returns cost(progress), the expected token-iterations of a batch, for `Schedule.by_work`.
 
-    draws, for iterations that train side by side: by task, what is drawn for them.
+    Args:
+        tasks: the tasks by name.
+        ranges: (shortest, longest) length of each task.
+        kind: "looped" or "autoregressive".
+        batch_size: samples per batch.
+        lengths: "proportional" or "uniform", the distribution of lengths.
+        curriculum: share of the stage over which the longest length grows.
+        draws: for iterations that train side by side, their random options by task.
     """
 
     def cost_of(task: Task, length: int) -> float:
@@ -295,8 +337,15 @@ def mean_cost(
 
 
 def curriculum_length(progress: float, shortest: int, longest: int, share: float) -> int:
-    """Largest length at `progress`: grows from the shortest + 1 to the longest over the first
-    `share` of the stage; always inside the training range."""
+    """Returns the largest length at a progress; it is always inside the training range.
+
+    Args:
+        progress: share of the stage that is done.
+        shortest: shortest length.
+        longest: longest length.
+        share: of the stage, over which the length grows from shortest + 1 to longest; 0 for the
+            longest throughout.
+    """
     if share <= 0:
         return longest
     start = min(longest, shortest + 1)

@@ -1,8 +1,9 @@
-"""Processes that make a stream's steps ahead, and how a step comes from there.
+"""Worker processes that make a stream's steps ahead, and the transfer of steps from them.
 
-A step lies in anonymous memory whose descriptor comes through a socket: it needs no /dev/shm, which
-containers make small, and no file. Where the system has no such memory it comes through the socket
-itself. Every wait for a process has an end; one that computes says every few seconds that it lives.
+A step is passed as anonymous memory whose descriptor goes through a socket: this needs neither
+/dev/shm, which is small in containers, nor a file. On systems without such memory the step itself
+goes through the socket. Every wait for a process times out; a working process sends a sign of life
+every few seconds.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from torch.utils.data import Dataset, default_convert
 from relay_fast.utils.errors import WorkerDied
 from relay_fast.utils.worker_processes import without_main
 
-AHEAD = 4  # steps that a process may be ahead
+AHEAD = 4  # steps that a process may make ahead
 FROZEN = 60  # seconds without a sign of life
 SLOW = 600  # seconds for one step
 START = 300  # seconds until the first sign of life: it imports torch
 _ALIVE_EVERY = 5.0
-_HEADER = struct.Struct("<qqq")  # kind, bytes of the table, bytes of all
+_HEADER = struct.Struct("<qqq")  # kind, bytes of the table, bytes in total
 _ALIVE, _IN_MEMORY, _IN_SOCKET, _RAISED = range(4)
 _ALIGN = 64
 _LONGEST_SOCKET_FOLDER = 70  # of the 104 to 108 characters that a socket's path may have
@@ -44,10 +45,17 @@ _LONGEST_SOCKET_FOLDER = 70  # of the 104 to 108 characters that a socket's path
 def steps_ahead(
     stream: Dataset, start: int, workers: int, stopped: Callable[[], bool]
 ) -> Iterator[Any]:
-    """The stream's steps from `start` on, made by so many processes.
+    """Yields the stream's steps from `start` on, made by worker processes.
 
-    stopped(): asked every second of a wait; then KeyboardInterrupt is raised. Raises what the
-    stream raises, and WorkerDied for a process that died, hangs, did not start or had no memory.
+    Args:
+        stream: step → anything that pickles.
+        start: the first step.
+        workers: number of processes.
+        stopped: polled every second of a wait; True raises KeyboardInterrupt.
+
+    Raises:
+        WorkerDied: if a process died, hangs, did not start or had no memory.
+        Exception: what the stream raises.
     """
     team: list[_DataWorker] = []
     try:
@@ -58,18 +66,20 @@ def steps_ahead(
             yield team[(step - start) % workers].take(stopped)
     finally:
         for worker in team:
-            worker.socket.close()  # all of them first: they leave meanwhile
+            worker.socket.close()  # close all first, so that they end in parallel
         for worker in team:
             worker.stop()
 
 
 class _DataWorker:
+    """The trainer's end of a worker process."""
+
     def __init__(self, content: bytes, first: int, stride: int) -> None:
         self.socket, there = socket.socketpair()
         context = multiprocessing.get_context(_start_method())
         self.process = context.Process(target=_work, args=(there, first, stride), daemon=True)
         self._bound: int = START
-        # What is defined in the caller's script can be found only by importing that.
+        # What the caller's script defines can be unpickled only where the script is imported.
         own = nullcontext() if b"__main__" in content else without_main()
         try:
             with own:
@@ -83,7 +93,7 @@ class _DataWorker:
                 f"a data worker cannot be started ({error}); free memory or processes, or set "
                 f"data_workers = 0, which makes the batches in the training process."
             ) from error
-        except RuntimeError as error:  # what multiprocessing says of a script being imported
+        except RuntimeError as error:  # multiprocessing: the script is being imported
             there.close()
             self.stop()
             raise WorkerDied(
@@ -94,7 +104,7 @@ class _DataWorker:
         self.socket.settimeout(1.0)
 
     def take(self, stopped: Callable[[], bool]) -> Any:
-        """The next step."""
+        """Receives the next step."""
         since = 0
         while True:
             try:
@@ -114,7 +124,7 @@ class _DataWorker:
                     os.close(descriptor)
                 else:
                     content = memoryview(self._receive(total, stopped))
-                self.socket.sendall(b"1")  # it may make one more
+                self.socket.sendall(b"1")  # lets it make one more
             except (EOFError, OSError) as error:
                 raise self._ended(stopped, error) from error
             if kind == _RAISED:
@@ -126,7 +136,7 @@ class _DataWorker:
     def stop(self) -> None:
         self.socket.close()
         if self.process.pid is not None:
-            self.process.join(0.2)  # it leaves when it next looks at the socket
+            self.process.join(0.2)  # it ends when it next reads the socket
             self.process.kill()
             self.process.join(5.0)
 
@@ -157,7 +167,7 @@ class _DataWorker:
         return content
 
     def _patiently(self, receive: Callable[[], Any], stopped: Callable[[], bool]) -> Any:
-        # Seconds are counted, not looked up: those in which a whole session sleeps are none.
+        # Counted by timeouts, not by a clock: time that the machine is suspended does not count.
         for _ in range(self._bound):
             try:
                 return receive()
@@ -165,9 +175,8 @@ class _DataWorker:
                 if stopped():
                     raise KeyboardInterrupt from None
         raise WorkerDied(
-            f"a data worker has given no sign of life for {self._bound} s; look for what holds it "
-            f"up (memory, a stopped process), or set data_workers = 0, then the same command "
-            f"continues this run."
+            f"a data worker has given no sign of life for {self._bound} s; check memory and "
+            f"stopped processes, or set data_workers = 0, then the same command continues this run."
         )
 
     def _ended(self, stopped: Callable[[], bool], error: Exception) -> Exception:
@@ -176,14 +185,14 @@ class _DataWorker:
             return KeyboardInterrupt()
         code = self.process.exitcode
         if code is not None and code < 0:
-            how = f"was killed (signal {-code}), as happens where memory runs out"
+            how = f"was killed (signal {-code}), probably out of memory"
         elif isinstance(error, (EOFError, ConnectionError)) and code:
             how = (
-                f"ended (exit status {code}): what it printed says why; a stream that the script "
-                f'itself defines needs a file whose training is under if __name__ == "__main__"'
+                f"ended (exit status {code}): see its output for the reason; a stream that the "
+                f'script itself defines needs the training under if __name__ == "__main__"'
             )
         else:
-            how = f"cannot hand over a batch ({error or 'it is gone'})"
+            how = f"cannot pass on a batch ({error or 'its process has ended'})"
         return WorkerDied(
             f"a data worker {how}; set data_workers to fewer, or to 0, then the same command "
             f"continues this run."
@@ -191,8 +200,10 @@ class _DataWorker:
 
 
 def _start_method() -> str:
-    """Forks of one process that has imported all, where that can be: it talks through a socket in
-    the folder for temporary files."""
+    """Returns "forkserver" where possible, so that each worker is a fork with all imports done.
+
+    The fork server needs a socket in the folder for temporary files, whose path must be short.
+    """
     room = len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_SOCKET_FOLDER
     if "forkserver" not in multiprocessing.get_all_start_methods() or not room:
         return "spawn"
@@ -200,11 +211,12 @@ def _start_method() -> str:
     return "forkserver"
 
 
-# In the process
+# In the worker process
 
 
 def _work(link: socket.socket, first: int, stride: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to act on
+    """Receives the stream; sends every `stride`-th step from `first` on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C
     torch.set_num_threads(1)
     link.settimeout(None)
     writing, ended = threading.Lock(), threading.Event()
@@ -214,7 +226,7 @@ def _work(link: socket.socket, first: int, stride: int) -> None:
             with suppress(OSError), writing:
                 link.sendall(_HEADER.pack(_ALIVE, 0, 0))
 
-    with suppress(OSError, EOFError):  # the trainer is gone, or wants no more
+    with suppress(OSError, EOFError):  # the trainer has ended or closed the socket
         stream = pickle.loads(_exactly(link, *struct.unpack("<q", _exactly(link, 8))))
         threading.Thread(target=live, daemon=True).start()
         room = AHEAD
@@ -226,12 +238,13 @@ def _work(link: socket.socket, first: int, stride: int) -> None:
             room -= 1
             _hand_over(link, writing, *_made(stream, step))
         with suppress(OSError):
-            while link.recv(AHEAD):  # until the trainer has taken the last
+            while link.recv(AHEAD):  # until the trainer has received the last step
                 pass
     ended.set()
 
 
 def _exactly(link: socket.socket, size: int) -> bytearray:
+    """Receives `size` bytes."""
     content = bytearray()
     while len(content) < size:
         part = link.recv(min(1 << 20, size - len(content)))
@@ -242,18 +255,19 @@ def _exactly(link: socket.socket, size: int) -> bytearray:
 
 
 def _made(stream: Dataset, step: int) -> tuple[int, bytes, list]:
-    """(kind, table, buffers) of a step, or of the error that it raised."""
+    """Makes a step; returns (kind, table, buffers) of it, or of the error that it raised."""
     try:
         return _IN_MEMORY, *_packed(default_convert(stream[step]))
     except Exception as error:
         text = traceback.format_exc()
         try:
             return _RAISED, pickle.dumps((error, text)), []
-        except Exception:  # it cannot be written
+        except Exception:  # it does not pickle
             return _RAISED, pickle.dumps((RuntimeError(repr(error)), text)), []
 
 
 def _hand_over(link: socket.socket, writing: Any, kind: int, table: bytes, buffers: list) -> None:
+    """Sends a step: its header, and its content in memory or through the socket."""
     parts = [table, *buffers]
     places = [0]
     for part in parts:
@@ -276,7 +290,7 @@ def _hand_over(link: socket.socket, writing: Any, kind: int, table: bytes, buffe
             raise
         except OSError as error:
             problem = WorkerDied(
-                f"a data worker has no memory to hand over a batch of {places[-1] >> 20} MiB "
+                f"a data worker has no memory to pass on a batch of {places[-1] >> 20} MiB "
                 f"({error.strerror}); set data_workers to fewer, or to 0, then the same command "
                 f"continues this run."
             )
@@ -290,7 +304,7 @@ def _hand_over(link: socket.socket, writing: Any, kind: int, table: bytes, buffe
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as numpy arrays, whose bytes pickle can leave out."""
+    """Pickles tensors as numpy arrays, whose bytes go into out-of-band buffers."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.device.type == "cpu":
@@ -300,6 +314,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _packed(step: Any) -> tuple[bytes, list[memoryview]]:
+    """Pickles a step; returns the table, with the sizes of the buffers, and the buffers."""
     file, buffers = io.BytesIO(), []
     _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(step)
     views = [buffer.raw() for buffer in buffers]

@@ -1,1 +1,1 @@
-"""What models write: chains of a looped model, autoregressive decoding, their caches."""
+"""Generation: chains of a looped model, autoregressive decoding and its key/value cache."""

@@ -1,10 +1,11 @@
-"""What every use of a model outside training begins with, and how much it may take at a time."""
+"""Inference mode for a model, and batch sizes that fit into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,14 +13,18 @@ from torch import nn
 from relay_fast.config import BlockConfig
 from relay_fast.ops.dispatch import on_device
 
+T = TypeVar("T")
+
 MEMINFO = Path("/proc/meminfo")
-UNKNOWN_BYTES = 4 << 30  # taken as free where the system does not say
+UNKNOWN_BYTES = 4 << 30  # assumed free where the system does not report it
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, the model's device as the current one; modules that were in training
-    mode are so again at the end."""
+    """Puts the model into eval mode, without gradients and with its device as the current one.
+
+    On exit, the modules that were in training mode return to it.
+    """
     parameter = next(model.parameters(), None)
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -36,7 +41,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on `device` now."""
+    """Returns the bytes that can be allocated on `device` now."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
@@ -47,11 +52,42 @@ def free_bytes(device: torch.device) -> int:
 
 
 def bytes_a_token(c: BlockConfig, longest: int, element: int) -> int:
-    """Memory of one token in a pass without gradients: states, one layer's inside, scores.
+    """Estimates the bytes per token of a forward pass without gradients.
 
-    longest: tokens of the longest sequence in the batch; element: bytes of a number.
+    Counts the states, the activations of one layer and the attention scores.
+
+    Args:
+        c: the block's configuration.
+        longest: tokens in the longest sequence of the batch.
+        element: bytes of one number.
     """
     qkv = (c.n_heads + 2 * c.kv_heads) * c.head_dim
     wide = 2 if c.activation == "swiglu" else 1
     numbers = 8 * c.d_model + 3 * qkv + 2 * wide * c.hidden + 3 * c.n_heads * longest
     return numbers * element
+
+
+def halve_on_oom(attempt: Callable[[int], T], size: int, device: torch.device) -> tuple[T, int]:
+    """Calls attempt(size), halving `size` each time that memory runs out.
+
+    Args:
+        attempt: takes a batch size; it must be safe to call again after an OutOfMemoryError.
+        size: the first batch size to try.
+        device: the device whose cached memory is released before the next attempt.
+
+    Returns:
+        The result, and the size that fitted.
+
+    Raises:
+        torch.OutOfMemoryError: if size 1 does not fit.
+    """
+    while True:
+        try:
+            return attempt(size), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # After the except clause: its traceback holds the tensors of the failed attempt.
+        size //= 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
-"""Autoregressive decoding with a static key/value cache.
+"""Autoregressive decoding with a preallocated key/value cache.
 
-Prompts of different lengths are prefilled packed, without padding; their keys and values go right
-after each other into the cache row of their sequence, so that every sequence has a position of its
-own. Rows at similar positions lie together, in parts: attention reads each part's own length.
-Sequences that end are compacted out of their part, and waiting prompts take their place.
+Prompts of different lengths are prefilled packed, without padding, and written to the start of
+their sequence's cache row, so that every sequence has its own position. Rows at similar positions
+form a row group; attention reads each group up to its own length. Finished sequences are compacted
+out of their group, and waiting prompts take the free rows.
 """
 
 from __future__ import annotations
@@ -11,41 +11,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from relay_fast.decoding._inference import free_bytes, inference
+from relay_fast.decoding._inference import free_bytes, halve_on_oom, inference
 from relay_fast.decoding.kv_cache import CacheSlice
 from relay_fast.decoding.step import Stepper
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.tasks.vocabulary import EOS
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
-CACHE_BYTES = {"cpu": 1 << 30, "cuda": 1 << 40}  # at most half of what is free, and at most this
-MAX_BATCH = {"cpu": 512, "cuda": 4096}  # more gains nothing on a CPU, where this was measured
-REFILL_SHARE = 2  # wait until half of the batch is free: neighbours then have similar lengths
-PART_WASTE = 256  # cache positions that a part's rows may read in vain: what another part costs
-BAND = 2  # sequences decoded together: the longest is at most this many times the shortest
+CACHE_BYTES = {"cpu": 1 << 30, "cuda": 1 << 40}  # limit beside half of the free memory
+MAX_BATCH = {"cpu": 512, "cuda": 4096}  # measured on a CPU: more rows are not faster
+REFILL_SHARE = 2  # refill when half of the batch is free: neighbours get similar lengths
+GROUP_WASTE = 256  # padding positions that a group may read: about the cost of another group
+BUCKET_RATIO = 2  # longest to shortest sequence of a bucket
 
 
 class Decoded(NamedTuple):
-    """What was written after each prompt, in the caller's order.
+    """The continuations of S prompts, in the caller's order."""
 
-    tokens: flat int32, `<eos>` included; offsets (S + 1,) int64; ended (S,) bool: False where the
-    limit stopped the sequence before its `<eos>`. log_probability: fp32, of each token, at
-    temperature 1; None where it was not asked for.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    ended: np.ndarray
-    log_probability: np.ndarray | None = None
+    tokens: np.ndarray  # flat int32, `<eos>` included
+    offsets: np.ndarray  # (S + 1,) int64: continuation i is tokens[offsets[i] : offsets[i + 1]]
+    ended: np.ndarray  # (S,) bool: False where the limit came before `<eos>`
+    log_probability: np.ndarray | None = None  # fp32 at temperature 1; None unless `scored`
 
 
-# Long: half of it checks the arguments.
+# Long: most of it is the description of the arguments.
 def decode(
     model: AutoregressiveTransformer,
     prompts: np.ndarray,
@@ -63,33 +59,81 @@ def decode(
 ) -> Decoded:
     """Continues every prompt until `eos`, `max_new` tokens or the model's limit.
 
-    prompts: flat token ids; offsets (S + 1,): prompt i is prompts[offsets[i] : offsets[i + 1]].
-    max_new: an int, or one (S,) per sequence; the expected order of lengths is taken from it.
-    temperature 0 is greedy: in fp32 and fp64 exactly the tokens that decoding without a cache
-    gives; in bf16 and fp16 rounding depends on how many rows are decoded together, and near ties
-    may fall the other way. Above 0, tokens are drawn with `seed`; the draws depend on `batch`.
-    batch: sequences at a time, by default as many as free memory holds; it is halved where memory
-    runs out all the same. sync_every: steps between two looks at which sequences ended. loops:
-    iterations of the block. scored: also give log-probabilities. eos: the token that ends a
-    sequence. progress is called with (sequences done, S).
+    Args:
+        model: a causal model.
+        prompts: flat token ids.
+        offsets: (S + 1,); prompt i is prompts[offsets[i] : offsets[i + 1]].
+        max_new: the largest number of new tokens, an int or (S,) ints. Sequences are batched by
+            prompt length plus `max_new`.
+        temperature: 0 is greedy. Greedy decoding in fp32 and fp64 gives exactly the tokens of
+            decoding without a cache; in bf16 and fp16, rounding depends on the batch size, and
+            near ties may differ.
+        seed: of the draws at a temperature above 0; the draws also depend on `batch`.
+        batch: sequences at a time, by default as many as fit into free memory. It is halved
+            where memory runs out.
+        sync_every: steps between two checks for finished sequences.
+        loops: iterations of the block.
+        scored: whether to return log-probabilities.
+        eos: the token that ends a sequence.
+        progress: called with (sequences done, S).
 
-    Raises ValueError for a model that is not causal, empty prompts, tokens outside the vocabulary,
-    prompts longer than the model takes, and numbers out of range; TypeError for tokens that are no
-    integers; torch.OutOfMemoryError where not even one sequence fits.
+    Raises:
+        ValueError: if the model is not causal, a prompt is empty, too long or has tokens outside
+            the vocabulary, or a number is out of range.
+        TypeError: if the tokens are not integers.
+        torch.OutOfMemoryError: if a single sequence does not fit.
     """
     prompts, offsets = np.asarray(prompts), np.asarray(offsets, np.int64)
     lengths = np.diff(offsets)
     check_prompts(model, prompts, offsets)
     if not model.config.block.causal:
         raise ValueError(
-            "the model is not causal, so it cannot continue a text: a looped model writes chains "
-            "with relay_fast.decoding.chains.generate_looped_chains"
+            "the model is not causal, so it cannot continue a text: generate a looped model's "
+            "chains with relay_fast.decoding.chains.generate_looped_chains"
         )
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature = {temperature}: it must be 0 (greedy) or more, and finite")
     batch = None if batch is None else _count("batch", batch)
     sync_every, loops = _count("sync_every", sync_every), _count("loops", loops)
-    seed, temperature = whole("seed", seed), float(temperature)
+    seed, temperature = as_int("seed", seed), float(temperature)
+    limits = _check_limits(max_new, lengths)
+    # The last token is never fed back, so it needs no position.
+    limits = np.minimum(limits, model.config.max_tokens + 1 - lengths)
+    texts = _DecodedTexts(prompts, offsets, limits, eos)
+    options = {"loops": loops, "temperature": temperature, "seed": seed, "scored": scored}
+    with inference(model), torch.autocast(model.device.type, enabled=False):
+        totals = lengths + limits
+        fit = lambda length: batch or _rows_that_fit(model, length + sync_every, loops)
+        for bucket in _length_buckets(totals, limits > 0, fit):
+            length = int(totals[bucket[0]])
+            attempt = partial(
+                _decode_bucket, model, texts, bucket, length + sync_every, sync_every, options,
+                progress,
+            )  # fmt: skip
+            halve_on_oom(attempt, min(fit(length), len(bucket)), model.device)
+    return texts.result(scored)
+
+
+def _decode_bucket(
+    model: AutoregressiveTransformer,
+    texts: _DecodedTexts,
+    bucket: np.ndarray,
+    length: int,
+    sync_every: int,
+    options: dict[str, Any],
+    progress: Callable[[int, int], Any] | None,
+    rows: int,
+) -> None:
+    """Decodes the unfinished sequences of a bucket in a cache of `rows` rows."""
+    stepper = Stepper(model, rows, length, **options)
+    scheduler = _Scheduler(stepper, texts, texts.forget_unfinished(bucket), sync_every)
+    while scheduler.advance():
+        if progress is not None:
+            progress(texts.done, len(texts.limits))
+
+
+def _check_limits(max_new: int | np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns `max_new` as (S,) int64, for prompts of these lengths (S,)."""
     limits = np.asarray(max_new)
     if not np.issubdtype(limits.dtype, np.integer) and limits.size:
         raise ValueError(f"max_new = {max_new}: it must be a whole number, or one for each prompt")
@@ -99,39 +143,13 @@ def decode(
             f"max_new has shape {limits.shape} but there are {len(lengths)} prompts: give an int "
             f"or one for each"
         )
-    limits = np.broadcast_to(limits, lengths.shape)
     if np.any(limits < 0):
         raise ValueError(f"max_new = {limits.min()}: it must be 0 or more")
-    # The last token is written but never read.
-    limits = np.minimum(limits, model.config.max_tokens + 1 - lengths)
-    texts = _DecodedTexts(prompts, offsets, limits, eos)
-    options = {"loops": loops, "temperature": temperature, "seed": seed, "scored": scored}
-    with inference(model), torch.autocast(model.device.type, enabled=False):
-        totals = lengths + limits
-        fit = lambda length: batch or _rows_that_fit(model, length + sync_every, loops)
-        for waiting in _length_buckets(totals, limits > 0, fit):
-            longest = int(totals[waiting[0]])
-            rows = min(fit(longest), len(waiting))
-            while len(waiting):
-                try:
-                    stepper = Stepper(model, rows, longest + sync_every, **options)
-                    scheduler = _Scheduler(stepper, texts, waiting, sync_every)
-                    while scheduler.advance():
-                        if progress is not None:
-                            progress(texts.done, len(lengths))
-                    waiting = waiting[:0]
-                except torch.OutOfMemoryError:
-                    if rows == 1:
-                        raise
-                    waiting, rows = texts.forget_unfinished(waiting), rows // 2
-                    stepper = scheduler = None
-                    if model.device.type == "cuda":
-                        torch.cuda.empty_cache()
-    return texts.result(scored)
+    return np.broadcast_to(limits, lengths.shape)
 
 
 def _count(name: str, value: int) -> int:
-    value = whole(name, value)
+    value = as_int(name, value)
     if value < 1:
         raise ValueError(f"{name} = {value}: it must be 1 or more")
     return value
@@ -140,25 +158,32 @@ def _count(name: str, value: int) -> int:
 def check_prompts(
     model: torch.nn.Module, prompts: np.ndarray, offsets: np.ndarray, extra: int | np.ndarray = 0
 ) -> None:
-    """Raises ValueError, naming the prompt, where a model cannot take prompts; TypeError for tokens
-    that are no integers.
+    """Checks that a model can take the prompts.
 
-    extra: tokens that the model puts into each of them.
+    Args:
+        model: has a `config` with `max_tokens` and `vocabulary_size`.
+        prompts: flat token ids.
+        offsets: (S + 1,) where each prompt begins.
+        extra: padding tokens that are added to each prompt, an int or (S,) ints.
+
+    Raises:
+        ValueError: names the first prompt that is empty, too long or has unknown tokens.
+        TypeError: if the tokens are not integers.
     """
     if prompts.size and not np.issubdtype(prompts.dtype, np.integer):
         raise TypeError(f"prompts are {prompts.dtype}: give token ids, which are integers")
     if not len(offsets) or (offsets[0], offsets[-1]) != (0, len(prompts)):
         ends = offsets[[0, -1]].tolist() if len(offsets) else "nowhere"
         raise ValueError(
-            f"offsets go from and to {ends}, there are {len(prompts)} tokens: give where each "
-            f"prompt begins, and last their number"
+            f"offsets begin and end at {ends}, there are {len(prompts)} tokens: give the start of "
+            f"each prompt, then the number of tokens"
         )
     lengths = np.diff(offsets)
     if np.any(lengths < 0):
         fall = int((lengths < 0).argmax())
         raise ValueError(
-            f"offsets fall from {offsets[fall]} to {offsets[fall + 1]} in prompt {fall}: give "
-            f"where each prompt begins, in order"
+            f"offsets fall from {offsets[fall]} to {offsets[fall + 1]} in prompt {fall}: give the "
+            f"starts of the prompts in ascending order"
         )
     if np.any(lengths < 1):
         raise ValueError(f"prompt {int(lengths.argmin())} is empty: give at least one token")
@@ -181,24 +206,26 @@ def check_prompts(
 def _length_buckets(
     totals: np.ndarray, wanted: np.ndarray, fit: Callable[[int], int]
 ) -> list[np.ndarray]:
-    """The wanted sequences, longest first; apart where a cache whose rows hold the longest would
-    hold fewer of the shorter ones than their own."""
+    """Sorts the wanted sequences by length, longest first, into buckets that share a cache.
+
+    A new bucket begins where shorter sequences would fit more rows into a cache of their own.
+    """
     order = np.argsort(-totals, kind="stable")
     order = order[wanted[order]]
-    bands = []
+    buckets = []
     while len(order):
         longest, rows = totals[order[0]], fit(int(totals[order[0]]))
-        short = np.flatnonzero(totals[order] * BAND <= longest)
+        short = np.flatnonzero(totals[order] * BUCKET_RATIO <= longest)
         cut = short[0] if len(short) else len(order)
         if len(order) <= rows or cut == len(order) or fit(int(totals[order[cut]])) <= rows:
             cut = len(order)
-        bands.append(order[:cut])
+        buckets.append(order[:cut])
         order = order[cut:]
-    return bands
+    return buckets
 
 
 def _rows_that_fit(model: AutoregressiveTransformer, length: int, loops: int) -> int:
-    """Sequences of `length` tokens whose cache memory holds."""
+    """Returns how many cache rows of `length` tokens fit into memory."""
     c, kind = model.config.block, model.device.type
     numbers = 2 * loops * c.n_layers * c.kv_heads * c.head_dim * length
     allowed = min(CACHE_BYTES[kind], free_bytes(model.device) // 2)
@@ -207,7 +234,7 @@ def _rows_that_fit(model: AutoregressiveTransformer, length: int, loops: int) ->
 
 
 class _DecodedTexts:
-    """Prompts and limits of S sequences, and what was written after each so far."""
+    """The prompts and limits of S sequences, and the tokens decoded so far."""
 
     def __init__(self, prompts: np.ndarray, offsets: np.ndarray, limits: np.ndarray, eos: int):
         self.prompts, self.offsets, self.limits, self.eos = prompts, offsets, limits, eos
@@ -220,7 +247,7 @@ class _DecodedTexts:
         return int(self.finished.sum())
 
     def prompts_of(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Their tokens, flat, and lengths."""
+        """Returns the prompts' flat tokens and their lengths."""
         lengths = np.diff(self.offsets)[sequences]
         return self.prompts[concat_ranges(self.offsets[sequences], lengths)], lengths
 
@@ -231,9 +258,10 @@ class _DecodedTexts:
         tokens: np.ndarray,
         scores: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Takes in tokens and scores (steps, n) of n sequences that had `written` (n,) tokens.
+        """Records tokens and scores (steps, n) of n sequences that had `written` (n,) tokens.
 
-        Returns how many of the steps count (n,), and which of the sequences go on (n,).
+        Returns:
+            (n,) how many of the steps count, and (n,) bool, which sequences continue.
         """
         is_end = tokens == self.eos
         first_end = np.where(is_end.any(0), is_end.argmax(0), len(tokens))
@@ -246,7 +274,7 @@ class _DecodedTexts:
         return counts, goes_on
 
     def forget_unfinished(self, sequences: np.ndarray) -> np.ndarray:
-        """Those of the sequences that are not finished; what they wrote is forgotten."""
+        """Returns the sequences that are not finished, and drops the tokens they have."""
         self._records = [
             (sequence, written, np.where(self.finished[sequence], counts, 0), tokens, scores)
             for sequence, written, counts, tokens, scores in self._records
@@ -272,16 +300,12 @@ class _DecodedTexts:
 
 @dataclass
 class _RowGroup:
-    """Neighbouring cache rows, first …, at similar positions.
-
-    sequence (n,): which sequence each row holds; position (n,): where its next token goes; written
-    (n,): tokens so far.
-    """
+    """Adjacent cache rows at similar positions, from row `first` on."""
 
     first: int
-    sequence: np.ndarray
-    position: np.ndarray
-    written: np.ndarray
+    sequence: np.ndarray  # (n,) the sequence in each row
+    position: np.ndarray  # (n,) where its next token goes
+    written: np.ndarray  # (n,) how many tokens it has so far
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -290,20 +314,20 @@ class _RowGroup:
     def rows(self) -> slice:
         return slice(self.first, self.first + len(self))
 
-    def group(self, steps: int) -> CacheSlice:
-        """The rows during the next `steps` steps."""
+    def cache_slice(self, steps: int) -> CacheSlice:
+        """Returns the part of the cache that the next `steps` steps read."""
         return CacheSlice(self.first, self.first + len(self), int(self.position.max()) + steps)
 
 
-def _parts(
+def _row_groups(
     first: int, sequence: np.ndarray, position: np.ndarray, written: np.ndarray
 ) -> list[_RowGroup]:
-    """The cache rows first … in as few parts as PART_WASTE allows."""
+    """Cuts the rows from `first` on into the fewest groups that GROUP_WASTE allows."""
     cuts, begin, longest = [], 0, 0
     total = np.concatenate([[0], np.cumsum(position)])
     for i, own in enumerate(position.tolist()):
         longest = max(longest, own)
-        if longest * (i + 1 - begin) - (total[i + 1] - total[begin]) > PART_WASTE:
+        if longest * (i + 1 - begin) - (total[i + 1] - total[begin]) > GROUP_WASTE:
             cuts.append(i)
             begin, longest = i, own
     rows = np.split(np.arange(len(sequence)), cuts)
@@ -311,36 +335,37 @@ def _parts(
 
 
 class _Scheduler:
-    """Which sequence has which cache row, and who is next."""
+    """Assigns sequences to cache rows, and waiting sequences to free rows."""
 
     def __init__(
         self, stepper: Stepper, texts: _DecodedTexts, waiting: np.ndarray, sync_every: int
     ):
         self._stepper, self._texts, self._waiting = stepper, texts, waiting
         self._sync_every = sync_every
-        self._parts: list[_RowGroup] = []
+        self._groups: list[_RowGroup] = []
 
     def advance(self) -> bool:
-        """Refills if worth it, runs a few steps, compacts; False when nothing is left."""
-        free = self._stepper.batch - sum(map(len, self._parts))
+        """Refills free rows, runs a few steps and compacts; returns False when all is done."""
+        free = self._stepper.batch - sum(map(len, self._groups))
         if len(self._waiting) and free * REFILL_SHARE >= self._stepper.batch:
             self._close_gaps()
             self._refill(free)
-        if not self._parts:
+        if not self._groups:
             return len(self._waiting) > 0
         remaining = max(
-            int((self._texts.limits[part.sequence] - part.written).max()) for part in self._parts
+            int((self._texts.limits[group.sequence] - group.written).max())
+            for group in self._groups
         )
         number = min(self._sync_every, remaining)
-        groups = [part.group(number) for part in self._parts]
-        written = [self._written() for _ in self._stepper.steps(groups, number)]
-        for part in self._parts:
-            part.position = part.position + number
-        self._settle(self._parts, written)
+        slices = [group.cache_slice(number) for group in self._groups]
+        written = [self._written() for _ in self._stepper.steps(slices, number)]
+        for group in self._groups:
+            group.position = group.position + number
+        self._settle(self._groups, written)
         return True
 
     def _written(self) -> list[torch.Tensor]:
-        """What all cache rows wrote last: tokens, and scores if they are asked for."""
+        """Returns the last tokens of all cache rows, and their scores if `scored`."""
         last = (self._stepper.tokens, self._stepper.scores)
         return [state.clone() for state in last if state is not None]
 
@@ -349,24 +374,24 @@ class _Scheduler:
         _, lengths = self._texts.prompts_of(new)
         new = new[np.argsort(-lengths, kind="stable")]
         prompts, lengths = self._texts.prompts_of(new)
-        first = sum(map(len, self._parts))
+        first = sum(map(len, self._groups))
         self._stepper.prefill(prompts, lengths, first)
-        added = _parts(first, new, lengths, np.zeros_like(new))
-        self._parts += added
+        added = _row_groups(first, new, lengths, np.zeros_like(new))
+        self._groups += added
         self._settle(added, [self._written()])
 
-    def _settle(self, parts: list[_RowGroup], written: list[list[torch.Tensor]]) -> None:
-        """Takes in what all cache rows wrote in some steps, and compacts out what has ended."""
+    def _settle(self, groups: list[_RowGroup], written: list[list[torch.Tensor]]) -> None:
+        """Records the tokens of some steps and compacts finished sequences out of the groups."""
         columns = [torch.stack(steps).cpu().numpy() for steps in zip(*written, strict=True)]
-        for part in parts:
-            own = [column[:, part.rows] for column in columns]
-            counts, goes_on = self._texts.add(part.sequence, part.written, *own)
-            part.written = part.written + counts
-            self._compact(part, goes_on)
-        self._parts = [part for part in self._parts if len(part)]
+        for group in groups:
+            own = [column[:, group.rows] for column in columns]
+            counts, goes_on = self._texts.add(group.sequence, group.written, *own)
+            group.written = group.written + counts
+            self._compact(group, goes_on)
+        self._groups = [group for group in self._groups if len(group)]
 
-    def _compact(self, part: _RowGroup, keep: np.ndarray) -> None:
-        """Moves the part's last rows that go on into its holes."""
+    def _compact(self, group: _RowGroup, keep: np.ndarray) -> None:
+        """Moves the group's last continuing rows into the rows of finished sequences."""
         left = int(keep.sum())
         if left == len(keep):
             return
@@ -374,22 +399,23 @@ class _Scheduler:
         holes = np.flatnonzero(~keep[:left])
         index[holes] = left + np.flatnonzero(keep[left:])
         if len(holes):
-            length = int(part.position[index[holes]].max())
-            self._stepper.move(part.first + index[holes], part.first + holes, length)
-        part.sequence, part.position = part.sequence[index], part.position[index]
-        part.written = part.written[index]
+            length = int(group.position[index[holes]].max())
+            self._stepper.move(group.first + index[holes], group.first + holes, length)
+        group.sequence, group.position = group.sequence[index], group.position[index]
+        group.written = group.written[index]
 
     def _close_gaps(self) -> None:
-        """Moves the parts together, so that all free rows are the last ones, and cuts them anew."""
+        """Moves the groups together, so that the free rows come last, and regroups them."""
         end = 0
-        for part in self._parts:
-            gap = part.first - end
-            length = int(part.position.max())
-            for begin in range(0, len(part), max(1, gap)):
-                rows = np.arange(begin, min(begin + gap, len(part)))  # none is source and target
+        for group in self._groups:
+            gap = group.first - end
+            length = int(group.position.max())
+            for begin in range(0, len(group), max(1, gap)):
+                # At most `gap` rows at a time: no row is both source and target.
+                rows = np.arange(begin, min(begin + gap, len(group)))
                 if len(rows):
-                    self._stepper.move(part.first + rows, end + rows, length)
-            end += len(part)
-        if self._parts:
-            columns = ((p.sequence, p.position, p.written) for p in self._parts)
-            self._parts = _parts(0, *map(np.concatenate, zip(*columns, strict=True)))
+                    self._stepper.move(group.first + rows, end + rows, length)
+            end += len(group)
+        if self._groups:
+            columns = ((g.sequence, g.position, g.written) for g in self._groups)
+            self._groups = _row_groups(0, *map(np.concatenate, zip(*columns, strict=True)))

@@ -1,4 +1,4 @@
-"""The block for one new token a sequence."""
+"""The block applied to one new token per sequence."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ COLUMNS_AFTER = 8  # steps
 
 @dataclass(frozen=True)
 class _StepPlan:
-    """What BlockIteration asks of a plan, for one token a sequence."""
+    """The part of a plan that BlockIteration reads, for one token per sequence."""
 
-    positions: Tensor  # (length,) int32: all that there are
+    positions: Tensor  # (length,) int32: all positions of the cache
     fixed_capacity = False
 
     def layout_of(self, row_range: RowRange) -> None:
@@ -34,10 +34,18 @@ class _StepPlan:
 
 
 class CachedBlock(BlockIteration):
-    """The block, made once with RoPE's tables of positions 0..length − 1, and told before each step
-    which tokens it is about.
+    """A BlockIteration whose tokens, positions and ops are set for each decoding step.
 
-    The layout of its row ranges is None: the attention in its ops has to know better.
+    RoPE's tables of positions 0..length − 1 are computed once. The layout of its row ranges is
+    None: the attention in its ops gets the layout from the cache.
+
+    Args:
+        config: of the block.
+        parameters: the block's parameters by name.
+        length: positions of the cache.
+        ops: the ops of the block.
+        dtype: in which the block computes.
+        device: where the parameters are.
     """
 
     def __init__(
@@ -53,8 +61,13 @@ class CachedBlock(BlockIteration):
         super().__init__(config, parameters, plan, torch.empty(0, device=device), ops, dtype)
 
     def set_step(self, x: Tensor, positions: Tensor, ops: Ops) -> None:
-        """x (A, d): the embeddings of the new tokens; positions (A,): where they go; ops: this
-        body's, with the attention of the step."""
+        """Sets what the next step computes.
+
+        Args:
+            x: (A, d) the embeddings of the new tokens.
+            positions: (A,) where they go.
+            ops: with the step's attention over the cache.
+        """
         self.x, self.ops = x, ops
         if self.cos is not None:
             self._tables = [t.index_select(0, positions) for t in (self.cos, self.sin)]
@@ -64,11 +77,11 @@ class CachedBlock(BlockIteration):
 
 
 class TorchCachedBlock(CachedBlock):
-    """The same in plain torch. Few rows cost as many kernels as are called: a layer is half as many
-    as the references' ops, which keep what a backward needs.
+    """CachedBlock in plain torch, with half the kernel launches per layer of the reference ops.
 
-    From the COLUMNS_AFTER-th step on a CPU weights lie by columns: with few rows that is up to
-    twice as fast, and costs about as much as two steps.
+    With few rows the time is the number of launches; the reference ops make more of them to save
+    tensors for a backward pass. On a CPU, the weights become column-major at the COLUMNS_AFTER-th
+    step: with few rows that is up to twice as fast, and costs about two steps.
     """
 
     def __init__(self, config: BlockConfig, *args):
@@ -79,7 +92,7 @@ class TorchCachedBlock(CachedBlock):
                 _, i, own = name.split(".", 2)
                 self._layers[int(i)][own] = value
         self._steps = 0
-        if self.cos is not None:  # a head turned is head · cos + (its halves exchanged) · sin
+        if self.cos is not None:  # rotated head = head · cos + (halves swapped) · sin
             tables = torch.cat((self.cos, self.cos), -1), torch.cat((-self.sin, self.sin), -1)
             self.cos, self.sin = (t.unsqueeze(1).to(self._layers[0]["qkv.weight"]) for t in tables)
 
@@ -114,15 +127,15 @@ class TorchCachedBlock(CachedBlock):
         return lean_norm(x, weight, bias, c.eps, c.norm, w["qkv.weight"].dtype)
 
     def _apply_rope(self, qkv: Tensor) -> None:
-        """RoPE, in place."""
+        """Applies RoPE to the queries and keys, in place."""
         cos, sin = self._tables
         heads = qkv[:, : self.rotary].unflatten(1, (-1, cos.shape[-1]))
-        exchanged = torch.roll(heads, cos.shape[-1] // 2, -1)
-        heads.mul_(cos).addcmul_(exchanged, sin)
+        swapped = torch.roll(heads, cos.shape[-1] // 2, -1)
+        heads.mul_(cos).addcmul_(swapped, sin)
 
 
 def column_major(weight: Tensor) -> Tensor:
-    """The same matrix, its columns one after the other."""
+    """Returns the matrix with column-major strides."""
     return weight.t().contiguous().t()
 
 
@@ -134,7 +147,7 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 def lean_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str, dtype: torch.dtype
 ) -> Tensor:
-    """As `norm_fwd_ref`."""
+    """Computes `norm_fwd_ref`, which has the same arguments, with fewer kernel launches."""
     if kind != "rms":
         return norm_fwd_ref(x, weight, bias, eps, kind, dtype)
     x = upcast(x)
@@ -147,7 +160,10 @@ def lean_norm(
 def lean_argmax(
     h: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, eps: float, kind: str
 ) -> Tensor:
-    """As `argmax_ref`: the first of the largest."""
+    """Computes `argmax_ref`, which has the same arguments, with fewer kernel launches.
+
+    Of equal logits the first counts.
+    """
     if len(h) * len(head) > CHUNK_LOGITS:
         return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)
     y = lean_norm(h, norm_weight, norm_bias, eps, kind, head.dtype)

@@ -1,60 +1,74 @@
-"""Chains that a model writes: looped (all positions of a round at once) or token by token."""
+"""Generation of chains: looped (all positions of a round at once) or token by token."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from relay_fast.data.collate import collate_looped
-from relay_fast.decoding._inference import bytes_a_token, free_bytes, inference
+from relay_fast.decoding._inference import bytes_a_token, free_bytes, halve_on_oom, inference
 from relay_fast.decoding.autoregressive import Decoded, check_prompts, decode
 from relay_fast.decoding.fed_rounds import find_rounds, read_fed_rounds
 from relay_fast.decoding.scores import read_scored
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
 from relay_fast.tasks.vocabulary import PAD
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import lengths_to_offsets
+from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 
-# Problem tokens in a batch, by device: what a CPU's caches hold (measured), what fills a GPU.
+# Problem tokens per batch: what fits into a CPU's caches (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
-UNSEEN = 1 << 40  # added to a seed: training streams use small ones, so they never meet
 NO_TOKENS = np.zeros(0, np.int32)
 
 Model = LoopedTransformer | AutoregressiveTransformer
 Progress = Callable[[int, int], Any]
 
 
-class Scores(NamedTuple):
-    """Log-probabilities in fp32 of the tokens of samples: rounds (tokens,) and answer (S,), which
-    is 0 where the answer is what the rounds say."""
+class ChainLogProbs(NamedTuple):
+    """fp32 log-probabilities of the tokens of samples: rounds (tokens,) and answer (S,).
+
+    The answer's is 0 where the rounds imply the answer.
+    """
 
     rounds: np.ndarray
     answer: np.ndarray
 
 
 def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
-    """The first `number` problems of a length, of a stream that no training draws from.
+    """Draws problems of one length from a stream that training does not use.
 
-    They depend on the task's parameters, length and seed alone: every model gets the same. (Short
-    problems are few, those are met in training all the same.)
+    They depend on the task's parameters, the length and the seed only, so every model gets the
+    same. There are few short problems, so these do occur in training.
+
+    Args:
+        task: draws the problems.
+        length: their length.
+        number: how many; a larger number extends a smaller one.
+        seed: of the stream.
     """
-    return task.sample(np.full(number, length), whole("seed", seed) + UNSEEN)
+    return task.sample(np.full(number, length), as_int("seed", seed) + EVAL_SEED_OFFSET)
 
 
 def fitting_problems(model: Model, task: Task, length: int, number: int, seed: int) -> Samples:
-    """`unseen_problems` that the model can take, and whose true chains it can hold.
+    """Returns `unseen_problems` whose true chains the model can hold.
 
-    Raises ValueError, naming task and length, where it cannot.
+    Args:
+        model: the model whose limit counts.
+        task, length, number, seed: as in `unseen_problems`.
+
+    Raises:
+        ValueError: names the task and length whose chains exceed the model's limit.
     """
     task.check_length(length)
     needed, limit = length, model.config.max_tokens
-    if needed <= limit:  # a problem has more tokens than its length: far too long ones are not made
+    if needed <= limit:  # a problem has more tokens than its length: do not make far too long ones
         problems = unseen_problems(task, length, number, seed)
         sizes = np.diff(problems.problem_offsets)
         if isinstance(model, AutoregressiveTransformer):
@@ -76,14 +90,23 @@ def generate_looped_chains(
     batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Samples:
-    """The same problems, in the same order, with the rounds and answers that the model writes.
+    """Returns the problems, in their order, with the rounds and answers that the model generates.
 
     A problem gets `problems.loops` rounds; its true rounds and answer are not read. A round begins
-    after the last `<pad>` read from the right, and may be empty. The answer of a model that is fed
-    its rounds is what they say, NO_ANSWER where that cannot be read. batch_tokens: problem tokens
-    in a batch, by default what free memory holds, at most BATCH_TOKENS; a batch for which memory
-    runs out is halved. progress is called with (problems done, S). Raises ValueError for problems
-    that the model cannot take, torch.OutOfMemoryError where not even one problem fits.
+    after the last `<pad>` of its iteration, and may be empty. The answer of a model
+    without an answer head is the one that its rounds imply, or NO_ANSWER.
+
+    Args:
+        model: a looped model.
+        problems: S samples.
+        tasks: the problems' tasks by name.
+        batch_tokens: problem tokens per batch, by default what fits into free memory, at most
+            BATCH_TOKENS. A batch for which memory runs out is halved.
+        progress: called with (problems done, S).
+
+    Raises:
+        ValueError: if the model cannot take the problems.
+        torch.OutOfMemoryError: if a single problem does not fit.
     """
     options = {"batch_tokens": batch_tokens, "progress": progress}
     return in_callers_order(list(stream_chains(model, problems, tasks, **options)), problems)
@@ -91,34 +114,51 @@ def generate_looped_chains(
 
 def generate_scored(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
-) -> tuple[Samples, Scores]:
-    """What `generate_looped_chains` gives, and the log-probability of every token of it."""
+) -> tuple[Samples, ChainLogProbs]:
+    """Generates chains together with the log-probability of every token.
+
+    Args:
+        model, problems, tasks, options: as in `generate_looped_chains`.
+
+    Returns:
+        What `generate_looped_chains` returns, and the log-probabilities.
+    """
     parts = list(_stream(model, problems, tasks, True, **options))
     written = in_callers_order([(chosen, samples) for chosen, samples, _ in parts], problems)
-    # As samples whose tokens are log-probabilities, so that they are reordered alike.
+    # Log-probabilities take the tokens' places in samples, so that both are reordered alike.
     scores = [
         (chosen, replace(samples, rounds=own.rounds, answer=own.answer))
         for chosen, samples, own in parts
     ]
     ordered = in_callers_order(scores, problems)
-    return written, Scores(ordered.rounds.astype(np.float32), ordered.answer.astype(np.float32))
+    return written, ChainLogProbs(
+        ordered.rounds.astype(np.float32), ordered.answer.astype(np.float32)
+    )
 
 
 def stream_chains(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> Iterator[tuple[np.ndarray, Samples]]:
-    """Batches as they are done, as (which of the problems, their chains).
+    """Yields each batch when it is done, as (indices of its problems, their chains).
 
-    Only one batch is in memory: they come in `stream_order`. first: how many of the problems in
-    that order to leave out, for a call that continues another. Other options, errors: those of
-    `generate_looped_chains`; errors that the problems cause are raised at the first batch.
+    Batches come in `stream_order`, and only one is in memory.
+
+    Args:
+        model: a looped model.
+        problems: S samples.
+        tasks: the problems' tasks by name.
+        **options: `first`, how many problems of that order to skip, for a call that continues
+            another; others as in `generate_looped_chains`.
+
+    Raises:
+        ValueError: as `generate_looped_chains`, at the first batch.
     """
     for chosen, samples, _ in _stream(model, problems, tasks, **options):
         yield chosen, samples
 
 
 def stream_order(problems: Samples) -> np.ndarray:
-    """(S,) which problem is written when: the most loops, then the longest, come first."""
+    """Returns the order (S,) of generation: by most loops, then by longest problem."""
     return np.lexsort((-np.diff(problems.problem_offsets), -problems.loops))
 
 
@@ -130,15 +170,14 @@ def _stream(
     batch_tokens: int | None = None,
     progress: Progress | None = None,
     first: int = 0,
-) -> Iterator[tuple[np.ndarray, Samples, Scores | None]]:
+) -> Iterator[tuple[np.ndarray, Samples, ChainLogProbs | None]]:
     if isinstance(model, AutoregressiveTransformer):
         raise TypeError(
-            "an autoregressive model writes chains with "
-            "relay_fast.decoding.chains.generate_ar_chains, and generate_looped_chains takes a "
-            "looped one"
+            "generate_looped_chains needs a looped model: use "
+            "relay_fast.decoding.chains.generate_ar_chains for an autoregressive one"
         )
     if batch_tokens is not None:
-        batch_tokens = whole("batch_tokens", batch_tokens)
+        batch_tokens = as_int("batch_tokens", batch_tokens)
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
     sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)
@@ -157,38 +196,54 @@ def _stream(
     while start < len(order):
         before = ends[start] - sizes[order[start]]
         stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
-        try:
-            with inference(model):
-                result = read_batch(model, questions.take(order[start:stop]), tasks, scored)
-        except torch.OutOfMemoryError:
-            if stop == start + 1:
-                raise
-            # The rest of the problems, too, come in half as large batches.
-            batch_tokens = int(ends[stop - 1] - before) // 2
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
-            continue
+        attempt = partial(_read_first, model, questions, order[start:stop], tasks, scored)
+        result, fitted = halve_on_oom(attempt, stop - start, model.device)
+        if fitted < stop - start:  # the later batches, too, are as small
+            stop = start + fitted
+            batch_tokens = int(ends[stop - 1] - before)
         if progress is not None:
             progress(stop, len(order))
         yield order[start:stop], *result
         start = stop
 
 
+def _read_first(
+    model: LoopedTransformer,
+    problems: Samples,
+    chosen: np.ndarray,
+    tasks: Mapping[str, Task],
+    scored: bool,
+    count: int,
+) -> tuple[Samples, ChainLogProbs | None]:
+    """Calls `read_batch` for the first `count` of the chosen problems."""
+    with inference(model):
+        return read_batch(model, problems.take(chosen[:count]), tasks, scored)
+
+
 def read_batch(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], scored: bool
-) -> tuple[Samples, Scores | None]:
-    """The problems, most loops first, with what the model writes in one pass over all of them;
-    and its log-probabilities if `scored`."""
+) -> tuple[Samples, ChainLogProbs | None]:
+    """Generates the chains of one batch in one pass.
+
+    Args:
+        model: a looped model in inference mode.
+        problems: the batch, sorted by most loops first.
+        tasks: the problems' tasks by name.
+        scored: whether to compute log-probabilities.
+
+    Returns:
+        The problems with generated rounds and answers; log-probabilities, None unless `scored`.
+    """
     if not model.has_answer_head:
         written, own = read_fed_rounds(model, problems, tasks, scored)
         none = np.zeros(len(problems), np.float32)
-        return written, Scores(own, none) if scored else None
+        return written, ChainLogProbs(own, none) if scored else None
     carried = model.config.carry_state
     batch = collate_looped(problems, tasks, carry_state=carried, device=model.device)
     if scored:
         rounds, answers, scores, answer_scores = read_scored(model, batch)
     else:
-        rounds, answers = model.read(batch)
+        rounds, answers = model.predict_rounds(batch)
     ids = torch.cat([*rounds, answers]).cpu().numpy().astype(np.int32)
     ids, answer = ids[: len(ids) - len(problems)], ids[len(ids) - len(problems) :]
     inside, round_offsets = find_rounds(ids, batch.plan)
@@ -196,11 +251,11 @@ def read_batch(
     if not scored:
         return written, None
     own = torch.cat([*scores, answer_scores]).cpu().numpy()
-    return written, Scores(own[: len(ids)][inside], own[len(ids) :])
+    return written, ChainLogProbs(own[: len(ids)][inside], own[len(ids) :])
 
 
 def in_callers_order(parts: list[tuple[np.ndarray, Samples]], problems: Samples) -> Samples:
-    """The samples of parts, each (which of the problems, samples), in the problems' order."""
+    """Concatenates parts, each (indices of its problems, samples), in the problems' order."""
     if not parts:
         return _without_truth(problems)
     order = np.concatenate([chosen for chosen, _ in parts])
@@ -210,7 +265,7 @@ def in_callers_order(parts: list[tuple[np.ndarray, Samples]], problems: Samples)
 
 
 def _tokens_that_fit(model: LoopedTransformer, longest: int) -> int:
-    """Problem tokens in a batch that half of the free memory holds, at most BATCH_TOKENS."""
+    """Returns how many problem tokens fit into half of the free memory, at most BATCH_TOKENS."""
     element = model.embedding.weight.element_size()
     a_token = bytes_a_token(model.config.block, longest, element)
     fit = free_bytes(model.device) // (2 * a_token)
@@ -218,7 +273,7 @@ def _tokens_that_fit(model: LoopedTransformer, longest: int) -> int:
 
 
 def _warn_beyond(model: LoopedTransformer, longest: int) -> None:
-    """Warns where a model with feedback reads inputs longer than any that it was trained on."""
+    """Warns if a model with feedback reads inputs longer than those that it was trained on."""
     trained = model.config.trained_tokens
     if trained and longest > trained:
         warnings.warn(
@@ -230,7 +285,7 @@ def _warn_beyond(model: LoopedTransformer, longest: int) -> None:
 
 
 def _without_truth(problems: Samples) -> Samples:
-    """The problems with empty rounds and no answers."""
+    """Returns the problems with empty rounds and no answers."""
     return replace(
         problems,
         rounds=NO_TOKENS,
@@ -242,9 +297,14 @@ def _without_truth(problems: Samples) -> Samples:
 def decode_chains(
     model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> Decoded:
-    """What the autoregressive model writes after each problem: up to the longest chain that a
-    problem of that length can have. options: those of
-    `relay_fast.decoding.autoregressive.decode`."""
+    """Continues each problem up to the longest chain that a problem of its length can have.
+
+    Args:
+        model: an autoregressive model.
+        problems: S samples.
+        tasks: the problems' tasks by name.
+        **options: those of `relay_fast.decoding.autoregressive.decode`.
+    """
     limits = np.zeros(len(problems), np.int64)
     for name, task in _present(problems, tasks).items():
         of_task = problems.task == TASK_NAMES.index(name)
@@ -257,16 +317,27 @@ def decode_chains(
 def generate_ar_chains(
     model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> Samples:
-    """The same problems with the rounds and answers that the autoregressive model writes.
+    """Returns the problems with the rounds and answers that an autoregressive model generates.
 
-    The number of rounds is what the model wrote; an answer that cannot be read is NO_ANSWER.
-    options: those of `relay_fast.decoding.autoregressive.decode`.
+    The number of rounds is what the model generates; an answer that cannot be parsed is NO_ANSWER.
+
+    Args:
+        model: an autoregressive model.
+        problems: S samples.
+        tasks: the problems' tasks by name.
+        **options: those of `relay_fast.decoding.autoregressive.decode`.
     """
     return parse_chains(decode_chains(model, problems, tasks, **options), problems, tasks)
 
 
 def parse_chains(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> Samples:
-    """The problems with the rounds and answers of what was decoded."""
+    """Returns the problems with the rounds and answers parsed from decoded text.
+
+    Args:
+        decoded: of `decode_chains` for these problems.
+        problems: S samples.
+        tasks: the problems' tasks by name.
+    """
     tokens, sizes, loops, answers = [NO_TOKENS], [], [], []
     for rounds, answer in _read_texts(decoded, problems, tasks):
         tokens.append(np.array([token for r in rounds for token in r], np.int32))
@@ -285,7 +356,7 @@ def parse_chains(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task])
 def _read_texts(
     decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]
 ) -> Iterator[tuple[list[list[int]], int]]:
-    """Rounds and answer of every decoded sequence."""
+    """Yields the rounds and the answer of every decoded sequence."""
     bounds = decoded.offsets.tolist()
     for k, begin, end in zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True):
         rounds, answer = tasks[TASK_NAMES[k]].split(decoded.tokens[begin:end].tolist())
@@ -293,17 +364,21 @@ def _read_texts(
 
 
 def read_answers(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
-    """(S,) int32 answers of what was decoded, NO_ANSWER where there is none to read."""
+    """Parses the answers (S,) int32 of decoded text, NO_ANSWER where there is none.
+
+    Args:
+        decoded, problems, tasks: as in `parse_chains`.
+    """
     texts = _read_texts(decoded, problems, tasks)
     return np.fromiter((answer for _, answer in texts), np.int32, len(problems))
 
 
 def _present(problems: Samples, tasks: Mapping[str, Task]) -> dict[str, Task]:
-    """The tasks that occur. Raises ValueError where one is not among those given."""
+    """Returns the tasks of the problems; raises ValueError if one is not among those given."""
     names = [TASK_NAMES[k] for k in np.unique(problems.task)]
     if missing := [name for name in names if name not in tasks]:
         raise ValueError(
-            f"the problems hold {missing[0]!r}, which is not among the tasks given; add it to the "
-            f"mapping."
+            f"the problems hold {missing[0]!r}, which is not among the given tasks: add it to the "
+            f"mapping"
         )
     return {name: tasks[name] for name in names}

@@ -36,7 +36,7 @@ def read_fed_rounds(
         if scored:
             (ids,), _, (own,), _ = read_scored(model, batch)
         else:
-            (ids,), _ = model.read(batch)
+            (ids,), _ = model.predict_rounds(batch)
         ids = ids.cpu().numpy().astype(np.int32)
         inside, offsets = find_rounds(ids, batch.plan)
         starts[first[owner] + t], sizes[first[owner] + t] = total + offsets[:-1], np.diff(offsets)

@@ -1,4 +1,4 @@
-"""Chains read off a looped model together with the log-probability of every token."""
+"""Chains of a looped model together with the log-probability of every token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch.packed import PackedBatch
-from relay_fast.engine.plain_modules import check_pass
+from relay_fast.engine.plain_modules import check_not_overridden
 from relay_fast.models.transformers import LoopedTransformer
 
 
@@ -14,12 +14,13 @@ from relay_fast.models.transformers import LoopedTransformer
 def read_scored(
     model: LoopedTransformer, batch: PackedBatch
 ) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
-    """What `model.read` gives, and the same shapes again with log-probabilities in fp32.
+    """Returns what `model.predict_rounds` does, then fp32 log-probabilities in the same shapes.
 
-    Logits exist for a part of the rows at a time only. Raises TypeError for a subclass with a pass
-    of its own.
+    Logits are held for a part of the rows at a time. Raises TypeError for a subclass that
+    overrides the pass.
     """
-    check_pass(model, LoopedTransformer, "forward", "loss", "_pass", "read", "_read_iterations")
+    methods = ("forward", "loss", "_pass", "predict_rounds", "read", "_read_iterations")
+    check_not_overridden(model, LoopedTransformer, *methods)
     model.check_parts()
     c, norm, plan = model.config.block, model.norm, batch.plan
     run = model.block.run(plan)

@@ -1,8 +1,8 @@
-"""The autoregressive model over its cache: reads prompts, and writes one token a sequence and step.
+"""Prefill and single-token decoding steps of the autoregressive model over a key/value cache.
 
-What a step reads and writes lies in tensors that stay where they are, and its shapes are those of
-its groups: on a GPU each shape is captured once as a CUDA graph and replayed, a CPU runs the same
-function as it is. No CUDA graph of it has run on a GPU yet.
+A step reads and writes tensors at fixed addresses, in shapes given by its cache slices: on a GPU
+each shape is captured once as a CUDA graph and replayed; on a CPU the same function runs eagerly.
+The CUDA graph path is not tested on a GPU yet.
 """
 
 from __future__ import annotations
@@ -16,24 +16,35 @@ from torch import Tensor
 from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.decoding.cached_block import CachedBlock, TorchCachedBlock, lean_argmax
 from relay_fast.decoding.kv_cache import CacheSlice, KVCache, gather_rows
+from relay_fast.decoding.sampling import sample_tokens
 from relay_fast.engine.block_iteration import BlockIteration
-from relay_fast.engine.plain_modules import check_pass
+from relay_fast.engine.plain_modules import check_not_overridden
 from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.ops.dispatch import TORCH
 from relay_fast.utils.ragged import pieces
 
-PREFILL_TOKENS = {"cpu": 2048, "cuda": 1 << 16}  # prompt tokens in one pass
-LENGTH_STEP = 256  # captured steps see the cache in multiples of this
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 1 << 16}  # prompt tokens per pass
+LENGTH_STEP = 256  # captured steps read the cache up to multiples of this
 
 
 class Stepper:
-    """The model over a cache of `batch` rows of `length` positions.
+    """Runs a model over a key/value cache.
 
-    On the device, by cache row: tokens (batch,) int64, the last token written; positions (batch,)
-    int64, where it goes when it is fed; scores (batch,) fp32, its log-probability (None unless
-    `scored`).
+    Attributes:
+        tokens: (batch,) int64 on the device, the last token of each cache row.
+        positions: (batch,) int64 on the device, where that token goes when it is fed.
+        scores: (batch,) fp32 on the device, its log-probability; None unless `scored`.
+
+    Args:
+        model: the model to decode with.
+        batch: rows of the cache.
+        length: positions of each row.
+        loops: iterations of the block.
+        temperature: 0 is greedy.
+        seed: of the draws at a temperature above 0.
+        scored: whether to compute log-probabilities.
     """
 
     def __init__(
@@ -47,7 +58,7 @@ class Stepper:
         seed: int = 0,
         scored: bool = False,
     ):
-        check_pass(model, AutoregressiveTransformer, "forward", "loss", "_pass", "embed")
+        check_not_overridden(model, AutoregressiveTransformer, "forward", "loss", "_pass", "embed")
         model.check_parts()
         c = self.config = model.config.block
         self.model, self.batch, self.loops = model, batch, loops
@@ -74,7 +85,13 @@ class Stepper:
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def prefill(self, prompts: np.ndarray, lengths: np.ndarray, first_row: int) -> None:
-        """Reads packed prompts into the rows first_row … and writes the token after each."""
+        """Feeds prompts and chooses the token after each.
+
+        Args:
+            prompts: packed token ids.
+            lengths: (n,) tokens of each prompt.
+            first_row: cache row of the first prompt; the others follow.
+        """
         ends = np.cumsum(lengths)
         for chosen in pieces(lengths, PREFILL_TOKENS[self.device.type]):
             begin, end = ends[chosen[0]] - lengths[chosen[0]], ends[chosen[-1]]
@@ -91,67 +108,76 @@ class Stepper:
         self._sample_next(state, [CacheSlice(rows.start, rows.stop, 0)])
         self.positions[rows] = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
 
-    def steps(self, groups: Sequence[CacheSlice], number: int) -> Iterator[None]:
-        """Feeds the groups' rows their last token and writes the next, so many times."""
+    def steps(self, slices: Sequence[CacheSlice], number: int) -> Iterator[None]:
+        """Takes `number` steps, which feed each row's last token and choose its next; yields after
+        each."""
         if not self.captures:
-            yield from self._steps(groups, number)
+            yield from self._steps(slices, number)
             return
-        group = self._fixed_slice(groups)
-        if group not in self._captured:
-            self._captured[group] = self._capture(group)
+        covering = self._covering_slice(slices)
+        if covering not in self._captured:
+            self._captured[covering] = self._capture(covering)
         for _ in range(number):
-            yield self._captured[group]()
+            yield self._captured[covering]()
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copies rows with the first `length` positions of their cache; none may be both."""
+        """Copies cache rows with their tokens and positions.
+
+        Args:
+            sources: the rows to copy.
+            targets: the rows to overwrite; none of them is among the sources.
+            length: cache positions to copy.
+        """
         from_, to = (torch.as_tensor(rows, device=self.device) for rows in (sources, targets))
         self.cache.move(from_, to, length)
         for state in self._states:
             state[to] = state[from_]
 
-    def _steps(self, groups: Sequence[CacheSlice], number: int) -> Iterator[None]:
+    def _steps(self, slices: Sequence[CacheSlice], number: int) -> Iterator[None]:
         places = (
-            gather_rows(self.positions, groups) + torch.arange(number, device=self.device)[:, None]
+            gather_rows(self.positions, slices) + torch.arange(number, device=self.device)[:, None]
         )
-        for positions, ops in zip(places, self.cache.steps(self._ops, groups, places), strict=True):
-            x = self._embed(gather_rows(self.tokens, groups))
+        for positions, ops in zip(places, self.cache.steps(self._ops, slices, places), strict=True):
+            x = self._embed(gather_rows(self.tokens, slices))
             self._body.set_step(x, positions, ops)
-            self._sample_next(self._loop(self._body, x, len(x)), groups)
-            for group in groups:
-                self.positions[group.rows].add_(1)
-            if self.captures:  # rows without a sequence run along: they stay inside the cache
+            self._sample_next(self._loop(self._body, x, len(x)), slices)
+            for cache_slice in slices:
+                self.positions[cache_slice.rows].add_(1)
+            if self.captures:  # rows without a sequence are stepped too: keep them inside the cache
                 self.positions.clamp_(max=self.cache.length - 1)
             yield
 
-    def _fixed_slice(self, groups: Sequence[CacheSlice]) -> CacheSlice:
-        """One group that holds all, of few different shapes."""
-        last = max(group.last for group in groups)
-        length = max(group.length for group in groups)
+    def _covering_slice(self, slices: Sequence[CacheSlice]) -> CacheSlice:
+        """Returns one slice that covers all, rounded up so that few shapes are captured."""
+        last = max(cache_slice.last for cache_slice in slices)
+        length = max(cache_slice.length for cache_slice in slices)
         rows = min(self.batch, 1 << (last - 1).bit_length())
         return CacheSlice(0, rows, min(self.cache.length, -(-length // LENGTH_STEP) * LENGTH_STEP))
 
-    def _capture(self, group: CacheSlice) -> Callable[[], None]:
-        """The step of this shape as a CUDA graph."""
+    def _capture(self, cache_slice: CacheSlice) -> Callable[[], None]:
+        """Captures the step over this slice as a CUDA graph; returns its replay."""
         before = [state.clone() for state in self._states]
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # what is set up at the first call must not be captured
-            next(self._steps([group], 1))
+        with torch.cuda.stream(aside):  # the set-up of a first call must not be captured
+            next(self._steps([cache_slice], 1))
         here.wait_stream(aside)
         for state, value in zip(self._states, before, strict=True):
             state.copy_(value)
         graph = torch.cuda.CUDAGraph()
         if self.temperature:
             graph.register_generator_state(self._generator)
-        with torch.cuda.graph(graph, pool=self._pool):  # nothing of one graph outlives its replay
-            next(self._steps([group], 1))
+        with torch.cuda.graph(
+            graph, pool=self._pool
+        ):  # shared: no graph's memory outlives a replay
+            next(self._steps([cache_slice], 1))
         return graph.replay
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.model.embedding(tokens)
 
     def _loop(self, body: BlockIteration, x: Tensor, sequences: int) -> Tensor:
-        """States (rows, d) after the last iteration."""
+        """Returns the states (rows, d) after the last iteration."""
         h = x
         for t in range(1, self.loops + 1):
             out = torch.empty_like(x)
@@ -159,29 +185,22 @@ class Stepper:
             h = out
         return h
 
-    def _sample_next(self, state: Tensor, groups: Sequence[CacheSlice]) -> None:
-        """Writes the groups' next tokens, given their last states."""
+    def _sample_next(self, state: Tensor, slices: Sequence[CacheSlice]) -> None:
+        """Chooses the next token of every row from its last state, (rows, d)."""
         c, norm = self.config, self.model.norm
         readout = (state, norm.weight, norm.bias, self._head, c.eps, c.norm)
-        sizes = [group.last - group.first for group in groups]
+        sizes = [cache_slice.last - cache_slice.first for cache_slice in slices]
         scores = None
         if self.temperature or self.scored:
             logits = upcast(readout_ref(*readout))
-            chosen = self._draw(logits)
+            chosen = sample_tokens(logits, self.temperature, self._generator)
             if self.scored:
                 own = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
                 scores = (own - logits.logsumexp(-1)).float()
         else:
             chosen = self._argmax(*readout)
-        for group, own in zip(groups, chosen.split(sizes), strict=True):
-            self.tokens[group.rows] = own
+        for cache_slice, own in zip(slices, chosen.split(sizes), strict=True):
+            self.tokens[cache_slice.rows] = own
         if scores is not None:
-            for group, own in zip(groups, scores.split(sizes), strict=True):
-                self.scores[group.rows] = own
-
-    def _draw(self, logits: Tensor) -> Tensor:
-        if not self.temperature:
-            return logits.argmax(-1)
-        # The largest of logits plus Gumbel noise is a draw from their softmax.
-        noise = torch.empty_like(logits).exponential_(generator=self._generator)
-        return (logits / self.temperature).sub_(noise.log_()).argmax(-1)
+            for cache_slice, own in zip(slices, scores.split(sizes), strict=True):
+                self.scores[cache_slice.rows] = own

@@ -1,4 +1,5 @@
-"""The loop: recompute policies, one iteration of a block or of any module, the compiled op."""
+"""The loop engine: recompute policies, one iteration of a block or of any module, the compiled
+op."""
 
 from relay_fast._moved_paths import forward
 

@@ -1,8 +1,9 @@
-"""One iteration of the block as explicit ops, forward and backward: what the engine runs.
+"""One iteration of the block as explicit ops, forward and backward, as the engine runs it.
 
 A layer: qkv = norm_linear(u) → o = attention(qkv) → mid = linear_residual(o, u) → u' = mlp(mid).
-Before the first layer the state may be normalised (`loop_norm="pre"`), joined with the input
-(injection) and given the iteration's embedding; after the last it may be normalised (`"post"`).
+Before the first layer the state may be normalised (`loop_norm="pre"`), combined with the input
+(injection) and added to the iteration's embedding; after the last layer it may be normalised
+(`loop_norm="post"`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.config import BlockConfig
 from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
-from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref, wide_dtype
+from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref, upcast_dtype
 from relay_fast.kernels.supports import require
 from relay_fast.ops.dispatch import TORCH, Ops
 from relay_fast.ops.gradients import GradientBuffers
@@ -27,7 +28,7 @@ _noise_table = functools.cache(torch.inference_mode(False)(noise_table))
 
 
 class LayerSaved(NamedTuple):
-    """What the backward of one layer needs."""
+    """The tensors that the backward of one layer needs."""
 
     u: Tensor  # (rows, d) the layer's input
     qkv: Tensor  # (rows, (heads + 2 kv_heads) · head_dim), after RoPE
@@ -40,11 +41,22 @@ class LayerSaved(NamedTuple):
 
 
 class BlockIteration:
-    """The block bound to its parameters, a plan and a batch's input.
+    """The loop body of a block, bound to its parameters, a plan and a batch's input.
 
-    `parameters` maps state-dict keys (`parameter_names`) to tensors. The modules that hold them are
-    not called, so hooks on them do not fire.
-    Nothing here depends on the recompute policy.
+    The modules that own the parameters are not called, so their hooks do not run. Nothing here
+    depends on the recompute policy.
+
+    Args:
+        config: the block.
+        parameters: tensors by state-dict key (`parameter_names`).
+        plan: order and active prefix of the batch.
+        x: (rows, d), the input that injection adds in each iteration.
+        ops: the implementation of the ops.
+        compute_dtype: dtype of the GEMMs.
+        dropout_seed: () int64 seed of the dropout masks and the state noise; None: neither.
+
+    Raises:
+        Unsupported: for a block that the kernels cannot run with a fixed-capacity plan.
     """
 
     def __init__(
@@ -52,7 +64,7 @@ class BlockIteration:
         config: BlockConfig,
         parameters: Mapping[str, Tensor],
         plan: Plan,
-        x: Tensor,  # (rows, d), the input that injection adds at each iteration
+        x: Tensor,
         ops: Ops,
         compute_dtype: torch.dtype,
         dropout_seed: Tensor | None = None,
@@ -71,7 +83,7 @@ class BlockIteration:
         self.cos = self.sin = None
         if config.rope_base is not None:
             self.rotary = (config.n_heads + config.kv_heads) * config.head_dim
-            dtype = wide_dtype(*parameters.values())
+            dtype = upcast_dtype(*parameters.values())
             self.cos, self.sin = rope_table(
                 plan.positions, config.head_dim, config.rope_base, dtype
             )
@@ -89,7 +101,8 @@ class BlockIteration:
         return Dropout(p, self.seed, site, row_range.iteration, tokens)
 
     def _row_count_kwargs(self, row_range: RowRange) -> dict[str, Tensor]:
-        """How many rows are live, for kernels under a static plan; the reference takes all."""
+        """Passes the number of live rows to the kernels under a fixed-capacity plan; the reference
+        computes all rows."""
         return (
             {"row_count": self.plan.row_count(row_range.iteration)} if self.skips_dead_rows else {}
         )
@@ -104,9 +117,16 @@ class BlockIteration:
     def forward(
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
-        """Writes state t of the row range's rows into `out` (rows, d), given state t − 1 in `h`.
+        """Writes state t of the row range's rows into `out`.
 
-        Returns what the backward needs, flat, if `keep`; else it may be incomplete.
+        Args:
+            h: (rows, d), state t − 1.
+            row_range: the rows, and the iteration.
+            out: (rows, d), the buffer of state t.
+            keep: whether a backward follows.
+
+        Returns:
+            The tensors that the backward needs, flat; some may be missing unless `keep`.
         """
         c = self.config
         u = self._prepare_state(h, row_range)
@@ -127,7 +147,7 @@ class BlockIteration:
 
     def _prepare_state(self, h: Tensor, row_range: RowRange) -> Tensor:
         c = self.config
-        h = self._noisy(h, row_range)
+        h = self._add_state_noise(h, row_range)
         if c.loop_norm == "pre":
             h = self._norm(h, "loop_norm")
         if c.injection == "add":
@@ -174,7 +194,15 @@ class BlockIteration:
         row_range: RowRange,
         grads: GradientBuffers,
     ) -> Tensor:
-        """Gradient of state t − 1 (rows, d) from that of state t; parameters' go into `grads`."""
+        """Returns the gradient of state t − 1, and adds those of the parameters to `grads`.
+
+        Args:
+            g: (rows, d), the gradient of state t.
+            h: (rows, d), state t − 1.
+            saved: the result of `forward`.
+            row_range: the rows, and the iteration.
+            grads: accumulators of the parameters' gradients.
+        """
         c = self.config
         if c.loop_norm == "post":
             g = self._norm_backward(g, saved[-1], "loop_norm", row_range, grads)
@@ -188,9 +216,7 @@ class BlockIteration:
         self, g: Tensor, x: Tensor, name: str, row_range: RowRange, grads: GradientBuffers
     ) -> Tensor:
         c = self.config
-        if (
-            self.skips_dead_rows
-        ):  # dead rows hold anything, NaN too, and the weight's gradient sums over x
+        if self.skips_dead_rows:  # may hold NaN, and the weight's gradient is a sum over rows
             dead = ~self.plan.live(row_range.iteration)
             g, x = g.masked_fill(dead, 0), x.masked_fill(dead, 1)
         weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
@@ -241,8 +267,9 @@ class BlockIteration:
         norm("norm1", dweight, dbias)
         return g + dx
 
-    def _noisy(self, h: Tensor, row_range: RowRange) -> Tensor:
-        """h with the training noise, whose scale counts as constant: the gradient passes by."""
+    def _add_state_noise(self, h: Tensor, row_range: RowRange) -> Tensor:
+        """Adds the training noise to h. Its scale counts as a constant, so the gradient of h passes
+        unchanged."""
         p = self.config.state_noise
         if self.seed is None or not p:
             return h
@@ -254,7 +281,7 @@ class BlockIteration:
     ) -> Tensor:
         c = self.config
         if c.loop_norm == "pre":
-            h = self._noisy(h, row_range)
+            h = self._add_state_noise(h, row_range)
         if c.max_loops and grads.needs(index := self.index["loop_embedding.weight"]):
             grads.buffer(index)[row_range.iteration - 1].add_(g.sum(0))
         if c.injection == "add":
@@ -278,7 +305,7 @@ class BlockIteration:
 
 
 def check_max_loops(config: BlockConfig, plan: Plan) -> None:
-    """Raises ValueError where the loop-index embedding is too small for the plan."""
+    """Raises ValueError if the plan loops more often than the loop-index embedding has entries."""
     if config.max_loops and plan.max_loops > config.max_loops:
         raise ValueError(
             f"loops = {plan.max_loops} is more than the {config.max_loops} iterations that the "
@@ -287,7 +314,7 @@ def check_max_loops(config: BlockConfig, plan: Plan) -> None:
 
 
 def parameter_names(config: BlockConfig) -> list[str]:
-    """State-dict keys of a block's parameters."""
+    """Returns the state-dict keys of a block's parameters."""
     norm = ("weight", "bias") if config.bias and config.norm == "layer" else ("weight",)
     linear = ("weight", "bias") if config.bias else ("weight",)
     layer = {"norm1": norm, "qkv": linear, "out": linear, "norm2": norm, "up": linear}
@@ -309,9 +336,17 @@ def parameter_names(config: BlockConfig) -> list[str]:
 def rope_table(
     positions: Tensor, head_dim: int, base: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (rows, head_dim / 2) of integer `positions` (rows,).
+    """Computes the RoPE tables.
 
-    The angles are taken in fp64: in fp32 that of position 1,000,000 is off by 0.03.
+    Args:
+        positions: (rows,) integers.
+        head_dim: columns of a head.
+        base: base of the frequencies.
+        dtype: dtype of the result.
+
+    Returns:
+        cos and sin, each (rows, head_dim / 2). The angles are computed in fp64: in fp32 the one of
+        position 1,000,000 is off by 0.03.
     """
     half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
     angle = positions.double().unsqueeze(1) * base ** (-half / (head_dim // 2))
@@ -319,17 +354,17 @@ def rope_table(
 
 
 def dead_rows_reason(config: BlockConfig) -> str | None:
-    """Why the kernels cannot leave dead rows out in this block: a part of it that is plain torch
-    sums over rows."""
+    """Returns why the kernels cannot skip dead rows in this block, or None if they can: biases,
+    injection and the loop-index embedding are plain torch sums over all rows."""
     parts = {
         "biases": config.bias,
         "injection": config.injection != "none",
         "a loop-index embedding": config.max_loops > 0,
     }
     found = " and ".join(name for name, there in parts.items() if there)
-    return f"a static batch takes no block with {found}" if found else None
+    return f"fixed-capacity batches do not support {found}" if found else None
 
 
 def _is_linear(name: str) -> bool:
-    """Whether a parameter belongs to a GEMM (and is cast to the compute dtype)."""
+    """Returns whether a parameter is a GEMM operand, which is cast to the compute dtype."""
     return "norm" not in name and "embedding" not in name

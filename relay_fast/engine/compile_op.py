@@ -1,8 +1,8 @@
-"""The looped block as custom ops: torch.compile(fullgraph=True) takes it as one node.
+"""The looped block as a pair of custom ops: torch.compile(fullgraph=True) sees one node.
 
-Forward returns the kept states as one flat tensor beside its outputs; backward is an op of its own.
-The plan is made inside, from host tensors, and remembered. The policy "none" keeps what "state"
-keeps: the inside of an iteration cannot leave an op.
+The forward op returns the kept states as one flat tensor in addition to its outputs; the backward
+is an op of its own. The plan is built inside the ops from host tensors, and cached. Recompute
+policy "none" keeps the same tensors as "state": the inside of an iteration cannot leave an op.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, p
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.spec import LoopSpec
-from relay_fast.ops.dispatch import select, undisturbed
+from relay_fast.ops.dispatch import launch_context, select
 
 
 def skip_frame(function: Callable) -> Callable:
-    """Lets torch.compile begin in what a function calls, where it would begin in the function.
+    """Makes torch.compile start in the functions that `function` calls instead of in it.
 
-    What `torch._dynamo.eval_frame.skip_code` does, without the slow import of torch's compiler.
+    Equivalent to `torch._dynamo.eval_frame.skip_code`, without the slow import of torch's compiler.
     """
     action = eval_frame._FrameAction
     strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
@@ -38,14 +38,14 @@ def skip_frame(function: Callable) -> Callable:
 
 
 def describe(config: BlockConfig) -> str:
-    """A block's configuration as a string, as an op takes it."""
+    """Serialises a block's configuration to the string that the ops take."""
     return json.dumps(config.to_dict())
 
 
 @lru_cache
-def _parse(spec: str) -> tuple[BlockConfig, list[str]]:
-    """The configuration, and its parameters' names."""
-    config = BlockConfig(**json.loads(spec))
+def _parse(block: str) -> tuple[BlockConfig, list[str]]:
+    """Returns the configuration and its parameter names."""
+    config = BlockConfig(**json.loads(block))
     return config, parameter_names(config)
 
 
@@ -55,9 +55,9 @@ def _plan(lengths: bytes, loops: bytes, positions: bytes | None, device: torch.d
     return Plan(array(lengths), array(loops), device, array(positions))
 
 
-def _make_run(
+def _make_spec(
     x: Tensor,
-    spec: str,
+    block: str,
     options: str,
     dtype: torch.dtype,
     batch: int,
@@ -69,7 +69,7 @@ def _make_run(
     states: list[int],
     truncate: int,
 ) -> LoopSpec:
-    config, names = _parse(spec)
+    config, names = _parse(block)
     recompute, impl, gather_rows = json.loads(options)
     if cu_seqlens is None:
         lengths = np.full(batch, len(x) // max(1, batch))
@@ -98,13 +98,13 @@ def _policy(recompute: str) -> RecomputePolicy:
     return RecomputePolicy("state") if policy.kind == "none" else policy
 
 
-def _reordered(run: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:
-    """Returned states between the engine's order and the caller's."""
-    if run.plan.to_caller is None:
+def _reordered(spec: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:
+    """Reorders returned states from the engine's order to the caller's, or back."""
+    if spec.plan.to_caller is None:
         return flat
     result = flat.new_empty(flat.shape)
-    for t, span in run.state_spans().items():
-        index = run.plan.active_to_caller(t)
+    for t, span in spec.state_spans().items():
+        index = spec.plan.active_to_caller(t)
         if to_caller:
             result[span] = flat[span][index]
         else:
@@ -115,47 +115,58 @@ def _reordered(run: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:
 @torch.library.custom_op("relay_fast::loop_fwd", mutates_args=())
 def loop_fwd(
     x: Tensor,  # (rows, d), caller's order
-    parameters: list[Tensor],  # in the order of `parameter_names`
-    spec: str,  # of `describe`
+    parameters: list[Tensor],  # ordered as `parameter_names`
+    block: str,  # result of `describe`
     options: str,  # JSON: recompute, impl, gather_rows
     dtype: torch.dtype,  # of the GEMMs
-    batch: int,  # sequences of a padded batch
-    cu_seqlens: Tensor | None,  # of a packed one
-    count: int,  # loops of every sequence, where `loops` is None
+    batch: int,  # number of sequences of a padded batch
+    cu_seqlens: Tensor | None,  # of a packed batch
+    count: int,  # loops of every sequence if `loops` is None
     loops: Tensor | None,  # (sequences,)
     positions: Tensor | None,  # (rows,)
-    seed: Tensor | None,  # () of the dropout masks
+    seed: Tensor | None,  # () of the dropout masks and the state noise
     states: list[int],
     truncate: int,  # 0: no truncation
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """final (rows, d), the chosen states end to end, and the kept states end to end."""
-    run = _make_run(
-        x, spec, options, dtype, batch, cu_seqlens, count, loops, positions, seed, states, truncate
+    """Returns final (rows, d), the chosen states end to end, and the kept states end to end."""
+    spec = _make_spec(
+        x,
+        block,
+        options,
+        dtype,
+        batch,
+        cu_seqlens,
+        count,
+        loops,
+        positions,
+        seed,
+        states,
+        truncate,
     )
-    plan = run.plan
-    with torch.no_grad(), undisturbed(x):
+    plan = spec.plan
+    with torch.no_grad(), launch_context(x):
         h = x if plan.to_sorted is None else x[plan.to_sorted]
-        done = forward_pass(run, h, parameters, keep)
+        done = forward_pass(spec, h, parameters, keep)
         final, chosen, _, _ = done.outputs
         final = final if plan.to_caller is None else final[plan.to_caller]
         kept = torch.cat([x[:0], *done.kept.values()])
-        return final, _reordered(run, chosen, to_caller=True), kept
+        return final, _reordered(spec, chosen, to_caller=True), kept
 
 
 @loop_fwd.register_fake
 def _(
-    x, parameters, spec, options, dtype, batch, cu_seqlens, count, loops, positions, seed, states,
+    x, parameters, block, options, dtype, batch, cu_seqlens, count, loops, positions, seed, states,
     truncate, keep,
 ):  # fmt: skip
     rows = x.shape[0]
-    if loops is not None:  # then nobody may ask for states, see LoopedBlock
+    if loops is not None:  # LoopedBlock then refuses return_states
         size = lambda: torch.library.get_ctx().new_dynamic_size()
         return x.new_empty(x.shape), x.new_empty(0, *x.shape[1:]), x.new_empty(size(), *x.shape[1:])
     policy = _policy(json.loads(options)[0])
     kept = 0
     if keep and (policy.kind == "budget" or isinstance(count, torch.SymInt)):
-        kept_rows = torch.library.get_ctx().new_dynamic_size()  # no guard on the number of loops
+        kept_rows = torch.library.get_ctx().new_dynamic_size()  # avoids a guard on `count`
     else:
         if keep:
             between = policy.kept(count, [0] * count)
@@ -179,7 +190,7 @@ def loop_bwd(
     kept: Tensor,
     parameters: list[Tensor],
     needed: list[bool],  # of x and each parameter
-    spec: str,
+    block: str,
     options: str,
     dtype: torch.dtype,
     batch: int,
@@ -191,21 +202,32 @@ def loop_bwd(
     states: list[int],
     truncate: int,
 ) -> list[Tensor]:
-    """Gradients of those of x and the parameters that need one."""
-    run = _make_run(
-        x, spec, options, dtype, batch, cu_seqlens, count, loops, positions, seed, states, truncate
+    """Returns the gradients of x and the parameters, for those that need one."""
+    spec = _make_spec(
+        x,
+        block,
+        options,
+        dtype,
+        batch,
+        cu_seqlens,
+        count,
+        loops,
+        positions,
+        seed,
+        states,
+        truncate,
     )
-    plan = run.plan
-    names = sorted(kept_states(run, x[:1].nbytes))
+    plan = spec.plan
+    names = sorted(kept_states(spec, x[:1].nbytes))
     parts = kept.split([plan.rows_at(t) for t in names]) if names else ()
     order = plan.to_sorted
     to_sorted = lambda t: t if order is None else t[order]
     with torch.no_grad():
         dx, *grads = backward_pass(
             SimpleNamespace(
-                run=run,
+                spec=spec,
                 saved_tensors=(
-                    to_sorted(x), None, _reordered(run, chosen, to_caller=False),
+                    to_sorted(x), None, _reordered(spec, chosen, to_caller=False),
                     x.new_empty(0), *parameters, *parts,
                 ),
                 kept=tuple(names),
@@ -213,7 +235,7 @@ def loop_bwd(
                 needs_input_grad=(False, *needed),
             ),
             to_sorted(g_final),
-            _reordered(run, g_states, to_caller=False) if states else None,
+            _reordered(spec, g_states, to_caller=False) if states else None,
             None,
         )[1:]  # fmt: skip
         if dx is not None:
@@ -232,7 +254,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.rest = [None if isinstance(t, Tensor) else t for t in rest[:-1]]
     ctx.where = [i for i, t in enumerate(rest[:-1]) if isinstance(t, Tensor)]
     ctx.needed = [x.requires_grad, *(p.requires_grad for p in parameters)]
-    ctx.save_for_backward(x, *output[1:], *parameters, *tensors)  # backward reads no last state
+    ctx.save_for_backward(x, *output[1:], *parameters, *tensors)  # backward does not read `final`
 
 
 def _backward(ctx, g_final, g_states, _):
@@ -250,7 +272,7 @@ def _backward(ctx, g_final, g_states, _):
         )
     )  # fmt: skip
     dx, *others = (next(grads) if need else None for need in ctx.needed)
-    nothing = [[] if value == [] else None for value in rest]  # torch takes [] for no tensors
+    nothing = [[] if value == [] else None for value in rest]  # torch takes [] for tensors
     return dx, others, *nothing, None
 
 

@@ -1,7 +1,7 @@
-"""Reading chains off in one launch: the whole-loop kernel, where it serves.
+"""Inference with the whole-loop kernel, which runs all iterations in one launch.
 
-It knows the plain block only and holds whole sequences in a program (`loop_reason`); everything
-else is read iteration by iteration.
+The kernel supports plain blocks and short sequences only (`loop_reason`); everything else runs
+iteration by iteration.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ from relay_fast.kernels.supports import loop_reason
 
 
 def block_reason(config: BlockConfig, training: bool = False) -> str | None:
-    """Why the whole-loop kernel does not compute this block; None if it does."""
+    """Returns why the whole-loop kernel does not support this block, or None if it does."""
     if config.bias:
-        return "the whole-loop kernel has no biases"
+        return "the whole-loop kernel does not support biases"
     if config.injection != "none" or config.max_loops:
-        return "the whole-loop kernel has neither input injection nor a loop-index embedding"
+        return "the whole-loop kernel supports neither input injection nor a loop-index embedding"
     if config.loop_norm == "pre":
-        return "the whole-loop kernel norms the state after an iteration, not before it"
+        return "the whole-loop kernel does not support loop_norm='pre'"
     if training and (config.dropout or config.state_noise):
-        return "the whole-loop kernel is for inference: no dropout, no state noise"
+        return "the whole-loop kernel supports neither dropout nor state noise"
     return None
 
 
 def feedback_reason(config: ModelConfig) -> str | None:
-    """Why the whole-loop kernel does not serve a model's feedback; None if there is none."""
+    """Returns why the whole-loop kernel does not support the model's feedback, or None if it
+    does."""
     if config.feedback == "none":
         return None
-    return (
-        f"the whole-loop kernel carries the state from one iteration to the next, feedback = "
-        f"{config.feedback!r} reads tokens in between"
-    )
+    return f"the whole-loop kernel does not support feedback = {config.feedback!r}"
 
 
 def stack_weights(
@@ -48,7 +46,15 @@ def stack_weights(
     head: Tensor,
     dtype: torch.dtype,
 ) -> LoopWeights:
-    """The block's parameters by name, the final norm and the head, as the kernel takes them."""
+    """Stacks the weights of the layers as the whole-loop kernel takes them.
+
+    Args:
+        config: the block.
+        block: its parameters by state-dict key.
+        norm: (d,), weight of the final norm.
+        head: (V, d).
+        dtype: dtype of the GEMM operands.
+    """
 
     def stack(name: str, dtype: torch.dtype | None = None) -> Tensor:
         layers = [block[f"layers.{i}.{name}.weight"] for i in range(config.n_layers)]
@@ -62,21 +68,35 @@ def stack_weights(
     )  # fmt: skip
 
 
-def read_whole_loop(
+def run_fused_loop(
     config: BlockConfig,
-    run: LoopSpec,
-    x: Tensor,  # (N, d), in the plan's order
+    spec: LoopSpec,
+    x: Tensor,
     block: Mapping[str, Tensor],
     norm: Tensor,
     head: Tensor,
     training: bool = False,
 ) -> tuple[Tensor, list[Tensor]] | str:
-    """final (N, d) and the token ids (N_t,) of each iteration; or the reason why not."""
-    plan = run.plan
-    if run.ops.loop_fwd is None:
-        return "plain torch runs the loop iteration by iteration"
+    """Runs the loop and its argmax readout in one launch.
+
+    Args:
+        config: the block.
+        spec: the pass.
+        x: (N, d), the initial state, in the plan's order.
+        block: the block's parameters by state-dict key.
+        norm: (d,), weight of the final norm.
+        head: (V, d).
+        training: whether dropout and state noise are active.
+
+    Returns:
+        final (N, d) and a list of the token ids (N_t,) of each iteration; or, as a string, the
+        reason why the kernel does not support the call.
+    """
+    plan = spec.plan
+    if spec.ops.loop_fwd is None:
+        return "plain torch has no whole-loop kernel"
     if plan.fixed_capacity:
-        return "the whole-loop kernel takes its layout from the host, which a static plan has not"
+        return "the whole-loop kernel does not support fixed-capacity batches"
     reason = block_reason(config, training)
     if reason:
         return reason
@@ -84,12 +104,12 @@ def read_whole_loop(
     if config.rope_base is not None:
         cos, sin = rope_table(plan.positions, config.head_dim, config.rope_base)
     layout = LoopLayout(plan.lengths, plan.loops, x.device)
-    weights = stack_weights(config, block, norm, head, run.compute_dtype)
+    weights = stack_weights(config, block, norm, head, spec.compute_dtype)
     heads = (config.n_heads, config.kv_heads)
     reason = loop_reason(x, layout, weights, cos, sin, *heads, config.activation, config.norm)
     if reason:
         return reason
-    final, ids = run.ops.loop_fwd(
+    final, ids = spec.ops.loop_fwd(
         x, layout, weights, cos, sin, *heads, config.causal, config.activation, config.eps,
         config.norm,
     )  # fmt: skip

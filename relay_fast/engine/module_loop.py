@@ -1,7 +1,7 @@
 """The loop engine around any nn.Module: `relay_fast.loop`.
 
-The module's own autograd gives the gradients of one iteration; active prefix, recompute policies,
-states, truncation and the sum of the weight gradients are the engine's.
+The module's own autograd computes the gradients of one iteration; the engine provides the active
+prefix, recompute policies, returned states, truncation and the sum of the weight gradients.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch.utils._pytree import (
 from relay_fast.batch.plan import Plan, RowRange, check_cu_seqlens, check_floating, check_loops
 from relay_fast.engine.loop import run_loop
 from relay_fast.engine.recompute import RecomputePolicy
-from relay_fast.engine.side_graphs import graphs_left
+from relay_fast.engine.retained_graphs import find_retained_graphs
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import refuse_transforms, select
 from relay_fast.ops.gradients import GradientBuffers
-from relay_fast.utils.numbers import is_truth
+from relay_fast.utils.numbers import is_bool
 
 
 # Long: the signature and its description are most of it.
@@ -51,25 +51,37 @@ def loop(
 ) -> Tensor | list[Tensor]:
     """Applies `module` to x `loops` times: h ← module(h, **per_row, **shared), h of x's shape.
 
-    x: (B, …) padded, or any other batch-first shape, or (N, …) packed with `cu_seqlens` (B + 1,).
-    loops: an int, or one count per sequence (≥ 0); a finished sequence is no longer computed.
-    per_row: tensors with one entry per sequence (padded) or per row (packed), cut with the active
-    prefix; shared: arguments handed over as they are. A packed module that has a `cu_seqlens`
-    argument gets that of the sequences it sees. Gradients flow into x, the module's parameters, and
-    tensors in per_row and shared, where they may lie in lists, tuples and dicts (of which the
-    module then sees copies). recompute: see `relay_fast.engine.recompute`; random numbers (dropout)
-    are drawn again as in forward. Returns what `LoopedBlock.forward` does.
+    Args:
+        module: maps a state to the next one of the same shape. If it has a `cu_seqlens` argument
+            and the batch is packed, it gets the row offsets of the sequences that it sees.
+        x: (B, …) padded, or (N, …) packed with `cu_seqlens`; floating point.
+        loops: an int, or one count per sequence (≥ 0). A finished sequence is no longer computed.
+        cu_seqlens: (B + 1,) row offsets of a packed batch.
+        per_row: arguments of the module with one entry per sequence (padded) or per row (packed):
+            tensors, also inside lists, tuples and dicts. They are sliced to the active prefix.
+        shared: arguments of the module that are passed unchanged. Containers with tensors are
+            copied.
+        recompute: see `relay_fast.engine.recompute`. Recomputation draws the same random numbers
+            from torch's generators; a module that is non-deterministic for other reasons needs
+            "none".
+        return_states: True, or a list of iterations: return their states instead of the final one.
+        truncate: number of last iterations of each sequence that gradients flow through; None: all.
 
-    A module whose buffers change in forward (batch norm in training) is refused with RuntimeError,
-    and so is one that changes its input in place, one that holds a tensor that needs a gradient but
-    is not registered as a parameter, and one that leaves a tensor with a gradient graph behind
-    (an auxiliary loss on itself), whose gradient would not come through. To see that, the first
-    iteration runs with gradients under every policy.
-    A forward that is non-deterministic otherwise than through torch's generators gives wrong
-    gradients when recomputed: use recompute="none".
-    Under torch.compile this call is a graph break (the module itself may be compiled); weight
-    gradients are summed per iteration. Under hooks on saved tensors (checkpointing around the call,
-    offloading), "none" keeps what "state" keeps.
+    Returns:
+        The final state, or a list of states, as `LoopedBlock.forward` does. Gradients flow into x,
+        the module's parameters, and the tensors in per_row and shared.
+
+    Raises:
+        RuntimeError: if the module changes its buffers (batch norm in training) or its input in
+            place, uses a tensor that needs a gradient but is not registered as a parameter, or
+            stores a tensor with an autograd graph (such as an auxiliary loss). To detect these, the
+            first iteration records its graph under every policy.
+        TypeError, ValueError: if arguments have wrong types or do not fit together.
+
+    Note:
+        Under torch.compile this call is a graph break; the module itself may be compiled. Under
+        hooks on saved tensors (checkpointing around the call, offloading), "none" keeps the
+        same tensors as "state".
     """
     check_floating(x)
     arguments = (t for t in tree_leaves((per_row, shared)) if isinstance(t, Tensor))
@@ -84,25 +96,25 @@ def loop(
         x = x[plan.to_sorted]
         per_row = tree_map(lambda value: value[plan.to_sorted], per_row)
     policy = RecomputePolicy.parse(recompute)
-    if policy.kind == "none" and _hooked():  # graphs do not pass through hooks on saved tensors
+    if policy.kind == "none" and _has_saved_tensor_hooks():  # hooks cannot save graphs
         policy = RecomputePolicy("state")
     call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
-    call.redraws = torch.is_grad_enabled() and policy.kind != "none"
+    call.replays_rng = torch.is_grad_enabled() and policy.kind != "none"
     call.checked = not (
         torch.is_grad_enabled() and any(t.requires_grad for t in (x, *call.tensors))
     )
-    return_states = bool(return_states) if is_truth(return_states) else return_states
+    return_states = bool(return_states) if is_bool(return_states) else return_states
     wanted = plan.chosen_states(return_states)
     inner = tuple(t for t in wanted if t < plan.max_loops)
-    run = LoopSpec(plan, call.body, select("torch"), policy, inner, truncate)
-    final, states, _, _ = run_loop(run, x, call.tensors)
+    spec = LoopSpec(plan, call.body, select("torch"), policy, inner, truncate)
+    final, states, _, _ = run_loop(spec, x, call.tensors)
     if return_states is False:
         return final if plan.to_caller is None else final[plan.to_caller]
-    return run.collect(wanted, final, states)
+    return spec.collect(wanted, final, states)
 
 
 def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:
-    """Packed: rows are rows. Padded: a whole sequence counts as one row."""
+    """Builds the plan; a whole sequence of a padded batch counts as one row."""
     if cu_seqlens is None:
         return Plan(np.ones(len(x), np.int64), check_loops(loops, len(x)), x.device)
     lengths = np.diff(check_cu_seqlens(cu_seqlens, len(x)))
@@ -132,30 +144,30 @@ def _refuse_batch_norm(module: nn.Module) -> None:
         tracks = isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
         if tracks and part.training:
             raise RuntimeError(
-                f"{name or 'the module'} ({type(part).__name__}) changes its running statistics in "
+                f"{name or 'the module'} ({type(part).__name__}) updates running statistics in "
                 "forward, which recomputation would do twice: use eval(), or a norm without them"
             )
 
 
 class _Call:
-    """One call of `loop`: its tensors as leaves of their own, and its random states."""
+    """One call of `loop`: its tensors as leaves of their own graphs, and its RNG states."""
 
     def __init__(self, module: nn.Module, plan: Plan, per_row, shared, packed: bool, x: Tensor):
         self.module, self.plan = module, plan
         self.parameters = dict(module.named_parameters())
         self.per_row, self.per_row_tree = tree_flatten(per_row)
         held = [t for t in tree_leaves(shared) if isinstance(t, Tensor)]
-        # Everything that a gradient may flow into, in the order of the engine's parameters.
+        # All tensors that may get a gradient, in the order of the engine's parameters.
         self.tensors = [*self.parameters.values(), *self.per_row, *held]
-        # What the module sees instead: its graphs must end here, not in the caller's graph.
+        # The module gets these leaves instead: its graphs must not reach the caller's graph.
         leaf = lambda t: t.detach().requires_grad_(t.requires_grad)
         self.weights = {name: leaf(p) for name, p in self.parameters.items()}
         self.shared_leaves = [leaf(t) for t in held]
         leaves = iter(self.shared_leaves)
         self.shared = {k: _with_tensors(v, leaves) for k, v in shared.items()}
-        self.redraws = False
-        self.checked = True  # whether a graph of the module has been looked at, or none is wanted
-        self.random: dict[tuple[int, int], _Random] = {}
+        self.replays_rng = False
+        self.checked = True  # whether the module's graph was checked or needs no check
+        self.rng_states: dict[tuple[int, int], _RngState] = {}
         kind = x.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.takes_cu_seqlens = packed and _accepts(module, "cu_seqlens")
@@ -165,14 +177,15 @@ class _Call:
 
 
 def _with_tensors(value: object, tensors: Iterator[Tensor]) -> object:
-    """A copy of a nested value with the next `tensors` in place of its own; without any, itself."""
+    """Returns a copy of a nested value with its tensors replaced by the next `tensors`; without
+    tensors, the value itself."""
     if not any(isinstance(t, Tensor) for t in tree_leaves(value)):
         return value
     return tree_map(lambda t: next(tensors) if isinstance(t, Tensor) else t, value)
 
 
-def _refuse_strangers(new: Tensor, known: Iterable[Tensor]) -> None:
-    """Raises RuntimeError where the graph of `new` ends in other leaves than the known ones."""
+def _refuse_unregistered_tensors(new: Tensor, known: Iterable[Tensor]) -> None:
+    """Raises RuntimeError if the graph of `new` ends in a leaf that is not among `known`."""
     ids, seen, todo = {id(t) for t in known}, set(), [new.grad_fn]
     while todo:
         node = todo.pop()
@@ -183,24 +196,24 @@ def _refuse_strangers(new: Tensor, known: Iterable[Tensor]) -> None:
         if type(node).__name__ == "AccumulateGrad" and id(node.variable) not in ids:
             raise RuntimeError(
                 f"the module uses a tensor of shape {tuple(node.variable.shape)} that needs a "
-                "gradient, but the loop does not know it: register it as an nn.Parameter, or pass "
-                "it in `shared`"
+                "gradient but is not registered: make it an nn.Parameter, or pass it in `shared`"
             )
 
 
-def _refuse_side_graphs(module: nn.Module, before: Mapping[int, tuple[str, Tensor]]) -> None:
-    """Raises RuntimeError where the module holds other tensors with a graph than `before`."""
-    for key, (where, _) in graphs_left(module).items():
+def _refuse_retained_graphs(call: _Call, before: Mapping[int, tuple[str, Tensor]]) -> None:
+    """Raises RuntimeError if the module or its arguments store a tensor with a graph that is not in
+    `before`."""
+    for key, (where, _) in find_retained_graphs(call.module, call.shared).items():
         if key not in before:
             raise RuntimeError(
-                f"the module left a tensor that needs a gradient in {where!r} (an auxiliary loss?) "
-                "and the loop hands gradients through the state alone: detach() it if it is only "
-                "looked at, or compute it outside of the module from return_states=True"
+                f"the module stored a tensor that needs a gradient in {where!r} (an auxiliary "
+                "loss?), but gradients flow through the state only: detach() it if no gradient is "
+                "needed, or compute it outside of the module from return_states=True"
             )
 
 
-def _hooked() -> bool:
-    """Whether hooks on saved tensors are active."""
+def _has_saved_tensor_hooks() -> bool:
+    """Returns whether hooks on saved tensors are active."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -208,8 +221,8 @@ def _accepts(module: nn.Module, name: str) -> bool:
     return name in inspect.signature(module.forward).parameters
 
 
-class _Random:
-    """The state of torch's generators, to draw the same numbers again."""
+class _RngState:
+    """A snapshot of torch's generators."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -217,7 +230,8 @@ class _Random:
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     @contextmanager
-    def again(self):
+    def restored(self):
+        """Restores the snapshot inside the context."""
         devices = [] if self.cuda is None else [self.device]
         with torch.random.fork_rng(devices):
             torch.set_rng_state(self.cpu)
@@ -227,7 +241,7 @@ class _Random:
 
 
 class _ModuleIteration:
-    """One iteration of a user's module (see `relay_fast.engine.spec.Iteration`)."""
+    """The loop body of a user's module (see `relay_fast.engine.spec.Iteration`)."""
 
     dx = None
     skips_dead_rows = False
@@ -240,70 +254,75 @@ class _ModuleIteration:
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
         """Writes the next state into `out`; with `keep`, returns the iteration's graph: its input,
-        its output, and the parts of the per-row tensors that it saw."""
+        its output, and its slices of the per-row tensors."""
         call, key = self.call, (row_range.iteration, row_range.first_sequence)
-        if key in call.random:
-            with call.random[key].again():
-                saved = self._run(h, row_range, keep)
+        if key in call.rng_states:
+            with call.rng_states[key].restored():
+                saved = self._call_module(h, row_range, keep)
         else:
-            if call.redraws:
-                call.random[key] = _Random(self.device)
-            saved = self._run(h, row_range, keep) if call.checked else self._first(h, row_range)
+            if call.replays_rng:
+                call.rng_states[key] = _RngState(self.device)
+            if call.checked:
+                saved = self._call_module(h, row_range, keep)
+            else:
+                saved = self._first_call(h, row_range)
         new = saved[1]
         if new.shape != h.shape:
             raise ValueError(
-                f"the module turned a state of shape {tuple(h.shape)} into {tuple(new.shape)}: a "
-                "looped module must keep the shape"
+                f"the module changed the state's shape from {tuple(h.shape)} to "
+                f"{tuple(new.shape)}: a looped module must keep the shape"
             )
         out.copy_(new.detach())
         return saved if keep else []
 
-    def _first(self, h: Tensor, row_range: RowRange) -> list[Tensor]:
-        """The first iteration of a call, with its graph, which is looked at."""
+    def _first_call(self, h: Tensor, row_range: RowRange) -> list[Tensor]:
+        """Runs the first iteration with its graph, and checks the graph."""
         call, same = self.call, lambda t: t
-        before = graphs_left(call.module)
-        # Hooks of the caller's would store what is dropped soon.
-        with saved_tensors_hooks(same, same) if _hooked() else nullcontext():
-            entered, new, *cut = self._run(h, row_range, keep=True)
-        _refuse_strangers(new, [entered, *cut, *call.weights.values(), *call.shared_leaves])
-        _refuse_side_graphs(call.module, before)
+        before = find_retained_graphs(call.module, call.shared)
+        # Disables the caller's hooks, which would store tensors that are dropped soon.
+        with saved_tensors_hooks(same, same) if _has_saved_tensor_hooks() else nullcontext():
+            state, new, *sliced = self._call_module(h, row_range, keep=True)
+        _refuse_unregistered_tensors(
+            new, [state, *sliced, *call.weights.values(), *call.shared_leaves]
+        )
+        _refuse_retained_graphs(call, before)
         call.checked = True
-        return [entered, new, *cut]
+        return [state, new, *sliced]
 
-    def _run(self, h: Tensor, row_range: RowRange, keep: bool) -> list[Tensor]:
+    def _call_module(self, h: Tensor, row_range: RowRange, keep: bool) -> list[Tensor]:
         call = self.call
-        # Not detach(): later states go into the same buffer, and would count as changes of it.
-        entered = h.data.requires_grad_(keep)
-        cut = [
+        # Not detach(): it shares the version counter, and later states reuse the buffer.
+        state = h.data.requires_grad_(keep)
+        sliced = [
             value.detach()[row_range.rows].requires_grad_(keep and value.requires_grad)
             for value in call.per_row
         ]
-        arguments = {**tree_unflatten(cut, call.per_row_tree), **call.shared}
+        arguments = {**tree_unflatten(sliced, call.per_row_tree), **call.shared}
         if call.takes_cu_seqlens:
             cu = call.plan.cu_seqlens[row_range.first_sequence : row_range.last_sequence + 1]
             arguments["cu_seqlens"] = cu - row_range.first_row if row_range.first_row else cu
         buffers = [(name, b, b._version) for name, b in call.module.named_buffers()]
         kind, dtype, enabled = call.autocast
         with torch.set_grad_enabled(keep), torch.autocast(kind, dtype, enabled=enabled):
-            new = torch.func.functional_call(call.module, call.weights, (entered,), arguments)
+            new = torch.func.functional_call(call.module, call.weights, (state,), arguments)
         if not isinstance(new, Tensor):
             raise TypeError(
                 f"the module returned a value of type {type(new).__name__}: a looped module must "
-                "return the next state alone, so wrap it in one that does"
+                "return only the next state, so wrap it in one that does"
             )
-        now = dict(call.module.named_buffers())
+        buffers_now = dict(call.module.named_buffers())
         for name, buffer, before in buffers:
-            if now.get(name) is not buffer or buffer._version != before:
+            if buffers_now.get(name) is not buffer or buffer._version != before:
                 raise RuntimeError(
                     f"the module changed its buffer {name!r} in forward, which recomputation would "
-                    "do twice: keep such a state outside of the module"
+                    "do twice: keep the buffer outside of the module"
                 )
-        if entered._version:
+        if state._version:
             raise RuntimeError(
-                "the module changed its input in place, but that is a state that the loop still "
-                "needs: let it work on a copy"
+                "the module changed its input in place, but the loop still needs that state: "
+                "change a copy"
             )
-        return [entered, new, *cut]
+        return [state, new, *sliced]
 
     def backward(
         self,
@@ -314,25 +333,27 @@ class _ModuleIteration:
         grads: GradientBuffers,
     ) -> Tensor:
         call = self.call
-        entered, new, *cut = saved
+        state, new, *sliced = saved
         if not new.requires_grad:
             return g.new_zeros(g.shape)
-        leaves = [*call.weights.values(), *cut, *call.shared_leaves]
+        leaves = [*call.weights.values(), *sliced, *call.shared_leaves]
         needed = [i for i in range(len(leaves)) if grads.needs(i)]
-        # A recomputed graph serves once. One of policy "none" serves as often as the caller's.
-        again = not call.redraws and torch._C._autograd._get_current_graph_task_keep_graph()
+        # A recomputed graph is used once, a kept one ("none") as often as the caller's graph.
+        retain_graph = (
+            not call.replays_rng and torch._C._autograd._get_current_graph_task_keep_graph()
+        )
         dh, *values = torch.autograd.grad(
             new,
-            [entered, *(leaves[i] for i in needed)],
+            [state, *(leaves[i] for i in needed)],
             g.to(new.dtype),
             allow_unused=True,
-            retain_graph=again,
+            retain_graph=retain_graph,
         )
-        first_cut = len(call.weights)
+        first_sliced = len(call.weights)
         for i, value in zip(needed, values, strict=True):
             if value is None:
                 continue
-            if first_cut <= i < first_cut + len(cut):
+            if first_sliced <= i < first_sliced + len(sliced):
                 grads.buffer(i)[row_range.rows] += value
             else:
                 grads.vector(i, value)

@@ -9,11 +9,11 @@
 | `last:m` | the m states before the last | the earlier ones, then each inside | < 2 × forward |
 | `budget:BYTES` | `every:k` with the smallest k that fits | as `every:k` | 1–2 × forward |
 
-h_0 is the caller's own input and h_T the output; neither is copied, neither counts.
+h_0 is the caller's own input and h_T the output: neither is copied, and neither counts.
 
-A block that runs once (T = 1) keeps nothing under `state`, and recomputes its inside: right where
-others follow before the backward comes (prelude, loop, coda). Where it comes at once, as for a
-model of one block, `none` is faster and its peak no higher.
+With T = 1, `state` keeps nothing and recomputes the inside of the block. This saves memory if other
+blocks run before the backward (prelude, loop, coda). For a model of one block, `none` is faster and
+has the same peak.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RecomputePolicy:
 
     @staticmethod
     def parse(text: str | RecomputePolicy) -> RecomputePolicy:
-        """RecomputePolicy of its text; ValueError names what does not parse."""
+        """Parses a policy. Raises ValueError for an unknown one."""
         if isinstance(text, RecomputePolicy):
             return text
         kind, colon, number = str(text).partition(":")
@@ -41,14 +41,18 @@ class RecomputePolicy:
             return RecomputePolicy(kind, int(number))
         raise ValueError(
             f"recompute policy {text!r} is unknown: use 'none', 'state', 'sqrt', 'every:k', "
-            f"'last:m' "
-            "or 'budget:BYTES' with a positive whole number"
+            "'last:m' or 'budget:BYTES' with a positive whole number"
         )
 
     def kept(self, loops: int, state_bytes: list[int]) -> frozenset[int]:
-        """Which t of 1..T−1 keep their state; state_bytes[t − 1] is the size of h_t.
+        """Returns the iterations in 1..T−1 whose states are kept.
 
-        Raises ValueError where a budget is smaller than the least that works.
+        Args:
+            loops: the number of iterations T.
+            state_bytes: state_bytes[t − 1] is the size of h_t in bytes.
+
+        Raises:
+            ValueError: for a budget that is smaller than the smallest possible one.
         """
         between = range(1, loops)
         if self.kind in ("none", "state"):
@@ -67,9 +71,8 @@ class RecomputePolicy:
                 return kept
             least = size if least is None else min(least, size)
         raise ValueError(
-            f"a budget of {self.number} bytes holds no state of this batch: the least that works "
-            f"is "
-            f"budget:{least}"
+            f"recompute='budget:{self.number}' is too small for this batch: use at least "
+            f"'budget:{least}'"
         )
 
 

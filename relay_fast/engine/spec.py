@@ -1,4 +1,4 @@
-"""What a pass of the loop is: the body of an iteration, the readout, and the run with both."""
+"""Describes one pass through the loop: the loop body, the readout, and the options of the pass."""
 
 from __future__ import annotations
 
@@ -14,23 +14,32 @@ from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.ops.dispatch import Ops
 from relay_fast.ops.gradients import GATHER_ROWS, GradientBuffers
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 
-READOUT_ROWS = 1024  # fewer rows than this make a cross-entropy call mostly overhead
+READOUT_ROWS = 1024  # with fewer rows a cross-entropy call is mostly overhead
 
 
 class Iteration(Protocol):
-    """One iteration of one row range, forward and backward."""
+    """The loop body: one iteration over one row range, forward and backward.
 
-    dx: (
-        Tensor | None
-    )  # gradient of the input as far as injection carried it, None without injection
-    saved_width: int  # how many tensors `forward` returns
-    skips_dead_rows: bool  # under a static plan: leaves dead rows out by itself
+    Attributes:
+        dx: gradient of the loop's input that came in through injection, (rows, …); None without
+            injection.
+        saved_width: number of tensors that `forward` returns.
+        skips_dead_rows: True if the body leaves the dead rows of a fixed-capacity plan out by
+            itself.
+    """
+
+    dx: Tensor | None
+    saved_width: int
+    skips_dead_rows: bool
 
     def forward(
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
-    ) -> list[Tensor | None]: ...
+    ) -> list[Tensor | None]:
+        """Writes state t of the rows into `out`, given state t − 1 in `h`; with `keep`, returns the
+        tensors that `backward` needs."""
+        ...
 
     def backward(
         self,
@@ -39,16 +48,27 @@ class Iteration(Protocol):
         saved: Sequence[Tensor | None],
         row_range: RowRange,
         grads: GradientBuffers,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Returns the gradient of state t − 1, given that of state t in `g`; adds those of the
+        parameters to `grads`."""
+        ...
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Which rows of which state carry a target, iteration-major, and how their loss is taken.
+    """Selects the rows of each state that carry a target, and the options of their loss.
 
-    rows (R,) int64 index into the active prefix of state t; targets (R,) int64; offsets: T + 1
-    ints, where the rows of state t start (index t − 1). Parameters are handed over with the
-    body's: final norm weight, final norm bias (or None), head.
+    The readout's parameters (final norm weight, final norm bias or None, head) follow the loop
+    body's in the engine's list of parameters.
+
+    Args:
+        rows: (R,) int64, indices into the active prefix of state t, iteration-major.
+        targets: (R,) int64.
+        offsets: T + 1 ints; the rows of state t start at offsets[t − 1].
+        eps: epsilon of the final norm.
+        norm: "rms" or "layer".
+        label_smoothing: weight of the uniform distribution in the target.
+        z_loss: weight of lse².
     """
 
     rows: Tensor
@@ -60,27 +80,28 @@ class Readout:
     z_loss: float = 0.0
 
     def rows_of(self, iteration: int) -> slice:
-        """The rows of an iteration in the flat lists."""
+        """Returns the slice of an iteration's rows in the flat lists."""
         return slice(self.offsets[iteration - 1], self.offsets[iteration])
 
     def chunk_of(self, iteration: int) -> range:
-        """The iterations whose rows are read out together with this one's: neighbours with fewer
-        than READOUT_ROWS rows between them, the same under every recompute policy."""
-        return self._groups[iteration - 1]
+        """Returns the iterations whose rows are read out in one call with this one's. Neighbouring
+        iterations are joined until they have READOUT_ROWS rows; the chunks do not depend on the
+        recompute policy."""
+        return self._chunks[iteration - 1]
 
-    def chunk_rows(self, group: range) -> slice:
-        """The rows of a group of iterations in the flat lists."""
-        return slice(self.offsets[group[0] - 1], self.offsets[group[-1]])
+    def chunk_rows(self, chunk: range) -> slice:
+        """Returns the slice of a chunk's rows in the flat lists."""
+        return slice(self.offsets[chunk[0] - 1], self.offsets[chunk[-1]])
 
     @cached_property
-    def _groups(self) -> list[range]:
-        groups, first = [], 1
+    def _chunks(self) -> list[range]:
+        chunks, first = [], 1
         for t in range(1, len(self.offsets)):
             full = self.offsets[t] - self.offsets[first - 1] >= READOUT_ROWS
             if full or t == len(self.offsets) - 1:
-                groups += [range(first, t + 1)] * (t + 1 - first)
+                chunks += [range(first, t + 1)] * (t + 1 - first)
                 first = t + 1
-        return groups
+        return chunks
 
     @property
     def options(self) -> dict[str, Any]:
@@ -94,10 +115,19 @@ class Readout:
 
 @dataclass(frozen=True)
 class LoopSpec:
-    """Everything about one pass through the loop that is not a tensor with a gradient.
+    """Everything about one pass through the loop except the tensors that get a gradient.
 
-    make_iteration(x, parameters) binds the body; the last three parameters are the readout's if
-    there is one. `states`: which iterations' states are returned, ascending.
+    Args:
+        plan: order and active prefix of the batch.
+        make_iteration: (x, parameters) → the loop body bound to them. With a readout, the last
+            three parameters are the readout's.
+        ops: the implementation of the ops.
+        policy: the recompute policy.
+        states: iterations whose states are returned, ascending.
+        truncate: number of last iterations of each sequence that gradients flow through; None: all.
+        readout: rows and options of the loss; None: no loss.
+        gather_rows: see `GradientBuffers`.
+        compute_dtype: dtype of the readout's head; None: the parameter's own.
     """
 
     plan: Plan
@@ -108,13 +138,22 @@ class LoopSpec:
     truncate: int | None = None
     readout: Readout | None = None
     gather_rows: int = GATHER_ROWS
-    compute_dtype: torch.dtype | None = None  # of the readout's head; None: the parameter's own
+    compute_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "truncate", check_truncate(self.truncate))
 
     def collect(self, wanted: Sequence[int], final: Tensor, states: Tensor) -> list[Tensor]:
-        """The wanted states of a pass, in the caller's order; the last one lies in `final`."""
+        """Selects states of a finished pass.
+
+        Args:
+            wanted: iterations, in the caller's order.
+            final: (rows, …), contains the state of the last iteration.
+            states: the flat buffer of returned states.
+
+        Returns:
+            The wanted states, with rows in the caller's order.
+        """
         spans, result = self.state_spans(), []
         for t in wanted:
             state = states[spans[t]] if t in spans else final[: self.plan.rows_at(t)]
@@ -123,7 +162,7 @@ class LoopSpec:
         return result
 
     def state_spans(self) -> dict[int, slice]:
-        """Where each returned state lies in the flat buffer of returned states."""
+        """Returns the slice of each returned state in the flat buffer of returned states."""
         spans, start = {}, 0
         for t in self.states:
             stop = start + self.plan.rows_at(t)
@@ -133,9 +172,10 @@ class LoopSpec:
 
 
 def check_truncate(truncate: int | None) -> int | None:
-    """truncate as an int. Raises ValueError for what is no number of iterations."""
+    """Returns truncate as an int or None. Raises ValueError unless it is None or a whole number ≥
+    1."""
     try:
-        return None if truncate is None else whole("truncate", truncate, least=1)
+        return None if truncate is None else as_int("truncate", truncate, least=1)
     except ValueError:
         raise ValueError(
             f"truncate = {truncate}: gradients flow through a whole number of iterations, at least "

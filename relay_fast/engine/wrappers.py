@@ -1,4 +1,4 @@
-"""Wrappers for several devices that a module may run under, as far as they cannot work here."""
+"""Refuses wrappers for several devices that hide a module's parameters from the loop."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 
 def refuse_wrapped(module: nn.Module) -> None:
-    """Raises RuntimeError where a wrapper keeps the parameters of a module away from it: its
-    gradients would be lost."""
+    """Raises RuntimeError for a module inside DataParallel or a separately sharded part of
+    fully_shard, whose gradients would be lost."""
     for name, part in module.named_modules():
         if getattr(part, "_is_replica", False):
             raise RuntimeError(
@@ -17,19 +17,19 @@ def refuse_wrapped(module: nn.Module) -> None:
         if any(kind.__name__ == "FSDPModule" for kind in type(part).__mro__):
             if any(type(p).__name__ == "DTensor" for p in part.parameters()):
                 raise RuntimeError(
-                    f"the parameters of {name or 'the module'} are sharded still (DTensor): "
-                    "fully_shard gathers them when that part is called, and here it is not, so "
-                    "apply fully_shard to the whole model alone, or use DistributedDataParallel"
+                    f"the parameters of {name or 'the module'} are still sharded (DTensor): "
+                    "fully_shard gathers them on a call, but the loop does not call that part, so "
+                    "apply fully_shard to the whole model only, or use DistributedDataParallel"
                 )
 
 
 def refuse_flattened(module: nn.Module) -> None:
-    """Raises RuntimeError where FullyShardedDataParallel has put views of its flat parameter in the
-    place of a module's own."""
+    """Raises RuntimeError for a module inside FullyShardedDataParallel, which replaces its
+    parameters by views of a flat one."""
     for part in module.modules():
         managed = getattr(part, "_is_fsdp_managed_module", False)
         if managed and any(type(value) is Tensor for value in vars(part).values()):
             raise RuntimeError(
-                "FullyShardedDataParallel hands plain tensors instead of parameters, which cannot "
+                "FullyShardedDataParallel passes plain tensors instead of parameters, which cannot "
                 "be looped: use fully_shard on the whole model, or DistributedDataParallel"
             )

@@ -1,1 +1,1 @@
-"""nn.Modules: the looped block, the models around it, their layer stacks and losses."""
+"""Modules: the looped block, models built around it, layer stacks and losses."""

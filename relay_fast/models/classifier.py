@@ -1,7 +1,7 @@
-"""Prelude, loop and coda: the (k⊗L) model of Saunshi et al. (arXiv 2502.17416).
+"""The (k⊗L) model of Saunshi et al. (arXiv 2502.17416): prelude, looped block and coda.
 
-Shapes: B sequences, n tokens of a padded batch, N rows in all, R rows that are read out, V
-vocabulary, d width.
+Shapes: B sequences, n tokens of a padded batch, N tokens of a packed one, R rows with a target,
+d model width.
 """
 
 from __future__ import annotations
@@ -13,19 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.config import BlockConfig
-from relay_fast.engine.plain_modules import check_parts, reset_inside
+from relay_fast.engine.plain_modules import check_parts, reset_submodules
 from relay_fast.models.looped_block import LoopedBlock, Norm
 from relay_fast.ops.cross_entropy import row_cross_entropy
 from relay_fast.ops.dispatch import select
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 
 
 class LoopedClassifier(nn.Module):
     """embedding → prelude layers → block applied `loops` times → coda layers → norm → head.
 
-    block: of k layers; (k⊗L) is `loops=L`, the plain stack (k⊗1) is `loops=1`. prelude, coda:
-    numbers of independent layers before and after, so that (4⊗1, 4, 1) with 24 effective layers is
-    `loops=4, prelude=4, coda=4`. recompute, impl: as in `LoopedBlock`.
+    Args:
+        block: configuration of the looped block of k layers. (k⊗L) is `loops=L`; the plain stack
+            (k⊗1) is `loops=1`.
+        vocabulary_size: number of token ids.
+        loops: iterations of the block.
+        prelude: independent layers before the block.
+        coda: independent layers after it.
+        recompute: recompute policy (`relay_fast.engine.recompute`).
+        impl: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: for sizes out of range.
     """
 
     def __init__(
@@ -40,14 +49,14 @@ class LoopedClassifier(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        loops = whole("loops", loops)
+        loops = as_int("loops", loops)
         if loops < 1:
             raise ValueError(f"loops = {loops}: give at least 1")
-        prelude, coda = whole("prelude", prelude, least=0), whole("coda", coda, least=0)
-        vocabulary_size = whole("vocabulary_size", vocabulary_size, least=1)
+        prelude, coda = as_int("prelude", prelude, least=0), as_int("coda", coda, least=0)
+        vocabulary_size = as_int("vocabulary_size", vocabulary_size, least=1)
         block = BlockConfig.of(block)
         options = {"recompute": recompute, "impl": impl}
-        # The ends run once: what concerns iterations is the block's alone.
+        # Prelude and coda run once, so options about iterations apply to the block only.
         end = replace(block, loop_norm="none", injection="none", max_loops=0, state_noise=0.0)
         stack = lambda layers: LoopedBlock(config=replace(end, n_layers=layers), **options)
         self.loops = loops
@@ -60,7 +69,7 @@ class LoopedClassifier(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
     def forward(
         self,
@@ -72,12 +81,22 @@ class LoopedClassifier(nn.Module):
         loops: int | None = None,
         truncate: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Last states before the final norm, (B, n, d) or packed (N, d); with rows and targets,
-        what `loss` gives, as what wraps a module (DistributedDataParallel) trains it.
+        """Computes the last states before the final norm, or the loss of rows with targets.
 
-        tokens: (B, n) or, with cu_seqlens (B + 1,), packed (N,). loops: default those of the model.
-        truncate: gradient through the block's last so many iterations only. Raises TypeError for
-        rows without targets, and the other way round.
+        Args:
+            tokens: (B, n) or, with `cu_seqlens`, packed (N,).
+            rows: (R,) rows of the flat states to compute the loss of; wrappers such as
+                DistributedDataParallel train a model through this argument.
+            targets: (R,) token ids; needed with `rows`.
+            cu_seqlens: (B + 1,) offsets of the packed sequences.
+            loops: iterations of the block, default the model's.
+            truncate: number of last iterations of the block that get gradients, default all.
+
+        Returns:
+            States (B, n, d) or (N, d); with `rows`, what `loss` returns.
+
+        Raises:
+            TypeError: if only one of `rows` and `targets` is given.
         """
         options = {"cu_seqlens": cu_seqlens, "loops": loops, "truncate": truncate}
         if (rows is None) != (targets is None):
@@ -94,9 +113,13 @@ class LoopedClassifier(nn.Module):
     def loss(
         self, tokens: Tensor, rows: Tensor, targets: Tensor, **options
     ) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy (), share right (), of the rows (R,) of the flat states.
+        """Computes the mean cross-entropy () and the accuracy ().
 
-        rows: each at most once; targets (R,), negative ones are ignored. options: of `forward`.
+        Args:
+            tokens: (B, n) or packed (N,).
+            rows: (R,) distinct rows of the flat states.
+            targets: (R,) token ids; negative ones are ignored.
+            **options: `cu_seqlens`, `loops` and `truncate` of `forward`.
         """
         loss, correct = self.row_losses(tokens, rows, targets, **options)
         count = (targets >= 0).sum().clamp(min=1)
@@ -105,7 +128,11 @@ class LoopedClassifier(nn.Module):
     def row_losses(
         self, tokens: Tensor, rows: Tensor, targets: Tensor, **options
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (R,) and whether the argmax is the target (R,); otherwise as `loss`."""
+        """Computes cross-entropies (R,) and whether each argmax is correct (R,).
+
+        Args:
+            tokens, rows, targets, options: as in `loss`.
+        """
         c = self.block.config
         states = self._states(tokens, **options)
         loss, correct = row_cross_entropy(
@@ -116,7 +143,7 @@ class LoopedClassifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, tokens: Tensor, rows: Tensor, **options) -> Tensor:
-        """Token ids (R,) read out at the rows of the flat states; options: of `forward`."""
+        """Predicts token ids (R,) at rows of the flat states; options: those of `forward`."""
         c = self.block.config
         states = self._states(tokens, **options)[rows]
         ops = select(self.block.impl, states.device)
@@ -124,10 +151,10 @@ class LoopedClassifier(nn.Module):
         return ops.argmax(states, self.norm.weight, self.norm.bias, head, c.eps, c.norm)
 
     def _states(self, tokens: Tensor, **options) -> Tensor:
-        """Flat states (rows, d); norm and head, whose weights are read, are plain."""
+        """Returns flat states (N, d); checks that norm and head may be read without a call."""
         check_parts(self, norm=Norm, head=nn.Linear)
         return self(tokens, **options).flatten(0, -2)
 
     def parameter_count(self) -> int:
-        """All parameters, embedding and head included."""
+        """Counts all parameters, including embedding and head."""
         return sum(p.numel() for p in self.parameters())

@@ -1,4 +1,4 @@
-"""The loss of all iterations in one call, as a module."""
+"""A module that computes the loss of all iterations in one call."""
 
 from __future__ import annotations
 
@@ -7,28 +7,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relay_fast.engine.plain_modules import check_parts, reset_inside
+from relay_fast.engine.plain_modules import check_parts, reset_submodules
 from relay_fast.kernels.norm_ref import NORMS
 from relay_fast.models.looped_block import Norm
 from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
-from relay_fast.utils.numbers import real, whole
+from relay_fast.utils.numbers import as_float, as_int
 
 
 class IterationLoss(NamedTuple):
-    """Loss and what a log wants, all on the device: nothing is read back."""
+    """The loss, and statistics by iteration, on the device."""
 
     loss: Tensor  # () weighted sum over all rows
-    losses: Tensor  # (T,) the iterations' parts of it, detached
+    losses: Tensor  # (T,) each iteration's part of the loss, detached
     accuracy: Tensor  # (T,) share of an iteration's rows whose argmax is the target, 0 without rows
     counts: Tensor  # (T,) int64, rows of each iteration that carry a target
 
 
 class IterationCrossEntropy(nn.Module):
-    """Final norm, head and cross-entropy of every iteration's supervised rows at once.
+    """Applies final norm, head and cross-entropy to the supervised rows of all iterations at once.
 
-    No logits of more than a chunk of rows ever exist; the backward recomputes them from the saved
-    log-sum-exp. norm: "rms" or "layer"; bias: of the norm (LayerNorm only). Raises ValueError for
-    options out of range.
+    Logits are computed in chunks of rows; the backward pass recomputes them from the saved
+    log-sum-exp.
+
+    Args:
+        d_model: width of the states.
+        vocabulary_size: number of token ids.
+        norm: "rms" or "layer".
+        bias: whether the norm has a bias ("layer" only).
+        eps: of the norm.
+        label_smoothing: in [0, 1).
+        z_loss: weight of the squared log-sum-exp.
+        impl: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: for options out of range.
     """
 
     def __init__(
@@ -47,11 +59,11 @@ class IterationCrossEntropy(nn.Module):
         if norm not in NORMS:
             raise ValueError(f"norm = {norm!r} is unknown: use one of {NORMS}")
         if bias and norm != "layer":
-            raise ValueError(f'a bias goes with norm = "layer", not with norm = {norm!r}')
-        d_model = whole("d_model", d_model, least=1)
-        vocabulary_size = whole("vocabulary_size", vocabulary_size, least=1)
-        eps, z_loss = real("eps", eps), real("z_loss", z_loss)
-        label_smoothing = real("label_smoothing", label_smoothing)
+            raise ValueError(f'bias = True needs norm = "layer", not norm = {norm!r}')
+        d_model = as_int("d_model", d_model, least=1)
+        vocabulary_size = as_int("vocabulary_size", vocabulary_size, least=1)
+        eps, z_loss = as_float("eps", eps), as_float("z_loss", z_loss)
+        label_smoothing = as_float("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing = {label_smoothing}: it must lie in [0, 1)")
         if z_loss < 0:
@@ -65,7 +77,7 @@ class IterationCrossEntropy(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
@@ -79,17 +91,24 @@ class IterationCrossEntropy(nn.Module):
         iteration: Tensor | None = None,
         iterations: int | None = None,
     ) -> IterationLoss:
-        """Loss of rows (R,) of the states against targets (R,) (negative: ignored).
+        """Computes the loss of rows of the states.
 
-        states: (N, d), or the list that `LoopedBlock(..., return_states=True)` returns, which is
-        laid end to end; rows index into that. weights (R,): default 1 / R each. iteration (R,)
-        int64, 0-based: which of the `iterations` (default 1) a row belongs to, for the log. Raises
-        ValueError for shapes that do not fit, and for targets outside of the vocabulary where they
-        are on the host (reading them from a GPU would wait for it).
+        Args:
+            states: (N, d), or the list that `LoopedBlock(..., return_states=True)` returns, which
+                is concatenated.
+            rows: (R,) int64 row indices into the states.
+            targets: (R,) token ids; negative ones are ignored.
+            weights: (R,) weights of the rows, default 1 / R each.
+            iteration: (R,) int64, 0-based, the iteration of each row; for the statistics.
+            iterations: how many there are, default 1.
+
+        Raises:
+            ValueError: for shapes that do not fit, and for targets outside the vocabulary. The
+                targets are checked on the CPU only, to avoid a synchronization on a GPU.
         """
         if iteration is not None and iterations is None:
-            raise ValueError("iteration says which of the iterations: give their number too")
-        iterations = 1 if iterations is None else whole("iterations", iterations)
+            raise ValueError("iteration needs iterations: give their number too")
+        iterations = 1 if iterations is None else as_int("iterations", iterations)
         check_parts(self, norm=Norm, head=nn.Linear)
         if isinstance(states, list):
             states = torch.cat([s.flatten(0, -2) for s in states])

@@ -1,20 +1,19 @@
-"""The stack of layers inside a model: exchanged, grown during training, drawn towards a loop and
-made one.
+"""Operations on a model's stack of layers: replace, grow, regularize towards a loop, tie.
 
 Growing (gradual and middle stacking: Saunshi et al. 2024, MIDAS, arXiv 2409.19044): a model of n
-blocks of b layers grows by a copy of one block, put right after it: of the last block (gradual
-stacking) or of block ⌈n / 2⌉, counted from 1 (middle stacking). Everything else stays. Prop-α: of
-T steps, stage i of k, with i blocks, takes T · i^α / Σ_j j^α. Layer work compared with training the
-whole stack throughout: Σ_i T_i · i / (k · T).
+blocks of b layers grows by a copy of one block, inserted right after it: the last block (gradual
+stacking) or block ⌈n / 2⌉, counted from 1 (middle stacking). Nothing else changes. Prop-α schedule:
+of T steps, stage i of k, with i blocks, takes T · i^α / Σ_j j^α. Layer work, relative to training
+the whole stack throughout: Σ_i T_i · i / (k · T).
 
 Regularizing (Saunshi et al. 2025, arXiv 2502.17416): for blocks of k layers in a stack of L, and
 each group G of matrices (q, k, v, out, up, …):
 
     R_G = 1/(L − k) · Σ_l cos(θ_G^(l), θ_G^(l + k)),   loss = CE + λ · mean_G(1 − R_G)
 
-The paper prints CE + λ · mean_G(R_G), which would push the blocks apart; its cosines of 0.98 and
-more are those of the sign used here. The cosine is that of the flattened matrices; norms and biases
-are in no group.
+The paper prints CE + λ · mean_G(R_G), which would push the blocks apart; its reported cosines of
+0.98 and more agree with the sign used here. The cosine is that of the flattened matrices; norms and
+biases are not regularized.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from relay_fast.config import ModelConfig
 from relay_fast.models.looped_block import Layer, LoopedBlock
-from relay_fast.utils.numbers import real, whole
+from relay_fast.utils.numbers import as_float, as_int
 
 GROW_POSITIONS = ("middle", "last")
 OPTIMIZER_STATE_MODES = ("copy", "reset")
@@ -39,9 +38,9 @@ TIE_MODES = ("mean", "first")
 
 
 def stack_of(model: nn.Module) -> LoopedBlock:
-    """The LoopedBlock that `model` is, has as its `block`, or holds as its only one.
+    """Finds a model's LoopedBlock: the model itself, its `block`, or its only LoopedBlock.
 
-    Raises ValueError where there is none, or more than one to choose from.
+    Raises ValueError if there is none, or more than one to choose from.
     """
     if isinstance(model, LoopedBlock):
         return model
@@ -50,13 +49,13 @@ def stack_of(model: nn.Module) -> LoopedBlock:
     found = [module for module in model.modules() if isinstance(module, LoopedBlock)]
     if len(found) != 1:
         raise ValueError(
-            f"{type(model).__name__} holds {len(found)} LoopedBlocks: pass the one that is meant"
+            f"{type(model).__name__} holds {len(found)} LoopedBlocks: pass one of them"
         )
     return found[0]
 
 
 def set_stack(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Exchanges the layers of the model's stack, in its configuration too."""
+    """Replaces the layers of the model's stack and updates its configuration."""
     block = stack_of(model)
     block.set_layers(layers)
     if isinstance(getattr(model, "config", None), ModelConfig):
@@ -69,12 +68,12 @@ def set_stack(model: nn.Module, layers: Sequence[nn.Module]) -> None:
 
 
 def check_period(period: int, depth: int) -> int:
-    """period as an int. Raises ValueError unless `depth` layers are several whole blocks of it."""
-    period = whole("period", period)
+    """Returns `period` as an int; raises ValueError unless `depth` is a larger multiple of it."""
+    period = as_int("period", period)
     if period < 1 or depth % period or depth == period:
         raise ValueError(
-            f"period = {period} does not cut a stack of {depth} layers into equal blocks, two at "
-            "least: choose a smaller divisor"
+            f"period = {period} does not divide a stack of {depth} layers into at least two equal "
+            "blocks: choose a smaller divisor"
         )
     return period
 
@@ -89,10 +88,15 @@ def grow(
 ) -> None:
     """Adds a block of `layers` layers to the model's stack, in place.
 
-    model: a LoopedBlock or a model with one (`relay_fast.models.layer_stack.stack_of`). optimizer:
-    gets the new parameters in the groups of those that they are copies of; with state="copy" also
-    their moments, with "reset" none. Raises ValueError for an unknown choice, and for a stack that
-    is not made of blocks of `layers`.
+    Args:
+        model: a LoopedBlock, or a model with one (see `stack_of`).
+        optimizer: gets each new parameter in the group of the parameter that it copies.
+        layers: layers of a block.
+        where: "middle" or "last", the block to copy.
+        state: "copy" also copies the optimizer's state of the parameters, "reset" does not.
+
+    Raises:
+        ValueError: for an unknown choice, or if the depth is not a multiple of `layers`.
     """
     for name, value, known in (
         ("where", where, GROW_POSITIONS),
@@ -100,11 +104,11 @@ def grow(
     ):
         if value not in known:
             raise ValueError(f"{name} = {value!r} is unknown: use one of {known}")
-    layers = whole("layers", layers)
+    layers = as_int("layers", layers)
     stack = list(stack_of(model).layers)
     if layers < 1 or len(stack) % layers:
         raise ValueError(
-            f"a stack of {len(stack)} layers is not made of blocks of {layers}: choose a divisor"
+            f"layers = {layers} does not divide a stack of {len(stack)} layers: choose a divisor"
         )
     blocks = len(stack) // layers
     end = layers * (-(-blocks // 2) if where == "middle" else blocks)
@@ -114,13 +118,13 @@ def grow(
     if optimizer is not None:
         for source, new in zip(sources, copies, strict=True):
             for old_p, new_p in zip(source.parameters(), new.parameters(), strict=True):
-                _join(optimizer, old_p, new_p, state)
+                _add_parameter(optimizer, old_p, new_p, state)
 
 
-def _join(
+def _add_parameter(
     optimizer: torch.optim.Optimizer, source: nn.Parameter, new: nn.Parameter, state: str
 ) -> None:
-    """Puts `new` into the group of `source`; a parameter that is not trained stays out."""
+    """Adds `new` to the optimizer group of `source`, if `source` is in one."""
     for group in optimizer.param_groups:
         if any(p is source for p in group["params"]):
             group["params"].append(new)
@@ -130,10 +134,17 @@ def _join(
 
 @dataclass(frozen=True)
 class GrowthSchedule:
-    """When a stack grows: Prop-α from one block of `layers` layers to `depth` layers.
+    """The Prop-α growth schedule from one block of `layers` layers to `depth` layers.
 
-    steps: T, of all stages. stages: default as many as it takes. Raises ValueError for a schedule
-    that does not end at `depth`, and for fewer steps than stages.
+    Args:
+        steps: T, the steps of all stages.
+        depth: layers at the end.
+        layers: layers of a block.
+        alpha: exponent of the stages' shares of the steps.
+        stages: default depth / layers.
+
+    Raises:
+        ValueError: if the schedule does not end at `depth`, or has fewer steps than stages.
     """
 
     steps: int
@@ -145,12 +156,12 @@ class GrowthSchedule:
     def __post_init__(self) -> None:
         for name in ("steps", "depth", "layers", "stages"):
             if name != "stages" or self.stages is not None:
-                object.__setattr__(self, name, whole(name, getattr(self, name)))
-        object.__setattr__(self, "alpha", real("alpha", self.alpha))
+                object.__setattr__(self, name, as_int(name, getattr(self, name)))
+        object.__setattr__(self, "alpha", as_float("alpha", self.alpha))
         if self.layers < 1 or self.depth < self.layers or self.depth % self.layers:
             raise ValueError(
-                f"blocks of {self.layers} layers do not make a stack of {self.depth}: choose a "
-                "divisor of the depth"
+                f"layers = {self.layers} does not divide depth = {self.depth}: choose a divisor of "
+                "the depth"
             )
         needed = self.depth // self.layers
         if self.stages is None:
@@ -169,13 +180,13 @@ class GrowthSchedule:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First step of each stage."""
+        """The first step of each stage."""
         shares = [i**self.alpha for i in range(1, self.stages + 1)]
         ends = [round(self.steps * done / sum(shares)) for done in accumulate(shares)]
         return (0, *ends[:-1])
 
     def grows(self, step: int) -> bool:
-        """Whether the stack grows before this step."""
+        """Returns whether the stack grows before this step."""
         return step in self.starts[1:]
 
     @property
@@ -186,16 +197,17 @@ class GrowthSchedule:
 
     @property
     def work(self) -> float:
-        """Layer work, 1 for the whole stack throughout; its inverse is the ideal speed-up."""
+        """Layer work relative to the whole stack throughout; its inverse is the ideal speed-up."""
         done = sum(steps * i for i, steps in enumerate(self.stage_steps, start=1))
         return done / (self.stages * self.steps)
 
 
 def block_cosines(layers: Sequence[nn.Module], period: int = 1) -> dict[str, Tensor]:
-    """group → R_G (), the mean cosine between consecutive blocks of `period` layers.
+    """Computes R_G (), the mean cosine between consecutive blocks of `period` layers, by group.
 
-    layers: of one kind, such as `block.layers`. A group is a matrix of the layer by name; the
-    package's `qkv` counts as three. Raises ValueError where the blocks do not come out even.
+    `layers` are modules of one class, such as `block.layers`. A group is a matrix of the layer by
+    name; `qkv` of a LoopedBlock counts as three. Raises ValueError if `period` does not divide
+    the number of layers.
     """
     period = check_period(period, len(layers))
     return {
@@ -206,22 +218,29 @@ def block_cosines(layers: Sequence[nn.Module], period: int = 1) -> dict[str, Ten
 
 @torch.no_grad()
 def layer_similarity(layers: Sequence[nn.Module]) -> Tensor:
-    """(L, L) cosine between every two layers, the mean over the groups."""
+    """Computes the (L, L) cosines between layers, averaged over the groups."""
     unit = [torch.nn.functional.normalize(rows, dim=1) for rows in _stacked(layers).values()]
     return torch.stack([rows @ rows.mT for rows in unit]).mean(0)
 
 
 def loop_regularizer(layers: Sequence[nn.Module], period: int = 1) -> Tensor:
-    """mean_G(1 − R_G) (): add λ times it to the loss. Arguments as in `block_cosines`."""
+    """Computes mean_G(1 − R_G) (), to be added to the loss times λ; see `block_cosines`."""
     return 1 - torch.stack(list(block_cosines(layers, period).values())).mean()
 
 
 def tie(model: nn.Module, period: int = 1, how: str = "mean") -> nn.Module:
-    """A copy of `model` whose stack of L layers is one block of `period` layers, to be looped.
+    """Returns a copy of `model` whose stack of L layers is tied into one block of `period` layers.
 
-    how: "mean" of the blocks' weights, or the "first" block. A model that has `loops` runs L /
-    period times as many; a bare LoopedBlock, or a model told its loops elsewhere, must be asked for
-    them. Raises ValueError where `period` does not divide the stack.
+    A model with an attribute `loops` gets L / period times as many; for other models, such as a
+    bare LoopedBlock, pass that many `loops` to the forward.
+
+    Args:
+        model: a LoopedBlock, or a model with one (see `stack_of`).
+        period: layers of the tied block.
+        how: "mean" of the blocks' weights, or "first", those of the first block.
+
+    Raises:
+        ValueError: if `period` does not divide L, or `how` is unknown.
     """
     if how not in TIE_MODES:
         raise ValueError(f"how = {how!r} is unknown: use one of {TIE_MODES}")
@@ -243,7 +262,7 @@ def tie(model: nn.Module, period: int = 1, how: str = "mean") -> nn.Module:
 
 
 def _stacked(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """group → (L, numbers), each layer's matrix flattened."""
+    """Returns each layer's flattened matrices as (L, numel), by group."""
     by_group: dict[str, list[Tensor]] = {}
     for layer in layers:
         for name, matrix in _groups(layer):
@@ -252,6 +271,7 @@ def _stacked(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def _groups(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the layer's matrices by group name."""
     for name, p in layer.named_parameters():
         if p.ndim < 2:
             continue

@@ -17,17 +17,17 @@ from relay_fast.config import BlockConfig, tell_hub
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
-from relay_fast.engine.plain_modules import check_inside, reset_inside
+from relay_fast.engine.plain_modules import check_submodules, reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
-from relay_fast.utils.numbers import is_truth, whole
+from relay_fast.utils.numbers import as_int, is_bool
 
 
 class Norm(nn.Module):
-    """Weight (and for LayerNorm with biases, bias) of a norm; the ops apply it."""
+    """Holds the weight of a norm, and the bias of a LayerNorm; the ops apply it."""
 
     def __init__(self, d: int, bias: bool):
         super().__init__()
@@ -42,7 +42,7 @@ class Norm(nn.Module):
 
 
 class ResidualLinear(nn.Linear):
-    """The last linear of a residual branch: its weight is drawn with `std` where that is set."""
+    """The last linear of a residual branch; `std`, where set, scales the initial weight."""
 
     std: float | None = None
 
@@ -53,15 +53,15 @@ class ResidualLinear(nn.Linear):
 
 
 class ZeroEmbedding(nn.Embedding):
-    """An embedding that starts at zero: it changes nothing until it is trained."""
+    """An embedding that starts at zero, and so has no effect before training."""
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # its draw stays, for seeds to give the models they always gave
+        super().reset_parameters()  # keeps the random stream, so that seeds give the same models
         nn.init.zeros_(self.weight)
 
 
 class Layer(nn.Module):
-    """Parameters of one pre-norm layer; qkv rows are [q; k; v]."""
+    """Holds the parameters of one pre-norm layer; the rows of qkv are [q; k; v]."""
 
     def __init__(self, c: BlockConfig):
         super().__init__()
@@ -80,19 +80,22 @@ class Layer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
 
 class LoopedBlock(nn.Module):
-    """A block of transformer layers applied `loops` times with shared weights: a drop-in module.
+    """A block of transformer layers applied `loops` times with shared weights.
 
-    Constructor arguments are those of `BlockConfig` (d_model, n_heads, n_layers, causal, norm,
-    activation, dropout, injection, loop_norm, …), or one as `config` (or what its `to_dict` gave),
-    not both. `recompute` is the
-    policy of `relay_fast.engine.recompute`; `impl` is "auto", "triton" or "torch". The parameters
-    are read by name and the modules inside are not called: those that would do more than their
-    weights say (a forward of their own, hooks, parametrized, pruned) are refused. Hooks on the
-    block work.
+    The parameters are read by name; the modules inside are not called. Submodules whose forward,
+    hooks, parametrization or pruning would thus be ignored are refused. Hooks on the block work.
+
+    Args:
+        d_model, n_heads, n_layers: sizes, as in `BlockConfig`.
+        config: a BlockConfig, or the dict of its `to_dict`, in place of sizes and `options`.
+        recompute: recompute policy (`relay_fast.engine.recompute`).
+        gather_rows: iterations with fewer rows are gathered for their weight-gradient GEMMs.
+        impl: "auto", "triton" or "torch".
+        **options: further fields of `BlockConfig` (causal, norm, activation, dropout, …).
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class LoopedBlock(nn.Module):
         elif given:
             raise ValueError(f"config and {', '.join(given)} are both given: put all into config")
         c = self.config = BlockConfig.of(config)
-        gather_rows = whole("gather_rows", gather_rows, least=0)
+        gather_rows = as_int("gather_rows", gather_rows, least=0)
         self.recompute, self.gather_rows, self.impl = recompute, gather_rows, impl
         RecomputePolicy.parse(recompute)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
@@ -128,26 +131,28 @@ class LoopedBlock(nn.Module):
         self._describe()
 
     def _describe(self) -> None:
-        """What follows from the config: for torch.compile, for `_named` and for the Hub."""
+        """Updates what is derived from the config for torch.compile, `_named` and the Hub."""
         self._spec, self._names = describe(self.config), parameter_names(self.config)
         tell_hub(self, recompute=self.recompute, gather_rows=self.gather_rows, impl=self.impl)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
 
     def set_layers(self, layers: Sequence[nn.Module]) -> None:
-        """Exchanges the layers for others of the same sizes; `config.n_layers` follows."""
+        """Replaces the layers by others of the same sizes; updates `config.n_layers`."""
         self.layers = nn.ModuleList(layers)
         self.config = replace(self.config, n_layers=len(self.layers))
         self._describe()
 
     def _named(self) -> dict[str, Tensor]:
-        """The parameters by name. Raises RuntimeError where they are not those of the config, and
-        for modules inside that would do more than their weights say."""
+        """Returns the parameters by name.
+
+        Raises RuntimeError if they do not fit the config, or a submodule is not plain.
+        """
         named = dict(self.named_parameters())
         known = named.keys() == set(self._names)
         if not (known and all(type(p) is nn.Parameter for p in named.values())):
@@ -162,13 +167,15 @@ class LoopedBlock(nn.Module):
                 "parts have to be made plain first (torch.nn.utils.parametrize."
                 "remove_parametrizations, torch.nn.utils.prune.remove)"
             )
-        check_inside(self, "block")
+        check_submodules(self, "block")
         return named
 
     @skip_frame
     def __call__(self, *args, **options):
-        """See `forward`. Lists become tensors before torch.compile sees them: it would compile
-        again for every length of a list."""
+        """Calls `forward`, with lists turned into tensors.
+
+        torch.compile would compile again for every length of a list.
+        """
         for name in ("loops", "cu_seqlens"):
             if name in options:
                 options[name] = _listed(options[name])
@@ -184,16 +191,23 @@ class LoopedBlock(nn.Module):
         return_states: bool | Sequence[int] = False,
         truncate: int | None = None,
     ) -> Tensor | list[Tensor]:
-        """States after the last iteration of each sequence, in the caller's order.
+        """Applies the block `loops` times.
 
-        x: (B, n, d) padded or, with `cu_seqlens` (B + 1,), (N, d) packed. loops: an int, or one
-        count per sequence (≥ 0). positions: (N,), (B, n) or (n,) int, default 0..n−1. truncate:
-        gradient through each sequence's last `truncate` iterations only. Returns a tensor of x's
-        shape; with return_states=True, a list of the states of iterations 1..T (or of the
-        iterations given), each holding the sequences still looping then, in the caller's order.
+        Args:
+            x: (B, n, d) padded or, with `cu_seqlens`, (N, d) packed.
+            loops: an int, or one count per sequence, (B,), each 0 or more.
+            cu_seqlens: (B + 1,) offsets of the packed sequences.
+            positions: (N,), (B, n) or (n,) int, default 0..n − 1.
+            return_states: True for the states of all iterations 1..T, or the iterations to return.
+            truncate: number of last iterations of each sequence that get gradients, default all.
+
+        Returns:
+            The states after each sequence's last iteration, in the shape of x. With
+            `return_states`, a list with the states of each iteration, which hold the sequences
+            that are still looping then, in the caller's order.
         """
         packed, shape = self._pack(x, cu_seqlens)
-        return_states = bool(return_states) if is_truth(return_states) else return_states
+        return_states = bool(return_states) if is_bool(return_states) else return_states
         if torch.compiler.is_compiling():
             return self._as_op(packed, shape, loops, cu_seqlens, positions, return_states, truncate)
         refuse_transforms(x, module=self)
@@ -202,8 +216,9 @@ class LoopedBlock(nn.Module):
         if plan.to_sorted is not None:
             packed = packed[plan.to_sorted]
         inner = tuple(t for t in wanted if t < plan.max_loops)
-        run = self.run(plan, states=inner, truncate=truncate)
-        final, states, _, _ = run_loop(run, packed, list(self.parameters()))
+        named = self._named()
+        run = self._run(plan, named, states=inner, truncate=truncate)
+        final, states, _, _ = run_loop(run, packed, list(named.values()))
         if return_states is False:
             final = final if plan.to_caller is None else final[plan.to_caller]
             return final.view(shape)
@@ -213,9 +228,9 @@ class LoopedBlock(nn.Module):
     def _as_op(
         self, x: Tensor, shape: torch.Size, loops, cu_seqlens, positions, return_states, truncate
     ) -> Tensor | list[Tensor]:
-        """The forward under torch.compile: one custom op (see `relay_fast.engine.compile_op`).
+        """Runs the forward under torch.compile as one op (`relay_fast.engine.compile_op`).
 
-        States are returned where `loops` is an int; otherwise their sizes depend on data.
+        States are returned for an int `loops` only; otherwise their sizes depend on data.
         """
         count = loops if isinstance(loops, int) else 0
         tensor = lambda t: (
@@ -241,10 +256,17 @@ class LoopedBlock(nn.Module):
         return [s.view(shape) for s in states.split(x.shape[0])] if wanted else []
 
     def run(self, plan: Plan, **options) -> LoopSpec:
-        """The engine's description of a pass of this block over a plan (see
-        `relay_fast.engine.spec.Run`)."""
+        """Describes a pass of this block over a plan for the engine.
+
+        Args:
+            plan: the batch's sequences and loop counts.
+            **options: further fields of `relay_fast.engine.spec.LoopSpec`.
+        """
+        return self._run(plan, self._named(), **options)
+
+    def _run(self, plan: Plan, named: dict[str, Tensor], **options) -> LoopSpec:
+        """As `run`, with the parameters by name: collecting them costs as much as a small op."""
         check_max_loops(self.config, plan)
-        named = self._named()
         _check_devices(plan.device, named)
         names = list(named)
         weight = self.layers[0].qkv.weight
@@ -285,7 +307,7 @@ class LoopedBlock(nn.Module):
 
 
 def _check_devices(device: torch.device, named: dict[str, Tensor]) -> None:
-    """Raises ValueError where a parameter lies elsewhere than the rows."""
+    """Raises ValueError if a parameter is on another device than the rows."""
     for name, p in named.items():
         if p.device.type != device.type or device.index not in (None, p.device.index):
             raise ValueError(
@@ -295,14 +317,14 @@ def _check_devices(device: torch.device, named: dict[str, Tensor]) -> None:
 
 @skip_frame
 def _listed(values):
-    """A list of ints as a tensor on the host; anything else as it is."""
+    """Returns a list of ints as a tensor on the CPU; anything else as it is."""
     if isinstance(values, list | tuple) and set(map(type, values)) == {int}:
         return torch.tensor(values, dtype=torch.int64, device="cpu")
     return values
 
 
 def _flat_positions(positions: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Positions (N,) of all rows of an x of `shape`, from one for each row or each of n tokens."""
+    """Returns the positions (N,) of all rows of an x of `shape`."""
     if positions is None:
         return None
     positions = torch.as_tensor(positions)

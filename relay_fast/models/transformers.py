@@ -1,4 +1,4 @@
-"""The two models of RELAY around a looped block: looped and autoregressive.
+"""RELAY's two models, each built around a looped block: looped and autoregressive.
 
 Shapes: B sequences, N rows of a packed batch, d model width, R rows that carry a target.
 """
@@ -13,28 +13,29 @@ from torch import Tensor, nn
 
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import ModelConfig, tell_hub
-from relay_fast.engine.fused_inference import feedback_reason, read_whole_loop
+from relay_fast.engine.fused_inference import feedback_reason, run_fused_loop
 from relay_fast.engine.loop import iterate, run_loop
-from relay_fast.engine.plain_modules import check_parts, check_pass, reset_inside
+from relay_fast.engine.plain_modules import check_not_overridden, check_parts, reset_submodules
 from relay_fast.engine.spec import LoopSpec, Readout
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.models.looped_block import LoopedBlock, Norm
 from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
 from relay_fast.tasks.vocabulary import PAD
+from relay_fast.utils.deprecation import renamed_method
 
 
 class Losses(NamedTuple):
-    """A step's losses and counts, all on the device (nothing is read back)."""
+    """The losses and accuracies of a step, as scalars on the device."""
 
     loss: Tensor  # () total
     chain: Tensor  # () weighted chain loss
     answer: Tensor  # () weighted answer loss
-    chain_correct: Tensor  # () share of supervised rows read out right
-    answer_correct: Tensor  # () share of answers right
+    chain_correct: Tensor  # () share of supervised rows whose token is correct
+    answer_correct: Tensor  # () share of correct answers
 
 
 class _Transformer(nn.Module):
-    """Embedding, block, final norm and chain head: what both models share."""
+    """Base of both models: embedding, block, final norm and chain head."""
 
     def __init__(self, config: ModelConfig, recompute: str, impl: str):
         super().__init__()
@@ -48,15 +49,14 @@ class _Transformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
-        reset_inside(self)
+        reset_submodules(self)
 
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
     def forward(self, batch: PackedBatch) -> Losses:
-        """`loss`, as what wraps a module (DistributedDataParallel, torch.compile) calls it. Under
-        torch.compile it is a graph break."""
+        """Calls `loss`, for wrappers such as DistributedDataParallel; graph break when compiled."""
         if torch.compiler.is_compiling():
             from relay_fast.ops.eager import eager
 
@@ -67,7 +67,7 @@ class _Transformer(nn.Module):
         raise NotImplementedError
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """(N, d) embeddings of the batch's tokens, with dropout in training."""
+        """Returns the embeddings (N, d) of the batch's tokens, with dropout in training."""
         self._check(batch)
         x = self._embed_tokens(batch)
         p = self.config.block.dropout
@@ -100,15 +100,17 @@ class _Transformer(nn.Module):
             )
 
     def check_parts(self) -> None:
-        """Raises RuntimeError, naming it, for a part whose weights are read and that would do more
-        than they say (a forward of its own, hooks)."""
+        """Raises RuntimeError for a part whose forward or hooks would be ignored.
+
+        The weights of these parts are read directly; the parts are not called.
+        """
         check_parts(self, block=LoopedBlock, norm=Norm, chain_head=nn.Linear)
 
     def _readout_parameters(self) -> list[Tensor | None]:
         return [self.norm.weight, self.norm.bias, self.chain_head.weight]
 
     def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """final (N, d), row losses (R,) and correct (R,)."""
+        """Runs the block; returns final states (N, d), row losses (R,) and correct (R,)."""
         self.check_parts()
         c = self.config.block
         readout = None
@@ -125,12 +127,17 @@ class _Transformer(nn.Module):
 class LoopedTransformer(_Transformer):
     """The looped model: embedding, block, chain head on every state, answer head on the last.
 
-    With feedback and no carried state there is no answer head: the rounds hold the answer.
+    Args:
+        config: sizes and options of the model.
+        supervise: "chain" trains each iteration on its round; "answer", the vanilla looped model,
+            trains on the answer only.
+        recompute: recompute policy (`relay_fast.engine.recompute`).
+        impl: "auto", "triton" or "torch".
 
-    `supervise="chain"` aligns every iteration with a round; `"answer"` is the vanilla looped model.
-    With feedback (`ModelConfig.feedback`) it trains on `PackedBatch.side_by_side` and reads
-    `relay_fast.data.feedback.collate_next`; with the state carried too, it trains on
-    `PackedBatch.carried` and reads `PackedBatch.looped(..., carry_state=True)`.
+    With feedback (`ModelConfig.feedback`) the model trains on `PackedBatch.side_by_side` and reads
+    `relay_fast.data.feedback.collate_next`. If it carries its state too, it trains on
+    `PackedBatch.carried` and reads `PackedBatch.looped(..., carry_state=True)`; otherwise it has no
+    answer head, because the rounds hold the answer.
     """
 
     def __init__(
@@ -165,7 +172,7 @@ class LoopedTransformer(_Transformer):
         return x + self._embed_fed(batch.fed)
 
     def _embed_fed(self, fed: Tensor) -> Tensor:
-        """(N, d) embeddings of what is fed, with noise in training."""
+        """Returns the embeddings (N, d) of the fed tokens, with noise in training."""
         p = self.config.feedback_noise
         if self.training and p and len(fed):
             wrong = torch.rand(fed.shape, device=fed.device) < p
@@ -207,7 +214,7 @@ class LoopedTransformer(_Transformer):
             check_parts(self, answer_head=nn.Linear)
 
     def loss(self, batch: PackedBatch) -> Losses:
-        """L = Σ weights · CE(rounds) + Σ answer_weights · CE(answers), the latter with an answer
+        """Computes L = Σ weights · CE(rounds), plus Σ answer_weights · CE(answers) with an answer
         head."""
         self._check_training_batch(batch)
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
@@ -236,19 +243,23 @@ class LoopedTransformer(_Transformer):
             )
 
     @torch.no_grad()
-    def read(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
-        """Reads the chains off: token ids (N_t,) of each iteration's active prefix, answers (B,),
-        of which there are none without an answer head.
+    def predict_rounds(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
+        """Predicts the chains of a batch; keeps token ids only, no states of past iterations.
 
-        No state outlives its iteration; only token ids are kept. One launch where the whole-loop
-        kernel serves (`relay_fast.engine.fused_inference`). Raises TypeError for a subclass with a
-        forward or loss of its own, which this pass would not follow.
+        One kernel launch where the fused loop applies (`relay_fast.engine.fused_inference`).
+
+        Returns:
+            Token ids (N_t,) of each iteration's active prefix, and answers (B,), of which there are
+            none without an answer head.
+
+        Raises:
+            TypeError: for a subclass that overrides forward or loss, which this pass does not call.
         """
-        check_pass(self, LoopedTransformer, "forward", "loss", "_pass")
+        check_not_overridden(self, LoopedTransformer, "forward", "loss", "_pass", "read")
         self.check_parts()
         run = self.block.run(batch.plan)
         x = self.embed(batch)
-        read = feedback_reason(self.config) or read_whole_loop(
+        read = feedback_reason(self.config) or run_fused_loop(
             self.config.block, run, x, dict(self.block.named_parameters()), self.norm.weight,
             self.chain_head.weight, self.training,
         )  # fmt: skip
@@ -257,16 +268,18 @@ class LoopedTransformer(_Transformer):
             return rounds, batch.tokens[:0]
         return rounds, self._best(run, final[batch.plan.last_rows], self.answer_head)
 
+    read = renamed_method("read", "predict_rounds")
+
     @torch.no_grad()
     def _best(self, run: LoopSpec, states: Tensor, head: nn.Linear) -> Tensor:
-        """(rows,) the most likely token of each row."""
+        """Returns the most likely token of each row, (rows,)."""
         c, weight = self.config.block, head.weight.to(run.compute_dtype)
         return run.ops.argmax(states, self.norm.weight, self.norm.bias, weight, c.eps, c.norm)
 
     def _read_iterations(
         self, run: LoopSpec, x: Tensor, batch: PackedBatch
     ) -> tuple[Tensor, list[Tensor]]:
-        """final (N, d), and the token ids (N_t,) of each iteration."""
+        """Returns final states (N, d), and the token ids (N_t,) of each iteration."""
         plan, final, rounds = run.plan, x.clone(), []
         for t, state, ids in self.iterations(run, x, batch):
             rounds.append(ids)
@@ -278,7 +291,7 @@ class LoopedTransformer(_Transformer):
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (t, state t of the active prefix, its token ids), without gradients.
 
-        A state is valid until the next but one is asked for. With feedback and the state carried,
+        A state is overwritten two iterations later. With feedback and the state carried,
         each iteration is fed the ids of the one before it.
 
         Args:
@@ -314,28 +327,37 @@ class LoopedTransformer(_Transformer):
 
 
 class AutoregressiveTransformer(_Transformer):
-    """The autoregressive model: the same block, causal, one iteration."""
+    """The autoregressive model: a causal block, applied once.
+
+    Args:
+        config: sizes and options of the model; its block must be causal.
+        recompute: recompute policy (`relay_fast.engine.recompute`).
+        impl: "auto", "triton" or "torch".
+    """
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", impl: str = "auto"):
         config = ModelConfig.of(config)
         if not config.block.causal:
-            raise ValueError("an autoregressive model needs BlockConfig(causal=True)")
+            raise ValueError("an autoregressive model must be causal: use BlockConfig(causal=True)")
         super().__init__(config, recompute, impl)
 
     def loss(self, batch: PackedBatch) -> Losses:
-        """Weighted next-token cross-entropy of everything after the problem."""
+        """Computes the weighted next-token cross-entropy of the tokens after the problem."""
         final, row_loss, correct = self._pass(batch, True)
         loss = _chain_loss(row_loss, batch) if row_loss.numel() else final[:0].sum()
         zero = loss.new_zeros(())
         return Losses(loss, loss.detach(), zero, _share(correct), zero)
 
     @torch.no_grad()
-    def forced(self, batch: PackedBatch) -> Tensor:
-        """correct (R,) bool: whether each target is the argmax, given the true tokens before it.
+    def teacher_forced_correct(self, batch: PackedBatch) -> Tensor:
+        """Returns (R,) bool: whether each target is the argmax given the true tokens before it.
 
-        Raises TypeError for a subclass with a forward or loss of its own."""
-        check_pass(self, AutoregressiveTransformer, "forward", "loss")
+        Raises TypeError for a subclass that overrides forward or loss.
+        """
+        check_not_overridden(self, AutoregressiveTransformer, "forward", "loss", "forced")
         return self._pass(batch, True)[2]
+
+    forced = renamed_method("forced", "teacher_forced_correct")
 
 
 def _chain_loss(row_loss: Tensor, batch: PackedBatch) -> Tensor:

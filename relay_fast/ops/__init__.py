@@ -1,1 +1,1 @@
-"""The ops of a layer and of the readout, and which implementation serves them."""
+"""The ops of a layer and of the readout, and the choice of their implementation."""

@@ -1,35 +1,34 @@
 """The readout's cross-entropy, as autograd Functions and as custom ops.
 
-Under torch.compile(fullgraph=True) the custom ops are one node each; their fakes repeat the
-allocations, not the math. Eager calls use the plain autograd Functions: the dispatcher costs 21 µs
-a call with autograd registered, a plain autograd Function 5.
+Under torch.compile(fullgraph=True) the custom ops are one node each; their fakes only allocate.
+Eager calls use plain autograd Functions, which cost 5 µs a call; the dispatcher costs 21 µs with
+autograd registered.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
-from relay_fast.kernels.norm_ref import wide_dtype
+from relay_fast.kernels.norm_ref import upcast_dtype
 from relay_fast.ops.dispatch import (
     compute_dtype,
     differentiable_once,
+    launch_context,
+    refuse_transforms,
     select,
-    undisturbed,
 )
 from relay_fast.ops.gradients import GradientBuffers
 
-SMALL_VOCABULARY = 1024  # up to it the logits are cheaper to recompute than to keep in memory
+SMALL_VOCABULARY = 1024  # up to this size, recomputing the logits is cheaper than storing them
 
 
 class _RowCrossEntropy(torch.autograd.Function):
-    """Row losses of a flat list of state rows; saves the log-sum-exp only."""
+    """Row losses of a flat list of state rows; saves only the log-sum-exp."""
 
     @staticmethod
     def forward(ctx, ops, options, dtype, rows, targets, states, norm_weight, norm_bias, head):
-        with _no_autocast(states):
+        with launch_context(states):
             loss, lse, correct = ops.cross_entropy_fwd(
                 states, targets, norm_weight, norm_bias, head.to(dtype), rows, **options
             )
@@ -47,19 +46,18 @@ class _RowCrossEntropy(torch.autograd.Function):
         grads = GradientBuffers(parameters, ctx.needs_input_grad[6:], ctx.ops.weight_grad)
         dstates = None
         if g_loss is not None:
-            with _no_autocast(states):
-                dh = ctx.ops.cross_entropy_bwd(
-                    g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
-                    grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
-                )  # fmt: skip
+            dh = ctx.ops.cross_entropy_bwd(
+                g_loss, states, targets, lse, norm_weight, norm_bias, head.to(ctx.dtype),
+                grads.buffer(2), grads.buffer(0), grads.buffer(1), rows, **ctx.options,
+            )  # fmt: skip
             if ctx.needs_input_grad[5]:
                 dstates = _scatter(rows, dh, states.shape, states.dtype)
         return None, None, None, None, None, dstates, *grads.results()
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """Σ weights · row losses; the gradient is formed in forward, from the same logits, and kept in
-    the wide dtype until backward has scaled it: before that 16 bits may not hold it."""
+    """Σ weights · row losses. The forward computes the gradient from the same logits, and keeps it
+    in the upcast dtype until the backward has scaled it: unscaled, 16 bits may not hold it."""
 
     @staticmethod
     def forward(
@@ -68,7 +66,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         parameters = (norm_weight, norm_bias, head)
         grads = GradientBuffers(parameters, ctx.needs_input_grad[7:], ops.weight_grad)
         wide = [grads.buffer(i) for i in range(3)]
-        with _no_autocast(states):
+        with launch_context(states):
             loss, dh = ops.cross_entropy_grad(
                 weights, states, targets, norm_weight, norm_bias, head.to(dtype),
                 wide[2], wide[0], wide[1], rows, **options,
@@ -99,26 +97,21 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def _scatter(rows: Tensor, dh: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Gradient of all states from that of some rows."""
+    """Returns the gradient of all states, given that of some rows."""
     dstates = torch.zeros(shape, dtype=dtype, device=dh.device)
     return dstates.index_add_(0, rows, dh.to(dtype))
 
 
-def _no_autocast(t: Tensor):
-    """What the kernels are given is in the dtype it is meant to be in, and stays in it."""
-    kind = t.device.type
-    if not torch.amp.is_autocast_available(kind):  # meta
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
-
-
 def weighted_losses(loss: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
-    """loss · weights (R,) in the losses' dtype; 0 where the target is ignored, whatever the
+    """Returns loss · weights (R,) in the losses' dtype, 0 for ignored targets whatever their
     weight."""
     return (loss * weights.to(loss.dtype)).masked_fill(targets < 0, 0)
 
 
 def _check_rows(states: Tensor, rows: Tensor, targets: Tensor, head: Tensor) -> None:
+    for name, t in (("rows", rows), ("targets", targets)):
+        if t.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} are of {t.dtype}: give int64")
     if rows.shape != targets.shape or rows.ndim != 1:
         raise ValueError(
             f"rows {tuple(rows.shape)} and targets {tuple(targets.shape)} must both be (R,)"
@@ -146,15 +139,30 @@ def row_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `softmax(norm(states[rows]) · headᵀ)` against `targets`, row by row.
 
-    states (N, d): for all iterations at once, the states of every iteration end to end; rows (R,)
-    int64, each at most once; targets (R,) int64, negative ones are ignored; head (V, d). No
-    logits of more than a chunk of rows ever exist. Returns loss (R,) and correct (R,) bool (the
-    argmax is the target). Losses are fp32, or fp64 where the states or the head are; each gradient
-    has its tensor's dtype. What an ignored row's state holds does not matter, NaN neither.
+    Only a chunk of rows has its logits in memory at a time. The states of ignored rows may hold
+    anything, including NaN.
 
-    Raises ValueError where shapes do not fit together, and for targets at or beyond V and rows that
-    are no states where they are on the host. On a GPU a look would wait for it: such a target fails
-    on the device, or makes its loss and the gradients NaN.
+    Args:
+        states: (N, d); for all iterations at once, their states end to end.
+        rows: (R,) int64, each at most once.
+        targets: (R,) int64; negative ones are ignored.
+        norm_weight: (d,), of the final norm.
+        head: (V, d).
+        norm_bias: (d,), of a LayerNorm.
+        eps: epsilon of the norm.
+        norm: "rms" or "layer".
+        label_smoothing: weight of the uniform distribution in the target.
+        z_loss: weight of the squared log-sum-exp.
+        impl: "auto", "triton" or "torch" (see `relay_fast.ops.dispatch`).
+
+    Returns:
+        loss (R,), fp32, or fp64 if the states or the head are; and correct (R,) bool, whether the
+        argmax is the target. Each gradient has its tensor's dtype.
+
+    Raises:
+        ValueError: if shapes do not fit together, and for rows and targets out of range if they are
+            on the host. On a GPU the check would synchronise: there such a target causes a device
+            error, or makes its loss and the gradients NaN.
     """
     _check_rows(states, rows, targets, head)
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -164,6 +172,7 @@ def row_cross_entropy(
             states, rows, targets, norm_weight, norm_bias, head.to(dtype), *options.values(), impl
         )
         return loss, correct
+    refuse_transforms(states, norm_weight, norm_bias, head)
     return _RowCrossEntropy.apply(
         select(impl, states.device), options, dtype, rows, targets, states, norm_weight, norm_bias,
         head,
@@ -185,14 +194,31 @@ def iteration_cross_entropy(
     z_loss: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Weighted sum of `row_cross_entropy` over all iterations' rows: one call for the whole loop.
+    """Weighted sum of `row_cross_entropy` over the rows of all iterations, in one call.
 
-    weights (R,): w_task · λ / (B · T_i · |M_t|) of each row gives RELAY's loss
-    (`PackedBatch.weights`); of any dtype, they are taken in that of the losses. Returns a scalar.
+    Since the weights are known beforehand, for a vocabulary above SMALL_VOCABULARY the forward also
+    computes the gradient, if needed, from the same logits; it is kept in fp32 (fp64) until the
+    backward has scaled it.
 
-    The weights being known beforehand, the gradient of a vocabulary over SMALL_VOCABULARY is formed
-    in forward, where one is wanted: the logits, a chunk of rows at a time, are computed once. It is
-    kept in fp32 (fp64) until backward has scaled it.
+    Args:
+        states: (N, d), the states of all iterations end to end.
+        rows: (R,) int64, each at most once.
+        targets: (R,) int64; negative ones are ignored.
+        weights: (R,); RELAY's are w_task · λ / (B · T_i · |M_t|) (`PackedBatch.weights`).
+        norm_weight: (d,), of the final norm.
+        head: (V, d).
+        norm_bias: (d,), of a LayerNorm.
+        eps: epsilon of the norm.
+        norm: "rms" or "layer".
+        label_smoothing: weight of the uniform distribution in the target.
+        z_loss: weight of the squared log-sum-exp.
+        impl: "auto", "triton" or "torch" (see `relay_fast.ops.dispatch`).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: as `row_cross_entropy`, and for weights of another shape than rows.
     """
     if weights.shape != rows.shape:
         raise ValueError(
@@ -209,6 +235,7 @@ def iteration_cross_entropy(
         return weighted_losses(loss, weights, targets).sum()
     _check_rows(states, rows, targets, head)
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    refuse_transforms(states, weights, norm_weight, norm_bias, head)
     return _WeightedCrossEntropy.apply(
         select(impl, states.device), options, compute_dtype(head), rows, targets, weights, states,
         norm_weight, norm_bias, head,
@@ -233,16 +260,16 @@ def row_cross_entropy_fwd(
     z_loss: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, lse (R,) wide and correct (R,) bool."""
+    """Returns loss and lse (R,), fp32 or fp64, and correct (R,) bool."""
     options = _options(eps, kind, label_smoothing, z_loss)
     ops = select(impl, states.device)
-    with undisturbed(states):
+    with launch_context(states):
         return ops.cross_entropy_fwd(states, targets, norm_weight, norm_bias, head, rows, **options)
 
 
 @row_cross_entropy_fwd.register_fake
 def _(states, rows, targets, norm_weight, norm_bias, head, *_):
-    loss = states.new_empty(targets.shape, dtype=wide_dtype(states, head))
+    loss = states.new_empty(targets.shape, dtype=upcast_dtype(states, head))
     return loss, torch.empty_like(loss), torch.empty_like(targets, dtype=torch.bool)
 
 
@@ -263,10 +290,10 @@ def row_cross_entropy_bwd(
     impl: str,
     needed: list[bool],
 ) -> list[Tensor]:
-    """Gradients of states, norm weight, norm bias and head, as far as they are needed."""
+    """Returns the gradients of states, norm weight, norm bias and head that are needed."""
     ops, parameters = select(impl, states.device), (norm_weight, norm_bias, head)
     grads = GradientBuffers(parameters, needed[1:], ops.weight_grad)
-    with undisturbed(states):
+    with launch_context(states):
         dh = ops.cross_entropy_bwd(
             grad, states, targets, lse, *parameters,
             grads.buffer(2), grads.buffer(0), grads.buffer(1),

@@ -1,8 +1,9 @@
-"""The choice between the implementations of an op.
+"""Selects the implementation of the ops.
 
-`impl = "auto" | "triton" | "torch"`: `auto` takes the Triton kernels where they support the call
-and plain torch otherwise, `"triton"` raises with the reason where they do not, `"torch"` is
-plain PyTorch: the reference (`REFERENCE`), whose attention on a CPU is PyTorch's fused one.
+`impl = "auto" | "triton" | "torch"`: "auto" uses the Triton kernels for the calls that they support
+and plain torch otherwise; "triton" raises an error with the reason if they do not support a call;
+"torch" is the plain PyTorch reference (`REFERENCE`), except that attention on a CPU uses PyTorch's
+fused kernels.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ IMPLS = ("auto", "triton", "torch")
 
 
 class Ops(NamedTuple):
-    """One implementation of every op of the block, forward and backward.
+    """One implementation of all ops of the block, forward and backward.
 
-    loop_fwd: the whole loop in one launch, for inference; None where there is no such kernel.
+    loop_fwd runs the whole loop in one launch, for inference; None if the implementation has no
+    such kernel.
     """
 
     norm_linear_fwd: Callable
@@ -94,7 +96,18 @@ def supports(
     activation: str | None = None,
     norm: str = "rms",
 ) -> str | None:
-    """Why the Triton implementation cannot be used on `device` for these sizes; None if it can."""
+    """Returns why the Triton kernels cannot be used on `device` for these sizes, or None if they
+    can.
+
+    Args:
+        device: where the tensors are.
+        dtype: dtype of the GEMMs.
+        d_model: width of the model; this and the next three are not checked if None.
+        head_dim: columns of an attention head.
+        vocabulary: number of tokens.
+        activation: activation of the MLP.
+        norm: "rms" or "layer".
+    """
     reason = device_reason(device) or dtype_reason(dtype)
     if reason is None and d_model is not None:
         reason = width_reason(d_model, norm)
@@ -108,22 +121,20 @@ def supports(
 
 
 def explain(device: torch.device | str = "cuda", **sizes) -> str:
-    """One sentence on which implementation `impl="auto"` takes on `device`, and why.
-
-    sizes: as in `supports`.
-    """
+    """Returns one sentence that says which implementation `impl="auto"` uses on `device`, and why.
+    sizes: as in `supports`."""
     forced = os.environ.get("RELAY_FAST_IMPL", "auto")
     if forced != "auto":
-        return f"{forced}: the environment says RELAY_FAST_IMPL={forced}"
+        return f"{forced}: RELAY_FAST_IMPL={forced} is set in the environment"
     reason = supports(device, **sizes)
     if reason is None and torch.device(device).type != "cuda":
-        reason = 'Triton\'s interpreter is for tests, and taken where impl="triton" asks for it'
+        reason = 'Triton\'s interpreter is for tests, and needs impl="triton"'
     return f"torch: {reason}" if reason else "triton"
 
 
 @cache
 def _triton_ops() -> Ops:
-    """The Triton launchers; each raises `Unsupported` before any launch where it must. With
+    """Returns the Triton launchers, which raise `Unsupported` before any launch. With
     RELAY_FAST_AUTOTUNE=1 they search for launch configurations on a GPU."""
     from relay_fast.kernels.attention import attention_fwd
     from relay_fast.kernels.attention_bwd import attention_bwd
@@ -154,14 +165,14 @@ def _triton_ops() -> Ops:
         loop_fwd,
     )
     if os.environ.get("RELAY_FAST_AUTOTUNE") == "1":
-        from relay_fast.kernels.autotune import searching
+        from relay_fast.kernels.autotune import autotuned
 
-        ops = Ops(*map(searching, ops))
-    return Ops(*map(_on_its_device, ops))
+        ops = Ops(*map(autotuned, ops))
+    return Ops(*map(_with_device_guard, ops))
 
 
-def _on_its_device(launcher: Callable) -> Callable:
-    """The launcher with its first tensor's device as the current one: Triton launches there."""
+def _with_device_guard(launcher: Callable) -> Callable:
+    """Wraps a launcher to make its first tensor's device the current one, where Triton launches."""
 
     @wraps(launcher)
     def op(*args, **kwargs):
@@ -174,20 +185,20 @@ def _on_its_device(launcher: Callable) -> Callable:
 
 
 def _is_current(device: torch.device) -> bool:
-    """Whether kernels launched now would run on `device`, or it has no notion of a current one."""
+    """Returns whether `device` is the current CUDA device, or no CUDA device."""
     return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Makes a CUDA device the current one, where it is not."""
+    """Returns a context in which a CUDA device is the current one."""
     return nullcontext() if _is_current(device) else torch.cuda.device(device)
 
 
 @cache
 def _auto_ops() -> Ops:
-    """Triton where it takes the call, the reference where it does not."""
+    """Returns the Triton ops, which fall back to plain torch for calls that they do not support."""
 
-    def either(kernel: Callable, reference: Callable | None) -> Callable:
+    def with_fallback(kernel: Callable, reference: Callable | None) -> Callable:
         if reference is None:
             return kernel
 
@@ -196,22 +207,25 @@ def _auto_ops() -> Ops:
             try:
                 return kernel(*args, **kwargs)
             except Unsupported:
-                if kwargs.get("row_count") is not None:  # the reference slices on the host
+                if kwargs.get("row_count") is not None:  # the reference cannot read it
                     raise
                 kwargs.pop("row_count", None)
                 return reference(*args, **kwargs)
 
         return op
 
-    return Ops(*(either(k, r) for k, r in zip(_triton_ops(), TORCH, strict=True)))
+    return Ops(*(with_fallback(k, r) for k, r in zip(_triton_ops(), TORCH, strict=True)))
 
 
 def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
-    """The ops of an implementation; the environment variable RELAY_FAST_IMPL overrides `"auto"`.
+    """Returns the ops of an implementation; RELAY_FAST_IMPL in the environment overrides "auto".
 
-    `"auto"` is plain torch on a CPU. Raises ValueError for an unknown name, RuntimeError where
-    "triton" was asked for and cannot be had; its ops raise the same for a call that they do not
-    take, before anything is launched.
+    "auto" means plain torch on a CPU. The ops of "triton" raise RuntimeError, before any launch,
+    for calls that they do not support.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if "triton" cannot be used on `device`.
     """
     if impl == "auto":
         impl = os.environ.get("RELAY_FAST_IMPL", "auto")
@@ -226,9 +240,9 @@ def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
     return _triton_ops()
 
 
-def undisturbed(x: Tensor) -> AbstractContextManager:
-    """What every hand-written pass over x runs in, wherever it is called: x's device is the current
-    one and autocast is off, since the pass chooses the dtype of each product itself."""
+def launch_context(x: Tensor) -> AbstractContextManager:
+    """Returns the context of all hand-written passes over x: x's device is the current one, and
+    autocast is off, since a pass chooses the dtype of each product itself."""
     kind = x.device.type
     known = torch.amp.is_autocast_available(kind)  # not for meta
     if not (known and torch.is_autocast_enabled(kind)):
@@ -240,27 +254,26 @@ def undisturbed(x: Tensor) -> AbstractContextManager:
 
 
 def differentiable_once(backward: Callable) -> Callable:
-    """Grades the hand-written backward of an autograd.Function: it runs `undisturbed` by where
-    `backward()` is called, and raises RuntimeError where it is asked for a graph of its own,
-    instead of handing out gradients that look constant."""
+    """Wraps the hand-written backward of an autograd.Function: runs it in `launch_context`, and
+    raises RuntimeError for create_graph=True instead of returning gradients that look constant."""
 
     @wraps(backward)
     def checked(ctx, *grads):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "relay_fast computes its gradients by hand, so they cannot be differentiated "
-                "again: call backward without create_graph=True"
+                "relay_fast's hand-written gradients cannot be differentiated again: call backward "
+                "without create_graph=True"
             )
         given = next((g for g in grads if g is not None), None)
-        with nullcontext() if given is None else undisturbed(given):
+        with nullcontext() if given is None else launch_context(given):
             return backward(ctx, *grads)
 
     return checked
 
 
 def refuse_transforms(*tensors: Tensor | None, module: nn.Module | None = None) -> None:
-    """Raises RuntimeError where a forward-mode tangent or a torch.func transform of these tensors,
-    or of a module's parameters, would be lost."""
+    """Raises RuntimeError if these tensors, or the module's parameters, carry a forward-mode
+    tangent or are inside a torch.func transform, which would be lost."""
     forward = forward_ad._current_level >= 0
     if not (forward or torch._C._are_functorch_transforms_active()):
         return
@@ -270,14 +283,14 @@ def refuse_transforms(*tensors: Tensor | None, module: nn.Module | None = None) 
         dual = forward and forward_ad.unpack_dual(t).tangent is not None
         if dual or torch._C._functorch.is_functorch_wrapped_tensor(t):
             raise RuntimeError(
-                "relay_fast computes its gradients by hand, backward only: forward-mode AD and the "
-                "transforms of torch.func (jvp, grad, vmap, …) do not see them, so use backward() "
-                "or torch.autograd.grad"
+                "relay_fast's hand-written gradients do not support forward-mode AD and the "
+                "transforms of torch.func (jvp, grad, vmap, …): use backward() or "
+                "torch.autograd.grad"
             )
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype that GEMMs run in: autocast's where it is on, else the parameter's."""
+    """Returns the dtype of GEMMs with a parameter: autocast's if enabled, else the parameter's."""
     kind = parameter.device.type
     known = torch.amp.is_autocast_available(kind)  # not for meta
     if known and parameter.dtype != torch.float64 and torch.is_autocast_enabled(kind):

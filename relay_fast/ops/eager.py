@@ -1,6 +1,6 @@
-"""Calls that torch.compile does not look into.
+"""Calls that torch.compile does not trace.
 
-Imported where something is being compiled: it takes torch's compiler along, slow to import.
+Import this only while compiling: it imports torch's compiler, which is slow.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ import torch
 
 @torch.compiler.disable
 def eager(function: Callable, *arguments: Any) -> Any:
-    """function(*arguments), a graph break."""
+    """Returns function(*arguments), with a graph break under torch.compile."""
     return function(*arguments)

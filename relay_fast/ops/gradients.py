@@ -1,4 +1,4 @@
-"""Weight gradients of shared weights: one wide accumulator each, over all iterations."""
+"""Accumulates the gradients of shared weights over iterations, in one fp32 buffer each."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from torch import Tensor
 
 from relay_fast.kernels.norm_ref import upcast
 
-GATHER_ROWS = 256  # default workspace: below this many rows a GEMM is mostly overhead
+GATHER_ROWS = 256  # with fewer rows a GEMM is mostly overhead
 
 
 class GradientBuffers:
-    """Accumulators (fp32, or fp64 for fp64 parameters) of the parameters that need a gradient.
+    """Accumulates the gradients of parameters in fp32 (fp64 for fp64 parameters).
 
-    Where an iteration has fewer than `gather_rows` rows, its operands are held back until that many
-    have come together and reduced by one long GEMM; this bounds the workspace to the operands of
-    2 · `gather_rows` rows. The grouping depends on the batch alone, never on the recompute policy.
+    Weight gradients of iterations with few rows are deferred: their operands are collected until
+    they have `gather_rows` rows, and then reduced by one GEMM. The workspace is at most the
+    operands of 2 · `gather_rows` rows. The grouping depends on the batch only, not on the recompute
+    policy.
+
+    Args:
+        parameters: the parameters, or None.
+        needed: whether each parameter needs a gradient.
+        weight_grad: the op that computes acc += dyᵀ · x.
+        gather_rows: rows from which a weight gradient is reduced.
     """
 
     def __init__(
@@ -38,7 +45,7 @@ class GradientBuffers:
         return index is not None and self._needed[index]
 
     def buffer(self, index: int | None) -> Tensor | None:
-        """The accumulator of a parameter, None if it needs no gradient."""
+        """Returns the accumulator of a parameter, or None if it needs no gradient."""
         if not self.needs(index):
             return None
         if index not in self._buffers:
@@ -48,8 +55,14 @@ class GradientBuffers:
     def weight(
         self, index: int | None, dy: Tensor, x: Tensor, row_count: Tensor | None = None
     ) -> None:
-        """Adds dyᵀ · x: dy (rows, columns), x (rows, d); of the first `row_count` rows, where
-        given."""
+        """Adds dyᵀ · x to a weight's gradient.
+
+        Args:
+            index: index of the parameter; None: nothing is added.
+            dy: (rows, columns).
+            x: (rows, d).
+            row_count: (1,) int32 on the device, the number of leading rows that count; None: all.
+        """
         if not self.needs(index):
             return
         if row_count is not None:
@@ -57,7 +70,7 @@ class GradientBuffers:
             return
         held = self._held.get(index, [])
         if len(dy) + sum(len(part) for part, _ in held) < self._gather_rows:
-            self._held[index] = [*held, (dy.clone(), x)]  # dy may be a running gradient
+            self._held[index] = [*held, (dy.clone(), x)]  # the caller may change dy later
             return
         self._held[index] = [*held, (dy, x)]
         self._reduce(index)
@@ -81,13 +94,13 @@ class GradientBuffers:
         self._add(index, dy, x)
 
     def _add(self, index: int, dy: Tensor, x: Tensor, **count: Tensor) -> None:
-        fresh = index not in self._buffers  # then written, not added to: no pass over zeros
+        fresh = index not in self._buffers  # written instead of added to: saves zeroing
         if fresh:
             self._buffers[index] = torch.empty_like(upcast(self._parameters[index]))
         self._weight_grad(self._buffers[index], dy, x, fresh=fresh, **count)
 
     def results(self) -> list[Tensor | None]:
-        """The gradients in the parameters' dtypes, zeros where nothing came, None where not
+        """Returns the gradients in the parameters' dtypes: zeros if nothing was added, None if not
         needed."""
         for index in list(self._held):
             self._reduce(index)

@@ -1,15 +1,16 @@
-"""Neighbours of RELAY as runnable recipes: `python -m relay_fast.recipes NAME`.
+"""Experiments of papers related to RELAY: `python -m relay_fast.recipes NAME`.
 
 A recipe is a module of this folder with
 
-- `PRESETS`: dict of settings (`relay_fast.utils.settings.settings`: each field has its range and
-  meaning), "cpu" and "paper" (the paper's exact sizes); one that trains holds a
+- `PRESETS`: dict of settings (`relay_fast.utils.settings.settings`, each field with its range and
+  meaning), "cpu" and "paper" (the paper's exact sizes); a recipe that trains has a
   `relay_fast.recipes._common.Training` called `training`;
-- `PUBLISHED`: the paper's numbers as printed, only those known;
-- `prove(settings)`, if settings can be wrong in a way that only a look at files shows: ValueError;
-- `run(settings, folder, *, seed, device, display)`: the results, JSON-able; continues in `folder`;
-- `rows(results)`: (header, rows) of the table, measured beside published;
-- `plot(results, path)`: a PNG.
+- `PUBLISHED`: the paper's numbers as printed, as far as they are known;
+- `prove(settings)`, optional: raises ValueError for settings that do not fit existing files;
+- `run(settings, folder, *, seed, device, display)`: returns JSON-able results; continues an
+  interrupted run in `folder`;
+- `rows(results)`: returns (header, rows) of the table, measured beside published numbers;
+- `plot(results, path)`: draws a PNG.
 
 `rows` and `plot` get the results as read back from JSON: keys are strings, tuples are lists.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-# Name -> one line with the paper. The lines are here so that listing them imports no torch.
+# Name -> one line with the paper; here, so that listing them does not import torch.
 RECIPES: dict[str, str] = {
     "p_hop": "p-hop induction, one looped layer against stacks (Saunshi et al. 2025)",
     "loop_regularizer": "a stack drawn towards a loop, then made one (Saunshi et al. 2025)",
@@ -35,7 +36,7 @@ RECIPES: dict[str, str] = {
 
 
 def load_recipe(name: str) -> ModuleType:
-    """The module of a recipe. Raises ValueError for an unknown name."""
+    """Imports the module of a recipe. Raises ValueError for an unknown name."""
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is unknown: use one of {', '.join(RECIPES)}")
     return importlib.import_module(f"{__name__}.{name}")

@@ -1,6 +1,6 @@
-"""Recipes from the shell: `python -m relay_fast.recipes NAME --preset cpu --out RUN`, `... list`.
+"""Runs recipes: `python -m relay_fast.recipes NAME --preset cpu --out RUN`, or lists them: `list`.
 
-The same command continues an interrupted run. Leaves results.json, plot.png and checkpoints.
+The same command continues an interrupted run. It writes results.json, plot.png and checkpoints.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from relay_fast.recipes import RECIPES, load_recipe
 from relay_fast.reporting.terminal import draw_all, lenient_output, refused
+from relay_fast.reporting.text_table import text_table
+
+if TYPE_CHECKING:
+    from relay_fast.relay.run_folder import RunFolder
 
 
 def run_recipe(
@@ -27,17 +32,27 @@ def run_recipe(
     seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Runs a recipe in the run folder `out`, or continues it there; returns results.json's content.
+    """Runs a recipe in the run folder `out`, or continues an interrupted run.
 
-    changes: texts like "training.steps=20" that put other values into the preset's settings (see
-    `relay_fast.utils.settings.changed`).
-    Raises RunFolderError, ValueError, CheckpointError, Diverged with one clear sentence.
+    Args:
+        name: Name of the recipe.
+        out: The run folder.
+        preset: "cpu" or "paper".
+        changes: Changed settings, texts like "training.steps=20".
+        seed: Seed of all random numbers.
+        device: "cpu" or a CUDA device.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        ValueError: A name or a setting is invalid.
+        RunFolderError, CheckpointError: The folder or a checkpoint cannot be used.
+        Diverged: The training diverged.
     """
     from relay_fast.relay.presets.saved import refuse_foreign
-    from relay_fast.relay.run_folder import RunFolder, versions
-    from relay_fast.reporting.progress import Display
+    from relay_fast.relay.run_folder import RunFolder
     from relay_fast.training.model_files import check_device
-    from relay_fast.utils.errors import Diverged
     from relay_fast.utils.settings import Seed, check_value, with_changes
 
     recipe = load_recipe(name)
@@ -55,72 +70,61 @@ def run_recipe(
     }  # fmt: skip
     folder = RunFolder(out, config)
     if not folder.stage_done(name) or "results" not in folder.results():
-        started, before = time.monotonic(), folder.results().get("seconds", 0.0)
-        folder.update_results({"config": folder.config, "versions": versions(device)})
-        try:
-            with Display() as display:
-                results = recipe.run(settings, folder, seed=seed, device=device, display=display)
-            folder.update_results({"results": results})
-        except Diverged as error:
-            folder.update_results({"history": error.history})
-            raise
-        finally:
-            seconds = round(before + time.monotonic() - started, 2)
-            folder.update_results({"seconds": seconds})
+        _run(recipe, settings, folder, seed, device)
         folder.mark_done(name)
     return folder.results()
 
 
-def table_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A plain table; cells are texts, numbers (4 digits) or None, numbers to the right."""
-    cells = [[_cell(value) for value in row] for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    text = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(row, widths, text, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+def _run(recipe: ModuleType, settings: Any, folder: RunFolder, seed: int, device: str) -> None:
+    """Runs a recipe and writes its results and seconds into results.json."""
+    from relay_fast.relay.run_folder import versions
+    from relay_fast.reporting.progress import Display
+    from relay_fast.utils.errors import Diverged
 
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    started, before = time.monotonic(), folder.results().get("seconds", 0.0)
+    folder.update_results({"config": folder.config, "versions": versions(device)})
+    try:
+        with Display() as display:
+            results = recipe.run(settings, folder, seed=seed, device=device, display=display)
+        folder.update_results({"results": results})
+    except Diverged as error:
+        folder.update_results({"history": error.history})
+        raise
+    finally:
+        folder.update_results({"seconds": round(before + time.monotonic() - started, 2)})
 
 
 def _show(name: str, results: dict[str, Any], folder: Path) -> None:
-    """The table on the terminal, the plot into the folder."""
+    """Prints the table and draws the plot into the folder."""
     recipe = load_recipe(name)
     print(f"\n{name}: {RECIPES[name]}")
-    print(table_text(*recipe.rows(results["results"])))
+    print(text_table(*recipe.rows(results["results"])))
     path = folder / "plot.png"
     draw_all([(path, lambda: recipe.plot(results["results"], path))])
     print(f"results: {folder / 'results.json'}   {results['seconds']:.0f} s")
 
 
 def help_text(name: str) -> str:
-    """What a recipe is, its settings in each preset and what they mean. Raises ValueError for an
-    unknown one."""
+    """Returns a recipe's description, its settings in each preset and their meanings.
+
+    Raises ValueError for an unknown name.
+    """
     from relay_fast.utils.settings import described_text
 
     recipe = load_recipe(name)
     presets = [_flat(dataclasses.asdict(preset)) for preset in recipe.PRESETS.values()]
     lines = [[key, *(json.dumps(preset[key]) for preset in presets)] for key in presets[0]]
-    table = table_text(["setting (--set)", *recipe.PRESETS], lines)
+    table = text_table(["setting (--set)", *recipe.PRESETS], lines)
     meanings = described_text(type(next(iter(recipe.PRESETS.values()))))
-    return f"{recipe.__doc__}\n{table}\n\nwhat the settings mean\n{meanings}"
+    return f"{recipe.__doc__}\n{table}\n\nmeaning of the settings\n{meanings}"
 
 
 def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
-    """Dotted name -> value."""
+    """Flattens nested settings to {dotted name: value}; `start` is the prefix."""
     found = {}
     for name, value in settings.items():
-        part = isinstance(value, dict)
-        found |= _flat(value, f"{start}{name}.") if part else {f"{start}{name}": value}
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{start}{name}.") if nested else {f"{start}{name}": value}
     return found
 
 
@@ -130,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="a recipe, or: list")
     parser.add_argument(
-        "-h", "--help", action="store_true", help="this text; after NAME also what the recipe is"
+        "-h", "--help", action="store_true", help="this text; after NAME also the recipe's settings"
     )
     parser.add_argument("--preset", default="cpu", help="cpu (minutes) or paper (its sizes)")
     parser.add_argument("--out", metavar="RUN", help="default runs/NAME-PRESET")
@@ -145,7 +149,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0, 1 where training diverged, 2 for bad input, 130 when interrupted."""
+    """Runs the command.
+
+    The exit status is 0, 1 if training diverged, 2 for bad input, 130 when interrupted.
+    """
     with lenient_output():
         parser = _parser()
         return _main(parser, parser.parse_args(arguments))

@@ -1,4 +1,4 @@
-"""What the recipes share: training that resumes, and pictures of curves."""
+"""Code that the recipes share: training that can be continued, and plots of curves."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.models.transformers import Losses
 from relay_fast.recipes._models import parse_shape
 from relay_fast.relay.run_folder import RunFolder
+from relay_fast.reporting.palette import COLORS
 from relay_fast.reporting.plots import new_figure, save_figure
 from relay_fast.reporting.progress import Display
 from relay_fast.training.optim import OPTIMIZERS, check_optimizer
@@ -48,8 +49,7 @@ Loss = Callable[..., tuple[Tensor, Tensor | None]]
 
 @settings
 class Training:
-    """The numbers of one training; `relay_fast.training.optim` and `relay_fast.training.schedule`
-    explain them."""
+    """Settings of one training, see `relay_fast.training.optim` and `.schedule`."""
 
     steps: Steps
     batch_size: BatchSize
@@ -67,7 +67,7 @@ class Training:
         check_optimizer(self.optimizer, self.muon_lr)
 
 
-# The sizes of a recipe's models.
+# Sizes of the models.
 Width = Annotated[Count, Field(description="width of the states")]
 Heads = Annotated[Count, Field(description="heads of the attention")]
 Activation = Annotated[Literal[*ACTIVATIONS], Field(description="of the MLP")]
@@ -79,9 +79,16 @@ Shapes = Annotated[
 
 
 def check_models(models: Sequence[str], d_model: int, n_heads: int, **options) -> None:
-    """Raises ValueError where there is none, or one cannot be built.
+    """Checks the shapes and sizes of a recipe's models.
 
-    models: as `relay_fast.recipes._models.parse_shape` reads them. options: of `BlockConfig`.
+    Args:
+        models: Shapes, see `relay_fast.recipes._models.parse_shape`.
+        d_model: Width of the states.
+        n_heads: Heads of the attention.
+        options: Further fields of `BlockConfig`.
+
+    Raises:
+        ValueError: There is no model, or one cannot be built.
     """
     if not models:
         raise ValueError("models = []: give at least one, like 1x4")
@@ -103,11 +110,20 @@ def train(
     device: str = "cpu",
     before_step: BeforeStep | None = None,
 ) -> Trained:
-    """Trains `model` in place; a finished one is read from `folder`, an interrupted one continues.
+    """Trains a model in place; continues an interrupted training, reads a finished one.
 
-    loss(model, *batch) -> (loss (), share right () or None). draw(rng, step) -> the step's batch,
-    which depends on its arguments only; `rng` is the step's own. name: of the model, in the folder.
-    before_step: see `relay_fast.training.trainer.train_model`.
+    Args:
+        model: The model.
+        loss: (model, *batch) -> (loss (), share correct () or None).
+        draw: (rng, step) -> the step's batch, which must depend on these two only; each step has
+            its own `rng`.
+        training: The settings.
+        folder: The run folder, which keeps the state.
+        name: Name of the model in the folder.
+        display: Shows the progress.
+        seed: Seed of the batches.
+        device: Where the model is trained.
+        before_step: See `relay_fast.training.trainer.train_model`.
     """
     display.start(name)
     trained = train_model(
@@ -124,9 +140,9 @@ def train(
 
 
 class _Batch:
-    """Arguments of a loss; the tensors among them move together.
+    """The arguments of a loss, of which the tensors move together.
 
-    No tuple: the data loader would turn it into a list.
+    It is not a tuple, because the data loader would turn that into a list.
     """
 
     def __init__(self, size: int, parts: Iterable[Tensor | list]):
@@ -140,7 +156,7 @@ class _Batch:
 
 
 class _Draws(Dataset):
-    """step → batch, the same after every resume."""
+    """A dataset of batches by step, the same after every interruption."""
 
     def __init__(self, draw: Draw, training: Training, seed: int):
         self.draw, self.size, self.seed = draw, training.batch_size, seed
@@ -158,7 +174,7 @@ class _Draws(Dataset):
 
 
 class _Learner(nn.Module):
-    """A model and its loss, as the trainer wants them."""
+    """A model with its loss, for the trainer."""
 
     def __init__(self, model: nn.Module, loss: Loss):
         super().__init__()
@@ -169,15 +185,15 @@ class _Learner(nn.Module):
         return next(self.model.parameters()).device
 
     def forward(self, batch: _Batch) -> Losses:
-        loss, right = self._loss(self.model, *batch.parts)
+        loss, correct = self._loss(self.model, *batch.parts)
         zero = loss.new_zeros(())
-        right = zero if right is None else right
-        return Losses(loss, loss.detach(), zero, right, right)
+        correct = zero if correct is None else correct
+        return Losses(loss, loss.detach(), zero, correct, correct)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a picture: curves[label] = (x, y); dashed ones are theory or published."""
+    """One panel of a plot: curves[label] = (x, y); dashed ones are theory or published."""
 
     title: str
     x: str
@@ -189,23 +205,33 @@ class Panel:
     y_range: tuple[float, float] | None = None
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 _MARKERS = "osD^vPX*"
 
 
 def draw_panels(path: str | os.PathLike, panels: Sequence[Panel], title: str = "") -> Path:
-    """The panels side by side as a PNG at `path`. Raises ImportError without matplotlib."""
+    """Draws panels side by side.
+
+    Args:
+        path: The PNG file.
+        panels: The panels.
+        title: Title of the plot.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     figure = new_figure(5.2 * len(panels), 4.4)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         colors = {}
         for i, (label, (x, y)) in enumerate(panel.curves.items()):
-            colors[label] = _COLORS[i % len(_COLORS)]
+            colors[label] = COLORS[i % len(COLORS)]
             marker = _MARKERS[i % len(_MARKERS)] if len(x) <= 40 else None
             axes.plot(x, y, color=colors[label], marker=marker, markersize=5, label=label)
         for i, (label, (x, y)) in enumerate(panel.dashed.items()):
-            color = colors.get(label, _COLORS[(len(colors) + i) % len(_COLORS)])
-            shown = None if label in colors else label  # one of a pair shares its entry
+            color = colors.get(label, COLORS[(len(colors) + i) % len(COLORS)])
+            shown = None if label in colors else label  # a pair shares one entry of the legend
             axes.plot(x, y, "--", color=color, alpha=0.7, linewidth=2.5, label=shown, zorder=1)
         axes.set_title(panel.title)
         axes.set_xlabel(panel.x)

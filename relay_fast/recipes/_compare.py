@@ -1,4 +1,4 @@
-"""(k⊗L) models of several shapes, trained alike on one task and compared: run, table, picture."""
+"""Compares (k⊗L) models of several shapes on one task: training, table, plot."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from relay_fast.recipes._models import classifier_loss, make_classifier
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 
-Published = Mapping[str, Mapping[int, float]]  # shape -> size of the problem -> % right
+Published = Mapping[str, Mapping[int, float]]  # shape -> size of the problem -> % correct
 
 
 class Sizes(Protocol):
-    """What the settings of a comparison hold."""
+    """The settings that a comparison needs."""
 
     training: Training
     models: tuple[str, ...]
@@ -36,9 +36,20 @@ def compare(
     seed: int,
     device: str,
 ) -> dict[str, Any]:
-    """For each shape: parameters, accuracy, history, seconds.
+    """Trains a model of each shape and measures its accuracy.
 
-    draw: the arguments of `classifier_loss`. accuracy(model): size of the problem -> share right.
+    Args:
+        settings: Shapes, sizes and training.
+        vocabulary_size: Number of tokens.
+        draw: Draws batches, the arguments of `classifier_loss`.
+        accuracy: Model -> {size of the problem: share correct}.
+        folder: The run folder.
+        display: Shows the progress.
+        seed: Seed of models and batches.
+        device: Where models run.
+
+    Returns:
+        {shape: {"parameters", "accuracy", "history", "seconds"}}.
     """
     results = {}
     for name in settings.models:
@@ -62,7 +73,16 @@ def compare(
 def comparison_rows(
     models: Mapping[str, Any], published: Published, size: str
 ) -> tuple[list[str], list[list[Any]]]:
-    """A line a model: % right by size, beside what was published. size: its letter."""
+    """Makes the table: a row for each model, % correct by problem size beside published numbers.
+
+    Args:
+        models: Results of `compare`.
+        published: The paper's numbers.
+        size: Symbol of the problem size.
+
+    Returns:
+        (header, rows).
+    """
     sizes = list(next(iter(models.values()))["accuracy"])
     shown = [s for s in sizes if any(int(s) in by_size for by_size in published.values())]
     header = ["model", "parameters", *(f"{size} = {s}" for s in sizes),
@@ -79,17 +99,25 @@ def comparison_rows(
 def comparison_plot(
     models: Mapping[str, Any], published: Published, size: str, title: str, path: Path
 ) -> Path:
-    """% right by size, published ones dashed, and the training losses."""
-    right, dashed, losses = {}, {}, {}
+    """Plots % correct by problem size, published numbers dashed, and the training losses.
+
+    Args:
+        models: Results of `compare`.
+        published: The paper's numbers.
+        size: Symbol of the problem size.
+        title: Title of the plot.
+        path: The PNG file.
+    """
+    correct, dashed, losses = {}, {}, {}
     for name, m in models.items():
         label = f"{name.replace('x', '⊗')} ({m['parameters'] / 1000:.0f}k)"
-        right[label] = [int(s) for s in m["accuracy"]], [100 * a for a in m["accuracy"].values()]
+        correct[label] = [int(s) for s in m["accuracy"]], [100 * a for a in m["accuracy"].values()]
         if name in published:
             dashed[label] = list(published[name]), list(published[name].values())
         losses[label] = [e["step"] for e in m["history"]], [e["loss"] for e in m["history"]]
     shown = "fresh problems; dashed: published" if dashed else "fresh problems"
     panels = [
-        Panel(shown, size, "right (%)", right, dashed, y_range=(-3, 103)),
+        Panel(shown, size, "correct (%)", correct, dashed, y_range=(-3, 103)),
         Panel("training", "step", "loss", losses, log_y=True),
     ]  # fmt: skip
     return draw_panels(path, panels, title)

@@ -1,8 +1,8 @@
-"""Linear attention, and its loop at a cost that does not depend on the context's length.
+"""Linear attention, and its loop at a cost independent of the context's length.
 
 A layer is z ← z + P S Q z for every token z, with the moment S = Σ z zᵀ over the context's tokens:
 the context acts through S alone. In a loop every token is multiplied by G = I + P S Q, so S becomes
-G S Gᵀ: one iteration takes a few D×D products, however many tokens there are.
+G S Gᵀ: one iteration takes a few D×D products for any number of tokens.
 
 Shapes: B prompts, m tokens, D width; tokens are rows. P and Q are (D, D), shared by all prompts.
 """
@@ -14,19 +14,28 @@ from torch import Tensor, nn
 
 
 def moment(context: Tensor) -> Tensor:
-    """Σ z zᵀ (B, D, D) of the context's tokens (B, m, D)."""
+    """Returns Σ z zᵀ (B, D, D) of the context's tokens (B, m, D)."""
     return context.mT @ context
 
 
 def linear_attention(tokens: Tensor, s: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """P S Q z for every token: tokens (B, m, D), s (B, D, D); returns (B, m, D)."""
+    """Returns P S Q z (B, m, D) for every token z.
+
+    Args:
+        tokens: (B, m, D).
+        s: Moment (B, D, D) of the context.
+        p, q: (D, D).
+    """
     return tokens @ q.mT @ s @ p.mT
 
 
 def causal_linear_attention(tokens: Tensor, s: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """As `linear_attention`, where each token also sees itself and the tokens before it.
+    """Does as `linear_attention`, but each token also sees itself and the tokens before it.
 
-    s: moment of a context that comes before all of them.
+    Args:
+        tokens: (B, m, D).
+        s: Moment (B, D, D) of a context that comes before all tokens.
+        p, q: (D, D).
     """
     asked = tokens @ q.mT
     return (asked @ s + (asked @ tokens.mT).tril() @ tokens) @ p.mT
@@ -41,10 +50,17 @@ def loop_linear_attention(
     *,
     return_states: bool = False,
 ) -> Tensor | list[Tensor]:
-    """Tokens (B, m, D) after `loops` layers that also change their context, whose moment is s.
+    """Applies `loops` layers to tokens and to their context, which does not include the tokens.
 
-    The tokens themselves are not part of the context. With return_states, a list of the tokens
-    after iterations 1..loops.
+    Args:
+        tokens: (B, m, D).
+        s: Moment (B, D, D) of the context before the first layer.
+        p, q: (D, D).
+        loops: Number of layers.
+        return_states: Return a list of the tokens after each of the iterations 1..loops.
+
+    Returns:
+        The tokens (B, m, D) after the last iteration, or the list.
     """
     states = []
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
@@ -58,7 +74,7 @@ def loop_linear_attention(
 
 
 class LinearAttention(nn.Module):
-    """The layer on the tokens themselves, for `relay_fast.loop` and for stacks.
+    """The layer as a module on tokens, for `relay_fast.loop` and for stacks.
 
     P and Q start from N(0, std²).
     """
@@ -76,9 +92,12 @@ class LinearAttention(nn.Module):
             matrix.copy_(self.std * torch.randn_like(matrix))
 
     def forward(self, tokens: Tensor, context: int, scale: float = 1.0) -> Tensor:
-        """tokens (B, m, D), the first `context` of which are attended to; all of them change.
+        """Applies the layer to all tokens.
 
-        scale: of the moment, 1/n for a mean.
+        Args:
+            tokens: (B, m, D).
+            context: The first `context` tokens are attended to.
+            scale: Factor of the moment, 1/n for a mean.
         """
         s = scale * moment(tokens[:, :context])
         return tokens + linear_attention(tokens, s, self.p, self.q)

@@ -1,4 +1,4 @@
-"""Models by shape, (k⊗L) with or without independent ends."""
+"""Builds models by shape, (k⊗L) with or without independent ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from relay_fast.models.classifier import LoopedClassifier
 
 
 def parse_shape(name: str) -> tuple[int, int, int, int]:
-    """(prelude, layers, loops, coda) of "kxL" or "prelude+kxL+coda"; ValueError for others."""
+    """Parses "kxL" or "prelude+kxL+coda" to (prelude, layers, loops, coda); else ValueError."""
     parts = name.split("+")
     prelude, middle, coda = parts if len(parts) == 3 else ("0", name, "0")
     numbers = [prelude, *middle.split("x"), coda]
@@ -23,9 +23,15 @@ def parse_shape(name: str) -> tuple[int, int, int, int]:
 def make_classifier(
     shape: str, vocabulary_size: int, *, d_model: int, n_heads: int, seed: int, **options
 ) -> LoopedClassifier:
-    """The causal model of a shape (see `parse_shape`), fresh from the seed.
+    """Builds a causal model.
 
-    options: of `BlockConfig`.
+    Args:
+        shape: See `parse_shape`.
+        vocabulary_size: Number of tokens.
+        d_model: Width of the states.
+        n_heads: Heads of the attention.
+        seed: Seed of the weights.
+        options: Further fields of `BlockConfig`.
     """
     prelude, layers, loops, coda = parse_shape(shape)
     torch.manual_seed(seed)
@@ -40,5 +46,13 @@ def classifier_loss(
     targets: Tensor,
     cu_seqlens: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and share right, as `relay_fast.recipes._common.train` wants them."""
+    """Returns loss and share correct, for `relay_fast.recipes._common.train`.
+
+    Args:
+        model: The model.
+        tokens: (N,) packed, or (B, n).
+        rows: (R,) flat indices of the tokens with a target.
+        targets: (R,).
+        cu_seqlens: Offsets of packed sequences.
+    """
     return model.loss(tokens, rows, targets, cu_seqlens=cu_seqlens)

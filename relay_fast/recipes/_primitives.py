@@ -1,10 +1,11 @@
 """Reasoning primitives: variable assignment in words, for models that write text.
 
 Depth 0 asks for one of five variables, depth 1 for one of five others that each stand for one of
-the five. Prompts as MIDAS (Saunshi et al. 2024, arXiv 2409.19044) is quoted to print them; the
-paper's other primitives have no known format. Choosing among the five values is right in 20 %.
+the five. The format of the prompts is that of MIDAS (Saunshi et al. 2024, arXiv 2409.19044); the
+format of the paper's other primitives is not known. Choosing among the five values scores 20 %.
 
-How solved examples are put in front (their answers filled in, an empty line between) is our choice.
+Solved examples come first, with their answers filled in and an empty line between; that format is
+not the paper's.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ class Problem(NamedTuple):
 
 
 def variable_assignment(rng: np.random.Generator, depth: int, form: str) -> Problem:
-    """A problem of `depth` 0 or 1, in the form "math" or "code".
+    """Draws a problem.
 
-    Raises ValueError for others.
+    Args:
+        rng: The random generator.
+        depth: 0 or 1.
+        form: "math" or "code".
+
+    Raises:
+        ValueError: The depth or the form is another one.
     """
     if depth not in (0, 1):
-        raise ValueError(f"depth = {depth}: the format of 0 and 1 is known, of no other")
+        raise ValueError(f"depth = {depth}: only the formats of depths 0 and 1 are known")
     if form not in FORMS:
         raise ValueError(f"form = {form!r} is unknown: use one of {FORMS}")
     names = rng.permutation(list(ascii_lowercase))[: VARIABLES * (depth + 1)].tolist()
@@ -61,7 +68,7 @@ def variable_assignment(rng: np.random.Generator, depth: int, form: str) -> Prob
 
 
 def few_shot(rng: np.random.Generator, depth: int, form: str, shots: int = 5) -> Problem:
-    """A problem with `shots` solved ones in front."""
+    """Draws a problem with `shots` solved ones before it, see `variable_assignment`."""
     solved = [variable_assignment(rng, depth, form) for _ in range(shots)]
     problem = variable_assignment(rng, depth, form)
     texts = [f"{prompt}{answer}\n\n" for prompt, answer in solved]
@@ -71,20 +78,26 @@ def few_shot(rng: np.random.Generator, depth: int, form: str, shots: int = 5) ->
 def variable_assignment_accuracy(
     complete: Complete, depth: int, form: str, *, problems: int = 100, shots: int = 5, seed: int = 0
 ) -> float:
-    """Share of problems whose completion begins with the right number.
+    """Measures the share of problems whose completion begins with the correct number.
 
-    complete(prompts, n) -> what the model writes after each prompt, n characters or more.
+    Args:
+        complete: (prompts, n) -> the model's text after each prompt, n characters or more.
+        depth: 0 or 1.
+        form: "math" or "code".
+        problems: Number of problems.
+        shots: Solved examples before each problem.
+        seed: Selects the problems.
     """
     if problems < 1 or shots < 0:
         raise ValueError(f"problems = {problems}, shots = {shots}: give at least 1, and 0")
     rng = np.random.default_rng(seed)
     asked = [few_shot(rng, depth, form, shots) for _ in range(problems)]
     written = complete([problem.prompt for problem in asked], len(str(LARGEST)) + 2)
-    right = [
+    correct = [
         _number(text) == problem.answer.strip()
         for text, problem in zip(written, asked, strict=True)
     ]
-    return sum(right) / problems
+    return sum(correct) / problems
 
 
 def _number(text: str) -> str | None:

@@ -1,7 +1,7 @@
-"""In-context linear regression: prompts drawn without drawing their points, and gradient descent.
+"""In-context linear regression: moments of prompts, drawn directly, and gradient descent.
 
-x ~ N(0, Σ), w ~ N(0, Σ⁻¹), y = w·x. Everything that linear attention or gradient descent sees of a
-prompt of n points is the moment of its rows (x, y), divided by n.
+x ~ N(0, Σ), w ~ N(0, Σ⁻¹), y = w·x. Linear attention and gradient descent depend on a prompt of n
+points only through the moment of its rows (x, y), divided by n.
 
 Shapes: B prompts, d dimensions.
 """
@@ -16,9 +16,15 @@ from torch import Tensor
 
 
 def draw_covariances(rng: np.random.Generator, prompts: int, n: int, d: int) -> np.ndarray:
-    """(B, d, d): XᵀX / n of n points from N(0, I).
+    """Draws XᵀX / n (B, d, d) of n points from N(0, I).
 
-    For n ≥ d by Bartlett's decomposition of the Wishart distribution, in O(d²) draws a prompt.
+    For n ≥ d it uses Bartlett's decomposition of the Wishart distribution, O(d²) draws per prompt.
+
+    Args:
+        rng: The random generator.
+        prompts: B.
+        n: Points of each prompt.
+        d: Dimensions.
     """
     if n < d:
         x = rng.standard_normal((prompts, n, d))
@@ -34,9 +40,17 @@ def draw_covariances(rng: np.random.Generator, prompts: int, n: int, d: int) -> 
 def draw_prompts(
     rng: np.random.Generator, prompts: int, n: int, d: int, deviations: Sequence[float] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Moments (B, d + 1, d + 1) of (x, y), divided by n, and weights w (B, d).
+    """Draws prompts.
 
-    deviations: standard deviations of x's coordinates, Σ^½ as a diagonal; default all 1.
+    Args:
+        rng: The random generator.
+        prompts: B.
+        n: Points of each prompt.
+        d: Dimensions.
+        deviations: Standard deviations of x's coordinates (the diagonal of Σ^½), by default 1.
+
+    Returns:
+        Moments (B, d + 1, d + 1) of (x, y), divided by n, and weights w (B, d).
     """
     check_deviations(deviations, d)
     scale = np.asarray(deviations or np.ones(d))
@@ -48,15 +62,21 @@ def draw_prompts(
 
 
 def check_deviations(deviations: Sequence[float], d: int) -> None:
-    """Raises ValueError unless there are none, or d positive ones."""
+    """Raises ValueError unless there are d positive deviations, or none."""
     if deviations and (len(deviations) != d or min(deviations) <= 0):
         raise ValueError(f"deviations = {tuple(deviations)}: give {d} positive numbers, or none")
 
 
 def descend(s: Tensor, rate: float, steps: int) -> Tensor:
-    """Gradient descent from 0 on |Xw − y|² / 2n: (B, steps + 1, d), the iterates 0..steps.
+    """Runs gradient descent from 0 on |Xw − y|² / 2n.
 
-    s: moments (B, d + 1, d + 1) of (x, y), divided by n.
+    Args:
+        s: Moments (B, d + 1, d + 1) of (x, y), divided by n.
+        rate: The learning rate.
+        steps: Number of steps.
+
+    Returns:
+        (B, steps + 1, d), the iterates 0..steps.
     """
     covariance, xy = s[:, :-1, :-1], s[:, :-1, -1:]
     w, iterates = xy.new_zeros(xy.shape), []
@@ -67,10 +87,10 @@ def descend(s: Tensor, rate: float, steps: int) -> Tensor:
 
 
 def one_step_rate(n: int, d: int) -> float:
-    """n / (n + d + 1): the step that makes one step of gradient descent best on average."""
+    """Returns n / (n + d + 1), the best rate on average for one step of gradient descent."""
     return n / (n + d + 1)
 
 
 def one_step_error(n: int, d: int) -> float:
-    """d (d + 1) / (n + d + 1): the mean squared error that it leaves (Σ = I)."""
+    """Returns d (d + 1) / (n + d + 1), the mean squared error after that step (Σ = I)."""
     return d * (d + 1) / (n + d + 1)

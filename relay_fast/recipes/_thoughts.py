@@ -1,7 +1,7 @@
 """One linear attention layer that writes weights into thought columns (Huang, Wang, Lee 2025).
 
 Columns (x, y, w, 1) of width D = 2d + 2: data (x, y, 0, 0), thoughts (0, 0, w, 1). The layer is
-z ← z + V S W z / n, S the sum of z zᵀ over the columns that z sees. One step of gradient descent
+z ← z + V S W z / n, with S the sum of z zᵀ over the columns that z sees. One gradient descent step
 with rate η is V[w, x] = −η I, W[x, w] = I, W[y, 1] = −1, zeros elsewhere.
 
 Shapes: B prompts, m thoughts, d dimensions; columns are rows here.
@@ -22,11 +22,15 @@ STARTS = ("random", "theory")
 
 
 class ThoughtLayer(nn.Module):
-    """V and W (D, D) in double precision.
+    """The layer, with V and W (D, D) in double precision.
 
-    start: "random", all entries from N(0, std²), or "theory", the sparsity of gradient descent with
-    a random eigenbasis that both blocks share. Moments s are those of (x, y), divided by n:
-    (B, d + 1, d + 1).
+    Moments s in the methods are those of (x, y), divided by n: (B, d + 1, d + 1).
+
+    Args:
+        d: Dimensions.
+        start: "random": all entries from N(0, std²); "theory": the sparsity of gradient descent,
+            with a random eigenbasis that both blocks share.
+        std: Standard deviation of the random entries.
     """
 
     def __init__(self, d: int, start: str = "random", std: float = 0.02):
@@ -43,7 +47,7 @@ class ThoughtLayer(nn.Module):
 
     @classmethod
     def gradient_descent(cls, d: int, rate: float) -> ThoughtLayer:
-        """The layer that is one step of gradient descent."""
+        """Builds the layer that is one step of gradient descent."""
         layer = cls(d)
         eye = torch.eye(d, dtype=torch.float64)
         layer._set(-rate * eye, eye, -1.0)
@@ -56,23 +60,23 @@ class ThoughtLayer(nn.Module):
         self.w[self.d, -1] = label
 
     def step_matrix(self) -> Tensor:
-        """(d, d): −η I where the layer is gradient descent."""
+        """Returns the (d, d) matrix of the step, −η I for gradient descent."""
         return self.v[self.d + 1 : -1, : self.d] @ self.w[: self.d, self.d + 1 : -1]
 
     def columns(self, weights: Tensor) -> Tensor:
-        """Thoughts (B, m, D) that hold weights (B, m, d)."""
+        """Returns thoughts (B, m, D) that hold weights (B, m, d)."""
         one = torch.ones_like(weights[..., :1])
         return nn.functional.pad(torch.cat([weights, one], -1), (self.d + 1, 0))
 
     def think(self, s: Tensor, weights: Tensor, n: int) -> Tensor:
-        """The columns (B, m, D) written after each thought, given the ones before it."""
+        """Returns the columns (B, m, D) written after each thought, given the ones before it."""
         thoughts = self.columns(weights)
         seen = causal_linear_attention(thoughts, n * self._data(s), self.v / n, self.w)
         return thoughts + seen
 
     @torch.no_grad()
     def roll_out(self, s: Tensor, steps: int, n: int) -> Tensor:
-        """(B, steps + 1, d): the weights of a chain that the layer writes itself, from 0."""
+        """Generates a chain from 0; returns its weights (B, steps + 1, d)."""
         seen, thought = self._data(s), self.columns(s.new_zeros(len(s), 1, self.d))
         written = [thought]
         for _ in range(steps):
@@ -82,9 +86,15 @@ class ThoughtLayer(nn.Module):
         return torch.cat(written, 1)[..., self.d + 1 : -1]
 
     def loop(self, s: Tensor, start: Tensor, loops: int) -> Tensor:
-        """(B, loops, d): the weights after each loop over data and one thought, from start (B, d).
+        """Loops over the data and one thought, attending to the data only.
 
-        Only the data are attended to.
+        Args:
+            s: The moments.
+            start: (B, d), weights of the thought.
+            loops: Number of loops.
+
+        Returns:
+            (B, loops, d), the weights after each loop.
         """
         thought = self.columns(start[:, None])
         states = loop_linear_attention(
@@ -93,5 +103,5 @@ class ThoughtLayer(nn.Module):
         return torch.cat(states, 1)[..., self.d + 1 : -1]
 
     def _data(self, s: Tensor) -> Tensor:
-        """Moment (B, D, D) of the data columns."""
+        """Returns the moment (B, D, D) of the data columns."""
         return nn.functional.pad(s, (0, self.d + 1, 0, self.d + 1))

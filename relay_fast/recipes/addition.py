@@ -1,14 +1,14 @@
 """Addition of many numbers by looped models (Saunshi et al. 2025, arXiv 2502.17416).
 
 `315+120+045+824=` → `1304`: operands uniform and zero-padded, the sum without leading zeros and
-most significant digit first, then an end token. No chain of thought; n is drawn for each problem.
-The answer is right if all its tokens are, each read out after the true ones before it, which is
-when greedy decoding writes it.
+most significant digit first, then an end token. There is no chain of thought; n is drawn for each
+problem. An answer is correct if each of its tokens is, given the true ones before it, which is when
+greedy decoding writes it.
 
-The paper does not say how it tokenises or encodes positions: here a token a character, no spaces,
-and RoPE. It takes the best of 3 seeds, a run here is one. It trains with Adafactor; the cpu preset
-with AdamW and Muon, on 2-digit operands: with 1 digit a single layer is enough, and 3 digits take a
-GPU.
+The paper does not state its tokenisation and position encoding: here each character is a token, and
+positions are RoPE. The paper takes the best of 3 seeds, a run here is one. It trains with
+Adafactor, the cpu preset with AdamW and Muon, on 2-digit operands: a single layer solves 1 digit,
+and 3 digits need a GPU.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from relay_fast.recipes._common import (
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
+from relay_fast.utils.seeds import RECIPE_TEST_STREAM
 from relay_fast.utils.settings import Counts, says, settings
 
 PLUS, EQUALS, END, VOCABULARY_SIZE = 10, 11, 12, 13
-_TEST = 2**32  # stream of the test problems; training counts its steps from 0
 
-# Table 1 of the paper, % right for n operands; best of 3 seeds.
+# Table 1 of the paper, % correct for n operands, best of 3 seeds.
 PUBLISHED: dict[str, dict[int, float]] = {
     "12x1": {8: 100, 16: 100, 24: 100, 32: 100},
     "1x1": {8: 0.1, 16: 0.1, 24: 0.1, 32: 0.0},
@@ -90,16 +90,22 @@ PRESETS = {
 def draw_sums(
     rng: np.random.Generator, counts: np.ndarray, digits: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """Problems with their answers, packed: tokens (N,), rows (R,), targets (R,), cu_seqlens.
+    """Draws problems with their answers, packed.
 
-    counts (B,): operands of each problem. The rows are those of "=" and of the answer's digits; the
-    targets the answer's digits and END.
+    Args:
+        rng: The random generator.
+        counts: (B,) operands of each problem.
+        digits: Digits of an operand.
+
+    Returns:
+        Tokens (N,), rows (R,) of "=" and of the answers' digits, targets (R,) (the answers' digits
+        and END), cu_seqlens.
     """
     batch, most = len(counts), int(counts.max())
     present = np.arange(most) < counts[:, None]
     operands = np.where(present, rng.integers(0, 10**digits, (batch, most)), 0)
     answer = _digits(operands.sum(1), digits + len(str(most)))
-    # Operand and sign after operand; the sign after the last one is "=".
+    # Each operand is followed by a sign; the last sign is "=".
     sign = np.where(np.arange(most) == counts[:, None] - 1, EQUALS, PLUS)
     problem = np.concatenate([_digits(operands, digits), sign[..., None]], axis=2)
     written = answer.cumsum(1) > 0
@@ -116,15 +122,22 @@ def draw_sums(
 
 
 def _digits(numbers: np.ndarray, count: int) -> np.ndarray:
-    """(…, count) decimal digits, most significant first."""
+    """Returns (…, count) decimal digits, most significant first."""
     return numbers[..., None] // 10 ** np.arange(count)[::-1] % 10
 
 
 def accuracy(model: LoopedClassifier, settings: Settings, n: int, seed: int) -> float:
-    """Share of sums of n operands that are right."""
-    rng = np.random.default_rng([seed, _TEST, n])
+    """Measures the share of correct sums on `settings.problems` fresh problems.
+
+    Args:
+        model: The model.
+        settings: The recipe's settings.
+        n: Operands of each sum.
+        seed: Selects the problems.
+    """
+    rng = np.random.default_rng([seed, RECIPE_TEST_STREAM, n])
     device = model.embedding.weight.device
-    right = 0
+    correct = 0
     with inference(model):
         for first in range(0, settings.problems, 250):
             counts = np.full(min(250, settings.problems - first), n)
@@ -134,8 +147,8 @@ def accuracy(model: LoopedClassifier, settings: Settings, n: int, seed: int) -> 
                 cu_seqlens=cu_seqlens,
             )  # fmt: skip
             begins = np.flatnonzero(np.append(True, targets[:-1] == END))
-            right += int(np.logical_and.reduceat(chosen.cpu().numpy() == targets, begins).sum())
-    return right / settings.problems
+            correct += int(np.logical_and.reduceat(chosen.cpu().numpy() == targets, begins).sum())
+    return correct / settings.problems
 
 
 def run(
@@ -155,7 +168,7 @@ def run(
 
 
 def _published(results: Mapping[str, Any]) -> Mapping[str, Mapping[int, float]]:
-    """The paper's numbers where the task is the paper's."""
+    """Returns the paper's numbers if the task is the paper's, else none."""
     return PUBLISHED if results["published"] else {}
 
 

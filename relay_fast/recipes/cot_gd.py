@@ -3,18 +3,18 @@
 The task is in-context *weight* prediction: given n pairs (x, y = w·x), x ~ N(0, I), write w. Tokens
 are columns (x, y, w, 1) of width 2d + 2: data (x, y, 0, 0), thoughts (0, 0, w_i, 1). The model is
 one linear attention layer, z ← z + V S W z / n with S the sum of z zᵀ over all columns so far; its
-last column is appended, again and again. Taught are the iterates of gradient descent,
+last column is appended at each step. The targets are the iterates of gradient descent,
 
     w_0 = 0,   w_{i+1} = w_i − η/n · Xᵀ(X w_i − y),
     loss ½ Σ_i ‖f(Z_i)[:, −1] − (0, 0, w_{i+1}, 1)‖².
 
 The layer can do this exactly (`relay_fast.recipes._thoughts`). All its entries are trained, from
 N(0, 0.02²) ("random") or from that sparsity with a random common eigenbasis ("theory"). Without a
-chain one layer can at best do one step: d(d+1)/(n+d+1). The looped variant applies the layer L
-times, and is taught the weights only.
+chain, one layer does at best one step, with error d(d+1)/(n+d+1). The looped variant applies the
+layer L times and is trained on the final weights only.
 
-The paper's learning rate, batch and steps are not known to us; `paper` has its sizes, d = 10 and
-n = 20, and our training.
+The paper's learning rate, batch and steps are not known; `paper` has its sizes, d = 10 and n = 20,
+with other training settings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from relay_fast.recipes._regression import check_deviations, descend, draw_promp
 from relay_fast.recipes._thoughts import STARTS, ThoughtLayer
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
-from relay_fast.utils.settings import Count, Counts, Positive, settings
+from relay_fast.utils.settings import Count, Positive, settings
 
 PUBLISHED: dict[str, Any] = {}  # the paper plots its losses
 
@@ -47,7 +47,7 @@ class Settings:
     thoughts: Count = Field(20, description="steps of the trained chain")
     rate: Positive = Field(0.4, description="learning rate of the gradient descent in the chain")
     start: Literal[*STARTS] = Field("random", description="weights at the start")
-    loops: Counts = Field((2, 5), description="of the looped variants")
+    loops: tuple[Count, ...] = Field((2, 5), description="of the looped variants")
     loop_lr: Positive = Field(
         0.02, description="their learning rate, and that of one layer without a chain"
     )
@@ -113,14 +113,14 @@ def run(
 
 
 def _prompts(c: Settings, seed: int, device: str, part: int, deviations=()):
-    """Moments and weights of `prompts` prompts; other parts are other ones."""
+    """Draws moments and weights of `prompts` prompts; each `part` has its own."""
     rng = np.random.default_rng([seed, 2**32, part])
     prompts = draw_prompts(rng, c.prompts, c.examples, c.dimension, deviations)
     return (torch.from_numpy(array).to(device) for array in prompts)
 
 
 def _compare(model: ThoughtLayer, c: Settings, seed: int, device: str, deviations) -> dict:
-    """Mean squared errors of the rollout and of gradient descent, after each step."""
+    """Returns mean squared errors of the rollout and of gradient descent after each step."""
     s, w = _prompts(c, seed, device, 0, deviations)
     steps = c.rollout * c.thoughts
     error = lambda iterates: (iterates - w[:, None]).square().sum(2).mean(0).tolist()
@@ -131,13 +131,13 @@ def _compare(model: ThoughtLayer, c: Settings, seed: int, device: str, deviation
 
 
 def shown_steps(results: Mapping[str, Any]) -> list[int]:
-    """Steps of the table: inside the trained chain, its end, and beyond."""
+    """Returns the steps in the table: inside the trained chain, its end, and beyond."""
     k, last = results["thoughts"], len(results["chain"]["rollout"]) - 1
     return sorted({1, max(1, k // 4), max(1, k // 2), k, *(m for m in (5 * k // 2, last) if m > k)})
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Squared errors of the weights: the model's beside gradient descent's or theory's."""
+    """Makes the table: squared errors of the weights beside gradient descent's or theory's."""
     lines = []
     for key, name in (("chain", "rollout"), ("other_covariance", "rollout, other covariance")):
         part = results[key]
@@ -153,7 +153,7 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """Error against thoughts, over gradient descent's."""
+    """Plots the error against the number of thoughts, with gradient descent's."""
     panels = []
     for key, title in (("chain", "trained distribution"), ("other_covariance", "other covariance")):
         part = results[key]

@@ -1,4 +1,4 @@
-"""How fast a linear looped transformer solves least squares (Chen et al. 2024, arXiv 2410.11268).
+"""Convergence of a linear looped transformer on least squares (Chen et al. 2024, arXiv 2410.11268).
 
 T loops of the layer of `relay_fast.recipes._thoughts`, with the weights of gradient descent and
 rate n/λ_max(XᵀX), leave e_T = (I − XᵀX/λ_max)^T e_0, so
@@ -7,9 +7,9 @@ rate n/λ_max(XᵀX), leave e_T = (I − XᵀX/λ_max)^T e_0, so
 
 with n = O(d) points κ is a constant, and T loops do T useful steps. Nothing is trained.
 
-We know the paper's abstract only: its experiments' sizes are not known, and `paper` is ours with
-more draws. A prompt with y = 0 whose first thought holds e_0 has the errors themselves as its
-thoughts, so that they keep their relative precision down to 1e-300.
+The sizes of the paper's experiments are not known; `paper` is the cpu preset with more draws. A
+prompt with y = 0 whose first thought is e_0 has the errors themselves as its thoughts, which keeps
+their relative precision down to 1e-300.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 from relay_fast.utils.settings import Count, Counts, Positive, settings
 
-PUBLISHED: dict[str, Any] = {}  # no number of the paper is known to us
+PUBLISHED: dict[str, Any] = {}  # the paper's numbers are not known
 
 
 @settings
@@ -75,7 +75,7 @@ def run(
         errors = layer.loop(s, start, settings.loops).norm(dim=2) / start.norm(dim=1)[:, None]
         steps = torch.arange(1, settings.loops + 1, device=device)
         bound = torch.exp(-steps / kappa[:, None])
-        # 1e-12: the rounding of eigenvalues and steps
+        # 1e-12 allows for the rounding of eigenvalues and steps.
         held = (errors <= bound * (1 + 1e-12)).all(1).double().mean()
         results.append({
             "ratio": ratio, "n": n, "kappa": kappa.median().item(), "held": held.item(),
@@ -85,7 +85,7 @@ def run(
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Medians over the draws; the bound's share counts every step of a draw."""
+    """Makes the table: medians over draws; the share within the bound counts every step."""
     header = ["n/d", "κ"]
     for t in results["shown"]:
         header += [f"error, T = {t}", "e^(−T/κ)"]
@@ -99,7 +99,7 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """Error against loops, with the bound dashed."""
+    """Plots the error against loops, with the bound dashed."""
     curves, dashed = {}, {}
     for r in results["ratios"]:
         label = f"n/d = {r['ratio']:g}, κ = {r['kappa']:.3g}"

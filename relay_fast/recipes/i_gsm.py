@@ -1,23 +1,25 @@
 """Symbolic i-GSM, grade-school arithmetic as a graph (Saunshi et al. 2025, arXiv 2502.17416).
 
-A hierarchy of entities in 4 levels; each edge from a level to the next is an integer variable, as
-E#I; a random acyclic graph gives each a formula of others; the statements come shuffled:
+A hierarchy has entities in 4 levels; each edge from a level to the next is an integer variable,
+like E#I; a random acyclic graph gives each variable a formula of others. The statements are
+shuffled:
 
     E#I := 4. K#N := 3 * I#N + J#O. ... I#N?
 
-and the answer is the value of the last variable mod 7, one token (chance 1/7). The paper's 24.5 %
-of one layer implies that it trained the answer alone, without its chain; so do we.
+The answer is the value of the last variable mod 7, one token (chance 1/7). The paper's 24.5 % for
+one layer implies that only the answer is trained, without a chain, as it is here.
 
-The paper's constants of the sampler are not known to us. Ours: 4 levels of `width` entities, named
-by different letters; the variables are different edges, all alike; in a hidden order a variable has
-0 to `parents` different parents among those before it, uniform, and the last one at least one.
-None: a constant 0..6. Otherwise the sum of the parents, the first times 2..`factor` in half of the
-cases. A variable's depth is 0 for a constant, else one more than its deepest parent's.
+The constants of the paper's sampler are not known. Here there are 4 levels of `width` entities,
+named by different letters; the variables are different, equally likely edges; in a hidden order, a
+variable has 0 to `parents` different parents among those before it, uniformly, and the last one has
+at least one. A variable without parents is a constant 0..6. Any other is the sum of its parents,
+the first one times 2..`factor` in half of the cases. The depth of a constant is 0, that of another
+variable one more than its deepest parent's.
 
-That form is not learned within minutes. The cpu preset has an easier one, where depth still counts:
-each edge of the hierarchy is one token (names "whole"), all variables are asked for, "? a b c",
-each answered at its own token (asked "every"), formulas are sums without factors, and training
-begins with constants only, the formulas coming in over a share of it (`curriculum`).
+This form takes more than minutes to learn. The cpu preset has an easier one, in which depth still
+matters: each edge of the hierarchy is one token (names "whole"), all variables are asked for,
+"? a b c", each answered at its own token (asked "every"), formulas are sums without factors, and
+training starts with constants only and brings in formulas over a share of it (`curriculum`).
 
 The paper trains with Adafactor, the cpu preset with AdamW and Muon.
 """
@@ -38,6 +40,7 @@ from relay_fast.recipes._common import Activation, Heads, Shapes, Training, Widt
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
+from relay_fast.utils.seeds import RECIPE_TEST_STREAM
 from relay_fast.utils.settings import Count, Share, says, settings
 
 LEVELS, MODULUS = 4, 7
@@ -45,9 +48,8 @@ ASKED, NAMES = ("last", "every"), ("letters", "whole")
 SYMBOLS = ("0", "1", "2", "3", "4", "5", "6", "#", ":=", "+", "*", ".", "?",
            *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # fmt: skip
 HASH, IS, PLUS, TIMES, STOP, ASK, LETTERS = range(7, 14)
-_TEST = 2**32  # stream of the test problems; training counts its steps from 0
 
-# Table 3 of the paper, % right, for graphs whose sizes are not known to us.
+# Table 3 of the paper, % correct, for graphs of unknown sizes.
 PUBLISHED: dict[str, float] = {
     "8x1": 73.2, "1x1": 24.5, "1x2": 52.3, "1x4": 69.9, "1x8": 73.2,
     "2x1": 54.0, "2x2": 66.9, "2x4": 73.6, "4x1": 71.3, "4x2": 71.6,
@@ -88,7 +90,7 @@ class Settings:
 
     @property
     def edges(self) -> int:
-        """Of the hierarchy: the variables that there are."""
+        """The number of edges of the hierarchy, which are the possible variables."""
         return (LEVELS - 1) * self.width**2
 
     @property
@@ -121,25 +123,33 @@ PRESETS = {
 
 
 class Problems(NamedTuple):
-    """B problems, packed; R variables are asked for."""
+    """B packed problems that ask for R variables."""
 
     tokens: np.ndarray  # (N,)
-    rows: np.ndarray  # (R,) where they are answered
+    rows: np.ndarray  # (R,) tokens at which they are answered
     answers: np.ndarray  # (R,)
     depths: np.ndarray  # (R,) of the variables
     cu_seqlens: list[int]  # B + 1
 
 
-# Long: each array is drawn from the ones before it.
-def draw_problems(
-    rng: np.random.Generator, settings: Settings, count: int, variables: int, formulas: float = 1.0
-) -> Problems:
-    """Problems of so many variables each; of the formulas, the share `formulas` is left, and the
-    others are constants instead."""
-    batch, v, width, most = count, variables, settings.width, settings.parents
-    every = np.arange(batch)[:, None]
-    # The graph: in the hidden order, the parents of variable j are the first `number` of a random
-    # order of the variables before it.
+class _Graph(NamedTuple):
+    """Formulas of B problems of V variables with up to P parents, in a hidden order."""
+
+    number: np.ndarray  # (B, V) parents of a variable
+    parents: np.ndarray  # (B, V, P)
+    used: np.ndarray  # (B, V, P) bool, the first `number`
+    factor: np.ndarray  # (B, V) of the first parent
+    constant: np.ndarray  # (B, V) for variables without parents
+    value: np.ndarray  # (B, V)
+    depth: np.ndarray  # (B, V)
+
+
+def _draw_graph(
+    rng: np.random.Generator, settings: Settings, batch: int, v: int, formulas: float
+) -> _Graph:
+    most, every = settings.parents, np.arange(batch)[:, None]
+    # The parents of variable j are the first `number` of a random permutation of the variables
+    # before it.
     number = np.minimum(rng.integers(0, most + 1, (batch, v)), np.arange(v))
     number[:, -1] = np.maximum(number[:, -1], 1)
     number = np.where(rng.random((batch, v)) < formulas, number, 0)
@@ -156,8 +166,13 @@ def draw_problems(
         terms[:, 0] *= factor[:, j]
         value[:, j] = np.where(number[:, j] == 0, constant[:, j], terms.sum(1) % MODULUS)
         depth[:, j] = np.where(used[:, j], depth[every, parents[:, j]] + 1, 0).max(1)
+    return _Graph(number, parents, used, factor, constant, value, depth)
 
-    # Names: variable j is an edge between entities of two levels that follow each other.
+
+def _draw_names(rng: np.random.Generator, settings: Settings, batch: int, v: int) -> np.ndarray:
+    """Draws the tokens (B, V, slots) of the variables' names."""
+    width, every = settings.width, np.arange(batch)[:, None]
+    # Variable j is an edge between entities of two consecutive levels.
     edges = rng.permuted(np.tile(np.arange(settings.edges), (batch, 1)), axis=1)[:, :v]
     if settings.names == "whole":
         name = edges[..., None] + LETTERS
@@ -169,23 +184,48 @@ def draw_problems(
             np.full((batch, v), HASH),
             letters[every, (level + 1) * width + lower] + LETTERS,
         ], axis=2)  # fmt: skip
+    return name
 
-    # A statement's slots: name :=  constant | factor * | name (+ name)*  .
+
+def _statements(graph: _Graph, name: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the statements' slots (B, V, slots) and which of them are present."""
+    batch, v, most = graph.used.shape
+    every = np.arange(batch)[:, None]
+    number, factor = graph.number, graph.factor
+    # The slots: name :=  constant | factor * | name (+ name)*  .
     sign = lambda symbol: np.full((batch, v, 1), symbol)
     shown = lambda mask, slots: np.repeat(mask[..., None], slots, axis=2)
     always = np.ones((batch, v), bool)
-    parts = [(name, always), (sign(IS), always), (constant[..., None], number == 0)]
+    parts = [(name, always), (sign(IS), always), (graph.constant[..., None], number == 0)]
     scaled = (number > 0) & (factor > 1)
     parts += [(np.concatenate([factor[..., None], sign(TIMES)], 2), scaled)]
     for i in range(most):
-        parent = name[every, parents[:, :, i]]
+        parent = name[every, graph.parents[:, :, i]]
         if i:
             parent = np.concatenate([sign(PLUS), parent], 2)
-        parts.append((parent, used[:, :, i]))
+        parts.append((parent, graph.used[:, :, i]))
     parts.append((sign(STOP), always))
     tokens = np.concatenate([slots for slots, _ in parts], 2)
     present = np.concatenate([shown(mask, slots.shape[2]) for slots, mask in parts], 2)
+    return tokens, present
 
+
+def draw_problems(
+    rng: np.random.Generator, settings: Settings, count: int, variables: int, formulas: float = 1.0
+) -> Problems:
+    """Draws problems.
+
+    Args:
+        rng: The random generator.
+        settings: The recipe's settings.
+        count: Number of problems.
+        variables: Variables of each problem.
+        formulas: Share of the formulas that is kept; the others become constants.
+    """
+    batch, v, every = count, variables, np.arange(count)[:, None]
+    graph = _draw_graph(rng, settings, batch, v, formulas)
+    name = _draw_names(rng, settings, batch, v)
+    tokens, present = _statements(graph, name)
     shuffle = rng.random((batch, v)).argsort(1)
     tokens = tokens[every, shuffle].reshape(batch, -1)
     present = present[every, shuffle].reshape(batch, -1)
@@ -203,17 +243,19 @@ def draw_problems(
     tokens = np.concatenate([tokens, question], axis=1)
     present = np.concatenate([present, np.ones_like(question, bool)], axis=1)
     return Problems(
-        tokens[present], np.flatnonzero(read[present]), value[every, asked].ravel(),
-        depth[every, asked].ravel(), [0, *present.sum(1).cumsum().tolist()],
+        tokens[present], np.flatnonzero(read[present]), graph.value[every, asked].ravel(),
+        graph.depth[every, asked].ravel(), [0, *present.sum(1).cumsum().tolist()],
     )  # fmt: skip
 
 
 def accuracy(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str, float]:
-    """Depth of a variable -> share of the answers that are right, on fresh problems; of depths that
-    at least 1 % of the variables have."""
-    rng = np.random.default_rng([seed, _TEST])
+    """Measures the share of correct answers by depth, for depths of at least 1 % of the variables.
+
+    The problems are fresh ones, selected by `seed`.
+    """
+    rng = np.random.default_rng([seed, RECIPE_TEST_STREAM])
     device = model.embedding.weight.device
-    right, depths = [], []
+    correct, depths = [], []
     with inference(model):
         for first in range(0, settings.problems, 100):
             count = min(100, settings.problems - first)
@@ -222,12 +264,12 @@ def accuracy(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str
                 torch.from_numpy(p.tokens).to(device), torch.from_numpy(p.rows).to(device),
                 cu_seqlens=p.cu_seqlens,
             )  # fmt: skip
-            right.append(chosen.cpu().numpy() == p.answers)
+            correct.append(chosen.cpu().numpy() == p.answers)
             depths.append(p.depths)
-    right, depths = np.concatenate(right), np.concatenate(depths)
+    correct, depths = np.concatenate(correct), np.concatenate(depths)
     counts = np.bincount(depths)
     often = np.flatnonzero(counts >= 0.01 * len(depths))
-    return {str(depth): float(right[depths == depth].mean()) for depth in often}
+    return {str(depth): float(correct[depths == depth].mean()) for depth in often}
 
 
 def run(
@@ -236,7 +278,7 @@ def run(
     ramp = settings.curriculum * settings.training.steps
 
     def draw(rng: np.random.Generator, step: int):
-        # One number of variables a batch, each as often as the others.
+        # All problems of a batch have the same number of variables, drawn uniformly.
         variables = int(rng.choice(settings.variables))
         formulas = step / ramp if step < ramp else 1.0
         p = draw_problems(rng, settings, settings.training.batch_size, variables, formulas)
@@ -250,7 +292,7 @@ def run(
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """% right by depth; the paper's column is over all depths of its own, unknown sampler."""
+    """Makes the table: % correct by depth; the paper's column is over all of its depths."""
     header, lines = comparison_rows(results["models"], {}, "depth")
     lines = [
         [*line, PUBLISHED.get(name)] for line, name in zip(lines, results["models"], strict=True)

@@ -1,19 +1,19 @@
-"""Length generalisation by looping as often as the problem is long (Fan et al. 2024, 2409.15647).
+"""Length generalisation with one loop for each position (Fan et al. 2024, arXiv 2409.15647).
 
-The query, "=", and end tokens go in; the answer comes out in parallel from "=" on, then an end
-token. One block, no position encoding, its final norm at each loop, and the input added again
-before each; a problem of length n takes T(n) = n loops in training, each sequence of a batch its
-own number, and the loss is at the last one only. Lengths grow by a curriculum.
+The input is the query, "=" and end tokens; the answer is read in parallel from "=" on, then an end
+token. The model is one block without position encoding, with its final norm at each loop and the
+input added before each. In training, a problem of length n takes T(n) = n loops, each sequence of a
+batch its own number; the loss is at the last loop only. A curriculum increases the lengths.
 
     parity     0110= →  0          copy  011= → 011          addition  01+11= → 100
 
 In a test the number of loops is n ("oracle"), or the most confident one: the loop whose answers
-have the least cross-entropy to themselves, over all problems of a length together (the paper's) or
-for each by itself. An answer is right if all its tokens are.
+have the least cross-entropy to themselves, over all problems of a length together (as in the paper)
+or for each problem separately. An answer is correct if all its tokens are.
 
-Two differences to the authors' code: their state starts at 0, ours at the embedding; they cool the
-learning rate down after the curriculum, we over all the training. The paper has multiplication, a
-binary sum and unique sets as well, and prints its accuracies as plots only.
+Two differences to the authors' code: the state starts at the embedding instead of 0, and the
+learning rate decays over the whole training instead of after the curriculum. The paper also has
+multiplication, a binary sum and unique sets, and gives its accuracies as plots only.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from relay_fast.recipes._common import (
 )
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
+from relay_fast.utils.seeds import RECIPE_TEST_STREAM
 from relay_fast.utils.settings import Count, Counts, Whole, settings
 
 PLUS, EQUALS, END, VOCABULARY_SIZE = 2, 3, 4, 5
-_TEST = 2**32  # stream of the test problems; training counts its steps from 0
 PUBLISHED: dict[str, Any] = {}  # plots only: near-perfect 10 and more beyond the trained lengths
 
 
@@ -86,19 +86,19 @@ class Settings:
 
 
 def draw_parity(rng: np.random.Generator, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries (count, n) and answers (count, 1)."""
+    """Draws queries (count, n) and answers (count, 1)."""
     bits = rng.integers(0, 2, (count, n))
     return bits, bits.sum(1, keepdims=True) % 2
 
 
 def draw_copy(rng: np.random.Generator, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries (count, n) and answers, the same."""
+    """Draws queries (count, n), which are also the answers."""
     bits = rng.integers(0, 2, (count, n))
     return bits, bits
 
 
 def draw_addition(rng: np.random.Generator, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries (count, 2n + 1) and answers (count, n + 1), most significant bit first."""
+    """Draws queries (count, 2n + 1) and answers (count, n + 1), most significant bit first."""
     terms = rng.integers(0, 2, (count, 2, n))
     answer, carry = np.zeros((count, n + 1), np.int64), np.zeros(count, np.int64)
     for place in reversed(range(n)):
@@ -115,7 +115,17 @@ DRAWS = {"parity": draw_parity, "copy": draw_copy, "addition": draw_addition}
 def draw_problems(
     rng: np.random.Generator, task: str, count: int, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (count, m) and targets (count, a + 1) of the last a + 1 tokens, those from "=" on."""
+    """Draws problems of one length.
+
+    Args:
+        rng: The random generator.
+        task: A key of `TASKS`.
+        count: Number of problems.
+        n: Their length.
+
+    Returns:
+        Inputs (count, m) and targets (count, a + 1) of the last a + 1 tokens, those from "=" on.
+    """
     query, answer = DRAWS[task](rng, count, n)
     end = np.full((count, answer.shape[1] + 1), END)
     targets = np.concatenate([answer, end[:, :1]], axis=1)
@@ -124,7 +134,7 @@ def draw_problems(
 
 
 def pack(problems: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
-    """Problems of several lengths as one: tokens (N,), rows (R,), targets (R,), cu_seqlens."""
+    """Packs problems of several lengths: tokens (N,), rows (R,), targets (R,), cu_seqlens."""
     tokens, rows, targets, cu_seqlens = [], [], [], [0]
     for inputs, wanted in problems:
         count, m = inputs.shape
@@ -137,7 +147,7 @@ def pack(problems: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...
 
 
 class LoopedReader(nn.Module):
-    """Embedding, looped block with input injection and no positions, and a linear read-out."""
+    """An embedding, a looped block with input injection and no positions, a linear read-out."""
 
     def __init__(self, settings: Settings, task: Task):
         super().__init__()
@@ -153,20 +163,43 @@ class LoopedReader(nn.Module):
     def loss(
         self, tokens: Tensor, rows: Tensor, targets: Tensor, cu_seqlens: list, loops: list
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy () after each sequence's last loop, and share of the rows right ()."""
+        """Returns the cross-entropy () after each sequence's last loop and the share correct ().
+
+        Args:
+            tokens: (N,), packed.
+            rows: (R,) tokens with a target.
+            targets: (R,).
+            cu_seqlens: Offsets of the sequences.
+            loops: Loops of each sequence.
+        """
         h = self.block(self.embedding(tokens), loops, cu_seqlens=cu_seqlens)
         logits = self.head(h[rows])
-        right = (logits.argmax(-1) == targets).float().mean()
-        return nn.functional.cross_entropy(logits, targets), right
+        correct = (logits.argmax(-1) == targets).float().mean()
+        return nn.functional.cross_entropy(logits, targets), correct
 
     def read(self, tokens: Tensor, last: int, loops: int) -> Tensor:
-        """Log-probabilities (loops, B, last, V) after each loop of the last tokens of (B, m)."""
+        """Returns log-probabilities after each loop.
+
+        Args:
+            tokens: (B, m).
+            last: How many tokens at the end are read.
+            loops: Number of loops.
+
+        Returns:
+            (loops, B, last, V).
+        """
         states = self.block(self.embedding(tokens), loops, return_states=True)
         return torch.stack([self.head(h[:, -last:]).log_softmax(-1) for h in states])
 
 
 def make_draw(name: str, task: Task, batch_size: int):
-    """Batches of the curriculum: lengths uniform up to a longest one that grows."""
+    """Makes the function that draws batches: lengths are uniform up to a growing maximum.
+
+    Args:
+        name: A key of `TASKS`.
+        task: Its settings.
+        batch_size: Problems in a batch.
+    """
 
     def draw(rng: np.random.Generator, step: int):
         longest = min(task.longest, 1 + step // task.grow_every)
@@ -183,26 +216,38 @@ def make_draw(name: str, task: Task, batch_size: int):
 def evaluate(
     model: LoopedReader, name: str, n: int, most: int, problems: int, seed: int
 ) -> dict[str, float]:
-    """Shares right with n loops, with the loop of 1..most that is most confident on all problems
-    together, and on each problem by itself; which loops those were."""
-    rng = np.random.default_rng([seed, _TEST, n])
+    """Measures the share correct with n loops and with the most confident loop.
+
+    Args:
+        model: The model.
+        name: A key of `TASKS`.
+        n: Length of the problems.
+        most: Confidence is compared over loops 1..most.
+        problems: Number of problems.
+        seed: Selects the problems.
+
+    Returns:
+        The shares with n loops, with the loop that is most confident on all problems together and
+        with the most confident loop of each problem, and those loops.
+    """
+    rng = np.random.default_rng([seed, RECIPE_TEST_STREAM, n])
     device = model.embedding.weight.device
-    right, confidence = [], []
+    correct, confidence = [], []
     with inference(model):
         for first in range(0, problems, 100):
             inputs, targets = draw_problems(rng, name, min(100, problems - first), n)
             wanted = torch.from_numpy(targets).to(device)
             read = model.read(torch.from_numpy(inputs).to(device), targets.shape[1], most)
             best, answer = read.max(-1)  # (loops, B, last)
-            right.append((answer == wanted).all(-1).cpu())
+            correct.append((answer == wanted).all(-1).cpu())
             confidence.append(best.mean(-1).cpu())
-    right, confidence = torch.cat(right, 1).double(), torch.cat(confidence, 1)
+    correct, confidence = torch.cat(correct, 1).double(), torch.cat(confidence, 1)
     together, each = int(confidence.mean(1).argmax()), confidence.argmax(0)
     return {
-        "oracle": right[n - 1].mean().item(),
-        "together": right[together].mean().item(),
+        "oracle": correct[n - 1].mean().item(),
+        "together": correct[together].mean().item(),
         "together_loops": together + 1,
-        "each": right.gather(0, each[None]).mean().item(),
+        "each": correct.gather(0, each[None]).mean().item(),
         "each_loops": (each + 1).double().mean().item(),
     }
 
@@ -274,7 +319,7 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """% right by length, a panel a task; the trained lengths end at the dashed line."""
+    """Plots % correct by length, a panel for each task; a dashed line ends the trained lengths."""
     panels = []
     for task, r in results["tasks"].items():
         lengths = [int(n) for n in r["tests"]]
@@ -284,5 +329,5 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
             for key, label in names.items()
         }
         dashed = {"longest trained": ([r["longest"]] * 2, [0, 100])}
-        panels.append(Panel(task, "length n", "right (%)", curves, dashed, y_range=(-3, 103)))
+        panels.append(Panel(task, "length n", "correct (%)", curves, dashed, y_range=(-3, 103)))
     return draw_panels(path, panels, "Looping as often as the problem is long")

@@ -7,14 +7,15 @@ Prompts of in-context regression (`relay_fast.recipes._regression`), tokens (x, 
 "general" trains all of P and Q; "restricted" trains A = Q[:d, :d] and u = P[d, :d], with
 P[d, d] = 1 and zeros elsewhere. Both start there, near A = 0. With u = 0 the restricted form is
 exactly w_{t+1} = w_t + Aᵀ Xᵀ(y − X w_t) / n. For L = 1 the best A is n/(n+d+1) · Σ⁻¹ = a · Σ⁻¹,
-with loss d(d+1)/(n+d+1). More loops than trained go on lowering its loss where λ · a < 2, λ the
-largest eigenvalue of XᵀX/n, about (1 + √(d/n))² for Σ = I: n ≳ 10 d. The general form may change
-the context's x as well, and for L ≥ 2 it does.
+with loss d(d+1)/(n+d+1). With more loops than trained, the loss keeps falling if λ · a < 2, with λ
+the largest eigenvalue of XᵀX/n, about (1 + √(d/n))² for Σ = I: n ≳ 10 d. The general form can also
+change the context's x, and for L ≥ 2 it does.
 
-The prediction is linear in the query, so a loss integrates the query out: d queries, one an axis.
+The prediction is linear in the query, so the loss is the exact average over queries: d queries, one
+for each axis.
 
-The paper's n, batch, learning rate and steps are not known to us; `paper` takes those of Ahn et al.
-2023 (arXiv 2306.00297, their code), but fresh prompts at each step and one clip for all matrices.
+The paper's n, batch, learning rate and steps are not known; `paper` takes those of Ahn et al. 2023
+(arXiv 2306.00297, their code), but fresh prompts at each step and one clip for all matrices.
 """
 
 from __future__ import annotations
@@ -82,7 +83,13 @@ PRESETS = {
 
 
 class LinearLooped(nn.Module):
-    """One linear attention layer, to be looped; see the module's docstring for the two forms."""
+    """One linear attention layer to be looped, in a form of the module's docstring.
+
+    Args:
+        d: Dimensions.
+        form: "general" or "restricted".
+        std: Standard deviation of the initial weights.
+    """
 
     def __init__(self, d: int, form: str, std: float = 0.01):
         super().__init__()
@@ -95,7 +102,7 @@ class LinearLooped(nn.Module):
             self.a, self.u = normal(d, d), normal(d)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """P and Q, (d + 1, d + 1)."""
+        """Returns P and Q, each (d + 1, d + 1)."""
         if self.form == "general":
             return self.p, self.q
         q = nn.functional.pad(self.a, (0, 1, 0, 1))
@@ -103,12 +110,15 @@ class LinearLooped(nn.Module):
         return torch.cat([q.new_zeros(len(q) - 1, len(q)), last[None]]), q
 
     def step_matrix(self) -> Tensor:
-        """A (d, d), or what takes its place in the general form: P[d, d] · Q[:d, :d]."""
+        """Returns A (d, d), which is P[d, d] · Q[:d, :d] in the general form."""
         p, q = self.matrices()
         return p[-1, -1] * q[:-1, :-1]
 
     def weights(self, s: Tensor, loops: int) -> list[Tensor]:
-        """(B, d) after each loop: the prediction is weights · query. s: (B, d + 1, d + 1)."""
+        """Returns the weights (B, d) after each loop; the prediction is weights · query.
+
+        `s` is the moment (B, d + 1, d + 1).
+        """
         p, q = self.matrices()
         d = len(q) - 1
         queries = torch.eye(d, d + 1, dtype=s.dtype, device=s.device).expand(len(s), d, d + 1)
@@ -117,7 +127,13 @@ class LinearLooped(nn.Module):
 
 
 def errors(weights: Tensor, w: Tensor, deviations: Tensor) -> Tensor:
-    """(B,) squared error of the prediction, on average over queries."""
+    """Returns the squared error (B,) of the prediction, averaged over queries.
+
+    Args:
+        weights: (B, d), the model's.
+        w: (B, d), the true weights.
+        deviations: (d,) standard deviations of the query's coordinates.
+    """
     return ((weights - w) * deviations).square().sum(1)
 
 
@@ -171,7 +187,7 @@ def _evaluate(
         "step": a.diagonal().mean().item(),
         "step_spread": (a - a.diagonal().mean() * torch.eye(d).to(a)).abs().max().item(),
         "edge": edge,
-        # None: it left the range of a double
+        # None: out of the range of a double
         "loss_by_loops": {str(t): _finite(by_loop[t - 1]) for t in settings.test_loops},
     }
 
@@ -181,7 +197,7 @@ def _finite(value: float) -> float | None:
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """A line a model; theory is known for L = 1 only."""
+    """Makes the table: a row for each model; theory is known for L = 1 only."""
     header = ["form", "n", "L", "loss", "theory", "a", "theory", "a·λ (< 2)", "loss after"]
     lines = []
     for m in results["models"]:
@@ -198,7 +214,7 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """Loss against loops in the test, a panel for each number of examples."""
+    """Plots the loss against loops in the test, a panel for each number of examples."""
     panels = []
     for n in sorted({m["n"] for m in results["models"]}):
         curves = {}

@@ -1,9 +1,9 @@
-"""Stacks that are drawn towards loops while they train, and then made loops (Saunshi et al. 2025).
+"""Stacks that a regulariser draws towards loops and that are then tied (Saunshi et al. 2025).
 
 loss = cross-entropy + λ · mean over groups of (1 − cosine between consecutive blocks), see
-`relay_fast.models.layer_stack`; the paper prints a sign that would push the blocks apart. The task
-is p-hop (`relay_fast.recipes.p_hop`): the paper regularises language models of 24 layers and 1.5 B
-parameters on 250 B tokens of the Pile, so `paper` takes the sizes of its p-hop experiment.
+`relay_fast.models.layer_stack`; the sign printed in the paper would push the blocks apart. The task
+is p-hop (`relay_fast.recipes.p_hop`). The paper regularises language models of 24 layers and 1.5 B
+parameters on 250 B tokens of the Pile; `paper` takes the sizes of its p-hop experiment instead.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def run(
     for weight in settings.weights:
 
         def loss(model: LoopedClassifier, *batch: Tensor, weight: float = weight):
-            value, right = model.loss(*batch)
+            value, correct = model.loss(*batch)
             if weight:
                 layers = model.block.layers
                 value = value + weight * loop_regularizer(layers, settings.period).to(value)
-            return value, right
+            return value, correct
 
         model = p_hop.make_model(settings, settings.models[0], seed)
         trained = train(
@@ -117,9 +117,9 @@ def _accuracies(model: LoopedClassifier, settings: Settings, seed: int) -> dict[
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """A line for each λ; accuracies are those of the largest p."""
+    """Makes the table: a row for each λ, with the accuracies of the largest p."""
     p = max(results["models"][0]["accuracy"], key=int)
-    header = ["λ", "parameters", "least cosine", "mean cosine", "paper", f"right, p = {p} (%)"]
+    header = ["λ", "parameters", "least cosine", "mean cosine", "paper", f"correct, p = {p} (%)"]
     lines = []
     for m in results["models"]:
         cosines = list(m["cosines"].values())
@@ -134,12 +134,12 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _tied_names(results: Mapping[str, Any]) -> list[str]:
-    """The tied models, in the order of a result's "tied"."""
+    """Returns the names of the tied models, in the order of a result's "tied"."""
     return [*TIE_MODES, f"mean and {results['tied_steps']} steps"]
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """Cosines of the groups, and accuracy as a stack and tied, against λ."""
+    """Plots cosines of the groups, and accuracy as a stack and tied, against λ."""
     models = results["models"]
     groups = list(models[0]["cosines"])
     cosines = {
@@ -147,13 +147,13 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
     }
     places = range(len(models))
     p = max(models[0]["accuracy"], key=int)
-    right = {"stack": (places, [100 * m["accuracy"][p] for m in models])}
+    correct = {"stack": (places, [100 * m["accuracy"][p] for m in models])}
     for key, name in zip(models[0]["tied"], _tied_names(results), strict=True):
-        right[f"tied, {name}"] = places, [100 * m["tied"][key][p] for m in models]
+        correct[f"tied, {name}"] = places, [100 * m["tied"][key][p] for m in models]
     labels = ", ".join(f"{i}: {name}" for i, name in enumerate(groups))
     weights = ", ".join(f"{i}: λ = {m['weight']:g}" for i, m in enumerate(models))
     panels = [
         Panel("consecutive blocks", labels, "cosine", cosines, y_range=(-0.1, 1.05)),
-        Panel(f"p-hop, p = {p}", weights, "right (%)", right, y_range=(0, 103)),
+        Panel(f"p-hop, p = {p}", weights, "correct (%)", correct, y_range=(0, 103)),
     ]
     return draw_panels(path, panels, "Looping regulariser")

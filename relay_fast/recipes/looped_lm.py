@@ -1,15 +1,15 @@
 """A small causal looped language model over bytes: prelude, block, coda.
 
-Loops are drawn for each batch and gradients flow through the last few only, as in Geiping et al.
-2025 (arXiv 2502.05171); `paper` takes the sizes of the middle-looped model of Saunshi et al. 2025
-(4⊗1, 4⊗4, 4⊗1) and Adafactor, which that paper names for its other trainings, for a corpus that is
-given. Reported on text that was not trained on: perplexity
-(per byte) against loops, perplexity and loops with early exit
-(`relay_fast.decoding.language_model`), text, and variable assignment
-(`relay_fast.recipes._primitives`), which no model of this size is expected to solve.
+The number of loops is drawn for each batch, and gradients flow through the last few loops only, as
+in Geiping et al. 2025 (arXiv 2502.05171). `paper` takes the sizes of the middle-looped model of
+Saunshi et al. 2025 (4⊗1, 4⊗4, 4⊗1) and Adafactor, which that paper uses for its other trainings.
 
-Corpus: a file or folder given as `corpus`, else the sources of Python's own standard library, which
-come with every installation (PSF licence).
+The results, on held-out text: perplexity per byte against loops, perplexity and loops with early
+exit (`relay_fast.decoding.language_model`), generated text, and variable assignment
+(`relay_fast.recipes._primitives`), which models of this size are not expected to solve.
+
+The corpus is the file or folder given as `corpus`, or by default the sources of Python's standard
+library, which come with every installation (PSF licence).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 from relay_fast.utils.settings import Count, Counts, Positive, Whole, settings
 
-PUBLISHED: dict[str, Any] = {}  # nothing is published on this corpus, byte by byte
+PUBLISHED: dict[str, Any] = {}  # there are no published numbers for bytes of this corpus
 SUFFIXES = (".py", ".txt", ".md", ".rst")
-TEST_SHARE = 10  # every so many-th file is for the test, or the last part of a single one
+TEST_SHARE = 10  # every tenth file is held out, or the last tenth of a single one
 
 
 @settings
@@ -74,7 +74,7 @@ class Settings:
 
 
 def prove(settings: Settings) -> None:
-    """Raises ValueError where there is no corpus, or too small a one."""
+    """Raises ValueError if there is no corpus or it is too small."""
     _long_enough(load_corpus(settings.corpus), settings.context)
 
 
@@ -121,7 +121,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """train and test: uint8. about: where it is from, JSON-able."""
+    """A corpus of bytes (uint8), split in two; `about` names its source, JSON-able."""
 
     train: np.ndarray
     test: np.ndarray
@@ -129,9 +129,9 @@ class Corpus:
 
 
 def load_corpus(path: str = "") -> Corpus:
-    """The bytes of a file, or of the texts in a folder; empty for Python's standard library.
+    """Reads a file, or the texts in a folder; by default Python's standard library.
 
-    Raises ValueError that says where it looked, and how to give a corpus.
+    Raises ValueError if there is no text; the message says how to give a corpus.
     """
     remedy = "give a text file or a folder of texts with --set corpus=PATH"
     if path:
@@ -168,7 +168,7 @@ def load_corpus(path: str = "") -> Corpus:
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """(len(starts), length) int64 bytes from each start on."""
+    """Returns (len(starts), length) int64 bytes, `length` from each start on."""
     return text[starts[:, None] + np.arange(length)].astype(np.int64)
 
 
@@ -226,13 +226,13 @@ def run(
 
 
 def _next_bytes(text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, rows, targets of windows (B, n + 1): every byte but the first is asked for."""
+    """Returns tokens, rows, targets of windows (B, n + 1): every byte but the first is a target."""
     targets = text[:, 1:].flatten()
     return text[:, :-1], torch.arange(len(targets), device=text.device), targets
 
 
 def _loss(model: LoopedClassifier, text: Tensor, loops: int) -> float:
-    """Mean −log probability of a byte, in nats."""
+    """Returns the mean −log probability of a byte, in nats."""
     total = 0.0
     with inference(model):
         for part in text.split(32):
@@ -241,7 +241,7 @@ def _loss(model: LoopedClassifier, text: Tensor, loops: int) -> float:
 
 
 def _early_exits(model: LoopedClassifier, text: Tensor, s: Settings) -> list[dict[str, float]]:
-    """For each threshold (0 first: none): loss, mean loops and processor seconds of the reading."""
+    """Returns loss, mean loops and processor seconds for each threshold; 0, without exit, first."""
     found = []
     for below in (0.0, *s.exits):
         started = time.process_time()
@@ -269,7 +269,7 @@ def _complete(
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Perplexity per byte by loops, then with early exit."""
+    """Makes the table: perplexity per byte by loops, then with early exit."""
     lines = [
         [f"{t} loops", float(np.exp(loss)), loss / np.log(2), None, None]
         for t, loss in results["loss_by_loops"].items()
@@ -283,11 +283,11 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _primitive_lines(results: Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {100 * share:.0f} % right" for name, share in results["primitives"].items()]
+    return [f"{name}: {100 * share:.0f} % correct" for name, share in results["primitives"].items()]
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """Perplexity against loops, with and without early exit, and the training loss."""
+    """Plots perplexity against loops, with and without early exit, and the training loss."""
     by_loops = {int(t): float(np.exp(loss)) for t, loss in results["loss_by_loops"].items()}
     exits = [(e["loops"], float(np.exp(e["loss"]))) for e in results["exits"]]
     alike = {"all bytes loop alike": (list(by_loops), list(by_loops.values()))}

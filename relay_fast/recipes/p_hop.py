@@ -1,13 +1,14 @@
 """p-hop induction by looped models (Saunshi et al. 2025, arXiv 2502.17416).
 
 For characters v_1 … v_n: find_1(v, i) = max({0} ∪ {j ≤ i : v_{j−1} = v_i}), find_p = find_1 ∘
-find_{p−1}, hop_p(v) = v_{find_p(v, n)}: look the last character up in what came before, take its
-successor there, and so on, p times. One layer can do it in ⌊log2 p⌋ + 2 loops (the paper's
+find_{p−1}, hop_p(v) = v_{find_p(v, n)}. A hop finds the last earlier occurrence of the current
+character and moves to its successor. One layer can do p hops in ⌊log2 p⌋ + 2 loops (the paper's
 Corollary 5.3, built in tests/models/test_construction_p_hop.py).
 
-target "last": Saunshi's form, one p a model, one answer a sequence; p hops always exist.
-target "every": the denser form of Sanford et al. 2024 (arXiv 2402.09268): p is written in front, no
-equal neighbours, and every position carries its own hop_p, or ⊥ where the hops run out.
+target "last": Saunshi's form: one p for each model, one answer for each sequence; p hops always
+exist.
+target "every": the denser form of Sanford et al. 2024 (arXiv 2402.09268): the sequence begins with
+p, has no equal neighbours, and every position has its own hop_p, or ⊥ without p hops.
 
 The paper trains with Adafactor; the cpu preset with AdamW, and Muon for the block's matrices. A
 model's name is k x L, or prelude + k x L + coda, as in "1x4" and "1+1x2+1".
@@ -41,12 +42,12 @@ from relay_fast.recipes._compare import comparison_rows
 from relay_fast.recipes._models import classifier_loss, make_classifier
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
+from relay_fast.utils.seeds import RECIPE_TEST_STREAM
 from relay_fast.utils.settings import Count, Counts, settings
 
 TARGETS = ("every", "last")
-_TEST = 2**32  # stream of the test problems; training counts its steps from 0
 
-# Table 2 of the paper, % right: d 128, 8 heads, n = 256, 4 characters.
+# Table 2 of the paper, % correct: d 128, 8 heads, n = 256, 4 characters.
 PUBLISHED: dict[str, dict[int, float]] = {
     "6x1": {16: 99.9, 32: 99.6},
     "1x1": {16: 48.9, 32: 49.0},
@@ -60,7 +61,7 @@ PUBLISHED: dict[str, dict[int, float]] = {
 
 @settings
 class Settings:
-    NEEDS_MODELS: ClassVar[bool] = True  # those that build on these settings may have none
+    NEEDS_MODELS: ClassVar[bool] = True  # subclasses may do without
 
     training: Training
     models: Shapes = ("1x1", "1x4", "4x1", "1+1x2+1")
@@ -80,12 +81,12 @@ class Settings:
 
     @property
     def vocabulary_size(self) -> int:
-        """Characters, ⊥, and one token for each p."""
+        """The number of characters, plus ⊥ and one token for each p."""
         return self.characters + 1 + max(self.hops)
 
 
 def check_hops(p: int, n: int, target: str = "last") -> None:
-    """Raises ValueError where p hops do not fit into n characters."""
+    """Raises ValueError if p hops do not fit into n characters."""
     most = (n - 1) // 2 if target == "last" else n - 2
     if p > most:
         raise ValueError(
@@ -98,13 +99,19 @@ def check_hops(p: int, n: int, target: str = "last") -> None:
 
 
 def hop(v: np.ndarray, p: int | np.ndarray, absent: int) -> np.ndarray:
-    """hop_p at every position: (B, n) characters, `absent` where a hop finds nothing.
+    """Computes hop_p at every position.
 
-    v (B, n) int, characters counted from 0; p: an int, or one (B,) per sequence.
+    Args:
+        v: (B, n) characters, counted from 0.
+        p: An int, or one for each sequence (B,).
+        absent: Stands for a hop that finds nothing.
+
+    Returns:
+        (B, n) characters.
     """
     batch, n = v.shape
     p = np.broadcast_to(p, batch)[:, None]
-    landing = np.full((batch, n + 1), n)  # place n stands for "nowhere", and leads to itself
+    landing = np.full((batch, n + 1), n)  # place n stands for "nowhere" and leads to itself
     places = np.arange(n)
     for character in range(v.max(initial=0) + 1):
         here = v == character
@@ -119,7 +126,7 @@ def hop(v: np.ndarray, p: int | np.ndarray, absent: int) -> np.ndarray:
 
 
 def draw_plain(rng: np.random.Generator, count: int, n: int, characters: int) -> np.ndarray:
-    """(count, n) characters, each uniform among those that differ from the one before."""
+    """Draws (count, n) characters, each uniform among those that differ from the one before."""
     steps = rng.integers(1, characters, (count, n))
     steps[:, 0] = rng.integers(0, characters, count)
     return steps.cumsum(1) % characters
@@ -128,20 +135,30 @@ def draw_plain(rng: np.random.Generator, count: int, n: int, characters: int) ->
 def draw_chained(
     rng: np.random.Generator, count: int, n: int, p: int, characters: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences (count, n) in which p hops from the end always exist, and their hop_p (count,).
+    """Draws sequences in which p hops from the end always exist.
 
     A random chain c_0 … c_p without equal neighbours is drawn; c_0 is the last character, and hop k
-    lands on c_k at a place that is drawn uniformly, c_{k−1} just before it. What lies between two
-    landings is uniform among the characters that leave the hops as they are.
+    lands on c_k at a uniformly drawn place, just after c_{k−1}. The characters between two landings
+    are uniform among those that do not change the hops.
+
+    Args:
+        rng: The random generator.
+        count: Number of sequences.
+        n: Their length.
+        p: Number of hops.
+        characters: Size of the alphabet.
+
+    Returns:
+        Sequences (count, n) and their hop_p (count,).
     """
     check_hops(p, n)
     chain = draw_plain(rng, count, p + 1, characters)
-    # p pairs and n − 1 − 2p single characters in random order: where do the pairs lie?
+    # The places of p pairs among n − 1 − 2p single characters, in random order.
     items = n - 1 - p
     pairs = np.sort(rng.random((count, items)).argsort(1)[:, :p], axis=1)
     landing = (pairs + np.arange(p) + 1)[:, ::-1]  # hop 1 lands last
     v = rng.integers(0, characters, (count, n))
-    # Before hop k + 1's landing c_k may occur again; from there to hop k's landing it may not.
+    # c_k may occur again before hop k + 1's landing, but not from there to hop k's landing.
     hops_below = np.zeros((count, n), np.int64)
     np.put_along_axis(hops_below, landing, 1, 1)
     hops_below = hops_below.cumsum(1)
@@ -158,9 +175,16 @@ def draw_chained(
 def draw_problems(
     rng: np.random.Generator, settings: Settings, p: int | np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens (count, 1 + n), rows (R,) of the flat tokens, targets (R,): what a model is asked.
+    """Draws problems.
 
-    p: an int, or with target "every" one (count,) per problem.
+    Args:
+        rng: The random generator.
+        settings: The recipe's settings.
+        p: An int, or with target "every" one for each problem (count,).
+        count: Number of problems.
+
+    Returns:
+        Tokens (count, 1 + n), rows (R,) of the flat tokens that have a target, targets (R,).
     """
     s = settings
     width = s.length + 1
@@ -179,7 +203,7 @@ def draw_problems(
 
 
 def make_model(settings: Settings, name: str, seed: int) -> LoopedClassifier:
-    """The model of a name, fresh from the seed."""
+    """Builds the model of a shape; the seed is that of its weights."""
     return make_classifier(
         name, settings.vocabulary_size, d_model=settings.d_model, n_heads=settings.n_heads,
         activation=settings.activation, seed=seed,
@@ -187,11 +211,11 @@ def make_model(settings: Settings, name: str, seed: int) -> LoopedClassifier:
 
 
 def make_draw(settings: Settings, p: int | None = None) -> Callable:
-    """The batches of a training on `p` hops, or on all of the settings' in equal shares."""
+    """Makes the function that draws batches, of `p` hops or of all numbers in equal shares."""
 
     def draw(rng: np.random.Generator, _: int):
         size = settings.training.batch_size
-        if p is None:  # one a problem, or one a batch where a batch has only one
+        if p is None:  # one for each problem, or for the batch if that has only one
             hops = rng.choice(settings.hops, size if settings.target == "every" else None)
         else:
             hops = p
@@ -201,11 +225,20 @@ def make_draw(settings: Settings, p: int | None = None) -> Callable:
 
 
 def accuracy(model: LoopedClassifier, settings: Settings, p: int, seed: int, **options) -> float:
-    """Share right on `settings.problems` fresh problems with p hops; with target "every", on the
-    second half of the positions. options: of `LoopedClassifier.forward`."""
-    rng = np.random.default_rng([seed, _TEST, p])
+    """Measures the share correct on `settings.problems` fresh problems.
+
+    With target "every", only the second half of the positions counts.
+
+    Args:
+        model: The model.
+        settings: The recipe's settings.
+        p: Number of hops.
+        seed: Selects the problems.
+        options: Passed to `LoopedClassifier.forward`.
+    """
+    rng = np.random.default_rng([seed, RECIPE_TEST_STREAM, p])
     device = model.embedding.weight.device
-    right = total = 0
+    correct = total = 0
     with inference(model):
         for first in range(0, settings.problems, 250):
             count = min(250, settings.problems - first)
@@ -215,9 +248,9 @@ def accuracy(model: LoopedClassifier, settings: Settings, p: int, seed: int, **o
                 rows, targets = rows[late], targets[late]
             at = torch.from_numpy(rows).to(device)
             chosen = model.predict(torch.from_numpy(tokens).to(device), at, **options)
-            right += int((chosen.cpu().numpy() == targets).sum())
+            correct += int((chosen.cpu().numpy() == targets).sum())
             total += len(targets)
-    return right / total
+    return correct / total
 
 
 PRESETS = {
@@ -250,7 +283,7 @@ PRESETS = {
 def run(
     settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
 ) -> dict[str, Any]:
-    # One model for all p where it reads p, else one each.
+    # One model for all p if its input has p, else one for each p.
     groups = [None] if settings.target == "every" else settings.hops
     results: dict[str, Any] = {}
     for name in settings.models:
@@ -271,24 +304,24 @@ def run(
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """% right for each p, beside the paper's where the task is the paper's."""
+    """Makes the table: % correct for each p, beside the paper's if the task is the same."""
     published = PUBLISHED if results["published"] else {}
     return comparison_rows(results["models"], published, "p")
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """% right against p, and the training losses."""
-    right, dashed, losses = {}, {}, {}
+    """Plots % correct against p, and the training losses."""
+    correct, dashed, losses = {}, {}, {}
     for name, m in results["models"].items():
         label = f"{name.replace('x', '⊗')} ({m['parameters'] / 1000:.0f}k)"
-        right[label] = [int(p) for p in m["accuracy"]], [100 * a for a in m["accuracy"].values()]
+        correct[label] = [int(p) for p in m["accuracy"]], [100 * a for a in m["accuracy"].values()]
         if results["published"] and name in PUBLISHED:
             dashed[label] = list(PUBLISHED[name]), list(PUBLISHED[name].values())
         for p, entries in m["history"].items():
             key = label if p == "all" else f"{label}, p = {p}"
             losses[key] = [e["step"] for e in entries], [e["loss"] for e in entries]
     panels = [
-        Panel("p-hop", "p", "right (%)", right, dashed, y_range=(0, 103)),
+        Panel("p-hop", "p", "correct (%)", correct, dashed, y_range=(0, 103)),
         Panel("training", "step", "loss", losses, log_y=True),
     ]
     return draw_panels(path, panels, "p-hop induction: looped layer against stacks")

@@ -1,13 +1,12 @@
-"""Stacks that grow while they train, against the whole stack (MIDAS: Saunshi et al. 2024, arXiv
-2409.19044).
+"""Stacks that grow during training, against the whole stack.
 
-`relay_fast.models.layer_stack` has the operators (middle and gradual stacking) and the Prop-α
-schedule. Tasks: p-hop (`relay_fast.recipes.p_hop`), and RELAY's autoregressive model on the
-arithmetic chains of the preset `cpu`. Reported: accuracy, similarity of the layers, and the
-speed-up, ideal (layer work) and measured (seconds of a step at each depth, taken in turns, over the
-schedule).
+This is MIDAS (Saunshi et al. 2024, arXiv 2409.19044). `relay_fast.models.layer_stack` has middle
+and gradual stacking and the Prop-α schedule. The tasks are p-hop (`relay_fast.recipes.p_hop`) and
+RELAY's autoregressive model on the arithmetic chains of the preset `cpu`. The results are accuracy,
+similarity of the layers, and the speed-up: ideal (from layer work) and measured (from the seconds
+of a step at each depth).
 
-The paper trains language models of up to 8 B parameters with UL2; its tables could not be read, and
+The paper trains language models of up to 8 B parameters with UL2, and its tables are not available;
 `paper` takes the sizes of the p-hop experiment of Saunshi et al. 2025 instead.
 """
 
@@ -53,13 +52,13 @@ from relay_fast.utils.settings import Count, NotNegative, settings
 TASKS = ("p_hop", "arithmetic")
 TIMED_STEPS = 9  # at each depth, for the measured speed-up
 
-# The abstract's "up to 40 % faster"; the paper's tables could not be read.
+# The abstract's "up to 40 % faster".
 PUBLISHED = {"speed_up": 1.4}
 
 
 @settings
 class Settings(p_hop.Settings):
-    """Training of p-hop, and what stacking adds."""
+    """The settings of p-hop, and those of stacking."""
 
     NEEDS_MODELS: ClassVar[bool] = False
 
@@ -79,7 +78,7 @@ class Settings(p_hop.Settings):
         "copy", description="of the optimiser for a new layer"
     )
     arithmetic: Training = Training(
-        steps=1000, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="late",
+        steps=1000, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="wsd",
         weight_decay=0.01, clip=1.0,
     )  # fmt: skip
 
@@ -90,13 +89,13 @@ class Settings(p_hop.Settings):
             self.schedule(training)
 
     def schedule(self, training: Training) -> GrowthSchedule:
-        """When a training of this task grows; raises ValueError where it cannot."""
+        """Returns the growth schedule of a training; raises ValueError if it is too short."""
         return GrowthSchedule(training.steps, self.depth, self.layers, self.alpha, self.stages)
 
 
 PRESETS = {
-    # The whole stack takes the last stage only: the learning rate stays up until then.
-    "cpu": Settings(replace(p_hop.PRESETS["cpu"].training, steps=1000, decay="late")),
+    # Only the last stage trains the whole stack: the learning rate stays high until then.
+    "cpu": Settings(replace(p_hop.PRESETS["cpu"].training, steps=1000, decay="wsd")),
     "paper": Settings(
         **{**vars(p_hop.PRESETS["paper"]), "models": (), "hops": (16,)}, tasks=("p_hop",), depth=6
     ),
@@ -104,7 +103,7 @@ PRESETS = {
 
 
 class _Task(Protocol):
-    """A task as stacking needs it."""
+    """A task to compare methods on."""
 
     training: Training
 
@@ -113,7 +112,7 @@ class _Task(Protocol):
     def train(self, model: nn.Module, name: str, before_step: BeforeStep | None) -> Trained: ...
 
     def loss(self, model: nn.Module) -> torch.Tensor:
-        """The loss of some batch, for timing."""
+        """Returns the loss of a batch, for timing."""
 
     def accuracy(self, model: nn.Module) -> dict[str, float]: ...
 
@@ -150,7 +149,7 @@ class _Hops:
 
 @dataclass
 class _Arithmetic:
-    """RELAY's autoregressive model on whole chains; accuracy is that of the answers it writes."""
+    """RELAY's autoregressive model on whole chains; the accuracy is that of its answers."""
 
     settings: Settings
     folder: RunFolder
@@ -245,7 +244,7 @@ def _train_one(
 
 
 def _step_seconds(task: _Task, settings: Settings) -> list[float]:
-    """Seconds of a training step with 1, 2, … blocks: medians of steps that are taken in turns."""
+    """Measures the median seconds of a training step with 1, 2, … blocks, in interleaved steps."""
     depths = range(settings.layers, settings.depth + 1, settings.layers)
     steps = [_timed_step(task, depth) for depth in depths]
     for step in steps:
@@ -255,12 +254,12 @@ def _step_seconds(task: _Task, settings: Settings) -> list[float]:
 
 
 def _timed_step(task: _Task, depth: int) -> Callable[[], float]:
-    """A training step of a fresh model; its call returns the seconds that it took."""
+    """Makes a function that takes a training step of a fresh model and returns its seconds."""
     model = task.new_model(depth)
     t = task.training
     optimizer = make_optimizer(model, lr=t.lr, optimizer=t.optimizer, muon_lr=t.muon_lr)
     cuda = next(model.parameters()).is_cuda
-    # The processor's time, where it does the work: what else runs on it does not count.
+    # On a CPU, the process's own time: other processes do not count.
     clock = time.perf_counter if cuda else time.process_time
 
     def step() -> float:
@@ -277,17 +276,17 @@ def _timed_step(task: _Task, depth: int) -> Callable[[], float]:
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """A line for each task and method; speed-ups are against the whole stack."""
-    header = ["task", "method", "right (%)", "next-layer cosine", "speed-up, ideal", "measured",
+    """Makes the table: a row for each task and method; speed-ups are over the whole stack."""
+    header = ["task", "method", "correct (%)", "next-layer cosine", "speed-up, ideal", "measured",
               "paper, at most", "seconds"]  # fmt: skip
     lines = []
     for task, found in results["tasks"].items():
         for method, m in found["models"].items():
-            right = 100 * sum(m["accuracy"].values()) / len(m["accuracy"])
+            correct = 100 * sum(m["accuracy"].values()) / len(m["accuracy"])
             next_to = [c for _, c in _next_layer(m)]
             grown = method != "full"
             lines.append([
-                task, method, right, sum(next_to) / max(1, len(next_to)),
+                task, method, correct, sum(next_to) / max(1, len(next_to)),
                 1 / found["ideal_work"] if grown else 1.0,
                 1 / found["measured_work"] if grown else 1.0,
                 PUBLISHED["speed_up"] if grown else None, m["seconds"],
@@ -296,13 +295,13 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _next_layer(model: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """(layer, its cosine with the next one), counted from 1."""
+    """Returns (layer, its cosine with the next one) of each layer, counted from 1."""
     similarity = model["similarity"]
     return [(i + 1, similarity[i][i + 1]) for i in range(len(similarity) - 1)]
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
-    """For each task: cosines of neighbouring layers, and the training losses."""
+    """Plots cosines of neighbouring layers and the training losses, for each task."""
     panels = []
     for task, found in results["tasks"].items():
         cosines, losses = {}, {}
@@ -314,4 +313,4 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
                   y_range=(-0.1, 1.05)),
             Panel(f"{task}: training", "step", "loss", losses, log_y=True),
         ]  # fmt: skip
-    return draw_panels(path, panels, "Stacking: layers that were grown look alike")
+    return draw_panels(path, panels, "Stacking: similarity of grown layers, and training")

@@ -1,1 +1,1 @@
-"""RELAY, the method: its stages and their order, run folders, evaluation, chain datasets."""
+"""The RELAY method: stages and pipeline, run folders, evaluation, chain datasets, presets."""

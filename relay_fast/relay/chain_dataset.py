@@ -1,13 +1,12 @@
-"""Chains on disk: a folder of shards, written whole or not at all, and a manifest.
+"""Datasets of chains on disk: a folder of shards, each written atomically, and a manifest.
 
 | file | content |
 |---|---|
-| `manifest.json` | `identity` (tasks, vocabulary, counts by length, seed, check, model), how many shards, and once all of them are there `complete` and the counts of `relay_fast.relay.filter_metrics` |
-| `shard-00000.safetensors`, … | the columns of `Samples`, and `passed` (S,) bool; in the header the dataset and place that it belongs to, a digest, its counts |
+| `manifest.json` | `identity` (tasks, vocabulary, counts by length, seed, check, model), the number of shards, `complete`, and in a complete dataset the counts of `relay_fast.relay.filter_metrics` |
+| `shard-00000.safetensors`, … | the columns of `Samples`, and `passed` (S,) bool; the header holds the dataset's fingerprint, the shard's index, a digest and the counts |
 
-A shard depends on the identity and its index alone. An interrupted writer therefore leaves complete
-shards only, and the same call writes those that are missing: the finished folder is the same, bit
-for bit, whatever happened on the way.
+A shard depends on the identity and its index alone. An interrupted writer leaves complete shards
+only, and the same call writes the missing ones: the finished folder is the same, bit for bit.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from relay_fast.decoding.chains import decode_chains, generate_looped_chains, pa
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.relay import filter_metrics
 from relay_fast.tasks import Samples, Task, Vocabulary, make_task
-from relay_fast.tasks.verify import check_verify, right_chains, verify_chains
+from relay_fast.tasks.verify import check_verify, correct_chains, verify_chains
 from relay_fast.training.model_files import Model, model_hash
 from relay_fast.utils.files import (
     cannot_write,
@@ -44,19 +43,19 @@ from relay_fast.utils.files import (
 )
 from relay_fast.utils.locks import LOCK, FolderInUse, lock_folder
 from relay_fast.utils.ragged import lengths_to_offsets
+from relay_fast.utils.seeds import DATASET_SEED_OFFSET
 from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
 
 KIND = "relay_fast chains"
 _MANIFEST = ("identity", "shards", "complete")
 _IDENTITY = ("model", "tasks", "vocabulary", "counts", "seed", "verify", "shard_chains")
 SHARD_CHAINS = 2048
-WRITTEN = 1 << 41  # added to a seed: neither training streams nor evaluation draw these problems
 
 Counts = Mapping[str, Mapping[int, int]]
 
 
 class DatasetError(RuntimeError):
-    """A dataset folder that cannot be used; the text is one sentence that says what to do."""
+    """Raised for a dataset folder that cannot be used; the message says what to do."""
 
 
 def write_dataset(
@@ -70,14 +69,28 @@ def write_dataset(
     shard_chains: int = SHARD_CHAINS,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
-    """Lets a model write chains into a folder, or continues that; returns the manifest.
+    """Generates chains with a model and writes them into a folder, or continues such a folder.
 
-    counts: {task: {length: how many}}. Each shard has its share of every task and length, in random
-    order. verify: as in `relay_fast.tasks.verify.verify_chains`; all chains are kept, and which
-    passed is recorded. progress is called with (chains done, all of them) as chains are written.
+    Each shard has its share of every task and length, in random order. All chains are kept, with a
+    record of those that passed the check.
 
-    Raises ValueError for what the model or a task cannot do, DatasetError for a folder of other
-    chains or with a damaged shard, CheckpointError where a file cannot be read or written.
+    Args:
+        folder: The dataset's folder, made if it is missing.
+        model: Writes the chains.
+        tasks: The tasks by name, at least those in `counts`.
+        counts: {task: {length: number of chains}}.
+        seed: Selects the problems.
+        verify: The check, see `relay_fast.tasks.verify.verify_chains`.
+        shard_chains: The most chains in a shard.
+        progress: Called with (chains done, chains in all).
+
+    Returns:
+        The content of manifest.json.
+
+    Raises:
+        ValueError: The model or a task does not support the arguments.
+        DatasetError: The folder holds other chains, or a damaged shard.
+        CheckpointError: A file cannot be read or written.
     """
     folder = Path(folder)
     _check(model, tasks, counts, seed, verify, shard_chains)
@@ -96,8 +109,8 @@ def write_dataset(
             else:
                 problems = _problems(tasks, counts, seed, index, shards)
                 metadata = {"dataset": fingerprint, "index": index}
-                report = progress and (lambda k, _, done=done: progress(done + k, chains))
-                _write_shard(path, model, problems, tasks, verify, metadata, report)
+                advance = progress and (lambda k, _, done=done: progress(done + k, chains))
+                _write_shard(path, model, problems, tasks, verify, metadata, advance)
                 done += len(problems)
             tables.append(filter_metrics.from_json(metadata["counts"]))
         manifest |= {"complete": True, "counts": filter_metrics.to_json(filter_metrics.add(tables))}
@@ -106,7 +119,7 @@ def write_dataset(
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of manifest.json. Raises DatasetError where there is none."""
+    """Reads the manifest of a dataset folder. Raises DatasetError if there is none."""
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
@@ -118,7 +131,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         ) from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise DatasetError(
-            f"{folder} is no folder of chains (it has no manifest.json of one); make one with "
+            f"{folder} is no folder of chains (no valid manifest.json); make one with "
             f"python -m relay_fast.generate --out RUN --dataset {folder}."
         )
     identity = manifest.get("identity")
@@ -127,13 +140,13 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     if missing:
         raise DatasetError(
             f"the chains in {folder} were written by another version of relay_fast: their "
-            f"manifest.json has no {missing[0]!r}; use that version, or write them anew."
+            f"manifest.json has no {missing[0]!r}; use that version, or write the chains again."
         )
     return manifest
 
 
 def dataset_tasks(manifest: Mapping[str, Any]) -> dict[str, Task]:
-    """The tasks of a dataset, by name."""
+    """Builds the tasks of a dataset, by name."""
     identity = manifest["identity"]
     vocabulary = Vocabulary.from_dict(identity["vocabulary"])
     return {
@@ -143,19 +156,25 @@ def dataset_tasks(manifest: Mapping[str, Any]) -> dict[str, Task]:
 
 
 def shard_path(folder: str | os.PathLike, index: int) -> Path:
+    """Returns the path of a shard."""
     return Path(folder) / f"shard-{index:05d}.safetensors"
 
 
 class ChainDataset(Dataset):
-    """The chains of one or more dataset folders: checked once, then mapped into memory.
+    """A dataset of the chains in one or more folders, checked once and mapped into memory.
 
-    An item is a `Samples` of one chain, a slice or a batch of a `DataLoader` one of several. `take`
-    gives many at once, so that this can stand for the
-    samples of `relay_fast.data.streams.SampleStream`, which shuffles them from its seed anew each
-    epoch: `SampleStream(ChainDataset("DIR"), tasks, form, schedule, …)`.
+    An item is a `Samples` of one chain; a slice, or a batch of a `DataLoader`, is a `Samples` of
+    several. It also serves as the samples of a stream that shuffles them anew each epoch:
+    `relay_fast.data.streams.SampleStream(ChainDataset("DIR"), tasks, form, schedule, …)`.
 
-    only_passed: leave out what did not pass the dataset's check. unfinished: take a folder whose
-    writer has not finished, with the shards that are there. Raises DatasetError, CheckpointError.
+    Args:
+        folders: One dataset folder or several.
+        only_passed: Leave out chains that did not pass the dataset's check.
+        unfinished: Accept a folder that is still being written, with the shards that it has.
+
+    Raises:
+        DatasetError: A folder is no complete dataset, or a shard does not belong to it.
+        CheckpointError: A shard cannot be read.
     """
 
     def __init__(
@@ -201,12 +220,12 @@ class ChainDataset(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int | slice) -> Samples:
-        """The chain of an index, counted from the end if negative, or those of a slice."""
+        """Returns the chain at an index, which may be negative, or the chains of a slice."""
         places = range(len(self))[index]
         return self.take(np.array(places if isinstance(index, slice) else [places], np.int64))
 
     def take(self, index: Any) -> Samples:
-        """The chains that numpy indexing with `index` selects, in order."""
+        """Returns the chains that numpy indexing with `index` selects, in order."""
         chosen = np.atleast_1d(np.arange(len(self))[index])
         shard = np.searchsorted(self._offsets, chosen, side="right") - 1
         order = np.argsort(shard, kind="stable")
@@ -220,7 +239,7 @@ class ChainDataset(Dataset):
 
 
 def _collate(chains: list[Samples], *, collate_fn_map: Any = None) -> Samples:
-    """A batch of a `DataLoader` is their `Samples`; chains have no common length to stack."""
+    """Concatenates a `DataLoader`'s batch; chains have no common length to stack."""
     return Samples.concat(chains)
 
 
@@ -241,7 +260,7 @@ def _check(
     if shard_chains < 1:
         raise ValueError(f"shard_chains = {shard_chains}: give at least 1")
     if getattr(model, "supervise", "chain") == "answer":
-        raise ValueError("this looped model writes answers only; give one that was aligned")
+        raise ValueError("this looped model writes answers only: give one that was aligned")
     written = isinstance(model, AutoregressiveTransformer)
     limit = model.config.max_tokens
     for name, own in counts.items():
@@ -267,7 +286,7 @@ def _identity(
     verify: str | None,
     shard_chains: int,
 ) -> dict[str, Any]:
-    """All that the chains depend on; JSON-able."""
+    """Returns everything that the chains depend on, as JSON values."""
     present = {name: tasks[name] for name in counts}
     identity = {
         "model": {"kind": type(model).__name__, "hash": model_hash(model)},
@@ -288,8 +307,10 @@ def _fingerprint(identity: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, unless it is another's, and keeps other writers out; a killed process holds
-    no lock."""
+    """Makes the folder and locks it against other writers; a killed process holds no lock.
+
+    Raises DatasetError for a folder that is locked, holds other files or cannot be used.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         others = any(not file.name.startswith(LOCK) for file in folder.iterdir())
@@ -315,7 +336,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _open(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest of a new folder; raises DatasetError where the folder is another's."""
+    """Writes the manifest of a new folder; raises DatasetError for one with other chains."""
     clear_partials(folder, workers=False)
     if not (folder / "manifest.json").exists():
         _write_manifest(folder, manifest)
@@ -339,13 +360,13 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _problems(
     tasks: Mapping[str, Task], counts: Counts, seed: int, index: int, shards: int
 ) -> Samples:
-    """The problems of a shard, solved: its share of each task's, whose lengths are shuffled."""
+    """Draws the solved problems of a shard: its share of each task, with shuffled lengths."""
     parts = []
     for name, own in counts.items():
         lengths = np.repeat(list(own), list(own.values()))
         lengths = np.random.default_rng([seed, tasks[name].index]).permutation(lengths)
         a, b = (k * len(lengths) // shards for k in (index, index + 1))
-        parts.append(tasks[name].sample(lengths[a:b], seed + WRITTEN, a))
+        parts.append(tasks[name].sample(lengths[a:b], seed + DATASET_SEED_OFFSET, a))
     return Samples.concat(parts)
 
 
@@ -358,7 +379,7 @@ def _write_shard(
     metadata: dict[str, Any],
     progress: Callable[[int, int], Any] | None,
 ) -> None:
-    """Writes the shard, and into `metadata` what its header says."""
+    """Generates and writes a shard; adds the counts and the digest to `metadata`."""
     ended = None
     if isinstance(model, AutoregressiveTransformer):
         decoded = decode_chains(model, problems, tasks, progress=progress)
@@ -366,7 +387,7 @@ def _write_shard(
     else:
         written = generate_looped_chains(model, problems, tasks, progress=progress)
     if verify == "task":  # the problems are solved already
-        passed = right_chains(written, problems)
+        passed = correct_chains(written, problems)
     else:
         passed = verify_chains(written, tasks, verify)
     tensors = {f.name: torch.from_numpy(getattr(written, f.name)) for f in fields(written)}
@@ -382,13 +403,13 @@ def _read_shard(
     tensors, metadata = load_checkpoint(path)
     if (metadata.get("dataset"), metadata.get("index")) != (fingerprint, index):
         raise DatasetError(
-            f"{path} belongs to another dataset or place; move it out of the folder and run the "
+            f"{path} belongs to another dataset or index; move it out of the folder and run the "
             f"command that writes the chains again."
         )
     if missing := {"passed", *(f.name for f in fields(Samples))} - set(tensors):
         raise DatasetError(
             f"{path} was written by another version of relay_fast, without {min(missing)!r}; use "
-            f"that version, or write the chains anew."
+            f"that version, or write the chains again."
         )
     if metadata.get("digest") != _digest(tensors):
         raise DatasetError(

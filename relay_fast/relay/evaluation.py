@@ -1,11 +1,15 @@
 """Accuracy by length, for every model on the same problems.
 
-`answer`: the final answer is right. `chain`: every token of every round is right. `bit`: share of
-the true chain's tokens that are right. All of them free-running; `bit_forced` (autoregressive
-models only) is `bit` with the true tokens before each one given.
+| metric | meaning |
+|---|---|
+| `answer` | share of problems whose final answer is correct |
+| `chain` | share of problems with every token of every round correct |
+| `bit` | token accuracy: share of the true chain's tokens that are correct |
+| `bit_forced` | token accuracy given the true tokens before (autoregressive models only) |
 
-A looped model's round is compared right-aligned, as it is supervised; an autoregressive model's
-text is compared token by token from the end of the prompt on. A missing token is wrong.
+All but the last are free-running. A looped model's round is compared right-aligned, as it is
+supervised; an autoregressive model's text is compared token by token from the end of the prompt
+on. A missing token is wrong.
 """
 
 from __future__ import annotations
@@ -27,30 +31,32 @@ from relay_fast.decoding.chains import (
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Samples, Task
 from relay_fast.tasks.vocabulary import EOS
-from relay_fast.training.model_files import (
-    Model,
-)
+from relay_fast.training.model_files import Model
 from relay_fast.utils.ragged import concat_ranges
 
 FORCED_TOKENS = 16384  # tokens in a teacher-forced batch
-Metrics = dict[str, float | int]
+Metrics = dict[str, float | int]  # metric -> value, and n, the number of problems
 
 
 class Grades(NamedTuple):
-    """What is right in the answers to S problems with C chain tokens in all."""
+    """Correctness of a model's output for S problems with C chain tokens in all."""
 
     answer: np.ndarray  # (S,) bool
     chain: np.ndarray  # (S,) bool
-    hits: np.ndarray  # (C,) bool, of the tokens in Samples.rounds
-    forced: np.ndarray | None = None  # (C,) bool
+    tokens: np.ndarray  # (C,) bool, of the tokens in Samples.rounds
+    forced_tokens: np.ndarray | None = None  # (C,) bool, teacher-forced
 
 
 def grade_looped(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> Grades:
-    """Compares what the looped model writes with the truth in `problems`.
+    """Compares the chains of a looped model with the truth in `problems`.
 
-    options: those of `relay_fast.decoding.chains.generate_looped_chains`.
+    Args:
+        model: The looped model.
+        problems: S solved problems.
+        tasks: The tasks by name.
+        options: Passed to `relay_fast.decoding.chains.generate_looped_chains`.
     """
     written = generate_looped_chains(model, problems, tasks, **options)
     true_sizes, sizes = np.diff(problems.round_offsets), np.diff(written.round_offsets)
@@ -69,10 +75,16 @@ def grade_looped(
 def grade_autoregressive(
     model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> Grades:
-    """Compares what the autoregressive model writes with the truth in `problems`.
+    """Compares the text of an autoregressive model with the truth in `problems`.
 
-    options: those of `relay_fast.decoding.autoregressive.decode`. Raises ValueError where a true
-    sequence is longer than the model takes.
+    Args:
+        model: The autoregressive model.
+        problems: S solved problems.
+        tasks: The tasks by name.
+        options: Passed to `relay_fast.decoding.autoregressive.decode`.
+
+    Raises:
+        ValueError: A true sequence is longer than the model's limit.
     """
     forced = _forced(model, problems, tasks)
     decoded = decode_chains(model, problems, tasks, **options)
@@ -86,7 +98,7 @@ def grade_autoregressive(
     hits[there] = decoded.tokens[(decoded.offsets[owner] + place)[there]] == truth[there]
     chain_sizes = np.diff(problems.round_offsets[problems.first_round])[owner]
     in_chain = place < chain_sizes
-    # A last round without a delimiter of its own ends with <eos>: more after it would be wrong.
+    # A last round without a delimiter ends with <eos>: further tokens would change the round.
     decides = in_chain | ((place == chain_sizes) & (truth == EOS))
     chain = np.bincount(owner[decides & ~hits], minlength=len(problems)) == 0
     answer = read_answers(decoded, problems, tasks) == problems.answer
@@ -96,14 +108,14 @@ def grade_autoregressive(
 def _forced(
     model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task]
 ) -> np.ndarray:
-    """Whether each token after the prompts is the argmax, given the true tokens before it."""
+    """Compares each token after the prompts with the argmax, given the true tokens before it."""
     sizes = np.diff(problems.sequences(tasks)[1])
     cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // FORCED_TOKENS)) + 1
     parts = [np.zeros(0, bool)]
     with inference(model):
         for chosen in np.split(np.arange(len(problems)), cuts):
             batch = collate_autoregressive(problems.take(chosen), tasks, device=model.device)
-            parts.append(model.forced(batch).cpu().numpy())
+            parts.append(model.teacher_forced_correct(batch).cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -116,10 +128,23 @@ def evaluate_looped(
     seed: int = 0,
     **options,
 ) -> dict[int, Metrics]:
-    """{length: {answer, bit, chain, n}} of task `name`, on `unseen_problems`.
+    """Measures a looped model's accuracy by length on `unseen_problems`.
 
-    options: `progress`, called with (problems done, all of them), and the others of the model's
-    kind. Raises ValueError for lengths that the task or the model cannot take.
+    Args:
+        model: The looped model.
+        tasks: The tasks by name.
+        name: The task to evaluate on.
+        lengths: Lengths of the problems.
+        problems_per_length: Number of problems of each length.
+        seed: Selects the problems.
+        options: `progress`, called with (problems done, problems in all), and further options of
+            `grade_looped`.
+
+    Returns:
+        {length: {"answer", "bit", "chain", "n"}}.
+
+    Raises:
+        ValueError: The task or the model does not support a length.
     """
     return _evaluate(grade_looped, model, tasks, name, lengths, problems_per_length, seed, options)
 
@@ -133,49 +158,71 @@ def evaluate_autoregressive(
     seed: int = 0,
     **options,
 ) -> dict[int, Metrics]:
-    """{length: {answer, bit, bit_forced, chain, n}} of task `name`, on `unseen_problems`.
+    """Measures an autoregressive model's accuracy by length on `unseen_problems`.
 
-    options: `progress`, called with (problems done, all of them), and the others of the model's
-    kind. Raises ValueError for lengths that the task or the model cannot take.
+    Args:
+        model: The autoregressive model.
+        tasks: The tasks by name.
+        name: The task to evaluate on.
+        lengths: Lengths of the problems.
+        problems_per_length: Number of problems of each length.
+        seed: Selects the problems.
+        options: `progress`, called with (problems done, problems in all), and further options of
+            `grade_autoregressive`.
+
+    Returns:
+        {length: {"answer", "bit", "bit_forced", "chain", "n"}}.
+
+    Raises:
+        ValueError: The task or the model does not support a length.
     """
-    mark = grade_autoregressive
-    return _evaluate(mark, model, tasks, name, lengths, problems_per_length, seed, options)
+    grade = grade_autoregressive
+    return _evaluate(grade, model, tasks, name, lengths, problems_per_length, seed, options)
 
 
-def _evaluate(mark, model, tasks, name, lengths, number, seed, options) -> dict[int, Metrics]:
-    # All lengths at once: short sequences take the places of finished ones.
+def _evaluate(grade, model, tasks, name, lengths, number, seed, options) -> dict[int, Metrics]:
+    # All lengths at once, so that new sequences take the places of finished ones.
     drawn = [fitting_problems(model, tasks[name], length, number, seed) for length in lengths]
     problems = Samples.concat(drawn)
-    marks = mark(model, problems, tasks, **options)
+    grades = grade(model, problems, tasks, **options)
     token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
     result = {}
     for length in np.unique(problems.length).tolist():
         samples, tokens = problems.length == length, token_length == length
         result[length] = {
-            "answer": float(marks.answer[samples].mean()),
-            "bit": float(marks.hits[tokens].mean()),
-            "chain": float(marks.chain[samples].mean()),
+            "answer": float(grades.answer[samples].mean()),
+            "bit": float(grades.tokens[tokens].mean()),
+            "chain": float(grades.chain[samples].mean()),
             "n": int(samples.sum()),
         }
-        if marks.forced is not None:
-            result[length]["bit_forced"] = float(marks.forced[tokens].mean())
+        if grades.forced_tokens is not None:
+            result[length]["bit_forced"] = float(grades.forced_tokens[tokens].mean())
     return result
 
 
 def hit_matrix(model: Model, task: Task, length: int, n: int, seed: int = 0) -> np.ndarray:
-    """(rounds, positions) share of n problems whose token there is right, NaN where none has one.
+    """Measures token accuracy by round and position on problems of one length.
 
-    Positions count from the beginning of the true round.
+    Args:
+        model: A looped or autoregressive model.
+        task: Draws the problems.
+        length: Length of the problems.
+        n: Number of problems.
+        seed: Selects the problems.
+
+    Returns:
+        (rounds, positions) share of the problems whose token is correct, NaN where none has a
+        token. Positions count from the beginning of the true round.
     """
     problems = unseen_problems(task, length, n, seed)
-    mark = grade_looped if isinstance(model, LoopedTransformer) else grade_autoregressive
-    hits = mark(model, problems, {task.name: task}).hits
+    grade = grade_looped if isinstance(model, LoopedTransformer) else grade_autoregressive
+    hits = grade(model, problems, {task.name: task}).tokens
     sizes = np.diff(problems.round_offsets)
     position = concat_ranges(np.zeros_like(sizes), sizes)
     round_index = np.repeat(concat_ranges(np.zeros_like(problems.loops), problems.loops), sizes)
     shape = (int(problems.loops.max(initial=0)), int(sizes.max(initial=0)))
     cell = round_index * shape[1] + position
     cells = shape[0] * shape[1]
-    right = np.bincount(cell, weights=hits, minlength=cells)
+    correct = np.bincount(cell, weights=hits, minlength=cells)
     count = np.bincount(cell, minlength=cells)
-    return np.where(count > 0, right / np.maximum(count, 1), np.nan).reshape(shape)
+    return np.where(count > 0, correct / np.maximum(count, 1), np.nan).reshape(shape)

@@ -1,8 +1,8 @@
-"""How far chains that a model wrote can be trusted, and how well that can be told without labels.
+"""Measures how many chains of a model are correct, and how well the label-free filter finds them.
 
-The label-free filter keeps a chain whose answer, from the answer head, is the one that its rounds
-imply. Against truth (every round and the answer are right) it has a precision (how many of the kept
-are right), a recall (how many of the right are kept) and a share that it keeps.
+The label-free filter keeps a chain if its answer, from the answer head, is the one that its rounds
+imply. Its precision, recall and keep rate are measured against truth: a chain is correct if every
+round and the answer are.
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from relay_fast.reporting.text_table import text_table
 from relay_fast.tasks import TASK_NAMES, Samples, Task
-from relay_fast.tasks.verify import right_chains, verify_chains
+from relay_fast.tasks.verify import correct_chains, verify_chains
 
 Table = dict[str, dict[str, "Counts"]]  # by task and length (a string, as in JSON)
+_KEYS = ("written", "passed", "agreeing", "right", "both", "unended")  # of `Counts` in files
 
 
 @dataclass(frozen=True)
 class Counts:
     """Chains of one task and length.
 
-    written: all; passed: of those, by the check that the dataset asked for; agreeing: kept by the
-    label-free filter; right: in every round and the answer; both: agreeing and right; unended:
-    without `<eos>` within the limit.
+    written: all chains; passed: those that passed the dataset's check; kept: those that the
+    label-free filter keeps; correct: those whose rounds and answer are all correct;
+    kept_and_correct: both; unended: without `<eos>` within the limit.
     """
 
     written: int = 0
     passed: int = 0
-    agreeing: int = 0
-    right: int = 0
-    both: int = 0
+    kept: int = 0
+    correct: int = 0
+    kept_and_correct: int = 0
     unended: int = 0
 
     def __add__(self, other: Counts) -> Counts:
@@ -39,15 +41,18 @@ class Counts:
 
     @property
     def precision(self) -> float | None:
-        return self.both / self.agreeing if self.agreeing else None
+        """Share of the kept chains that are correct."""
+        return self.kept_and_correct / self.kept if self.kept else None
 
     @property
     def recall(self) -> float | None:
-        return self.both / self.right if self.right else None
+        """Share of the correct chains that are kept."""
+        return self.kept_and_correct / self.correct if self.correct else None
 
     @property
-    def share(self) -> float | None:
-        return self.agreeing / self.written if self.written else None
+    def keep_rate(self) -> float | None:
+        """Share of all chains that are kept."""
+        return self.kept / self.written if self.written else None
 
 
 def count(
@@ -57,14 +62,21 @@ def count(
     passed: np.ndarray | None = None,
     ended: np.ndarray | None = None,
 ) -> Table:
-    """Counts by task and length. truth: the same problems solved; passed, ended (S,) bool: default
-    all."""
-    right = right_chains(written, truth)
-    agreeing = verify_chains(written, tasks, "self")
+    """Counts chains by task and length.
+
+    Args:
+        written: S chains that a model wrote.
+        truth: The same problems, solved.
+        tasks: The tasks by name.
+        passed: (S,) bool, the chains that passed the dataset's check, by default all.
+        ended: (S,) bool, the chains that ended within the limit, by default all.
+    """
+    correct = correct_chains(written, truth)
+    kept = verify_chains(written, tasks, "self")
     every = np.ones(len(written), bool)
     passed = every if passed is None else passed
     ended = every if ended is None else ended
-    columns = (every, passed, agreeing, right, agreeing & right, ~ended)
+    columns = (every, passed, kept, correct, kept & correct, ~ended)
     table: Table = {}
     for k in np.unique(truth.task):
         own = table.setdefault(TASK_NAMES[k], {})
@@ -75,7 +87,7 @@ def count(
 
 
 def add(tables: list[Table]) -> Table:
-    """The sum of several tables, tasks and lengths in ascending order."""
+    """Adds several tables; tasks and lengths come in ascending order."""
     total: Table = {}
     for table in tables:
         for task, by_length in table.items():
@@ -89,35 +101,38 @@ def add(tables: list[Table]) -> Table:
 
 
 def to_json(table: Table) -> dict[str, dict[str, dict[str, int]]]:
-    return {t: {n: asdict(counts) for n, counts in own.items()} for t, own in table.items()}
+    """Converts a table for a JSON file."""
+    return {
+        task: {n: dict(zip(_KEYS, _values(c), strict=True)) for n, c in own.items()}
+        for task, own in table.items()
+    }
 
 
 def from_json(values: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Table:
-    return {t: {n: Counts(**counts) for n, counts in own.items()} for t, own in values.items()}
+    """Reads what `to_json` gave."""
+    return {
+        task: {n: Counts(*(c[key] for key in _KEYS)) for n, c in own.items()}
+        for task, own in values.items()
+    }
 
 
-def report(table: Table) -> str:
-    """The table as text: a line for each length, the sum of each task below."""
-    lines = [
-        "label-free filter (the answer agrees with the rounds) against truth",
-        f"{'task':14s}{'length':>7s}{'written':>9s}{'passed':>9s}{'right':>9s}"
-        f"{'kept':>8s}{'precision':>11s}{'recall':>8s}{'unended':>9s}",
-    ]
+def table_text(table: Table) -> str:
+    """Formats the counts as text: a row for each length, and the sum of each task below."""
+    header = "task length written passed correct kept precision recall unended".split()
+    cells = []
     for task, by_length in table.items():
         rows = [*by_length.items()]
         if len(rows) > 1:
             rows.append(("all", sum(by_length.values(), Counts())))
         for length, c in rows:
-            lines.append(
-                f"{task:14s}{length:>7s}{c.written:9d}{c.passed:9d}{c.right:9d}"
-                f"{_percent(c.share):>8s}{_percent(c.precision):>11s}{_percent(c.recall):>8s}"
-                f"{c.unended:9d}"
-            )
-    return "\n".join(lines)
+            shares = map(_percent, (c.keep_rate, c.precision, c.recall))
+            cells.append([task, length, c.written, c.passed, c.correct, *shares, c.unended])
+    title = "label-free filter (the answer agrees with the rounds) against truth"
+    return f"{title}\n{text_table(header, cells, left=1)}"
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
 
 
 def _values(counts: Counts) -> tuple[int, ...]:

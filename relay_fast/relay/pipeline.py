@@ -1,7 +1,7 @@
-"""Runs stages in their order, several at a time where the run says so, and shows how far they are.
+"""Runs the stages of a run in order, in up to `workers` processes, and shows their progress.
 
-Each stage runs in a worker process; only this process writes the run's bookkeeping, so that an
-interruption at any moment loses at most what a stage had not yet saved.
+Only the calling process writes the run's bookkeeping, so that an interruption loses at most what a
+stage had not yet saved.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ __all__ = ["OutOfTime", "RunStopped", "WorkerDied", "run_pipeline", "with_needs"
 
 
 class OutOfTime(Exception):
-    """The minutes that a run was given are over; the same command continues it."""
+    """Raised when a run's minutes are over; the same command continues it."""
 
 
 def with_needs(names: Iterable[str]) -> list[str]:
-    """The stages and what they need, in the pipeline's order. Raises ValueError for unknowns."""
+    """Adds the stages that the given ones depend on, in the pipeline's order.
+
+    Raises ValueError for an unknown stage.
+    """
     wanted: set[str] = set()
 
     def add(name: str) -> None:
@@ -53,7 +56,6 @@ def with_needs(names: Iterable[str]) -> list[str]:
     return [name for name in STAGE_DEPENDENCIES if name in wanted]
 
 
-# Long: one loop over the running stages, whose state it holds.
 def run_pipeline(
     folder: RunFolder,
     names: Iterable[str],
@@ -64,91 +66,133 @@ def run_pipeline(
     minutes: float | None = None,
     done: Callable[[str, Mapping[str, Any]], None],
 ) -> None:
-    """Runs the stages, and what they need, that are not done yet; `done(name, result)` is called as
-    each finishes.
+    """Runs the given stages and their dependencies, except those that are done.
 
-    A stage that fails stops the run with its error, after the others have saved their state;
-    Ctrl-C does the same, and so do OutOfTime after `minutes`, WorkerDied, and Diverged, whose
-    history goes into results.json.
+    When a stage fails, or at Ctrl-C, the other stages save their state before the error is raised.
+
+    Args:
+        folder: The run's folder.
+        names: The stages to run.
+        display: Shows the progress.
+        device: Where the stages run.
+        impl: Implementation of the kernels.
+        minutes: Time limit, by default none.
+        done: Called with (stage, result) when a stage has finished.
+
+    Raises:
+        OutOfTime: `minutes` are over.
+        WorkerDied: A worker process was killed, hangs or did not start.
+        Diverged: A training diverged; its history goes into results.json.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     names = with_needs(names)
     waiting = _unfinished(folder, names)
-    _say_what_is_lost(folder, [name for name in names if name not in waiting])
+    _warn_of_lost_results(folder, [name for name in names if name not in waiting])
     _clear(folder, (name for name in names if name not in waiting and folder.stage_done(name)))
-    most = max(1, int(folder.config["workers"]))
-    threads = usable_threads(most)  # however few stages wait: sums depend on it
-    task = (str(folder.path), folder.config, device, impl)
-    workers: list[Worker] = []
-    busy = lambda: [worker for worker in workers if worker.label]
-    with interrupts_deferred() as asked:
+    team = _Team(folder, display, waiting, device, impl, done)
+    with interrupts_deferred() as interrupted:
         try:
-            while waiting or busy():
-                blocked = {*waiting, *(worker.label for worker in busy())}
-                for name in _ready(waiting, blocked, most - len(busy())):
-                    waiting.remove(name)
-                    idle = [worker for worker in workers if not worker.label]
-                    if not idle:
-                        idle = [Worker(partial(_initialize, threads))]
-                        workers += idle
-                    idle[0].run(name, _run, *task, name)
-                    display.start(name)
-                listen(workers, seconds=0.2)
-                for worker in busy():
-                    stage = worker.label
-                    for kind, value in worker.messages():
-                        if kind == "report":
-                            display.progress(stage, value)
-                        else:
-                            display.finish(stage, value["seconds"])
-                            done(stage, value)
-                            _clear(folder, [stage])
-                if asked():
+            while waiting or team.running():
+                team.start_ready()
+                team.handle_messages()
+                if interrupted():
                     raise KeyboardInterrupt
                 if time.monotonic() > deadline:
                     raise OutOfTime
         except BaseException as error:
-            running = " and ".join(worker.label for worker in busy())
-            stop(workers, interrupt=True)
+            running = " and ".join(team.running())
+            stop(team.workers, interrupt=True)
             if isinstance(error, Diverged):
-                folder.update_results({"history": {stage: error.history}})
-            if isinstance(error, WorkerDied) and asked():  # it was interrupted as this process was
+                folder.update_results({"history": {team.handled: error.history}})
+            if isinstance(error, WorkerDied) and interrupted():  # the signal reached it too
                 raise KeyboardInterrupt from None
             if isinstance(error, Killed):
                 raise WorkerDied(
-                    f"{error} while {running} ran, as happens where memory runs out; free some, "
-                    f"then the same command continues this run."
+                    f"{error} while {running} ran, probably out of memory; free some, then the "
+                    f"same command continues this run."
                 ) from error
             raise
-        stop(workers, interrupt=False)
+        stop(team.workers, interrupt=False)
+
+
+class _Team:
+    """The worker processes of a run, and the stages that wait for one.
+
+    Attributes:
+        workers: The processes, idle ones included.
+        handled: The stage whose messages were read last.
+    """
+
+    def __init__(self, folder, display, waiting: list[str], device: str, impl: str, done):
+        """Starts no process; `waiting` shrinks as stages start, see `run_pipeline` for the rest."""
+        self.workers: list[Worker] = []
+        self.handled = ""
+        self._folder, self._display, self._waiting, self._done = folder, display, waiting, done
+        self._most = max(1, int(folder.config["workers"]))
+        threads = usable_threads(self._most)  # for any number of stages: rounding depends on it
+        self._initialize = partial(limit_threads, threads)
+        self._task = (str(folder.path), folder.config, device, impl)
+
+    def running(self) -> list[str]:
+        """Returns the stages that run."""
+        return [worker.label for worker in self.workers if worker.label]
+
+    def start_ready(self) -> None:
+        """Starts stages whose dependencies are done, as many as there may be workers."""
+        running = self.running()
+        room = self._most - len(running)
+        for name in _ready(self._waiting, {*self._waiting, *running}, room):
+            self._waiting.remove(name)
+            worker = next((worker for worker in self.workers if not worker.label), None)
+            if worker is None:
+                worker = Worker(self._initialize)
+                self.workers.append(worker)
+            worker.run(name, _run, *self._task, name)
+            self._display.start(name)
+
+    def handle_messages(self) -> None:
+        """Waits shortly for messages and acts on them; raises the errors of stages."""
+        listen(self.workers, seconds=0.2)
+        for worker in [worker for worker in self.workers if worker.label]:
+            self.handled = worker.label
+            for kind, value in worker.messages():
+                if kind == "progress":
+                    self._display.progress(self.handled, value)
+                else:
+                    self._display.finish(self.handled, value["seconds"])
+                    self._done(self.handled, value)
+                    _clear(self._folder, [self.handled])
 
 
 def _unfinished(folder: RunFolder, names: list[str]) -> list[str]:
-    """The stages still to run: those that are not done, those whose files are gone (left out when
-    the folder was copied, for their size) while a stage to run needs them, and evaluations whose
-    numbers are gone."""
+    """Returns the stages still to run.
+
+    These are the stages that are not done, those whose files are missing (from a copied folder,
+    say) while a stage to run needs them, and evaluations whose numbers are missing.
+    """
     results = folder.results()
     waiting: set[str] = set()
     for name in reversed(names):
         needed = any(name in STAGE_DEPENDENCIES[later] for later in waiting)
         lost = not all(file.exists() for file in stage_files(folder.path, name))
-        unread = name.startswith("evaluate.") and not _told(results, name)
-        if not folder.stage_done(name) or (needed and lost) or unread:
+        no_numbers = name.startswith("evaluate.") and not _has_results(results, name)
+        if not folder.stage_done(name) or (needed and lost) or no_numbers:
             waiting.add(name)
     return [name for name in names if name in waiting]
 
 
-def _told(results: Mapping[str, Any], name: str) -> bool:
-    """Whether results.json has a stage's part."""
+def _has_results(results: Mapping[str, Any], name: str) -> bool:
+    """Tells whether results.json has the numbers of a stage."""
     if name == "chains":
         return "trust" in results
     section = "accuracy" if name.startswith("evaluate.") else "history"
     return name.removeprefix("evaluate.") in results.get(section, {})
 
 
-def _say_what_is_lost(folder: RunFolder, finished: list[str]) -> None:
+def _warn_of_lost_results(folder: RunFolder, finished: list[str]) -> None:
+    """Prints which numbers of finished stages are no longer in results.json."""
     results = folder.results()
-    lost = [name for name in finished if not _told(results, name)]
+    lost = [name for name in finished if not _has_results(results, name)]
     if lost:
         print(
             f"note: {folder.path / 'results.json'} was lost; it is made anew, without the curves "
@@ -158,26 +202,21 @@ def _say_what_is_lost(folder: RunFolder, finished: list[str]) -> None:
 
 
 def _clear(folder: RunFolder, done: Iterable[str]) -> None:
-    """Deletes what finished stages kept only to be continued."""
+    """Deletes the files that finished stages needed only to be continued."""
     for name in done:
         for file in scratch_files(folder.path, name):
             file.unlink()
 
 
 def _ready(waiting: list[str], unfinished: set[str], room: int) -> list[str]:
-    """The stages whose needs are done, as many as there is room for."""
+    """Returns up to `room` stages whose dependencies are done."""
     return [name for name in waiting if unfinished.isdisjoint(STAGE_DEPENDENCIES[name])][:room]
 
 
-# In the other processes
-
-
-def _initialize(threads: int) -> None:
-    limit_threads(threads)
-
-
-def _run(path: str, config: dict, device: str, impl: str, name: str, *, report: Callable) -> dict:
-    """One stage, in a worker: its part of results.json and the seconds it took."""
+def _run(
+    path: str, config: dict, device: str, impl: str, name: str, *, on_progress: Callable
+) -> dict:
+    """Runs one stage, in a worker; returns its part of results.json and its seconds."""
     started = time.monotonic()
-    result = run_stage(Context(Path(path), config, device, impl), name, report)
+    result = run_stage(Context(Path(path), config, device, impl), name, on_progress)
     return {"result": result, "seconds": round(time.monotonic() - started, 2)}

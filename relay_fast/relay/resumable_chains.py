@@ -1,4 +1,4 @@
-"""Looped chains written into files as they come, so that an interruption loses next to nothing."""
+"""Generates looped chains and saves them every few seconds, so that a run can continue."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import Samples, Task
 from relay_fast.training.model_files import model_hash
 
-SAVE_EVERY = 20.0  # seconds of writing that an interruption may lose
-PART_TOKENS = 2 << 20  # of a file: machines that are lent return small ones
+SAVE_EVERY = 20.0  # seconds of generation that an interruption may lose
+PART_TOKENS = 2 << 20  # split files at this size
 
 
 def generate_in_parts(
@@ -27,12 +27,24 @@ def generate_in_parts(
     stem: Path,
     progress: Progress | None = None,
 ) -> Samples:
-    """What `generate_looped_chains` gives, as far as the files `stem`.WHAT-FIRST.safetensors of
-    earlier calls go from them, the rest written into further ones.
+    """Does what `generate_looped_chains` does, and continues an interrupted call.
 
-    An interrupted call is thus continued by the same call, to the same chains. WHAT stands for the
-    model and the problems: files of others are not read. Raises CheckpointError for a file that
-    cannot be read or written, and what `generate_looped_chains` raises.
+    Chains are saved in files `stem`.DIGEST-FIRST.safetensors, which the same call reads later.
+    DIGEST stands for the model and the problems; files with another one are ignored.
+
+    Args:
+        model: Writes the chains.
+        problems: The problems.
+        tasks: The tasks by name.
+        stem: Path of the files without their endings.
+        progress: Called with (problems done, problems in all).
+
+    Returns:
+        The chains in the order of `problems`, as `generate_looped_chains` gives them.
+
+    Raises:
+        CheckpointError: A file cannot be read or written.
+        ValueError: As `generate_looped_chains`.
     """
     name = f"{stem.name}.{_digest(model, problems)}"
     path = lambda first: stem.with_name(f"{name}-{first:08d}.safetensors")
@@ -48,14 +60,14 @@ def generate_in_parts(
         tokens = sum(len(samples.rounds) for samples in fresh)
         if time.monotonic() - saved >= SAVE_EVERY or tokens >= PART_TOKENS:
             parts.append(Samples.concat(fresh))
-            save_samples(path(done), parts[-1], {})  # its name says what it is of
+            save_samples(path(done), parts[-1], {})  # the name identifies it
             done += len(parts[-1])
             fresh, saved = [], time.monotonic()
     return in_callers_order([(stream_order(problems), Samples.concat(parts + fresh))], problems)
 
 
 def _digest(model: LoopedTransformer, problems: Samples) -> str:
-    """16 hexadecimal digits that stand for the model and the problems."""
+    """Returns 16 hexadecimal digits that identify the model and the problems."""
     digest = hashlib.sha256(model_hash(model).encode())
     for field in fields(problems):
         digest.update(np.ascontiguousarray(getattr(problems, field.name)).tobytes())

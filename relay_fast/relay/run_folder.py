@@ -1,14 +1,14 @@
-"""The run folder: one folder per run, and the same command continues it.
+"""Run folders: one folder per run, continued by the same command.
 
 | file | content |
 |---|---|
 | `config.json` | the config; a folder with another config is refused |
-| `stages.json` | the finished stages, with when and what |
+| `stages.json` | the finished stages, with the time and duration of each |
 | `results.json` | every number of the run; null where one is not finite (a loss that diverged) |
 | `checkpoints/*.safetensors` | models and training states |
 
-Every write is atomic: an interrupted run leaves nothing half-written. One process at a time runs
-in a folder; what it needs to know of the machine (`MACHINE`) may change from one to the next.
+Every write is atomic: an interrupted run leaves no incomplete file. One process at a time runs in a
+folder; the settings of the machine (`MACHINE`) may differ from call to call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from relay_fast.utils.deprecation import current_config
 from relay_fast.utils.files import (
     cannot_write,
     clear_partials,
@@ -35,26 +36,33 @@ from relay_fast.utils.files import (
 )
 from relay_fast.utils.locks import LOCK, FolderInUse, lock_folder
 
-MACHINE = ("workers", "data_workers")  # of the config: what changes no number of a run
-_EVALUATION = "evaluation"  # may be written while the run goes on
+MACHINE = ("workers", "data_workers")  # keys of the config that change no number of a run
+_EVALUATION = "evaluation"  # file that may be written while the run goes on
 
 
 class RunFolderError(RuntimeError):
-    """A run folder that cannot be used; the text is one sentence that says what to do."""
+    """Raised for a run folder that cannot be used; the message says what to do."""
 
 
 class RunFolder:
     """The folder of one run.
 
-    path: where it is. config: what the run was started with, as read back from JSON.
+    Attributes:
+        path: Path of the folder.
+        config: The run's config, as read back from JSON.
     """
 
     def __init__(self, path: str | os.PathLike, config: Mapping[str, Any]) -> None:
-        """Make the folder, or continue it if it is there with the same config.
+        """Makes the folder, or continues one with the same config.
 
-        `config` must be JSON-able. Raises RunFolderError for a file in the folder's place, a folder
-        that is not a run folder and not empty, one with another config, one that is not writable,
-        or one that another process runs in; ValueError for a config that JSON cannot hold.
+        Args:
+            path: Path of the folder.
+            config: The run's config, JSON-able.
+
+        Raises:
+            RunFolderError: The path is a file; or the folder is not empty and no run folder, has
+                another config, is not writable, or is in use by another process.
+            ValueError: JSON cannot hold the config.
         """
         self._use(path, config, LOCK)
 
@@ -85,10 +93,14 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike, write: bool = False) -> RunFolder:
-        """The run folder at `path`, with its own config.
+        """Opens the run folder at `path` with its own config.
 
-        `write`: also make sure that results can be written. Raises RunFolderError if there is no
-        such folder, or it cannot be read or written.
+        Args:
+            path: Path of the folder.
+            write: Lock it for writing an evaluation and check that it is writable.
+
+        Raises:
+            RunFolderError: There is no such folder, or it cannot be read or written.
         """
         path = Path(path)
         try:
@@ -97,7 +109,7 @@ class RunFolder:
                     f"{path} is not a run folder (no config.json); make one with "
                     f"python -m relay_fast.train --out {path}."
                 )
-            config = _read_json(path / "config.json")
+            config = current_config(_read_json(path / "config.json"))
         except PermissionError as error:
             raise RunFolderError(
                 f"no permission to read the run folder {path}; change its permissions."
@@ -126,7 +138,7 @@ class RunFolder:
                     f"{first_differences(found)}; give another --out, or the same config to "
                     f"continue it."
                 )
-            # Not os.access: it asks for the real user and knows no read-only file system.
+            # os.access checks the real user and misses read-only file systems.
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         else:
@@ -136,7 +148,7 @@ class RunFolder:
             clear_partials(self.path / "checkpoints")
 
     def _refuse_foreign(self, config_file: Path) -> None:
-        """Raises RunFolderError for a folder that is not empty and no run's."""
+        """Raises RunFolderError for a folder that is neither empty nor a run folder."""
         others = (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
         if not config_file.is_file() and any(others):
             raise RunFolderError(
@@ -145,36 +157,39 @@ class RunFolder:
             )
 
     def checkpoint(self, name: str) -> Path:
-        """Where the checkpoint called `name` is, or will be."""
+        """Returns the path of the checkpoint called `name`."""
         return self.path / "checkpoints" / f"{name}.safetensors"
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write the JSON file called `name`, null for what is not finite; raises RunFolderError
-        where that cannot be."""
+        """Writes a JSON file called `name`, with null for numbers that are not finite.
+
+        Raises RunFolderError if it cannot be written.
+        """
         try:
             write_json(self.path / name, finite(value))
         except OSError as error:
             raise RunFolderError(cannot_write(self.path / name, error)) from error
 
     def results(self) -> dict[str, Any]:
-        """The content of results.json; empty if there is none yet."""
+        """Returns the content of results.json, empty if there is none yet."""
         file = self.path / "results.json"
         return _read_json(file) if file.is_file() else {}
 
     def update_results(self, part: Mapping[str, Any]) -> dict[str, Any]:
-        """Merge `part` into results.json and return the whole.
+        """Merges `part` into results.json and returns the whole.
 
-        Dictionaries merge key by key, anything else replaces what was there.
+        Dictionaries are merged key by key; any other value replaces the old one.
         """
         whole = _merged(self.results(), json.loads(json_text(finite(part))))
         self.write("results.json", whole)
         return whole
 
     def stage_done(self, name: str) -> bool:
+        """Tells whether a stage is finished."""
         return name in self._stages()
 
     def mark_done(self, name: str, info: Mapping[str, Any] | None = None) -> None:
-        """Record that a stage is finished, after all that it leaves is on disk."""
+        """Records that a stage is finished, with `info`; call it once its files are on disk."""
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         stages = {**self._stages(), name: {"finished": finished, **(info or {})}}
         self.write("stages.json", stages)
@@ -185,9 +200,13 @@ class RunFolder:
 
 
 def versions(device: str = "cpu") -> dict[str, Any]:
-    """What the numbers of a run depend on beside its config; JSON-able.
+    """Collects what the numbers of a run depend on beside its config: versions and hardware.
 
-    `device`: "cpu" or a CUDA device, whose name is looked up (which initialises CUDA).
+    Args:
+        device: "cpu" or a CUDA device; looking up the name of the latter initialises CUDA.
+
+    Returns:
+        JSON-able values.
     """
     import numpy
     import torch
@@ -216,10 +235,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except ValueError as error:
         raise RunFolderError(
-            f"{path} is damaged ({error}); restore it, or start anew with another --out."
+            f"{path} is damaged ({error}); restore it, or start again with another --out."
         ) from error
     if not isinstance(value, dict):
-        raise RunFolderError(f"{path} holds no JSON object; start anew with another --out.")
+        raise RunFolderError(f"{path} holds no JSON object; start again with another --out.")
     return value
 
 
@@ -232,7 +251,7 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _installed_version(name: str) -> str | None:
-    # Not by importing it: triton looks for drivers when imported.
+    # Importing triton would look for drivers.
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -240,10 +259,12 @@ def _installed_version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with `+` if tracked files have changed. Outside a checkout (a copy of
-    one on a lent machine) what the environment variable RELAY_FAST_COMMIT says, or None."""
+    """Returns the checkout's commit, with `+` if tracked files have changed.
+
+    Outside a checkout it is the environment variable RELAY_FAST_COMMIT, or None.
+    """
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an installed package may lie inside somebody's repository
+    if not (root / ".git").exists():  # an installed package may lie inside another repository
         return os.environ.get("RELAY_FAST_COMMIT")
     git = ["git", "-C", str(root)]
     try:

@@ -1,7 +1,7 @@
-"""The stages of RELAY, each a function of a run folder: what it reads, trains, writes.
+"""The stages of RELAY.
 
-Stages talk through files in the run folder only, so that each can run in its own process, alone
-from the shell, or again after an interruption. A stage returns what belongs into results.json.
+Stages communicate through files in the run folder only, so that each can run in its own process,
+alone from the shell, or again after an interruption. A stage returns its part of results.json.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ from relay_fast.tasks import NO_ANSWER, FeedbackDraws, Samples
 from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import LOG_EVERY, Trained, train_model
+from relay_fast.utils.cores import machine_memory
+from relay_fast.utils.seeds import (
+    CHAINS_STREAM,
+    IN_RANGE_STREAM,
+    SELF_CHAINS_STREAM,
+    TRAIN_STREAM,
+)
 
-Report = Callable[[Progress | Problems], None]
+OnProgress = Callable[[Progress | Problems], None]
 
-# Seeds of the sample streams, so that no two of them meet.
-_TRAIN, _CHAINS, _INSIDE, _SELF = 1, 2, 3, 4
-
-# Options of the looped models alone, in the table that they share with the others.
+# Keys of the table `model` that only looped models have.
 _OF_LOOPED = ("feedback", "carry_state", "feedback_noise")
 
-# What each stage needs before it can run, in the order in which ready stages are started.
+# Stage -> stages that must be done before, in the order in which ready stages are started.
 STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "looped_aligned": (),
     "ar_baseline": (),
@@ -55,39 +59,61 @@ STAGE_DEPENDENCIES |= {f"evaluate.{name}": (name,) for name in MODELS}
 
 
 class Context:
-    """A run as a stage sees it: folder, config, tasks."""
+    """The run that a stage belongs to: folder, config, tasks, models.
+
+    Attributes:
+        vocabulary, tasks: Built from the config.
+        seed: The run's seed.
+        ranges: {task: (shortest, longest)} lengths in training.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], device: str, impl: str):
+        """Prepares a run.
+
+        Args:
+            folder: The run folder.
+            config: The run's config.
+            device: Where models run.
+            impl: Implementation of the kernels.
+        """
         self.folder, self.config, self.device, self.impl = folder, config, device, impl
         self.vocabulary, self.tasks = run_tasks(config)
         self.seed: int = config["seed"]
         self.ranges = {name: tuple(config["tasks"][name]["train"]) for name in self.tasks}
 
-    def stream_seed(self, salt: int) -> int:
-        return self.seed * 1000 + salt
+    def stream_seed(self, stream: int) -> int:
+        """Returns the seed of a sample stream of `relay_fast.utils.seeds`."""
+        return self.seed * 1000 + stream
 
     def task_config(self, task: str) -> Mapping[str, Any]:
+        """Returns a task's table of the config."""
         return self.config["tasks"][task]
 
     def max_length(self, task: str) -> int:
-        """The largest length that any stage writes or reads."""
+        """Returns the largest length of a task that any stage writes or reads."""
         entry = self.task_config(task)
         return max(entry["test"][1], self.ranges[task][1] + len(entry["merge_beyond"]),
                    *entry["self_lengths"])  # fmt: skip
 
     def prove(self) -> None:
-        """Raises ValueError for lengths that a task has not, and for models that cannot be."""
+        """Raises ValueError for lengths that a task does not support, for invalid model sizes and
+        for models that do not fit into this machine's memory."""
         for name, task in self.tasks.items():
             entry = self.task_config(name)
             for length in (self.ranges[name][0], *entry["self_lengths"], *entry["hit_matrix"]):
                 task.check_length(length)
         for kind in ("looped", "autoregressive"):
-            self.model_config(kind)
+            _check_memory(self.model_config(kind))
 
     def model_config(self, kind: str, supervise: str = "chain") -> ModelConfig:
-        """The sizes of the run's models of a kind, looped or autoregressive.
+        """Returns the config of the run's models of a kind.
 
-        Raises ValueError for sizes that do not fit together.
+        Args:
+            kind: "looped" or "autoregressive".
+            supervise: What a looped model is trained on, "chain" or "answer".
+
+        Raises:
+            ValueError: Sizes do not fit together.
         """
         shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
         sizes = {**shared, **self.config["model"].get(kind, {})}
@@ -112,7 +138,7 @@ class Context:
         )  # fmt: skip
 
     def new_model(self, kind: str, supervise: str = "chain"):
-        """A fresh model of the run's sizes, from the run's seed."""
+        """Builds a model of the run's sizes, initialised from the run's seed."""
         config = self.model_config(kind, supervise)
         torch.manual_seed(self.seed)
         options = {"impl": self.impl, "recompute": self.config["training"].get("recompute", "none")}
@@ -121,8 +147,8 @@ class Context:
         return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
 
     def _longest_input(self, carry_state: bool) -> int:
-        """Tokens of the longest input, padding and cuts included, that the aligned looped model
-        trains on; 0 where longer ones hold no other positions."""
+        """Returns the tokens of the longest training input of the aligned looped model, padding and
+        cuts included; 0 where longer inputs hold no other positions."""
         settings = recipe(self.config, "looped_aligned")
         shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
         plain = dict.fromkeys(self.tasks, FeedbackDraws(**shared))
@@ -157,17 +183,20 @@ class Context:
         return draws
 
     def load(self, name: str):
+        """Loads a trained model of the run."""
         return load_run_model(self.folder, name, self.device, self.impl)
 
     def state_path(self, name: str) -> Path:
+        """Returns the path of a stage's training state."""
         return self.folder / "checkpoints" / f"{name}.state.safetensors"
 
     def form(self, settings: Mapping[str, Any], kind: str) -> BatchFormat:
+        """Returns the batch format of a stage with these settings."""
         names = ("task_weights", "chain_weight", "weighting", "batch_tokens")
         return BatchFormat(kind, **{k: settings[k] for k in names if k in settings})
 
     def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
-        """Saves a trained model; the part of results.json that its training brings."""
+        """Saves the model `name` after training; returns the training's part of results.json."""
         save_model(model_path(self.folder, name), model, {"seed": self.seed, "stage": name})
         return {
             "history": {name: trained.history},
@@ -176,35 +205,63 @@ class Context:
         }
 
 
+def _check_memory(config: ModelConfig) -> None:
+    """Raises ValueError for a model whose weights and gradients are more than the machine holds: on
+    a CPU too they are allocated, one by one, until the system gives no more."""
+    layers, one_layer = config.block.n_layers, replace(config.block, n_layers=1)
+    try:
+        with torch.device("meta"):
+            model = LoopedTransformer(replace(config, block=one_layer))
+        layer = sum(p.nbytes for p in model.block.layers.parameters())
+        needed = 2 * (sum(p.nbytes for p in model.parameters()) + (layers - 1) * layer)
+    except (RuntimeError, TypeError):  # sizes beyond what a tensor can have
+        needed = math.inf
+    if needed > (have := machine_memory()):
+        raise ValueError(
+            f"model: its weights and their gradients take {needed / 1e9:.3g} GB and this machine "
+            f"has {have / 1e9:.3g}: give smaller sizes (d_model, n_layers, d_hidden)"
+        )
+
+
 def stage_files(folder: Path, name: str) -> list[Path]:
-    """What a stage leaves for others, beside its part of results.json."""
+    """Returns the files that a stage leaves for other stages."""
     if name == "chains":
         return [folder / "chains.safetensors"]
     return [model_path(folder, name)] if name in MODELS else []
 
 
 def scratch_files(folder: Path, name: str) -> list[Path]:
-    """What a stage keeps only to be continued after an interruption."""
+    """Returns the files that a stage needs only to be continued after an interruption."""
     return list((folder / "checkpoints").glob(f"{name}.*.safetensors"))
 
 
-def run_stage(context: Context, name: str, report: Report) -> dict[str, Any]:
-    """Runs one stage; returns its part of results.json."""
+def run_stage(context: Context, name: str, on_progress: OnProgress) -> dict[str, Any]:
+    """Runs one stage.
+
+    Args:
+        context: The run.
+        name: The stage, a key of `STAGE_DEPENDENCIES`.
+        on_progress: Called now and then.
+
+    Returns:
+        The stage's part of results.json.
+    """
     if name.startswith("evaluate."):
-        return _evaluate(context, name.removeprefix("evaluate."), report)
-    return _STAGES[name](context, report)
+        return _evaluate(context, name.removeprefix("evaluate."), on_progress)
+    return _STAGES[name](context, on_progress)
 
 
-def _reporter(report: Report) -> Callable[[int, int], None]:
-    """A progress callback (problems done, all of them) that reports now and then."""
-    reported = -math.inf
+def _throttled(on_progress: OnProgress) -> Callable[[int, int], None]:
+    """Returns a callback (problems done, problems in all) that calls `on_progress` at most every
+    LOG_EVERY seconds."""
+    called = -math.inf
 
     def progress(done: int, total: int) -> None:
-        nonlocal reported
+        nonlocal called
         now = time.monotonic()
-        if now - reported >= LOG_EVERY:
-            report(Problems(done, total))
-            reported = now
+        if now - called >= LOG_EVERY:
+            on_progress(Problems(done, total))
+            called = now
 
     return progress
 
@@ -219,8 +276,10 @@ def _schedule(
     samples: int,
     draws: Mapping[str, FeedbackDraws] | None = None,
 ) -> Schedule:
-    """The stage's steps: given as steps, as epochs over `samples`, or as token-iterations, which
-    are counted with what is drawn for iterations that train side by side."""
+    """Builds a stage's schedule from its steps, epochs over `samples`, or token-iterations.
+
+    Token-iterations are counted with what `draws` adds to iterations that train side by side.
+    """
     options = {"warmup": settings["warmup"], "decay": settings["decay"]}
     if "token_iterations" in settings:
         cost = mean_cost(
@@ -234,7 +293,8 @@ def _schedule(
     return Schedule.by_steps(settings["steps"], **options)
 
 
-def _from_scratch(context: Context, name: str, model, kind: str, report: Report):
+def _from_scratch(context: Context, name: str, model, kind: str, on_progress: OnProgress):
+    """Trains a fresh model on true chains."""
     settings = recipe(context.config, name)
     size = settings.get("dataset_size")
     names = ("batch_size", "lengths", "lengths_per_batch", "dataset_size", "curriculum",
@@ -256,72 +316,74 @@ def _from_scratch(context: Context, name: str, model, kind: str, report: Report)
         options.pop("pad_probability", None)  # each iteration is padded for itself
     stream = TruthStream(
         context.tasks, context.ranges, form, schedule,
-        seed=context.stream_seed(_TRAIN), **options,
+        seed=context.stream_seed(TRAIN_STREAM), **options,
     )  # fmt: skip
     trained = train_model(
         model, stream, settings, context.state_path(name), seed=context.seed,
-        data_workers=context.config["data_workers"], report=report,
+        data_workers=context.config["data_workers"], report=on_progress,
     )  # fmt: skip
     return context.finish(name, model, trained)
 
 
-def _looped_aligned(context: Context, report: Report):
+def _looped_aligned(context: Context, on_progress: OnProgress):
     model = context.new_model("looped", "chain")
-    return _from_scratch(context, "looped_aligned", model, "looped", report)
+    return _from_scratch(context, "looped_aligned", model, "looped", on_progress)
 
 
-def _looped_vanilla(context: Context, report: Report):
+def _looped_vanilla(context: Context, on_progress: OnProgress):
     model = context.new_model("looped", "answer")
-    return _from_scratch(context, "looped_vanilla", model, "looped", report)
+    return _from_scratch(context, "looped_vanilla", model, "looped", on_progress)
 
 
-def _ar_baseline(context: Context, report: Report):
+def _ar_baseline(context: Context, on_progress: OnProgress):
     model = context.new_model("autoregressive")
-    return _from_scratch(context, "ar_baseline", model, "autoregressive", report)
+    return _from_scratch(context, "ar_baseline", model, "autoregressive", on_progress)
 
 
 # Stage II
 
 
-def _chains(context: Context, report: Report):
-    """The looped model writes chains for every length beyond its training range."""
+def _chains(context: Context, on_progress: OnProgress):
+    """Generates chains with the looped model for the lengths beyond its training range."""
     model = context.load("looped_aligned")
     parts = []
     for name, task in context.tasks.items():
         longest = context.ranges[name][1]
         counts = context.task_config(name)["merge_beyond"]
         lengths = np.repeat(np.arange(longest + 1, longest + 1 + len(counts)), counts)
-        parts.append(task.sample(lengths, context.stream_seed(_CHAINS)))
+        parts.append(task.sample(lengths, context.stream_seed(CHAINS_STREAM)))
     problems = Samples.concat(parts)
     stem = context.folder / "checkpoints" / "chains"
-    written = generate_in_parts(model, problems, context.tasks, stem, _reporter(report))
+    written = generate_in_parts(model, problems, context.tasks, stem, _throttled(on_progress))
     save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
     return {"trust": filter_metrics.to_json(filter_metrics.count(written, problems, context.tasks))}
 
 
 def _in_range_problems(context: Context) -> Samples:
-    """The original data of the merged set: true problems inside the training range, ∝ length."""
+    """Draws the true problems of the merged set: lengths of the training range, ∝ length."""
     parts = []
     for name, task in context.tasks.items():
         shortest, longest = context.ranges[name]
-        rng = np.random.default_rng([_INSIDE, context.seed, task.index])
+        rng = np.random.default_rng([IN_RANGE_STREAM, context.seed, task.index])
         choices = np.arange(shortest, longest + 1)
         size = context.task_config(name)["merge_inside"]
         lengths = rng.choice(choices, size=size, p=choices / choices.sum())
-        parts.append(task.sample(lengths, context.stream_seed(_INSIDE)))
+        parts.append(task.sample(lengths, context.stream_seed(IN_RANGE_STREAM)))
     return Samples.concat(parts)
 
 
-def _fine_tune(context: Context, stage: str, name: str, model, added: Samples, report: Report):
-    """Fine-tunes on the original data merged with `added`, whose chains a model wrote."""
+def _fine_tune(
+    context: Context, stage: str, name: str, model, added: Samples, on_progress: OnProgress
+):
+    """Fine-tunes on true problems in the training range merged with `added` chains of a model."""
     settings = recipe(context.config, stage)
     sizes = np.diff(added.sequences(context.tasks)[1])
-    # A chain gone wrong may never end, and may hold no answer to learn.
+    # A wrong chain may never end, and may hold no answer to learn.
     fits = (sizes <= model.config.max_tokens) & (added.answer != NO_ANSWER)
-    inside = _in_range_problems(context)
-    merged = Samples.concat([inside, added.take(fits)])
+    in_range = _in_range_problems(context)
+    merged = Samples.concat([in_range, added.take(fits)])
     longest_true = {
-        name: int(inside.length[inside.task == task.index].max(initial=0))
+        name: int(in_range.length[in_range.task == task.index].max(initial=0))
         for name, task in context.tasks.items()
     }
     schedule = _schedule(context, settings, "autoregressive", len(merged))
@@ -331,14 +393,14 @@ def _fine_tune(context: Context, stage: str, name: str, model, added: Samples, r
     )  # fmt: skip
     return train_model(
         model, stream, settings, context.state_path(name), seed=context.seed,
-        data_workers=context.config["data_workers"], report=report,
+        data_workers=context.config["data_workers"], report=on_progress,
     )  # fmt: skip
 
 
-def _ar_relay(context: Context, report: Report):
+def _ar_relay(context: Context, on_progress: OnProgress):
     model = context.load("ar_baseline")
     written = load_samples(context.folder / "chains.safetensors")
-    trained = _fine_tune(context, "ar_relay", "ar_relay", model, written, report)
+    trained = _fine_tune(context, "ar_relay", "ar_relay", model, written, on_progress)
     return context.finish("ar_relay", model, trained)
 
 
@@ -346,66 +408,70 @@ def _ar_relay(context: Context, report: Report):
 
 
 def _ar_self(
-    context: Context, name: str, keep_filter: Callable[[Samples, Samples], np.ndarray], report
+    context: Context, name: str, keep_filter: Callable[[Samples, Samples], np.ndarray], on_progress
 ):
-    """Five growing phases: the AR model writes chains for lengths beyond its range, those whose
-    answer passes `judge` are kept, and it is fine-tuned on them and the original data."""
+    """Trains an autoregressive model on its own chains, in phases of growing length.
+
+    In each phase the model writes chains for lengths beyond its range; it is fine-tuned on those
+    that `keep_filter` keeps and on the true problems.
+    """
     model = context.load("ar_baseline")
     phases = max(len(context.task_config(task)["self_lengths"]) for task in context.tasks)
     kept, trained = [], []
     for phase in range(phases):
         problems, stage = _self_problems(context, phase), f"{name}.{phase + 1}"
-        passed = _passed(context, stage, model, problems, keep_filter, report)
+        passed = _passed(context, stage, model, problems, keep_filter, on_progress)
         kept.append({"phase": phase + 1, "written": len(problems), "kept": len(passed)})
-        trained.append(_fine_tune(context, "ar_self", stage, model, passed, report))
+        trained.append(_fine_tune(context, "ar_self", stage, model, passed, on_progress))
     result = context.finish(name, model, Trained.of_phases(trained))
     return {**result, "kept": {name: kept}}
 
 
-def _passed(context: Context, name: str, model, problems: Samples, keep_filter, report) -> Samples:
-    """The chains that the model writes and `judge` keeps; from disk where an interrupted run left
-    them."""
+def _passed(
+    context: Context, name: str, model, problems: Samples, keep_filter, on_progress
+) -> Samples:
+    """Generates the chains that `keep_filter` keeps, or reads those of an interrupted call."""
     path = context.folder / "checkpoints" / f"{name}.chains.safetensors"
     if path.exists():
         return load_samples(path)
-    written = generate_ar_chains(model, problems, context.tasks, progress=_reporter(report))
+    written = generate_ar_chains(model, problems, context.tasks, progress=_throttled(on_progress))
     passed = written.take(keep_filter(problems, written))
     save_samples(path, passed, {"stage": name})
     return passed
 
 
 def _self_problems(context: Context, phase: int) -> Samples:
-    """Problems of all the lengths up to this phase's, as many of each as the phase has."""
+    """Draws a phase's problems: all lengths up to the phase's own, equally many of each."""
     parts = []
     for name, task in context.tasks.items():
         entry = context.task_config(name)
         lengths = entry["self_lengths"][: phase + 1]
         drawn = np.repeat(lengths, entry["self_counts"][phase])
-        parts.append(task.sample(drawn, context.stream_seed(_SELF) + phase))
+        parts.append(task.sample(drawn, context.stream_seed(SELF_CHAINS_STREAM) + phase))
     return Samples.concat(parts)
 
 
-def _ar_self_truth(context: Context, report: Report):
+def _ar_self_truth(context: Context, on_progress: OnProgress):
     def keep_filter(problems: Samples, written: Samples) -> np.ndarray:
         return written.answer == problems.answer
 
-    return _ar_self(context, "ar_self_truth", keep_filter, report)
+    return _ar_self(context, "ar_self_truth", keep_filter, on_progress)
 
 
-def _ar_self_loop(context: Context, report: Report):
+def _ar_self_loop(context: Context, on_progress: OnProgress):
     looped = context.load("looped_vanilla")
 
     def keep_filter(problems: Samples, written: Samples) -> np.ndarray:
         return written.answer == generate_looped_chains(looped, problems, context.tasks).answer
 
-    return _ar_self(context, "ar_self_loop", keep_filter, report)
+    return _ar_self(context, "ar_self_loop", keep_filter, on_progress)
 
 
 # Evaluation
 
 
-def _evaluate(context: Context, name: str, report: Report) -> dict[str, Any]:
-    """Accuracy at every length from the shortest to the max_length, and the hit matrices."""
+def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str, Any]:
+    """Measures accuracy at every length from the shortest to the longest, and hit matrices."""
     model = context.load(name)
     problems = context.config["evaluation"]["problems"]
     looped = isinstance(model, LoopedTransformer)
@@ -414,7 +480,13 @@ def _evaluate(context: Context, name: str, report: Report) -> dict[str, Any]:
     for task, entry in context.config["tasks"].items():
         lengths = range(entry["train"][0], entry["test"][1] + 1)
         accuracy[task] = evaluate(
-            model, context.tasks, task, lengths, problems, context.seed, progress=_reporter(report)
+            model,
+            context.tasks,
+            task,
+            lengths,
+            problems,
+            context.seed,
+            progress=_throttled(on_progress),
         )
         matrices[task] = {}
         for length in entry["hit_matrix"]:
@@ -425,7 +497,7 @@ def _evaluate(context: Context, name: str, report: Report) -> dict[str, Any]:
     return {"accuracy": {name: accuracy}, "hit_matrix": matrices}
 
 
-_STAGES: dict[str, Callable[[Context, Report], dict[str, Any]]] = {
+_STAGES: dict[str, Callable[[Context, OnProgress], dict[str, Any]]] = {
     "looped_aligned": _looped_aligned,
     "looped_vanilla": _looped_vanilla,
     "ar_baseline": _ar_baseline,

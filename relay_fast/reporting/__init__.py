@@ -1,1 +1,1 @@
-"""Tables, plots and progress for people to read."""
+"""Tables, plots and progress displays."""

@@ -1,7 +1,7 @@
-"""Pictures of a run as PNG files: accuracy by length, hit matrices, losses.
+"""Plots of a run as PNG files: accuracy by length, hit matrices, losses.
 
-matplotlib is imported when the first picture is drawn, without pyplot: no display is needed, and
-the caller's backend and open figures stay as they are.
+matplotlib is imported with the first plot, and without pyplot: no display is needed, and the
+caller's backend and open figures do not change.
 """
 
 from __future__ import annotations
@@ -14,6 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from relay_fast.reporting.palette import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+)
 from relay_fast.reporting.tables import (
     ANSWER_ONLY,
     LENGTH_NAMES,
@@ -38,23 +48,23 @@ class _Style(NamedTuple):
     line: Any
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers and dashes differ too.
+# Markers and dashes differ too, for print without colours.
 _STYLES = {
-    "looped_aligned": _Style("#0072B2", "o", "-"),
-    "ar_relay": _Style("#D55E00", "s", "-"),
-    "ar_baseline": _Style("#000000", "X", (0, (4, 2))),
-    "looped_vanilla": _Style("#56B4E9", "^", (0, (6, 1.5, 1, 1.5))),
-    "ar_self_truth": _Style("#009E73", "D", (0, (2, 1.5))),
-    "ar_self_loop": _Style("#CC79A7", "v", (0, (1, 1.2))),
+    "looped_aligned": _Style(BLUE, "o", "-"),
+    "ar_relay": _Style(VERMILION, "s", "-"),
+    "ar_baseline": _Style(BLACK, "X", (0, (4, 2))),
+    "looped_vanilla": _Style(SKY, "^", (0, (6, 1.5, 1, 1.5))),
+    "ar_self_truth": _Style(GREEN, "D", (0, (2, 1.5))),
+    "ar_self_loop": _Style(PINK, "v", (0, (1, 1.2))),
 }
-_OTHER_STYLES = [_Style("#E69F00", "P", "-"), _Style("#7F7F7F", "*", (0, (3, 2)))]
+_OTHER_STYLES = [_Style(ORANGE, "P", "-"), _Style(GREY, "*", (0, (3, 2)))]
 
 
 def plot_run(results: Mapping[str, Any], folder: str | os.PathLike) -> list[Path]:
-    """Every picture of a run, into `folder`: accuracy by metric, hit matrices, losses.
+    """Draws every plot of a run into `folder`: accuracy by metric, hit matrices, losses.
 
-    `results`: the content of results.json. Chains of models that were trained without any are left
-    out. Returns the files. Raises ImportError without matplotlib.
+    `results` is the content of results.json. Chains of models that were trained without any are
+    left out. Returns the files. Raises ImportError without matplotlib.
     """
     return [draw() for _, draw in pictures(results, folder)]
 
@@ -62,7 +72,7 @@ def plot_run(results: Mapping[str, Any], folder: str | os.PathLike) -> list[Path
 def pictures(
     results: Mapping[str, Any], folder: str | os.PathLike
 ) -> Iterator[tuple[Path, Callable[[], Path]]]:
-    """The files of `plot_run`, each with what draws it."""
+    """Yields the files of `plot_run`, each with the function that draws it."""
     folder = Path(folder)
     for metric in ("answer", "chain", "bit"):
         if _measured(results, metric):
@@ -73,7 +83,9 @@ def pictures(
             matrices = {m: rows for m, rows in matrices.items() if m not in ANSWER_ONLY}
             if not matrices:
                 continue
-            title = f"{TASK_NAMES.get(task, task)} {length}: share of problems with the token right"
+            title = (
+                f"{TASK_NAMES.get(task, task)} {length}: share of problems with the token correct"
+            )
             path = folder / f"hits_{task}_{length}.png"
             yield path, partial(plot_hit_matrix, matrices, title, path)
     curves = {
@@ -89,11 +101,19 @@ def pictures(
 
 
 def plot_accuracy(results: Mapping[str, Any], metric: str, path: str | os.PathLike) -> Path:
-    """Accuracy against length, a panel for each task and a line for each model.
+    """Plots accuracy against length, with a panel for each task and a line for each model.
 
-    `results`: the content of results.json. `metric`: answer, chain, bit or bit_forced (models
-    without it are left out). Returns `path`. Raises ValueError if nothing was measured, ImportError
-    without matplotlib.
+    Args:
+        results: The content of results.json.
+        metric: "answer", "chain", "bit" or "bit_forced"; models without it are left out.
+        path: The PNG file.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: Nothing was measured.
+        ImportError: matplotlib is not installed.
     """
     tasks = _measured(results, metric)
     if not tasks:
@@ -122,10 +142,19 @@ def plot_hit_matrix(
     title: str,
     path: str | os.PathLike,
 ) -> Path:
-    """Heat maps side by side: how often each token of each round is right.
+    """Plots heat maps side by side: how often each token of each round is correct.
 
-    `matrix`: for each model (rounds, positions) in 0..1, NaN or None where no token is.
-    Returns `path`. Raises ValueError for an empty `matrix`, ImportError without matplotlib.
+    Args:
+        matrix: For each model (rounds, positions) in 0..1, NaN or None where there is no token.
+        title: Title of the plot.
+        path: The PNG file.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: A matrix is empty, or there is none.
+        ImportError: matplotlib is not installed.
     """
     if not matrix:
         raise ValueError("there is no hit matrix to draw; evaluate first.")
@@ -155,7 +184,7 @@ def plot_hit_matrix(
             panel.set_xlabel("position in the round")
             panel.tick_params(labelbottom=True)
     bar = figure.colorbar(image, ax=list(panels.flat), shrink=0.9, pad=0.02)
-    bar.set_label("right (%)")
+    bar.set_label("correct (%)")
     figure.suptitle(title)
     return save_figure(figure, path)
 
@@ -163,11 +192,10 @@ def plot_hit_matrix(
 def plot_losses(
     history: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike
 ) -> Path:
-    """Training losses on a logarithmic scale, a line for each model.
+    """Plots training losses on a logarithmic scale: faint raw losses below their moving mean.
 
-    `history`: for each model (or curve) {"step": [...], "loss": [...]} of equal lengths; the raw
-    losses are faint, a moving mean is drawn over them.
-    Returns `path`. Raises ValueError if there is nothing to draw, ImportError without matplotlib.
+    `history` has {"step": [...], "loss": [...]} of equal lengths for each model (or curve). Returns
+    `path`. Raises ValueError if there is nothing to draw, ImportError without matplotlib.
     """
     curves = {name: h for name, h in history.items() if len(h["step"])}
     if not curves:
@@ -201,7 +229,7 @@ def plot_losses(
 
 
 def _measured(results: Mapping[str, Any], metric: str) -> list[str]:
-    """The tasks for which some model has the metric."""
+    """Returns the tasks for which some model has the metric."""
     return [
         task
         for task in tasks_of(results)
@@ -210,9 +238,9 @@ def _measured(results: Mapping[str, Any], metric: str) -> list[str]:
 
 
 def _counted_on(steps: Sequence[int]) -> list[int]:
-    """The steps of a training in phases, each of which counts from 1, as steps of the whole."""
+    """Renumbers the steps of phases, each of which counts from 1, as steps of the whole."""
     steps = np.asarray(steps)
-    ended = np.where(steps[1:] <= steps[:-1], steps[:-1], 0)  # where a phase begins anew
+    ended = np.where(steps[1:] <= steps[:-1], steps[:-1], 0)  # the last step of each phase
     return (steps + np.concatenate([[0], np.cumsum(ended)])).tolist()
 
 
@@ -226,7 +254,7 @@ def _draw_accuracy(
     for index, model in enumerate(models):
         lengths, values = curve(results, model, task, metric)
         style = styles[model]
-        # Broad lines below narrow ones: where several lie on 100 %, each still shows.
+        # Broad lines below narrow ones, so that each shows where several lie on 100 %.
         step = -(-len(lengths) // 12)
         (handles[model],) = panel.plot(
             lengths,
@@ -253,10 +281,10 @@ def _draw_accuracy(
 
 
 def _length_axis(panel: Axes, first: int, last: int, trained: Sequence[int] | None) -> None:
-    """Lengths `first`..`last`, the training range shaded.
+    """Sets the axis to lengths `first`..`last` and shades the training range.
 
-    What lies beyond the training range is the point of the picture: it gets at least two fifths of
-    the width, the training range is compressed where needed and says so.
+    The lengths beyond the training range get at least two fifths of the width; where needed, the
+    training range is compressed, and its label says so.
     """
     low, high = first - 0.5, last + 0.5
     if trained is None or trained[1] < first or trained[0] > last:
@@ -298,7 +326,7 @@ def _length_axis(panel: Axes, first: int, last: int, trained: Sequence[int] | No
 
 
 def _whole_ticks(first: int, last: int, most: int) -> list[int]:
-    """About `most` whole numbers at round steps in first..last."""
+    """Returns about `most` whole numbers at round steps in first..last."""
     from matplotlib.ticker import MaxNLocator
 
     ticks = MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]).tick_values(first, last)
@@ -345,7 +373,7 @@ def _styles(models: Sequence[str] | Mapping[str, Any]) -> dict[str, _Style]:
 
 
 def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values at each place, of fewer at the start."""
+    """Returns the mean of the last `window` values at each place, of fewer at the start."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     last = np.arange(1, len(values) + 1)
     first = np.maximum(last - window, 0)
@@ -353,8 +381,8 @@ def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches. Raises ImportError that says what to install."""
-    # A notebook's backend may be unknown to this interpreter, and then matplotlib's import fails.
+    """Makes an empty figure of this size in inches. Raises ImportError without matplotlib."""
+    # A notebook's backend may be unknown to this interpreter, which makes the import fail.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -372,7 +400,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
-    """Writes the figure as a PNG, atomically and into a folder that it makes; returns the path."""
+    """Writes the figure as a PNG, atomically, and makes its folder; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:

@@ -1,4 +1,4 @@
-"""Progress on the terminal: one line a running stage, with rate and time left."""
+"""Progress of running stages: one line each, with the rate and the time left."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 import time
 from typing import NamedTuple
 
-PLAIN_EVERY = 10.0  # seconds between two lines of a stage where there is no terminal
+PLAIN_EVERY = 10.0  # seconds between two lines of a stage without a terminal
 
 
 class Progress(NamedTuple):
-    """What a training stage reports now and then."""
+    """Progress of a training stage, with loss and accuracy of the last step."""
 
     step: int
     steps: int
@@ -20,21 +20,21 @@ class Progress(NamedTuple):
 
 
 class Problems(NamedTuple):
-    """What a stage that writes chains reports now and then."""
+    """Progress of a stage that writes or evaluates chains, counted in problems."""
 
     done: int
     total: int
 
 
 class Display:
-    """Bars where the output is a terminal and rich is installed, plain lines elsewhere."""
+    """Shows progress bars on a terminal and prints plain lines elsewhere."""
 
     def __init__(self) -> None:
         self._bars = _bars() if sys.stdout and sys.stdout.isatty() else None
         self._ids: dict[str, int] = {}
         self._printed: dict[str, float] = {}
-        self._last: dict[str, tuple[str, int]] = {}  # what was counted, and how far
-        self._first: dict[str, tuple[float, int]] = {}  # when the present phase began, and where
+        self._last: dict[str, tuple[str, int]] = {}  # unit that was counted, and how far
+        self._first: dict[str, tuple[float, int]] = {}  # start of the phase: time, count
 
     def __enter__(self) -> Display:
         if self._bars:
@@ -46,6 +46,7 @@ class Display:
             self._bars.stop()
 
     def start(self, name: str) -> None:
+        """Announces the stage `name`."""
         self._last.pop(name, None)
         if self._bars:
             self._ids[name] = self._bars.add_task(name, total=None, note="")
@@ -53,7 +54,7 @@ class Display:
             print(f"{name:24s} started", flush=True)
 
     def progress(self, name: str, p: Progress | Problems) -> None:
-        """Shows how far a stage is; it may have phases, each of which counts from the start."""
+        """Updates the stage `name`. A count that falls, or another unit, begins a new phase."""
         unit, done, total = ("problem" if isinstance(p, Problems) else "step"), p[0], p[1]
         now = time.monotonic()
         last_unit, last = self._last.get(name, ("", 0))
@@ -65,8 +66,8 @@ class Display:
         rate = (done - first) / (now - begun) if now > begun else 0.0
         note = f"{rate:.0f} problems/s"
         if isinstance(p, Progress):
-            right = f"right {p.chain_accuracy:6.1%}"
-            note = f"loss {p.loss:.4f}  {right}  {p.samples_per_s:.0f} samples/s"
+            correct = f"correct {p.chain_accuracy:6.1%}"
+            note = f"loss {p.loss:.4f}  {correct}  {p.samples_per_s:.0f} samples/s"
         if self._bars:
             if anew:
                 self._bars.reset(self._ids[name])
@@ -77,6 +78,7 @@ class Display:
             print(f"{name:24s} {unit} {done}/{total}  {note}  {left}", flush=True)
 
     def finish(self, name: str, seconds: float) -> None:
+        """Marks the stage `name` as done."""
         if self._bars:
             self._bars.update(
                 self._ids[name], total=1, completed=1, note=f"done in {seconds:.0f} s"
@@ -86,11 +88,8 @@ class Display:
 
 
 def _bars():
-    """rich's progress bars, or None without rich."""
-    try:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     return Progress(
         TextColumn("{task.description:24s}"),
         BarColumn(),

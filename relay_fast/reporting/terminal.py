@@ -1,7 +1,7 @@
-"""What the commands share at a terminal: output that never stops them, one sentence for an error.
+"""Terminal output of the commands: printing that never raises, and error messages.
 
-A closed pipe (`| head`), a full disk behind `>` or an encoding without box characters is no reason
-to lose a training.
+A closed pipe (`| head`), a full disk behind `>` or an encoding without box characters must not end
+a training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 
 class _Lenient:
-    """A text stream whose errors end the output and nothing else."""
+    """A text stream that discards its output after an error instead of raising."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -34,12 +34,12 @@ class _Lenient:
         try:
             action(*args)
         except OSError:
-            # What is buffered goes the same way, at the latest when the interpreter ends.
+            # Discards the buffered text too, which the interpreter would flush at its end.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             try:
                 os.dup2(nowhere, self._stream.fileno())
-                closed = nowhere == self._stream.fileno()  # it was, and is open again
-            except OSError:  # no file behind it
+                closed = nowhere == self._stream.fileno()  # os.open reused its descriptor
+            except OSError:  # a stream without a file
                 self._stream, closed = open(os.devnull, "w"), False
             if not closed:
                 os.close(nowhere)
@@ -47,8 +47,10 @@ class _Lenient:
 
 @contextmanager
 def lenient_output() -> Iterator[None]:
-    """In the body nothing that is printed raises: characters that the terminal has not are
-    replaced, and what nobody reads any more is dropped."""
+    """Makes printing in the body safe from errors.
+
+    Characters that the encoding lacks are replaced; text after a write error is discarded.
+    """
     streams = sys.stdout, sys.stderr
     errors = [getattr(stream, "errors", None) for stream in streams]
     for stream in streams:
@@ -65,14 +67,14 @@ def lenient_output() -> Iterator[None]:
 
 def _reconfigure(stream: Any, errors: str | None) -> None:
     if errors and hasattr(stream, "reconfigure"):
-        with suppress(OSError):  # it is closed, which the first print finds out
+        with suppress(OSError):  # a closed stream, which the first print handles
             stream.reconfigure(errors=errors)
 
 
 def refused(error: Exception) -> int:
-    """Prints what is wrong with the input as one sentence; returns the exit status, 2."""
+    """Prints an error about the input in one line; returns the exit status, 2."""
     if isinstance(error, MemoryError):
-        text = "there is not enough memory for so much at once: give fewer"
+        text = "there is not enough memory for so many problems: give fewer"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or 'a file'} cannot be used ({error.strerror}): give another"
     else:
@@ -82,8 +84,10 @@ def refused(error: Exception) -> int:
 
 
 def draw_all(pictures: Iterable[tuple[Path, Callable[[], Any]]]) -> None:
-    """Draws pictures (file, what draws it) and says where they are. One that cannot be drawn is a
-    warning: the numbers are on disk, and the same command draws it later."""
+    """Draws plots, given as (file, function that draws it), and prints their paths.
+
+    A plot that fails is only a warning, because the same command can draw it later.
+    """
     for path, draw in pictures:
         try:
             draw()

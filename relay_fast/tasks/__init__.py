@@ -34,9 +34,15 @@ _CLASSES: dict[str, type[Task]] = {cls.name: cls for cls in (Arithmetic, EditDis
 
 
 def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
-    """The task called `name`; `params` are its constructor's.
+    """Builds a task.
 
-    Raises ValueError for an unknown name or parameter, and as the constructors do.
+    Args:
+        name: One of `TASK_NAMES`.
+        vocabulary: Its tokens.
+        params: Further arguments of its constructor.
+
+    Raises:
+        ValueError: The name or a parameter is unknown, or a value is invalid.
     """
     if name not in _CLASSES:
         raise ValueError(f"unknown task {name!r}; known are {', '.join(TASK_NAMES)}.")
@@ -50,8 +56,8 @@ def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
 
 
 def _of_their_kinds(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters as the constructor annotates them; ValueError for one of another type."""
-    from relay_fast.utils.settings import check_value  # needs pydantic, which a block does not
+    """Converts the parameters to the annotated types; raises ValueError for other types."""
+    from relay_fast.utils.settings import check_value  # imports pydantic, which blocks do not need
 
     hints = get_type_hints(_CLASSES[name].__init__)
     return {
@@ -65,9 +71,15 @@ def _of_their_kinds(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
 def build_tasks(
     names: Iterable[str], vocabulary: Vocabulary, **params: Mapping[str, Any]
 ) -> dict[str, Task]:
-    """Tasks by name: `build_tasks(["arithmetic", "lis"], vocabulary, arithmetic={"prime": 7})`.
+    """Builds tasks by name, as in `build_tasks(["lis"], vocabulary, lis={"group": 5})`.
 
-    Raises ValueError for an unknown task, and for parameters of a task that is not built.
+    Args:
+        names: Some of `TASK_NAMES`.
+        vocabulary: Their tokens.
+        params: For each task, further arguments of its constructor.
+
+    Raises:
+        ValueError: A task is unknown, or there are parameters of a task that is not built.
     """
     names = list(names)
     unused = [name for name in params if name not in names]

@@ -22,7 +22,7 @@ from relay_fast.tasks.vocabulary import (
 
 @compiled
 def _operands(state, value, prime, operators, inverse):
-    """Random (a, operator, b) with a operator b = value; never a division by zero."""
+    """Draws (a, operator, b) with a operator b = value; never divides by zero."""
     while True:
         a = below(state, prime)
         operator = operators[below(state, len(operators))]
@@ -44,9 +44,9 @@ def _operands(state, value, prime, operators, inverse):
 
 @compiled
 def _draw(state, n, prime, operators, inverse, work):
-    """Write a random expression of n operators into `work`; return its number of tokens.
+    """Draws an expression of n operators into `work`; returns its number of tokens.
 
-    It grows backwards: n times a random number is replaced by `a operator b` of the same value.
+    It grows backwards: n times, a random number is replaced by `a operator b` of the same value.
     """
     work[0] = NUMBER0 + below(state, prime)
     size = 1
@@ -79,10 +79,10 @@ def _draw(state, n, prime, operators, inverse, work):
 
 @compiled
 def _leftmost(work, size):
-    """Position of the leftmost operator that can be collapsed, -1 if there is none.
+    """Returns the position of the leftmost operator that can be collapsed, -1 if there is none.
 
-    Both neighbours must be numbers, and + and − wait for a × or ÷ on their right. What stands on
-    the left needs no look: were it binding, there would be an operator to collapse further left.
+    Both neighbours must be numbers, and + and − wait for a × or ÷ on their right. The left side
+    needs no check: a binding operator there would itself be collapsed first.
     """
     for k in range(1, size - 1):
         operator = work[k]
@@ -97,11 +97,19 @@ def _leftmost(work, size):
 
 @compiled
 def solve(work, size, prime, inverse, rounds, round_offsets, r):
-    """Collapse the expression work[:size] in place; append every round to `rounds`.
+    """Collapses the expression work[:size] in place and appends every round to `rounds`.
 
-    round_offsets[r] must hold the tokens used so far; round_offsets[r + 1], … are written.
-    Returns the number of the round after the last, or -1 where a divisor is zero (then
-    round_offsets is right up to the last round that could be written).
+    Args:
+        work: Tokens, overwritten.
+        size: Tokens of the expression.
+        prime: The modulus.
+        inverse: (prime,) inverses modulo `prime`.
+        rounds: Receives the tokens of the rounds.
+        round_offsets: round_offsets[r] is the number of tokens used so far; the next are written.
+        r: Index of the first round.
+
+    Returns the index of the round after the last, or -1 if a divisor is zero (round_offsets is then
+    valid up to the last complete round).
     """
     cursor = round_offsets[r]
     while size > 1:
@@ -149,7 +157,7 @@ def sample(
     round_offsets,
     answer,
 ):
-    """Fill the arrays of `Samples` (see there); the two flat ones are large enough for any draw."""
+    """Fills the arrays of `Samples`; `problem` and `rounds` must be large enough for any draw."""
     state = np.empty(1, np.uint64)
     cursor = 0
     r = 0

@@ -11,7 +11,7 @@ from relay_fast.tasks.vocabulary import BAR, COMMA, EDIT_DISTANCE, LETTER0, NUMB
 
 @compiled
 def _edit(state, text, size, letters, n_letters):
-    """One random edit of text[:size] in place; return the new size."""
+    """Applies one random edit to text[:size] in place; returns the new size."""
     kind = below(state, 3)
     if kind == 0 and size > 2:
         at = below(state, size)
@@ -30,7 +30,7 @@ def _edit(state, text, size, letters, n_letters):
 
 @compiled
 def _draw(state, n, alphabet, letters, first, second):
-    """Draw the two strings; return the length of the second (the first has n letters)."""
+    """Draws the two strings; returns the length of the second (the first has n letters)."""
     edits = 1 + below(state, n)
     while True:
         for k in range(len(letters)):
@@ -58,9 +58,14 @@ def _draw(state, n, alphabet, letters, first, second):
 
 @compiled
 def solve(first, second, insert, delete, replace, border, rounds, round_offsets, r):
-    """Append the rows of the table to `rounds`; return the number of the round after the last.
+    """Appends the rows of the table to `rounds`; returns the index of the round after the last.
 
-    round_offsets[r] must hold the tokens used so far; round_offsets[r + 1], … are written.
+    Args:
+        first, second: Letters of the strings.
+        insert, delete, replace, border: Costs.
+        rounds: Receives the tokens of the rounds.
+        round_offsets: round_offsets[r] is the number of tokens used so far; the next are written.
+        r: Index of the first round.
     """
     row = np.arange(len(second) + 1) * border
     cursor = round_offsets[r]
@@ -99,7 +104,7 @@ def sample(
     round_offsets,
     answer,
 ):
-    """Fill the arrays of `Samples` (see there); the two flat ones are large enough for any draw."""
+    """Fills the arrays of `Samples`; `problem` and `rounds` must be large enough for any draw."""
     longest = lengths.max() if len(lengths) else 0
     state = np.empty(1, np.uint64)
     letters = np.empty(n_letters, np.int32)

@@ -1,8 +1,8 @@
-"""How the samplers are compiled.
+"""Compiles the samplers with numba.
 
-numba's disk cache watches the file of the compiled function alone, by its time and size. What is
-inlined from this folder's other files (`_random.py`, the ids in `vocabulary.py`) is a part of the
-name that the function is cached under, so that an edit or an update compiles it again.
+numba's disk cache checks only the compiled function's own file. A digest of this folder's files,
+whose functions and constants are inlined, is therefore a part of the name that a function is cached
+under.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numba
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` compiled without the GIL, kept on disk where a folder is writable."""
+    """Compiles `function` without the GIL; caches it on disk if a folder is writable."""
     function.__qualname__ += f"_{sources_digest(Path(__file__).parent)}"  # names the cache's file
     try:
         return numba.njit(cache=True, nogil=True)(function)
@@ -26,8 +26,8 @@ def compiled(function: Callable) -> Callable:
 
 @cache
 def sources_digest(folder: Path) -> str:
-    """16 hexadecimal digits that stand for the Python files in `folder`, which is all that compiled
-    code takes constants and functions from."""
+    """Returns 16 hexadecimal digits of the Python files in `folder`, from which compiled code takes
+    all its functions and constants."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.py")):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())

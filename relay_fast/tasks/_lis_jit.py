@@ -11,7 +11,7 @@ from relay_fast.tasks.vocabulary import LIS, NUMBER0, SEP
 
 @compiled
 def _choose(state, low, high, count, out):
-    """`count` distinct integers of low..high in rising order (Knuth 3.4.2, algorithm S)."""
+    """Draws `count` distinct integers of low..high, ascending (Knuth 3.4.2, algorithm S)."""
     chosen = 0
     value = low
     while chosen < count:
@@ -23,7 +23,7 @@ def _choose(state, low, high, count, out):
 
 @compiled
 def _draw(state, low, high, max_runs, places, planted, values):
-    """Fill `values` with uniform integers of low..high and planted increasing runs."""
+    """Fills `values` with uniform integers of low..high and planted increasing runs."""
     n = len(values)
     runs = 1 + below(state, max_runs)
     least = min(3, n)
@@ -43,9 +43,14 @@ def _draw(state, low, high, max_runs, places, planted, values):
 
 @compiled
 def solve(values, group, rounds, round_offsets, r):
-    """Append the rounds to `rounds`; return (number of the round after the last, longest length).
+    """Appends the rounds to `rounds`; returns (index of the round after the last, longest length).
 
-    round_offsets[r] must hold the tokens used so far; round_offsets[r + 1], … are written.
+    Args:
+        values: The sequence.
+        group: Values in a round.
+        rounds: Receives the tokens of the rounds.
+        round_offsets: round_offsets[r] is the number of tokens used so far; the next are written.
+        r: Index of the first round.
     """
     n = len(values)
     smallest_end = np.empty(n, np.int64)  # of the increasing subsequences of length k + 1
@@ -115,7 +120,7 @@ def sample(
     round_offsets,
     answer,
 ):
-    """Fill the arrays of `Samples` (see there); low < 0 stands for n + 1."""
+    """Fills the arrays of `Samples`; low < 0 stands for n + 1."""
     longest = lengths.max() if len(lengths) else 0
     state = np.empty(1, np.uint64)
     places = np.empty(longest, np.int64)

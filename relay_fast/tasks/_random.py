@@ -1,7 +1,7 @@
 """Random numbers from splitmix64 (Steele, Lea, Flood 2014), keyed by (seed, stream, index).
 
-Every sample has a generator of its own, so workers can share the samples out in any way. `state` is
-a (1,) uint64 array.
+Every sample has its own generator, so that workers can divide the samples in any way. `state` is a
+(1,) uint64 array.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ def _next(state):
 
 @compiled
 def start_stream(state, seed, stream, index):
-    """Set `state` to the beginning of sample `index` of `stream`; all three are uint64."""
+    """Sets `state` to the start of a sample's random numbers.
+
+    Args:
+        state: (1,) uint64, overwritten.
+        seed, stream, index: uint64 keys.
+    """
     state[0] = seed
     state[0] = _next(state) ^ stream
     state[0] = _next(state) ^ index
@@ -36,5 +41,5 @@ def start_stream(state, seed, stream, index):
 
 @compiled
 def below(state, n):
-    """A uniform int64 in 0..n-1; its bias is below n / 2**32."""
+    """Draws a uniform int64 in 0..n-1, with a bias below n / 2**32."""
     return np.int64(((_next(state) >> _S32) * np.uint64(n)) >> _S32)

@@ -28,7 +28,7 @@ from relay_fast.tasks.vocabulary import (
     TIMES,
     Vocabulary,
 )
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 
 _OPERATORS = {"+": PLUS, "-": MINUS, "*": TIMES, "/": DIVIDE}
 _TOKEN = re.compile(r"\[ARI\]|<\w+>|\w+|\S")
@@ -36,9 +36,15 @@ _SYMBOLS = str.maketrans("*/-", "×÷−")
 
 
 class Arithmetic(Task):
-    """Expressions over 0..prime-1 with brackets only where needed; no divisor is ever zero.
+    """Expressions modulo a prime, with brackets only where needed; no divisor is zero.
 
-    operators: those to draw from, any of `+-*/`.
+    Args:
+        vocabulary: The tokens.
+        prime: Numbers are 0..prime-1.
+        operators: The operators to draw from, any of `+-*/`.
+
+    Raises:
+        ValueError: A parameter is invalid or does not fit the vocabulary.
     """
 
     name = "arithmetic"
@@ -48,7 +54,7 @@ class Arithmetic(Task):
 
     def __init__(self, vocabulary: Vocabulary, prime: int = 11, operators: str = "+-*/") -> None:
         super().__init__(vocabulary)
-        prime = whole("prime", prime)
+        prime = as_int("prime", prime)
         if prime < 2 or any(prime % k == 0 for k in range(2, int(prime**0.5) + 1)):
             raise ValueError(
                 f"arithmetic prime {prime} is not a prime, so not every number can be divided by; "
@@ -78,7 +84,7 @@ class Arithmetic(Task):
         return length
 
     def max_problem_tokens(self, length: int) -> int:
-        """A bound: every operator but the outermost in brackets."""
+        """Returns a bound: every operator but the outermost in brackets."""
         return self._expression_tokens(length) + 2
 
     def max_round_tokens(self, length: int) -> int:
@@ -88,7 +94,7 @@ class Arithmetic(Task):
         return sum(self._expression_tokens(n) + (n > 0) for n in range(length))
 
     def _expression_tokens(self, n: int) -> int:
-        # Each pair of brackets holds an outermost operator of its own; the expression's has none.
+        # Each pair of brackets has its own outermost operator; that of the expression has none.
         pairs = 0 if self.operators in ("+", "*") else max(n - 1, 0)
         return 2 * n + 1 + 2 * pairs
 
@@ -169,7 +175,7 @@ class Arithmetic(Task):
         return rounds, self.answer_of(rounds)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text without spaces, `(6+9)÷(7+2×5)=`; neighbouring numbers are kept apart."""
+        """Returns a text without spaces, `(6+9)÷(7+2×5)=`, except between two numbers."""
         text = super().decode(ids)
         return re.sub(r"(?<!\w) | (?!\w)", "", text).translate(_SYMBOLS)
 
@@ -177,7 +183,7 @@ class Arithmetic(Task):
         return " ".join(_TOKEN.findall(text))
 
     def _expression(self, problem: Iterable[int]) -> list[int]:
-        """The expression of a problem, checked."""
+        """Returns the expression of a problem; raises ValueError if it is malformed."""
         body = self._body(problem)
         known = self._operator_ids.tolist()
         depth, operand_next = 0, True

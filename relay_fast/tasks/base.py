@@ -1,4 +1,4 @@
-"""What every task can do: draw samples, solve a problem round by round, read and check chains."""
+"""The base class of tasks: draw samples, solve problems in rounds, read and check chains."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
 
 Rounds = Sequence[Sequence[int]]
-NO_ANSWER = -1  # where there is none to read
+NO_ANSWER = -1  # stands for an answer that cannot be read
 
 
 class Task(ABC):
     """A family of problems whose solution is written in rounds.
 
-    name, index: as in `TASK_NAMES`.
-    token: id of the task token, the first of every problem.
-    end: id of the last token of every problem.
-    min_length: the smallest length.
-    min_input_tokens: the looped model pads shorter inputs on the left to this many tokens, so that
-        every round and its boundary `<pad>` fit.
-    takes_shift: whether there is a rule for shifted numbers (`shifted_rounds`).
-    clips_positions: whether `inputs` of any length hold the same positions.
-    answer_suffix: tokens between the last round and the answer in an autoregressive sequence;
-        None where the last round itself is the answer, so that nothing is added.
+    Problems, rounds and answers are token ids of `vocabulary`. The methods raise ValueError for
+    invalid input.
 
-    Problems, rounds and answers are token ids of `vocabulary`. The methods raise ValueError on bad
-    input.
+    Attributes:
+        name, index: Name and position in `TASK_NAMES`.
+        token: Id of the task token, the first of every problem.
+        end: Id of the last token of every problem.
+        min_length: The smallest length.
+        min_input_tokens: The looped model pads shorter inputs on the left to this many tokens, so
+            that every round and its boundary `<pad>` fit.
+        takes_shift: Whether there is a rule for shifted numbers (`shifted_rounds`).
+        clips_positions: Whether `inputs` of any length hold the same positions.
+        answer_suffix: Tokens between the last round and the answer in an autoregressive sequence;
+            None if the last round is the answer, so that nothing is added.
     """
 
     name: ClassVar[str]
@@ -50,46 +51,54 @@ class Task(ABC):
 
     @property
     def index(self) -> int:
-        """Position in `TASK_NAMES`, the value of `Samples.task`."""
+        """Returns the position in `TASK_NAMES`, the value of `Samples.task`."""
         return TASK_NAMES.index(self.name)
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Name and parameters: `make_task(vocabulary=…, **task.to_dict())` builds it again."""
+        """Returns name and parameters for `make_task(vocabulary=…, **task.to_dict())`."""
 
     @abstractmethod
     def loops(self, length: int) -> int:
-        """Rounds of a problem of this length."""
+        """Returns the number of rounds of a problem of this length."""
 
     @abstractmethod
     def max_problem_tokens(self, length: int) -> int:
-        """Most tokens of a sampled problem, the task token included."""
+        """Returns the most tokens of a sampled problem, including the task token."""
 
     @abstractmethod
     def max_round_tokens(self, length: int) -> int:
-        """Most tokens of one round."""
+        """Returns the most tokens of one round."""
 
     @abstractmethod
     def max_chain_tokens(self, length: int) -> int:
-        """Most tokens of all rounds together."""
+        """Returns the most tokens of all rounds together."""
 
     def max_sequence_tokens(self, length: int) -> int:
-        """Most tokens of an autoregressive sequence, `<eos>` included."""
+        """Returns the most tokens of an autoregressive sequence, including `<eos>`."""
         tail = 0 if self.answer_suffix is None else len(self.answer_suffix) + 1
         return self.max_problem_tokens(length) + self.max_chain_tokens(length) + tail + 1
 
     def check_length(self, length: int) -> None:
-        """Raise ValueError when problems of this length cannot be drawn or written."""
+        """Raises ValueError if problems of this length cannot be drawn or written."""
         if length < self.min_length:
             raise ValueError(
                 f"{self.name} length {length} is too short; use at least {self.min_length}."
             )
 
     def sample(self, lengths: Sequence[int] | np.ndarray, seed: int, start: int = 0) -> Samples:
-        """Draw one sample for each of `lengths`, (S,) integers.
+        """Draws solved problems.
 
-        Sample i depends on the parameters, lengths[i], seed and start + i alone: parts drawn apart,
-        each with its own `start`, are the samples drawn at once.
+        Sample i depends on the task's parameters, lengths[i], seed and start + i alone, so samples
+        may be drawn in parts.
+
+        Args:
+            lengths: (S,) integers, the length of each problem.
+            seed: Selects the problems.
+            start: Index of the first sample.
+
+        Raises:
+            ValueError: A length is not supported, or an argument is invalid.
         """
         array = np.asarray(lengths)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -104,7 +113,7 @@ class Task(ABC):
         for length in unique.tolist():
             self.check_length(length)
         loops = np.array([self.loops(n) for n in unique.tolist()], np.int32)[inverse]
-        # Never touched beyond what is written, so the bound costs address space only.
+        # Memory beyond the written part is never touched, so the bound costs address space only.
         problem = self._buffer(unique, counts, self.max_problem_tokens)
         rounds = self._buffer(unique, counts, self.max_chain_tokens)
         problem_offsets = np.zeros(len(array) + 1, np.int64)
@@ -150,20 +159,20 @@ class Task(ABC):
         round_offsets: np.ndarray,
         answer: np.ndarray,
     ) -> None:
-        """Write the samples; the flat arrays `problem` and `rounds` may be too large."""
+        """Fills the arrays of `Samples`; `problem` and `rounds` may be larger than needed."""
 
     @abstractmethod
     def length_of(self, problem: Iterable[int]) -> int:
-        """Length (complexity) of a problem."""
+        """Returns the length (complexity) of a problem."""
 
     def solve(self, problem: Iterable[int]) -> tuple[list[list[int]], int]:
-        """The true rounds and the answer's id. Raises ValueError saying what is wrong."""
+        """Returns the true rounds and the answer's id; raises ValueError for a bad problem."""
         rounds, offsets, answer = self._solve(problem)
         bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
         return [rounds[a:b].tolist() for a, b in bounds], answer
 
     def solve_samples(self, problems: Samples) -> Samples:
-        """The same problems, all of this task, with their true rounds and answers.
+        """Returns problems of this task with their true rounds and answers.
 
         Raises ValueError as `solve` does.
         """
@@ -179,24 +188,21 @@ class Task(ABC):
 
     @abstractmethod
     def _solve(self, problem: Iterable[int]) -> tuple[np.ndarray, np.ndarray, int]:
-        """`solve`, its rounds as tokens (flat, int32) and offsets (rounds + 1,) int64."""
+        """Solves a problem; returns tokens (flat, int32), offsets (rounds + 1,) int64, answer."""
 
     @abstractmethod
     def answer_of(self, rounds: Rounds) -> int | None:
-        """The answer that the rounds imply, None where they cannot be read."""
+        """Returns the answer that the rounds imply, None if they cannot be read."""
 
     @abstractmethod
     def answers_of(self, samples: Samples) -> np.ndarray:
-        """(S,) int32: `answer_of` of the rounds of samples of this task, NO_ANSWER for None."""
+        """Returns (S,) int32: `answer_of` for each sample of this task, NO_ANSWER for None."""
 
     @abstractmethod
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
-        """Rounds and answer of what an autoregressive model wrote after the prompt.
+        """Splits the text of an autoregressive model, up to `<eos>`, into rounds and answer.
 
-        The text counts up to `<eos>` or the end.
-
-        Never raises: what does not fit is kept as an odd round, an answer that cannot be read is
-        None.
+        It never raises: malformed text becomes a round, an answer that cannot be read is None.
         """
 
     def input_sizes(self, written: Written, owner: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -239,9 +245,9 @@ class Task(ABC):
         )
 
     def check(self, problem: Iterable[int], rounds: Rounds) -> list[bool]:
-        """Round by round, whether it is what the problem's rules demand; needs no label.
+        """Compares each round with the one that the problem's rules demand; needs no label.
 
-        The list is as long as the longer of the true and the given chain: missing and surplus
+        The list is as long as the longer of the true and the given chain; missing and surplus
         rounds are False.
         """
         truth, _ = self.solve(problem)
@@ -250,9 +256,9 @@ class Task(ABC):
         return right + [False] * (max(len(truth), len(given)) - len(right))
 
     def encode(self, text: str) -> list[int]:
-        """Problem ids of a text; the task token in front and the end token may be left out.
+        """Converts a text to the ids of a problem; task token and end token may be left out.
 
-        Raises ValueError naming an unknown token or what is wrong with the problem.
+        Raises ValueError for an unknown token or a malformed problem.
         """
         ids = self.vocabulary.encode(self._spaced(text))
         if ids[:1] != [self.token]:
@@ -263,18 +269,18 @@ class Task(ABC):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Readable text of a problem or a round; task token and `<pad>` are left out."""
+        """Returns a readable text of a problem or round, without task token and `<pad>`."""
         return self.vocabulary.decode(t for t in map(int, ids) if t not in (self.token, PAD))
 
     def are_numbers(self, tokens: np.ndarray) -> np.ndarray:
         return (tokens >= NUMBER0) & (tokens < self.vocabulary.n_tokens)
 
     def _spaced(self, text: str) -> str:
-        """`text` with spaces between the tokens."""
+        """Puts spaces between the tokens of `text`."""
         return text
 
     def _body(self, problem: Iterable[int]) -> list[int]:
-        """The problem between task token and end token."""
+        """Returns the problem without task token and end token; raises ValueError without them."""
         ids = problem.tolist() if isinstance(problem, np.ndarray) else list(map(int, problem))
         size = self.vocabulary.size
         whole = len(ids) >= 2 and ids[0] == self.token and ids[-1] == self.end
@@ -290,7 +296,7 @@ class Task(ABC):
 
 
 def last_rounds(samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The samples that have rounds, and of the last: how many tokens, and where they end."""
+    """Returns the indices of samples with rounds, and the sizes and ends of their last rounds."""
     rows = np.flatnonzero(samples.loops > 0)
     last = samples.first_round[1:][rows] - 1
     ends = samples.round_offsets[last + 1]
@@ -298,13 +304,13 @@ def last_rounds(samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def until_eos(ids: Iterable[int]) -> list[int]:
-    """`ids` up to the first `<eos>`, without it."""
+    """Returns `ids` before the first `<eos>`."""
     tokens = [int(token) for token in ids]
     return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
 
 
 def split_after(ids: list[int], delimiter: int) -> tuple[list[list[int]], list[int]]:
-    """Pieces that end with `delimiter`, and what follows the last of them."""
+    """Splits `ids` into pieces that end with `delimiter`, and the rest after the last one."""
     pieces, begin = [], 0
     for k, token in enumerate(ids):
         if token == delimiter:

@@ -2,10 +2,10 @@
 
 `o t m l | o t t m l <sep>` → `0 2 4 6 7 ,` `2 0 2 4 6 ,` `4 2 3 2 4 ,` `6 4 5 4 2 ,` → `2`. Rows
 are M[i][1..|s2|]; row 0 and column 0 are not written. They grow by `border` a step, not by the cost
-of an insertion or a deletion: that is what Feng's code does and what RELAY's appendix shows.
+of an insertion or a deletion, as in Feng's code and RELAY's appendix.
 
-The length of a problem is |s1|, the shorter string's, which comes first; it is also the number of
-rounds.
+The length of a problem is |s1|, the length of the shorter string, which comes first; it is also the
+number of rounds.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ from relay_fast.utils.ragged import concat_ranges
 class EditDistance(Task):
     """Pairs of strings over a random subset of the letters.
 
-    insert, delete, replace, border: costs, at least 1; a match costs nothing.
-    alphabet: least and largest size of the subset.
-    letters: the subset is drawn from the first `letters` of a..z.
-
     Sampling: s1 has exactly L letters of the subset. With probability 0.4 s2 is random with a
-    length uniform in L-3..L+2, else it is s1 after d random edits (delete, replace, insert alike; a
-    string of two letters or less grows instead of shrinking). The pair, its subset included, is
-    drawn again if the strings are equal or s2 is outside L..L+2: a shorter s2 would have to go
-    first, and the length would not be L. d is uniform in 1..L and drawn once, as in Feng's code:
-    pairs after many edits are redrawn more often, not rarer. L = 1, 2, 3 work alike, s2 then has at
-    least L letters too.
+    length uniform in L-3..L+2, otherwise it is s1 after d random edits (delete, replace and insert
+    equally likely; a string of two letters or less grows instead of shrinking). The pair, with its
+    subset, is drawn again if the strings are equal or s2 is outside L..L+2: a shorter s2 would
+    come first, and the length would not be L. d is uniform in 1..L and drawn once, as in Feng's
+    code, so redrawing does not change its distribution.
+
+    Args:
+        vocabulary: The tokens.
+        insert, delete, replace, border: Costs, at least 1; a match costs nothing.
+        alphabet: Least and largest size of the subset.
+        letters: The subset is drawn from the first `letters` of a..z.
+
+    Raises:
+        ValueError: A parameter is invalid.
     """
 
     name = "edit_distance"
@@ -99,7 +103,7 @@ class EditDistance(Task):
         return length
 
     def max_problem_tokens(self, length: int) -> int:
-        """Exact: the second string has at most two letters more."""
+        """Returns the exact number: the second string has at most two letters more."""
         return 2 * length + 5
 
     def max_round_tokens(self, length: int) -> int:
@@ -109,7 +113,10 @@ class EditDistance(Task):
         return length * self.max_round_tokens(length)
 
     def largest_cell(self, length: int) -> int:
-        """Largest number that a problem of this length can need: the strings share no letter."""
+        """Returns the largest number that a problem of this length can need.
+
+        It occurs where the strings share no letter.
+        """
         i = np.arange(1, length + 1)[:, None]
         j = np.arange(1, length + 3)[None, :]
         replace = min(self.replace, self.insert + self.delete)
@@ -122,7 +129,7 @@ class EditDistance(Task):
                 + (columns - diagonal) * self.insert
             )
 
-        # The best path leaves the border at a corner, or where only replacements are left.
+        # The best path leaves the border at a corner, or where only replacements remain.
         costs = [inner(i, j)]
         for k in (j, np.maximum(j - i, 0)):
             costs.append(self.border * k + inner(i, j - k))
@@ -177,7 +184,7 @@ class EditDistance(Task):
         return rounds, offsets, int(rounds[-2])
 
     def answer_of(self, rounds: Rounds) -> int | None:
-        """The last cell of the last row."""
+        """Returns the last cell of the last row."""
         if not len(rounds) or len(rounds[-1]) < 2 or rounds[-1][-1] != COMMA:
             return None
         cell = int(rounds[-1][-2])
@@ -243,7 +250,7 @@ class EditDistance(Task):
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         chains, tail = split_after(until_eos(ids), SEP)
-        # Without a <sep> there is no answer, all is chain.
+        # Without a <sep> there is no answer: everything is chain.
         chain = chains[0][:-1] if chains else tail
         rounds, broken = split_after(chain, COMMA)
         if broken:
@@ -256,7 +263,7 @@ class EditDistance(Task):
         return " ".join(" ".join(word) if word.isalpha() else word for word in words)
 
     def _strings(self, problem: Iterable[int]) -> tuple[list[int], list[int]]:
-        """Both strings of a problem, checked."""
+        """Returns both strings of a problem; raises ValueError if it is malformed."""
         body = self._body(problem)
         if body.count(BAR) != 1:
             self._reject(body, "needs two strings; put one | between them")

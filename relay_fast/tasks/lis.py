@@ -20,22 +20,27 @@ from relay_fast.tasks.feedback import Inputs, Written, problems_shown
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import LETTER0, N_LETTERS, NUMBER0, PAD, SEP, Vocabulary
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
 class LIS(Task):
     """Sequences of numbers in low..high, some of which form planted increasing runs.
 
-    group: values a round.
-    low: smallest value; None for n + 1, so that no value looks like a length.
-    high: largest value.
-    max_runs: 1..max_runs runs are planted.
-
     Sampling: the runs cover a uniform number t in 3..n of positions, the rest is uniform. With r
     runs left to place on the last m of the t positions, the next takes a uniform 1..⌊m / r⌋ + 1 of
     them and the last all that remain (Feng's splits; the last may be empty). A run's values are
-    distinct, uniform and in rising order. With n < 3, t is n: a planted run of one or two values.
+    distinct, uniform and ascending. With n < 3, t is n: a planted run of one or two values.
+
+    Args:
+        vocabulary: The tokens.
+        group: Values in a round.
+        low: Smallest value; None for n + 1, so that no value looks like a length.
+        high: Largest value.
+        max_runs: 1..max_runs runs are planted.
+
+    Raises:
+        ValueError: A parameter is invalid or does not fit the vocabulary.
     """
 
     name = "lis"
@@ -55,11 +60,11 @@ class LIS(Task):
     ) -> None:
         super().__init__(vocabulary)
         group, max_runs, high = (
-            whole("group", group),
-            whole("max_runs", max_runs),
-            whole("high", high),
+            as_int("group", group),
+            as_int("max_runs", max_runs),
+            as_int("high", high),
         )
-        low = None if low is None else whole("low", low)
+        low = None if low is None else as_int("low", low)
         for what, value in (("group", group), ("max_runs", max_runs)):
             if value < 1:
                 raise ValueError(f"lis {what} is {value}; give at least 1.")
@@ -92,7 +97,7 @@ class LIS(Task):
         return -(-length // self.group)
 
     def max_problem_tokens(self, length: int) -> int:
-        """Exact."""
+        """Returns the exact number."""
         return length + 2
 
     def max_round_tokens(self, length: int) -> int:
@@ -103,7 +108,7 @@ class LIS(Task):
 
     @property
     def max_length(self) -> int:
-        """The longest length: a run may cover all n positions, so it needs n distinct values."""
+        """The longest length; a run may cover all n positions and needs n distinct values."""
         if self.low is None:
             return self.high // 2
         return min(self.high - self.low + 1, self.vocabulary.max_number)
@@ -137,7 +142,7 @@ class LIS(Task):
         return rounds, offsets, NUMBER0 + int(best)
 
     def answer_of(self, rounds: Rounds) -> int | None:
-        """The maximum over all rounds."""
+        """Returns the maximum over all rounds."""
         best = -1
         for tokens in rounds:
             *lengths, end = [-1, *map(int, tokens)]
@@ -153,7 +158,7 @@ class LIS(Task):
         tokens, offsets = samples.rounds, samples.round_offsets
         sizes, numbers = np.diff(offsets), self.are_numbers(tokens)
         right = (sizes >= 2) & (np.diff(lengths_to_offsets(numbers)[offsets]) == sizes - 1)
-        right[right] = tokens[offsets[1:][right] - 1] == SEP  # so it is the one that is no number
+        right[right] = tokens[offsets[1:][right] - 1] == SEP  # the one non-number
         owner = np.repeat(np.arange(len(samples)), samples.loops)
         np.maximum.at(answers, np.repeat(owner, sizes)[numbers], tokens[numbers])
         answers[owner[~right]] = NO_ANSWER
@@ -210,7 +215,7 @@ class LIS(Task):
         return rounds, None
 
     def _values(self, problem: Iterable[int]) -> list[int]:
-        """The values of a problem, checked; as ids minus that of the number 0."""
+        """Returns the values of a problem; raises ValueError if it is malformed."""
         body = self._body(problem)
         if not body:
             raise ValueError("lis problem has no values; give at least one number before <sep>.")

@@ -1,4 +1,4 @@
-"""Many samples as flat arrays: what a task draws and what batches are made of."""
+"""Samples of tasks as flat arrays, from which batches are made."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TASK_NAMES = ("arithmetic", "edit_distance", "lis")
 
 
 class WritesAnswers(Protocol):
-    """What `Samples.sequences` reads of a task."""
+    """The part of a task that `Samples.sequences` needs."""
 
     @property
     def answer_suffix(self) -> tuple[int, ...] | None:
-        """Tokens between the last round and the answer; None where no answer is written."""
+        """Tokens between the last round and the answer; None if no answer is written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,22 +51,22 @@ class Samples:
 
     @cached_property
     def first_round(self) -> np.ndarray:
-        """(S + 1,) int64: the rounds of sample i are first_round[i] .. first_round[i + 1] - 1."""
+        """(S + 1,) int64; sample i has the rounds first_round[i] .. first_round[i + 1] - 1."""
         return lengths_to_offsets(self.loops)
 
     def problem_of(self, i: int) -> np.ndarray:
-        """Problem tokens of sample i."""
+        """Returns the problem tokens of sample i."""
         i = self._position(i)
         return self.problem[self.problem_offsets[i] : self.problem_offsets[i + 1]]
 
     def rounds_of(self, i: int) -> list[np.ndarray]:
-        """Rounds of sample i, one token array each."""
+        """Returns the rounds of sample i, one token array each."""
         i = self._position(i)
         bounds = self.round_offsets[self.first_round[i] : self.first_round[i + 1] + 1]
         return [self.rounds[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
     def take(self, index: Any) -> Samples:
-        """The samples that numpy indexing with `index` (integers, mask, slice) selects, in order.
+        """Selects samples by numpy indexing with `index` (integers, mask, slice), in order.
 
         Raises IndexError as numpy does.
         """
@@ -88,7 +88,7 @@ class Samples:
 
     @staticmethod
     def concat(parts: Sequence[Samples]) -> Samples:
-        """All samples of `parts`, in order."""
+        """Concatenates all samples of `parts`, in order."""
         columns = {}
         for field in fields(Samples):
             arrays = [getattr(part, field.name) for part in parts]
@@ -102,13 +102,13 @@ class Samples:
     def sequences(
         self, tasks: Mapping[str, WritesAnswers]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Autoregressive sequences `[TASK] problem round_1 … round_T (suffix answer) <eos>`.
+        """Builds autoregressive sequences `[TASK] problem round_1 … round_T (suffix answer) <eos>`.
 
-        tasks: by name, at least those that occur; their `answer_suffix` says how the answer is
-        written. Returns tokens (flat, int32), offsets (S + 1,) int64 and prompt lengths (S,) int32:
-        the loss covers everything after the prompt, which is the problem.
+        The prompt is the problem; the loss covers everything after it. `tasks` has at least the
+        tasks that occur, by name. Raises ValueError if one is missing.
 
-        Raises ValueError when a task is missing.
+        Returns:
+            Tokens (flat, int32), offsets (S + 1,) int64 and prompt lengths (S,) int32.
         """
         present = [int(k) for k in np.unique(self.task)]
         tails = np.zeros(len(self), np.int64)
@@ -123,7 +123,7 @@ class Samples:
         prompts = np.diff(self.problem_offsets)
         chains = np.diff(self.round_offsets[self.first_round])
         offsets = lengths_to_offsets(prompts + chains + tails + 1)
-        # One byte a token says where it comes from: three times faster than 64-bit indices.
+        # One byte for the origin of each token is three times faster than 64-bit indices.
         sizes = np.stack([prompts, chains, tails + 1], axis=1).ravel()
         origin = np.repeat(np.tile(np.arange(3, dtype=np.uint8), len(self)), sizes)
         tokens = np.full(offsets[-1], EOS, np.int32)
@@ -142,5 +142,5 @@ class Samples:
 
     def _position(self, i: int) -> int:
         if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
+            raise IndexError(f"sample {i} of {len(self)}: the last one is {len(self) - 1}")
         return i % len(self)

@@ -1,4 +1,4 @@
-"""Which chains pass: by the tasks' rules, by the answer alone, or against solved problems."""
+"""Checks chains: by the tasks' rules, by the answer alone, or against solved problems."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ CHECKS = ("task", "self", None)
 def verify_chains(
     written: Samples, tasks: Mapping[str, Task], verify: str | None = "task"
 ) -> np.ndarray:
-    """(S,) bool: which chains pass.
+    """Checks chains that a model wrote.
 
-    verify="task": every round is what the problem's rules demand, and the answer is the one that
-    the rounds imply. It solves each problem; where they are solved already, `right_chains` says the
-    same many times faster. "self": the answer is the one that the rounds imply (needs no solver and
-    no label). None: all pass. Raises ValueError for another name, and for what is no problem.
+    Args:
+        written: S chains.
+        tasks: The tasks by name.
+        verify: "task": every round is the one that the problem's rules demand, and the answer is
+            the one that the rounds imply. This solves each problem; if they are solved already,
+            `correct_chains` is many times faster. "self": the answer is the one that the rounds
+            imply (needs no solver and no label). None: all chains pass.
+
+    Returns:
+        (S,) bool, the chains that pass.
+
+    Raises:
+        ValueError: The check is unknown, or a problem is malformed.
     """
     check_verify(verify)
     passed = np.ones(len(written), bool)
@@ -28,28 +37,29 @@ def verify_chains(
         return passed
     for k in np.unique(written.task):
         task, rows = tasks[TASK_NAMES[k]], np.flatnonzero(written.task == k)
-        own = _those(written, rows)
+        own = _select(written, rows)
         implied = task.answers_of(own)
         passed[rows] = (implied >= 0) & (implied == own.answer)
         if verify == "task":
             rows = rows[passed[rows]]
-            own = _those(written, rows)
-            passed[rows] = right_chains(own, task.solve_samples(own))
+            own = _select(written, rows)
+            passed[rows] = correct_chains(own, task.solve_samples(own))
     return passed
 
 
-def _those(samples: Samples, rows: np.ndarray) -> Samples:
+def _select(samples: Samples, rows: np.ndarray) -> Samples:
+    """Takes rows without a copy if they are all rows."""
     return samples if len(rows) == len(samples) else samples.take(rows)
 
 
 def check_verify(verify: str | None) -> None:
-    """Raises ValueError for a check that there is not."""
+    """Raises ValueError for an unknown check."""
     if verify not in CHECKS:
         raise ValueError(f'verify = {verify!r} is unknown: use "task", "self" or None')
 
 
-def right_chains(written: Samples, truth: Samples) -> np.ndarray:
-    """(S,) bool: every round and the answer are those of `truth`, the same problems solved."""
+def correct_chains(written: Samples, truth: Samples) -> np.ndarray:
+    """Returns (S,) bool: every round and the answer equal those of `truth`, the solved problems."""
     both = (written, truth)
     index = np.flatnonzero((written.loops == truth.loops) & (written.answer == truth.answer))
     loops = truth.loops[index]
@@ -57,11 +67,11 @@ def right_chains(written: Samples, truth: Samples) -> np.ndarray:
     index = index[_without(np.repeat(np.arange(len(index)), loops), a != b, len(index))]
     sizes = np.diff(truth.round_offsets[truth.first_round])[index]
     a, b = (s.rounds[concat_ranges(s.round_offsets[s.first_round[index]], sizes)] for s in both)
-    right = np.zeros(len(written), bool)
-    right[index[_without(np.repeat(np.arange(len(index)), sizes), a != b, len(index))]] = True
-    return right
+    correct = np.zeros(len(written), bool)
+    correct[index[_without(np.repeat(np.arange(len(index)), sizes), a != b, len(index))]] = True
+    return correct
 
 
 def _without(owner: np.ndarray, wrong: np.ndarray, owners: int) -> np.ndarray:
-    """(owners,) bool: owns nothing that is wrong."""
+    """Returns (owners,) bool: no item of the owner is wrong."""
     return np.bincount(owner[wrong], minlength=owners) == 0

@@ -1,7 +1,6 @@
-"""One vocabulary for all tasks: special tokens, operators, letters, then the numbers.
+"""The vocabulary of all tasks: special tokens, operators, letters, then the numbers.
 
-Everything before the numbers has a fixed id, so compiled code can use the module constants; only
-the last number depends on the `Vocabulary`.
+Everything before the numbers has a fixed id, so that compiled code can use the module constants.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from relay_fast.utils.numbers import whole
+from relay_fast.utils.numbers import as_int
 
 PAD, EOS = 0, 1
 ARITHMETIC, EDIT_DISTANCE, LIS = 2, 3, 4
@@ -26,12 +25,14 @@ _ALIASES = {"×": "*", "÷": "/", "−": "-"}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token texts and ids.
+    """Maps token texts to ids.
 
-    max_number: the numbers 0..max_number are tokens, contiguous and last.
-    multiple: `size`, the rows of an embedding, is rounded up to a multiple of this.
+    Args:
+        max_number: The numbers 0..max_number are tokens, contiguous and last.
+        multiple: `size`, the rows of an embedding, is rounded up to a multiple of this.
 
-    Raises ValueError when a parameter is out of range.
+    Raises:
+        ValueError: A parameter is out of range.
     """
 
     max_number: int = 249
@@ -39,7 +40,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         for name in ("max_number", "multiple"):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
+            object.__setattr__(self, name, as_int(name, getattr(self, name)))
         if self.max_number < 0:
             raise ValueError(
                 f"max_number is {self.max_number}; give the largest number, at least 0."
@@ -49,7 +50,7 @@ class Vocabulary:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in use."""
+        """The number of tokens in use."""
         return NUMBER0 + self.max_number + 1
 
     @property
@@ -58,11 +59,11 @@ class Vocabulary:
         return -(-self.n_tokens // self.multiple) * self.multiple
 
     def is_number(self, token: int) -> bool:
-        """Whether `token` is the id of a number."""
+        """Tells whether `token` is the id of a number."""
         return NUMBER0 <= token < self.n_tokens
 
     def encode(self, text: str) -> list[int]:
-        """Ids of whitespace-separated tokens; × ÷ − are read as * / -.
+        """Converts whitespace-separated tokens to ids; × ÷ − are read as * / -.
 
         Raises ValueError naming the first unknown token and its position (counted from 0).
         """
@@ -79,9 +80,9 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Texts of `ids`, separated by spaces.
+        """Converts ids to texts separated by spaces.
 
-        Ids that only pad the vocabulary read `<unused>`: an untrained model may write them.
+        Ids that only pad the vocabulary, which an untrained model may write, become `<unused>`.
         Raises ValueError for ids outside 0..size-1.
         """
         texts = []
@@ -95,12 +96,12 @@ class Vocabulary:
         return " ".join(texts)
 
     def to_dict(self) -> dict[str, int]:
-        """Parameters, for a config."""
+        """Returns the parameters for a config."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, params: dict[str, int]) -> Vocabulary:
-        """Inverse of `to_dict`. Raises ValueError naming an unknown parameter."""
+        """Builds a vocabulary from `to_dict`'s result; raises ValueError for unknown parameters."""
         unknown = sorted(set(params) - {"max_number", "multiple"})
         if unknown:
             raise ValueError(

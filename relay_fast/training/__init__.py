@@ -1,1 +1,1 @@
-"""Training: the trainer, optimisers, schedules, checkpoints and the CUDA graph of a step."""
+"""The trainer, optimizers, schedules, checkpoints and the CUDA graph of a training step."""

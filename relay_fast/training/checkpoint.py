@@ -1,4 +1,4 @@
-"""The training state as named tensors.
+"""Packs a training state into named tensors, and restores it.
 
 | part | names in the file |
 |---|---|
@@ -26,12 +26,19 @@ def pack_training_state(
     ema: Mapping[str, Tensor] | None = None,
     generators: Mapping[str, torch.Generator] | None = None,
 ) -> dict[str, Tensor]:
-    """All that an exact resume needs, flat and named as in the table above.
+    """Returns all tensors that an exact resume needs, named as in the table above.
 
-    `optimizer` must hold parameters of `module`, with state made of tensors (AdamW's exp_avg,
-    exp_avg_sq and step); its hyperparameters belong to the config. For the global generator pass
-    `torch.default_generator`. The tensors share memory with the live ones: save them before the
-    next step. Raises TypeError for state that is no tensor.
+    The tensors share memory with the live ones: save them before the next step.
+
+    Args:
+        module: its parameters and buffers are packed.
+        optimizer: of parameters of `module`, with state made of tensors, such as AdamW's exp_avg,
+            exp_avg_sq and step. Its hyperparameters are not packed.
+        ema: moving averages by name.
+        generators: by name; pass `torch.default_generator` for the global one.
+
+    Raises:
+        TypeError: for optimizer state that is not a tensor.
     """
     tensors = {f"model.{name}": value.detach() for name, value in module.state_dict().items()}
     if optimizer is not None:
@@ -39,8 +46,8 @@ def pack_training_state(
             for key, value in optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, Tensor):
                     raise TypeError(
-                        f"the state {key!r} of parameter {name} is a {type(value).__name__}; only "
-                        f"optimizers whose state is made of tensors can be packed."
+                        f"the state {key!r} of parameter {name} is a {type(value).__name__}, not a "
+                        f"tensor: use an optimizer whose state is made of tensors"
                     )
                 tensors[f"optimizer.{name}.{key}"] = value.detach()
     for name, value in (ema or {}).items():
@@ -58,11 +65,18 @@ def unpack_training_state(
     generators: Mapping[str, torch.Generator] | None = None,
     source: str | os.PathLike = "the checkpoint",
 ) -> None:
-    """Put what `pack_training_state` made back into live objects, in place and on their devices.
+    """Restores a state of `pack_training_state` in place, on the devices of the live objects.
 
-    Parts that are not asked for (None) may be in `tensors` and are left out: evaluation needs only
-    the module. `source`: the file's name, for messages. Raises CheckpointError, before anything is
-    changed, for missing, unexpected or misshapen tensors.
+    Args:
+        tensors: the packed state; parts whose argument is None are ignored.
+        module: the module to restore.
+        optimizer: as in `pack_training_state`.
+        ema: as in `pack_training_state`.
+        generators: as in `pack_training_state`.
+        source: the file's name, for messages.
+
+    Raises:
+        CheckpointError: for missing, unexpected or misshapen tensors, before anything is changed.
     """
     groups = {} if optimizer is None else _optimizer_groups(tensors, module, optimizer, source)
     _check("model", tensors, module.state_dict(), source)
@@ -88,7 +102,7 @@ def _check(
     wanted: Mapping[str, Tensor],
     source: str | os.PathLike,
 ) -> None:
-    """Raises CheckpointError unless the `prefix` part of `tensors` has the names and shapes."""
+    """Raises CheckpointError unless `tensors` has the wanted names and shapes under `prefix`."""
     full = {f"{prefix}.{name}" if name else prefix: value for name, value in wanted.items()}
     have = [name for name in tensors if name == prefix or name.startswith(f"{prefix}.")]
     missing = [name for name in full if name not in tensors]
@@ -98,7 +112,7 @@ def _check(
         if missing:
             parts.append(f"lacks {_listed(missing)}")
         if unexpected:
-            parts.append(f"has {_listed(unexpected)} that nothing here wants")
+            parts.append(f"has {_listed(unexpected)} that is unknown here")
         raise CheckpointError(
             f"{source} {' and '.join(parts)}; it was written for other objects: build them with "
             f"the config in its metadata."
@@ -107,7 +121,7 @@ def _check(
         if tensors[name].shape != value.shape:
             raise CheckpointError(
                 f"{source} has {name} of shape {tuple(tensors[name].shape)} where "
-                f"{tuple(value.shape)} is wanted; build the module with the config in its metadata."
+                f"{tuple(value.shape)} is needed; build the module with the config in its metadata."
             )
 
 
@@ -120,7 +134,7 @@ def _listed(names: Iterable[str], most: int = 3) -> str:
 def _named_parameters(
     module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
-    """(name in the module, parameter, its group), in the optimizer's order."""
+    """Returns (name in the module, parameter, its group) in the optimizer's order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = []
     for group in optimizer.param_groups:
@@ -140,15 +154,15 @@ def _optimizer_groups(
     optimizer: torch.optim.Optimizer,
     source: str | os.PathLike,
 ) -> dict[nn.Parameter, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """parameter -> (its group, its state in `tensors`)."""
+    """Returns each parameter's group and its state in `tensors`."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for full, value in _part("optimizer", tensors).items():
         name, _, key = full.rpartition(".")
         by_name.setdefault(name, {})[key] = value
     if not by_name:
         raise CheckpointError(
-            f"{source} holds no optimizer state, so training cannot go on from it; load it without "
-            f"an optimizer, or take a checkpoint written during training."
+            f"{source} holds no optimizer state to continue training from; load it without an "
+            f"optimizer, or take a checkpoint written during training."
         )
     groups = {}
     for name, parameter, group in _named_parameters(module, optimizer):
@@ -169,7 +183,7 @@ def _restore_state(
     group: Mapping[str, Any],
 ) -> None:
     for key, value in state.items():
-        # In place where there is something: a captured CUDA graph knows the address.
+        # In place where possible: a captured CUDA graph uses the address.
         if isinstance(live.get(key), Tensor) and live[key].shape == value.shape:
             live[key].copy_(value)
             continue

@@ -1,9 +1,9 @@
-"""A whole training step as one CUDA graph: zero_grad → loss → backward → clipping → optimiser.
+"""A whole training step as one CUDA graph: zero_grad → loss → backward → clipping → optimizer.
 
-The first steps run eagerly over the static buffers, which also compiles every kernel; then the step
-is captured, and from then on a new batch is copied into the buffers and the graph replayed: no
-launch, no allocation and no synchronisation is left in Python. Where that cannot be had, the step
-runs as it always did and `reason` says why.
+The first steps run eagerly over the static buffers, which also compiles every kernel. Then the step
+is captured; from then on, each batch is copied into the buffers and the graph is replayed, without
+launches, allocations or synchronization in Python. Where a graph is not possible, the step runs
+eagerly and `GraphedStep.reason` says why.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from relay_fast.ops.dispatch import on_device
 
 __all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
 
-# Tokens in one pass of a batch whose iterations train side by side: what its parts' memory is for.
+# Tokens per pass for batches whose iterations train side by side; bounds the memory of a pass.
 PART_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
-WARM_UP = 3  # eager steps before the capture, as PyTorch asks for
+WARM_UP = 3  # eager steps before the capture, as PyTorch recommends
 
 
 def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str | None:
-    """Why a step cannot be captured at all; None if it may be tried."""
+    """Returns why a step cannot be captured, or None if a capture may be tried."""
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device, the model is on {device.type!r}"
     if not all("capturable" in group for group in optimizer.param_groups):
@@ -37,9 +37,10 @@ def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str 
 
 
 def feedback_graph_reason(model: nn.Module) -> str | None:
+    """Returns why a model with feedback is not captured; None without feedback."""
     if model.config.feedback == "none":
         return None
-    return "batches with rounds that are fed back have no fixed shape yet: eager steps"
+    return "batches with rounds that are fed back have no fixed shape yet"
 
 
 def take_step(
@@ -50,9 +51,17 @@ def take_step(
     clip: float | None = None,
     autocast: torch.dtype | None = None,
 ) -> Any:
-    """One eager training step; returns what `model(batch)` does, which has a `loss`.
+    """Takes one eager training step.
 
-    clip: largest norm of all gradients. autocast: dtype of the GEMMs, None for the parameters'.
+    Args:
+        model: called with the batch; returns a tuple with a `loss`.
+        optimizer: of the model's parameters.
+        batch: on the model's device.
+        clip: largest norm of all gradients, None for no clipping.
+        autocast: dtype of the GEMMs, None for that of the parameters.
+
+    Returns:
+        What `model(batch)` returns.
     """
     optimizer.zero_grad()
     if isinstance(batch, PackedBatch) and batch.fed is not None:
@@ -67,7 +76,7 @@ def take_step(
 
 
 def _add_gradients(model: nn.Module, batch: Any, autocast: torch.dtype | None) -> Any:
-    # A cache of casts would outlive the memory of a graph that is captured here.
+    # No cache: a captured graph would keep casts in memory that is freed after the capture.
     with torch.autocast(
         model.device.type, autocast, enabled=autocast is not None, cache_enabled=False
     ):
@@ -77,7 +86,7 @@ def _add_gradients(model: nn.Module, batch: Any, autocast: torch.dtype | None) -
 
 
 def _joined(losses: Sequence[Losses], parts: Sequence[PackedBatch]) -> Losses:
-    """The losses of a batch whose parts these are."""
+    """Combines the losses of a batch's parts into those of the batch."""
     if len(parts) == 1:
         return losses[0]
     total = [torch.stack([own[i] for own in losses]).detach() for i in range(5)]
@@ -95,11 +104,20 @@ class GraphedStep:
         step = GraphedStep(model, optimizer, Capacity.of(some_batches), clip=1.0)
         losses = step(batch)
 
-    optimizer: an AdamW, with Muon beside it or not; on CUDA its learning rates become tensors
-    (`relay_fast.training.optim.set_lr_scale` fills them). clip: largest norm of all gradients.
-    autocast: dtype of the GEMMs. A batch beyond the capacity takes an eager step, after which
-    graphs go on. Every step counts, the first ones too: no batch is taken twice. A model put into
-    eval() or another mode needs a new one.
+    A batch that exceeds the capacity takes an eager step; later batches use the graph again. Each
+    call takes exactly one optimizer step, warm-up included. After `model.eval()` or another change
+    of mode, make a new GraphedStep.
+
+    Args:
+        model: the model to train.
+        optimizer: AdamW or `MuonAdamW`. On CUDA its learning rates become tensors, which
+            `relay_fast.training.optim.set_lr_scale` updates in place.
+        capacity: the largest batch of the graph.
+        clip: largest norm of all gradients, None for no clipping.
+        autocast: dtype of the GEMMs, None for that of the parameters.
+
+    Attributes:
+        reason: why the last step was not a replay; None if it was.
     """
 
     def __init__(
@@ -113,7 +131,7 @@ class GraphedStep:
     ):
         self.model, self.optimizer, self.capacity = model, optimizer, capacity
         self.clip, self.autocast = clip, autocast
-        self.reason: str | None = None  # why the last step was no replay; None if it was one
+        self.reason: str | None = None
         self._never = graph_reason(model.device, optimizer) or feedback_graph_reason(model)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._losses: Losses | None = None
@@ -126,7 +144,7 @@ class GraphedStep:
                     group["lr"] = torch.tensor(float(group["lr"]), device=model.device)
 
     def __call__(self, batch: PackedBatch) -> Losses:
-        """Takes one step. The losses are the batch's own, on the device."""
+        """Takes one step; returns the batch's losses on the device."""
         with on_device(self.model.device):  # streams and captures are the current device's
             return self._step(batch)
 
@@ -141,7 +159,9 @@ class GraphedStep:
             self.reason = f"warming up, step {self._warm} of {WARM_UP}"
             try:
                 return self._own(self._warm_up(), batch)
-            except Unsupported as error:  # before the optimiser: the step is still to be taken
+            except (
+                Unsupported
+            ) as error:  # raised before the optimizer step, which is still to be taken
                 self.reason = self._never = str(error)
                 return self._take(batch)
         if self._graph is None:
@@ -153,14 +173,14 @@ class GraphedStep:
         return self._own(self._losses, batch)
 
     def _take(self, batch: PackedBatch) -> Losses:
-        """One eager step; what is captured."""
+        """Takes one eager step; this is what a graph captures."""
         losses = take_step(
             self.model, self.optimizer, batch, clip=self.clip, autocast=self.autocast
         )
         return Losses(*(value.detach() for value in losses))
 
     def _warm_up(self) -> Losses:
-        """An eager step on a stream of its own, as a capture will run."""
+        """Takes an eager step on a side stream, as a capture does."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -169,7 +189,7 @@ class GraphedStep:
         return losses
 
     def _capture(self) -> str | None:
-        """Captures the step without running it; the reason if that fails."""
+        """Captures the step without running it; returns the reason if that fails."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -181,7 +201,7 @@ class GraphedStep:
         return None
 
     def _own(self, losses: Losses, batch: PackedBatch) -> Losses:
-        """The losses of a static batch as the batch's own: shares count its own rows only."""
+        """Rescales the accuracies of the padded static batch to the batch's own rows."""
         full = self._static.batch
         rows = len(full.targets) / max(1, len(batch.targets))
         sequences = len(full) / max(1, len(batch))

@@ -1,4 +1,4 @@
-"""Models on disk: a checkpoint that knows which model it holds, and a run folder's six models."""
+"""Model files: a checkpoint with the model's config, and the six models of a run folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from relay_fast.utils.tensor_files import CheckpointError, load_checkpoint, save
 
 Model = LoopedTransformer | AutoregressiveTransformer
 
-# The models that a run leaves in its folder.
+# The models that a run saves in its folder.
 RUN_MODELS = (
     "looped_aligned",
     "ar_relay",
@@ -38,11 +38,16 @@ def save_model(
     info: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the model, and what is needed to build it again, to `path`.
+    """Writes the model and its config to `path`.
 
-    info: anything JSON can hold (seed, steps, task names). dtype: what the weights are rounded to
-    in the file (bf16 is half as large), by default their own; loading restores their type. Raises
-    CheckpointError if the file cannot be written.
+    Args:
+        path: the safetensors file.
+        model: the model to save.
+        info: JSON-able facts about the model, such as seed and stage.
+        dtype: of the weights in the file, default their own; loading restores their dtype.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
     """
     looped = isinstance(model, LoopedTransformer)
     metadata = {
@@ -60,18 +65,27 @@ def save_model(
 def load_model(
     path: str | os.PathLike, device: torch.device | str = "cpu", impl: str = "auto"
 ) -> tuple[Model, dict[str, Any]]:
-    """(model in eval mode on `device`, info) of the file that `save_model` wrote.
+    """Loads a model that `save_model` wrote.
 
-    Raises CheckpointError if the file is missing, damaged or holds no model, ValueError for a
-    device that is not there.
+    Args:
+        path: the file.
+        device: where to put the model.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        The model in eval mode, and its `info`.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or holds no model.
+        ValueError: if the device does not exist.
     """
     check_device(device)
     tensors, metadata = load_checkpoint(path)
     kind = metadata.get("kind")
     if kind not in ("looped", "autoregressive"):
         raise CheckpointError(
-            f"{path} holds no model that can be loaded by itself (its header names no kind); give "
-            f"a file written by relay_fast.training.model_files.save_model."
+            f"{path} holds no model (its header names no kind); give a file written by "
+            f"relay_fast.training.model_files.save_model."
         )
     try:
         config = ModelConfig.from_dict(metadata["config"])
@@ -82,15 +96,15 @@ def load_model(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"{path} was written by another version of relay_fast, for a model that this one "
-            f"({__version__}) cannot build ({why}); use that version, or train it anew."
+            f"{path} holds a model of another version of relay_fast that version {__version__} "
+            f"cannot build ({why}); use that version, or train the model again."
         ) from error
     unpack_training_state(tensors, model, source=path)
     return model.to(device).eval(), metadata.get("info", {})
 
 
 def model_hash(model: Model) -> str:
-    """16 hexadecimal digits that stand for the model's kind, config and every weight."""
+    """Computes 16 hexadecimal digits from the model's kind, config and weights."""
     digest = hashlib.sha256(json.dumps([type(model).__name__, model.config.to_dict()]).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype}".encode())
@@ -99,16 +113,24 @@ def model_hash(model: Model) -> str:
 
 
 def model_path(run: str | os.PathLike, name: str) -> Path:
-    """Where a run folder keeps the model called `name`."""
+    """Returns the path of the model called `name` in a run folder."""
     return Path(run) / f"{name}.safetensors"
 
 
 def load_run_model(
     run: str | os.PathLike, name: str, device: torch.device | str = "cpu", impl: str = "auto"
 ) -> Model:
-    """The model called `name` (one of RUN_MODELS) of a run folder.
+    """Loads a model of a run folder.
 
-    Raises ValueError for an unknown name, CheckpointError as `load_model` does.
+    Args:
+        run: the run folder.
+        name: one of RUN_MODELS.
+        device: where to put the model.
+        impl: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: for an unknown name or device.
+        CheckpointError: as `load_model`.
     """
     if name not in RUN_MODELS:
         raise ValueError(f"unknown model {name!r}; known are {', '.join(RUN_MODELS)}.")
@@ -116,10 +138,10 @@ def load_run_model(
 
 
 def run_tasks(config: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Task]]:
-    """The vocabulary and the tasks, by name, of a run's config.
+    """Builds the vocabulary and the tasks, by name, of a run's config.
 
-    config["vocabulary"]: parameters of Vocabulary; config["tasks"][name]["parameters"]: those of
-    the task. Raises ValueError as their constructors do.
+    config["vocabulary"] holds the parameters of Vocabulary, config["tasks"][name]["parameters"]
+    those of a task. Raises ValueError as their constructors do.
     """
     vocabulary = Vocabulary.from_dict(config["vocabulary"])
     tasks = {
@@ -130,7 +152,7 @@ def run_tasks(config: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Task]]:
 
 
 def check_device(device: torch.device | str) -> None:
-    """Raises ValueError for a device that is neither the CPU nor a CUDA one of this machine."""
+    """Raises ValueError unless `device` is the CPU or a CUDA device of this machine."""
     name = str(device)
     try:
         device = torch.device(device)
@@ -142,4 +164,6 @@ def check_device(device: torch.device | str) -> None:
         raise ValueError(f"device {name!r} was asked for, but CUDA is not available: use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ValueError(f"device {name!r} was asked for, but there are {count}: use cuda:0")
+        raise ValueError(
+            f"device {name!r} does not exist, there are {count} CUDA devices: use cuda:0"
+        )

@@ -1,4 +1,4 @@
-"""Optimisers: AdamW for everything, or Muon for the block's matrices beside it; or Adafactor.
+"""Optimizers: AdamW, AdamW with Muon for the block's matrices, and Adafactor.
 
 Weight decay applies to matrices only (no norms, no embeddings).
 """
@@ -11,19 +11,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from relay_fast.utils.numbers import as_float, as_int
+
 # Coefficients of the quintic Newton-Schulz iteration (Jordan et al. 2024, "Muon").
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 OPTIMIZERS = ("adamw", "adafactor")
-# Below the square root of the first, gradients would count as larger than they are; torch squares
-# it, and 0 would divide by 0. The second is the least scale of a parameter (its paper's).
+# The first is a lower bound on gradients: it must be tiny, but torch squares it, and 0 would divide
+# by 0. The second, from the paper, is the smallest scale of a parameter.
 _ADAFACTOR_EPS = (1e-15, 1e-3)
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: singular values in about 0.7..1.2.
+    """Approximates the nearest (semi-)orthogonal matrices: singular values in about 0.7..1.2.
 
-    matrix (…, rows, columns).
+    Args:
+        matrix: (…, rows, columns).
+        steps: Newton-Schulz iterations.
     """
     wide = matrix.shape[-2] <= matrix.shape[-1]
     x = matrix if wide else matrix.mT
@@ -35,12 +39,13 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, but groups with `muon=True` take Muon's step (Jordan et al. 2024).
+    """AdamW whose parameter groups with `muon=True` take Muon's step (Jordan et al. 2024).
 
-    Muon: momentum, then orthogonalisation of each matrix's update. A weight that stacks `parts`
-    matrices (qkv rows) is orthogonalised part by part. Such a group has `momentum` (default 0.95),
-    `parts` (default 1) and AdamW's lr, weight_decay and maximize; betas, eps and amsgrad are
-    AdamW's alone. Raises ValueError for groups that are no real matrices of so many parts.
+    Muon applies momentum, then orthogonalizes the update of each matrix. A weight that stacks
+    `parts` matrices (the rows of qkv) is orthogonalized part by part. A Muon group has `momentum`
+    (default 0.95), `parts` (default 1) and AdamW's lr, weight_decay and maximize; it ignores betas,
+    eps and amsgrad. Raises ValueError for Muon groups with other parameters than real matrices of
+    `parts` parts.
     """
 
     def add_param_group(self, param_group: dict) -> None:
@@ -55,13 +60,15 @@ class MuonAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict) -> None:
         for own in state["state"].values():
-            if own:  # a matrix's state once had no step count, which AdamW looks for in all
+            if own:  # old states of matrices lack the step count, which AdamW expects in all
                 own.setdefault("step", 0.0)
         super().__setstate__(state)
 
     def _init_group(self, group: dict, *lists) -> bool:
-        """What AdamW's step calls, after the closure, to gather a group's tensors: a Muon group
-        takes its own step here and leaves AdamW none."""
+        """Takes a Muon group's step, and leaves AdamW no tensors of it.
+
+        AdamW's step calls this after the closure to gather a group's tensors.
+        """
         if not group.get("muon"):
             return super()._init_group(group, *lists)
         for p in group["params"]:
@@ -72,9 +79,11 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _muon_step(self, p: Tensor, group: dict) -> None:
         if p.grad.is_sparse:
-            raise RuntimeError("Muon takes no sparse gradients: use dense ones for its matrices")
+            raise RuntimeError(
+                "Muon does not support sparse gradients: use dense ones for its matrices"
+            )
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is not None:  # of a GradScaler that leaves this to a fused step
+        if scale is not None:  # a GradScaler leaves the unscaling to a fused step
             p.grad.div_(scale.to(p.device))
         grad = -p.grad if group["maximize"] else p.grad
         state = self.state[p]
@@ -92,26 +101,27 @@ class MuonAdamW(torch.optim.AdamW):
         shape = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
         lr, change = group["lr"], orthogonalize(stacked).reshape(p.shape)
         p.mul_(1 - lr * group["weight_decay"])
-        if isinstance(lr, Tensor):  # as for a CUDA graph: it may not be read back
+        if isinstance(lr, Tensor):  # under a CUDA graph it cannot be read back
             p.sub_(change * (lr * shape))
         else:
             p.add_(change, alpha=-lr * shape)
         state["step"] += 1
-        if before is not None:  # known on the device alone
+        if before is not None:  # `skip` is known on the device only
             for value, old in zip(held, before, strict=True):
                 value.copy_(torch.where(skip.to(value.device) > 0, old, value))
 
 
 def _check_muon(group: dict) -> None:
-    parts = group.setdefault("parts", 1)
-    group.setdefault("momentum", 0.95)
+    # Python's numbers: a saved state with numpy's is refused by torch.load(weights_only=True).
+    parts = group["parts"] = as_int("parts", group.get("parts", 1), least=1)
+    group["momentum"] = as_float("momentum", group.get("momentum", 0.95))
     if group["differentiable"]:
-        raise ValueError("a Muon group has no differentiable step: use AdamW for it")
+        raise ValueError("Muon does not support differentiable = True: use AdamW for this group")
     for p in group["params"]:
         if p.ndim != 2 or p.is_complex() or p.shape[0] % parts:
             raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} and {p.dtype} is not {parts} real matrices "
-                "one above the other: leave it to AdamW, or give other `parts`"
+                f"a parameter of shape {tuple(p.shape)} and {p.dtype} is not a stack of {parts} "
+                "real matrices: use AdamW for it, or give other `parts`"
             )
 
 
@@ -125,13 +135,24 @@ def make_optimizer(
     muon_lr: float | None = None,
     momentum: float = 0.95,
 ) -> torch.optim.Optimizer:
-    """lr: the learning rate of `optimizer`, one of OPTIMIZERS; for "adafactor" (torch's; Shazeer
-    and Stern 2018) relative to each parameter's RMS, and without betas. muon_lr: beside AdamW,
-    Muon's for the block's linear weights; None for AdamW alone. Each group remembers its learning
-    rate as `base_lr`, for the schedule. Raises ValueError as
-    `check_optimizer`, and for numbers outside their range."""
+    """Makes an optimizer for a model; each group has its learning rate as `base_lr` too.
+
+    Args:
+        model: its trainable parameters are optimized.
+        lr: learning rate; for "adafactor" relative to each parameter's RMS.
+        optimizer: one of OPTIMIZERS; "adafactor" is torch's (Shazeer and Stern 2018).
+        weight_decay: of matrices other than embeddings.
+        betas: of AdamW.
+        muon_lr: learning rate of Muon for the block's linear weights; None for AdamW alone.
+        momentum: of Muon.
+
+    Raises:
+        ValueError: for an unknown optimizer, Muon beside Adafactor, or numbers out of range.
+    """
     check_optimizer(optimizer, muon_lr)
     _check_ranges(lr, muon_lr, weight_decay, betas, momentum)
+    lr, weight_decay, betas = float(lr), float(weight_decay), tuple(map(float, betas))
+    muon_lr = None if muon_lr is None else float(muon_lr)
     decayed, plain, matrices, qkv = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2 or "embedding" in name:
@@ -139,7 +160,7 @@ def make_optimizer(
         elif muon_lr is None or ".layers." not in f".{name}":
             decayed.append(p)
         else:
-            # With fewer key/value heads the three parts differ in size: taken as one matrix.
+            # With fewer key/value heads, q, k and v differ in size: one matrix then.
             even = name.endswith("qkv.weight") and p.shape[0] == 3 * p.shape[1]
             (qkv if even else matrices).append(p)
     muon = {"muon": True, "lr": muon_lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -154,14 +175,14 @@ def make_optimizer(
         made = torch.optim.Adafactor(groups, lr=lr, eps=_ADAFACTOR_EPS, foreach=True)
     else:
         fused = {"fused": True} if next(model.parameters()).is_cuda else {"foreach": True}
-        made = MuonAdamW(groups, lr=lr, betas=tuple(betas), **fused)
+        made = MuonAdamW(groups, lr=lr, betas=betas, **fused)
     for group in made.param_groups:
         group["base_lr"] = group["lr"]
     return made
 
 
 def check_optimizer(optimizer: str, muon_lr: float | None) -> None:
-    """Raises ValueError for an unknown optimiser, and for Muon beside another one than AdamW."""
+    """Raises ValueError for an unknown optimizer, and for Muon without AdamW."""
     if optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         raise ValueError(f"optimizer = {optimizer!r} is unknown: use one of {known}")
@@ -172,7 +193,7 @@ def check_optimizer(optimizer: str, muon_lr: float | None) -> None:
 def _check_ranges(
     lr: float, muon_lr: float | None, weight_decay: float, betas: Sequence[float], momentum: float
 ) -> None:
-    """Raises ValueError for numbers with which every training gives NaN."""
+    """Raises ValueError for numbers with which every training would diverge."""
     for name, value in (("lr", lr), ("muon_lr", muon_lr), ("weight_decay", weight_decay)):
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} = {value}: give a finite number of at least 0")
@@ -182,10 +203,12 @@ def _check_ranges(
 
 
 def set_lr_scale(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets every group's learning rate to `factor` times its base; a tensor is filled, so that a
-    CUDA graph sees it."""
+    """Sets every group's learning rate to `factor` times its `base_lr`.
+
+    A learning rate that is a tensor is filled in place, for CUDA graphs.
+    """
     for group in optimizer.param_groups:
-        lr = group["base_lr"] * factor
+        lr = float(group["base_lr"] * factor)
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:

@@ -1,4 +1,4 @@
-"""Trains one model on one stream: resumable, interruptible, deterministic from its seed."""
+"""Training of one model on one stream: resumable, interruptible, deterministic from its seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from relay_fast.training.optim import make_optimizer, set_lr_scale
 from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
 from relay_fast.utils.interrupts import interrupts_deferred
-from relay_fast.utils.numbers import plain_numbers, whole
+from relay_fast.utils.numbers import as_int, plain_numbers
 from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
 
 Model = LoopedTransformer | AutoregressiveTransformer
@@ -32,31 +32,26 @@ BeforeStep = Callable[[int, torch.optim.Optimizer], None]
 
 LOG_EVERY = 2.0  # seconds between two progress reports (each reads a loss back)
 SAVE_EVERY = 20.0  # seconds between two resume points
-PART_BYTES = 12 << 20  # of a file of the resume point: machines that are lent return small files
-# A CUDA graph's capacity: of so many batches over the whole training, with so much more. None of
-# 400 others of preset paper-fast was larger (12 % of them without the spread, at slack 0.1).
+PART_BYTES = 12 << 20  # split the files of a resume point at this size
+# A CUDA graph's capacity: the largest of so many batches, enlarged by slack and spread. None of 400
+# other batches of preset paper-fast exceeded it (12 % do at slack 0.1 without the spread).
 CAPACITY_BATCHES, SLACK, SPREAD = 12, 0.05, 2.0
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class Trained(NamedTuple):
-    """What a finished training leaves beside the model; times are over all the calls it took.
+    """The record of a finished training; times include all resumed calls."""
 
-    history: step, seconds since the beginning, loss, chain_accuracy, answer_accuracy. waited: the
-    seconds in which the next batch was not there yet (without data workers: was made). cuda_graph:
-    "replayed", or why the last step was no replay of a CUDA graph.
-    """
-
-    history: list[dict[str, float]]
-    longest_true: dict[str, int]
+    history: list[dict[str, float]]  # step, seconds, loss, chain_accuracy, answer_accuracy
+    longest_true: dict[str, int]  # the longest true problem of each task
     seconds: float
     samples: int
-    data_wait_seconds: float
-    cuda_graph: str
+    data_wait_seconds: float  # spent waiting for batches, or making them without data workers
+    cuda_graph: str  # "replayed", or why the last step did not replay a CUDA graph
 
     @staticmethod
     def of_phases(phases: Sequence[Trained]) -> Trained:
-        """Trainings one after the other as one, whose steps count anew in each."""
+        """Combines the records of consecutive trainings; steps count from 1 in each."""
         history: list[dict[str, float]] = []
         longest_true: dict[str, int] = {}
         seconds = 0.0
@@ -66,16 +61,12 @@ class Trained(NamedTuple):
             ]
             _raise_to(longest_true, phase.longest_true)
             seconds += phase.seconds
-        samples, data_wait_seconds = (
-            sum(p.samples for p in phases),
-            sum(p.data_wait_seconds for p in phases),
-        )
-        return Trained(
-            history, longest_true, seconds, samples, data_wait_seconds, phases[-1].cuda_graph
-        )
+        samples = sum(phase.samples for phase in phases)
+        waited = sum(phase.data_wait_seconds for phase in phases)
+        return Trained(history, longest_true, seconds, samples, waited, phases[-1].cuda_graph)
 
     def record(self) -> dict[str, float | str]:
-        """What results.json says about the time that the training took."""
+        """Returns the entries of results.json about the time that the training took."""
         return {
             "seconds": round(self.seconds, 2),
             "samples": self.samples,
@@ -86,7 +77,7 @@ class Trained(NamedTuple):
 
 
 def _raise_to(longest: dict[str, int], found: Mapping[str, int]) -> None:
-    """Makes every task's entry at least what was found."""
+    """Raises each task's entry to at least the one in `found`."""
     for name, length in found.items():
         longest[name] = max(length, longest.get(name, 0))
 
@@ -102,25 +93,38 @@ def train_model(
     report: Callable[[Progress], None] = lambda progress: None,
     before_step: BeforeStep | None = None,
 ) -> Trained:
-    """Takes every step of `stream`, in place; continues from `state_path` if it is there.
+    """Trains a model in place on all steps of a stream; continues a saved state if there is one.
 
-    recipe: lr, optimizer, muon_lr, weight_decay, betas (`relay_fast.training.optim`), clip, ema,
-    autocast ("bf16": of the GEMMs), graph (on CUDA, a step is one CUDA graph where that can be
-    had). Interrupted (Ctrl-C), it saves its state between two steps and raises KeyboardInterrupt;
-    the same call then continues exactly, and returns at once where the last step was taken. Raises
-    Diverged for a loss or a state that is not finite, which is looked at where values are read back
-    anyway, WorkerDied as `relay_fast.data.streams.prefetch` does, and CheckpointError.
-    before_step(step, optimizer) may change model and optimizer, as
-    `relay_fast.models.layer_stack.grow` does (without ema); a call that continues first calls it
-    for the steps that were taken.
+    On Ctrl-C or SIGTERM the state is saved between two steps. The same call then continues
+    exactly, or returns at once if the last step was taken.
+
+    Args:
+        model: the model to train.
+        stream: step → `relay_fast.data.streams.Step`, with a `schedule`.
+        recipe: lr, optimizer, muon_lr, weight_decay and betas of `make_optimizer`; clip, the
+            largest norm of the gradients; ema, the decay of averaged weights; autocast, "bf16" for
+            GEMMs in bf16; graph, true to use a CUDA graph where possible.
+        state_path: file of the training state.
+        seed: of the random numbers that training draws.
+        data_workers: processes that make batches ahead; 0 makes them in this process.
+        report: called with the progress every LOG_EVERY seconds.
+        before_step: before_step(step, optimizer) may change model and optimizer, such as
+            `relay_fast.models.layer_stack.grow` (without ema). A call that continues first repeats
+            it for the steps taken before.
+
+    Raises:
+        KeyboardInterrupt: after an interruption, with the state saved.
+        Diverged: if a loss or the state is not finite; checked where values are read back anyway.
+        WorkerDied: as `relay_fast.data.streams.prefetch`.
+        CheckpointError: if the state cannot be read or written, or belongs to another recipe.
     """
     training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
-    with interrupts_deferred() as asked:
-        return training.run(data_workers, report, asked)
+    with interrupts_deferred() as interrupted:
+        return training.run(data_workers, report, interrupted)
 
 
 def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """The name of the first that holds NaN or inf; read back once."""
+    """Returns the name of the first tensor with NaN or inf; one synchronization."""
     names = [name for name, value in tensors.items() if value.is_floating_point()]
     finite = [tensors[name].isfinite().all() for name in names]
     home = finite[0].device
@@ -129,6 +133,8 @@ def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 
 class _Training:
+    """The state of a training: model, optimizer, averages, history and file."""
+
     def __init__(
         self,
         model: Model,
@@ -142,7 +148,7 @@ class _Training:
         self.before_step = before_step or (lambda step, optimizer: None)
         self.name = path.name.removesuffix(".safetensors").removesuffix(".state")
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
-        seed = whole("seed", seed)
+        seed = as_int("seed", seed)
         self.identity = {"seed": seed, "steps": len(stream), "recipe": plain_numbers(recipe)}
         names = ("optimizer", "weight_decay", "betas", "muon_lr")
         options = {k: recipe[k] for k in names if k in recipe}
@@ -174,11 +180,12 @@ class _Training:
         return GraphedStep(self.model, self.optimizer, capacity, **options)
 
     def run(
-        self, data_workers: int, report: Callable[[Progress], None], asked: Callable[[], bool]
+        self, data_workers: int, report: Callable[[Progress], None], interrupted: Callable[[], bool]
     ) -> Trained:
+        """Takes the remaining steps; see `train_model`."""
         started, spent = time.monotonic(), self.seconds
         logged, saved, first, before = started, started, self.step, self.samples
-        steps = prefetch(self.stream, self.step, data_workers, asked)
+        steps = prefetch(self.stream, self.step, data_workers, interrupted)
         try:
             for batch, longest_true in self._awaited(steps):
                 self.before_step(self.step, self.optimizer)
@@ -196,7 +203,7 @@ class _Training:
                 if last or now - saved >= SAVE_EVERY:
                     self._save()
                     saved = now
-                if asked():
+                if interrupted():
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             self._save()
@@ -219,7 +226,7 @@ class _Training:
         )
 
     def _awaited(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The steps; adds up the time that they are waited for."""
+        """Yields the steps and adds up the time spent waiting for them."""
         while True:
             began = time.monotonic()
             step = next(steps, None)
@@ -241,7 +248,7 @@ class _Training:
         return losses
 
     def _log(self, losses: Losses, samples_per_s: float) -> Progress:
-        """Adds to the history; raises Diverged where the loss is not finite."""
+        """Adds an entry to the history; raises Diverged if the loss is not finite."""
         entry = {
             "step": self.step,
             "seconds": round(self.seconds, 3),
@@ -267,7 +274,7 @@ class _Training:
         )
 
     def _save(self) -> None:
-        """Raises Diverged, and leaves the last state, where this one is not finite."""
+        """Saves the state; raises Diverged, and keeps the last one, if it is not finite."""
         if not self.step:
             return
         tensors = pack_training_state(self.model, self.optimizer, self.ema, self._generators)
@@ -280,7 +287,7 @@ class _Training:
             "step": self.step,
             "samples": self.samples,
             "seconds": self.seconds,
-            "waited": self.data_wait_seconds,
+            "data_wait_seconds": self.data_wait_seconds,
             "history": self.history,
             "longest_true": self.longest_true,
         }
@@ -290,13 +297,12 @@ class _Training:
         tensors, metadata = load_checkpoint(self.path, expect=self.identity)
         for step in range(metadata["step"]):
             self.before_step(step, self.optimizer)
-        # A state of another kind of device has not all of them; the others go on from the seed.
+        # A state of another kind of device lacks some generators; those start from the seed.
         generators = {k: g for k, g in self._generators.items() if f"rng.{k}" in tensors}
         unpack_training_state(tensors, self.model, self.optimizer, self.ema, generators, self.path)
         self.step, self.seconds = metadata["step"], metadata["seconds"]
-        # A state written before these were counted goes on all the same.
-        self.samples, self.data_wait_seconds = (
-            metadata.get("samples", 0),
-            metadata.get("waited", 0.0),
-        )
+        # Older states lack these counts, or have the second under its old name.
+        self.samples = metadata.get("samples", 0)
+        waited = metadata.get("waited", 0.0)
+        self.data_wait_seconds = metadata.get("data_wait_seconds", waited)
         self.history, self.longest_true = metadata["history"], metadata["longest_true"]

@@ -1,1 +1,1 @@
-"""Files, tensor files, ragged arrays, the cores and the lengths that others build on."""
+"""Helpers without knowledge of models: files, settings, processes, ragged arrays, numbers."""

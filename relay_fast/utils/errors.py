@@ -1,23 +1,25 @@
-"""Why a run stops that is not to blame on its config."""
+"""Errors that stop a run although its config is valid."""
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on; the text is one sentence that says why and what to do."""
+    """Raised when a run cannot go on; the message says why and what to do."""
 
 
 class WorkerDied(RunStopped):
-    """Another process of the run died, hangs or did not start."""
+    """Raised when a worker process died, hangs or did not start."""
 
 
 class Diverged(RunStopped):
-    """A training whose loss or weights are no longer finite; its last good state is kept.
+    """Raised when the loss or the weights are no longer finite; the last good state is kept.
 
-    history: as `relay_fast.training.trainer.Trained` has it, with the entry in which it was seen.
+    Args:
+        text: The message.
+        history: As in `relay_fast.training.trainer.Trained`, up to the entry that diverged.
     """
 
     def __init__(self, text: str, history: list[dict] | None = None) -> None:
         super().__init__(text)
         self.history = history or []
 
-    def __reduce__(self):  # or it would come back from another process without its history
+    def __reduce__(self):  # keeps the history when pickled by a worker process
         return type(self), (str(self), self.history)

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one, and what differs between two configs."""
+"""Atomic writing of files, JSON, and differences between two configs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from relay_fast.utils.deprecation import current_config
+
 _ABSENT = object()
-_PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<pid>\d+)\.partial(\.\w+)?")  # as `replacing` names it
+_PARTIAL = re.compile(
+    r"\.(?P<stem>.+)\.(?P<pid>\d+)\.partial(\.\w+)?"
+)  # names given by `replacing`
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what was written there replaces `path` at the end.
+    """Yields a temporary path beside `path`, which replaces `path` at the end of the body.
 
-    A crash at any moment leaves the old file or the whole new one. It gets the mode of any new
-    file, whatever the writer would give it. Raises what the body raises, with the temporary file
-    removed, and OSError if the folder cannot be written.
+    A crash at any moment leaves the old file or the whole new one, with the mode of a new file. The
+    temporary file is removed if the body raises. Raises OSError if the folder is not writable.
     """
-    # The suffix stays last: some writers go by it.
+    # The suffix stays last because some writers depend on it.
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         partial.touch()
@@ -37,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    if os.name == "nt":  # has no descriptors of folders
+    if os.name == "nt":  # cannot open folders
         return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -49,23 +52,25 @@ def replacing(path: Path) -> Iterator[Path]:
 def clear_partials(
     folder: Path, ours: Callable[[str], bool] = lambda stem: True, *, workers: bool = True
 ) -> None:
-    """Deletes what `replacing` had begun in `folder` when its process was killed.
+    """Deletes the temporary files that `replacing` left in `folder` when a process was killed.
 
-    ours: of which files, by their name without ending. workers: whether a worker process may have
-    outlived the one that started it; what such a one is writing stays.
+    Args:
+        folder: The folder, without its sub-folders.
+        ours: Selects files by the stem of the path that they replace, by default all.
+        workers: Keep the files of worker processes that still run.
     """
     for file in folder.glob(".*.partial*"):
         match = _PARTIAL.fullmatch(file.name)
         if match and ours(match["stem"]) and not (workers and _worker_lives(int(match["pid"]))):
             try:
                 file.unlink(missing_ok=True)
-            except PermissionError:  # on Windows: somebody has it open
+            except PermissionError:  # Windows: a process has it open
                 continue
 
 
 def _worker_lives(pid: int) -> bool:
-    """Whether this is, as far as the system tells, a process that another one of Python started."""
-    if pid == os.getpid() or os.name == "nt":  # there kill() would end it
+    """Tells whether `pid` is a running process that multiprocessing started, as far as known."""
+    if pid == os.getpid() or os.name == "nt":  # on Windows, os.kill(pid, 0) would end it
         return False
     try:
         if Path("/proc/self/cmdline").exists():
@@ -79,9 +84,9 @@ def _worker_lives(pid: int) -> bool:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """`value` as JSON that any reader takes.
+    """Converts `value` to standard JSON; `options` are those of `json.dumps`.
 
-    Raises ValueError for a number that is not finite, TypeError for what else JSON cannot hold.
+    Raises ValueError for a number that is not finite, TypeError for other unsupported values.
     """
     try:
         return json.dumps(value, allow_nan=False, **options)
@@ -93,7 +98,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null in the place of every number that is not finite."""
+    """Returns a copy of `value` with None in place of numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -102,7 +107,7 @@ def finite(value: Any) -> Any:
 
 
 def _not_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    """(place, number) of what is not finite."""
+    """Yields (key, number) of the numbers that are not finite."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _not_finite(inner, f"{key}.{name}" if key else str(name))
@@ -114,14 +119,14 @@ def _not_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically; raises ValueError and TypeError as `json_text` does."""
+    """Writes a JSON file atomically; raises ValueError and TypeError as `json_text` does."""
     text = json_text(value, indent=1)
     with replacing(path) as partial:
         partial.write_text(text + "\n")
 
 
 def cannot_write(path: Path, error: OSError) -> str:
-    """The sentence about it."""
+    """Returns the message for a file that cannot be written."""
     return (
         f"{path} cannot be written ({error.strerror}); check that its folder is writable and that "
         f"the disk is not full."
@@ -131,7 +136,12 @@ def cannot_write(path: Path, error: OSError) -> str:
 def differences(
     ours: Any, theirs: Any, here: str = "here", there: str = "in the file"
 ) -> list[str]:
-    """One text for each leaf that differs: `model.d_model (64 here, 128 in the file)`."""
+    """Lists the leaves that differ, as in `model.d_model (64 here, 128 in the file)`.
+
+    Args:
+        ours, theirs: JSON-able values, usually configs.
+        here, there: Names of the two in the texts.
+    """
     return [
         f"{key} ({_text(a)} {here}, {_text(b)} {there})"
         for key, a, b in _differing_leaves(_plain(ours), _plain(theirs), "")
@@ -139,14 +149,14 @@ def differences(
 
 
 def first_differences(found: list[str], most: int = 3) -> str:
-    """The first of `differences` in one line."""
+    """Joins the first `most` of `differences` in one line."""
     more = f" and {len(found) - most} more" if len(found) > most else ""
     return ", ".join(found[:most]) + more
 
 
 def _plain(value: Any) -> Any:
-    """What `value` reads as after a trip through JSON (tuples as lists, keys as strings)."""
-    return json.loads(json_text(value))
+    """Returns `value` as read back from JSON, its settings under their current names."""
+    return current_config(json.loads(json_text(value)))
 
 
 def _differing_leaves(a: Any, b: Any, key: str) -> Iterator[tuple[str, Any, Any]]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: raised once, or kept until a step or a file is whole."""
+"""Handling of Ctrl-C and SIGTERM: raise once, or defer until a step is complete."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 def interrupt_once(*_: object) -> None:
-    """A handler: KeyboardInterrupt the first time; what comes while that is acted on is ignored."""
+    """Handles a signal by raising KeyboardInterrupt; further signals are ignored."""
     for kind in INTERRUPTS:
         signal.signal(kind, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def on_interrupt(handler: Callable) -> None:
-    """What Ctrl-C (unless it is ignored, as in the background) and SIGTERM do from now on.
+    """Sets the handler of Ctrl-C and SIGTERM, except where they are ignored (in the background).
 
-    Outside the main thread, which gets no signals, it changes nothing.
+    Outside the main thread, which gets no signals, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -31,20 +31,20 @@ def on_interrupt(handler: Callable) -> None:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed meanwhile, instead of raising in the middle of something.
+    """Defers Ctrl-C and SIGTERM; yields a function that tells whether one of them arrived.
 
-    Handlers of the caller's own are left alone. Outside the main thread it changes nothing.
+    Handlers of the caller's own are kept. Outside the main thread it does nothing.
     """
-    asked: list[int] = []
+    received: list[int] = []
     here = threading.current_thread() is threading.main_thread()
     ours = (signal.default_int_handler, interrupt_once)
     before = {kind: signal.getsignal(kind) for kind in INTERRUPTS if here}
     before = {kind: handler for kind, handler in before.items() if handler in ours}
     for kind in before:
-        signal.signal(kind, lambda number, _: asked.append(number))
+        signal.signal(kind, lambda number, _: received.append(number))
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
         for kind, handler in before.items():
-            spent = asked and handler is interrupt_once
+            spent = received and handler is interrupt_once
             signal.signal(kind, signal.SIG_IGN if spent else handler)

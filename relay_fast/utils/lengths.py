@@ -1,10 +1,10 @@
-"""Ranges of lengths as a person types them."""
+"""Parses ranges of lengths from the command line."""
 
 from __future__ import annotations
 
 
 def parse_lengths(text: str | None) -> range | None:
-    """The range that `10-13` or `10` means. Raises ValueError for anything else."""
+    """Parses `10-13` or `10`. Raises ValueError for anything else."""
     if text is None:
         return None
     first, _, last = text.partition("-")

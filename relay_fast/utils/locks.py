@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that ends with its process, however that ends."""
+"""Locks that allow one writer for each folder and end with their process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _held: WeakValueDictionary[str, FolderLock] = WeakValueDictionary()  # by path, 
 
 
 class FolderInUse(RuntimeError):
-    """Somebody else writes the folder; the text says who, as far as that is known."""
+    """Raised if another process writes the folder; the message names it, if known."""
 
 
 class FolderLock:
-    """Held until `release`, the end of this object, or of the process (kill -9 too).
+    """A lock file, held until `release`, the end of this object or of the process (even kill -9).
 
-    Raises FolderInUse where it is held, OSError where the file cannot be made.
+    Raises FolderInUse if another process holds it, OSError if the file cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,8 +37,8 @@ class FolderLock:
                 raise FolderInUse(_owner_text(self._owner)) from None
             if _inode(path) == before:
                 break
-            self._lock.release()  # of a file that its last holder has just deleted
-        # Not in the locked file: there others may neither read (Windows) nor keep what they open.
+            self._lock.release()  # its last holder has just deleted the file
+        # The owner has its own file: Windows lets no other process read a locked one.
         try:
             self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         except OSError:
@@ -46,22 +46,32 @@ class FolderLock:
             raise
 
     def release(self) -> None:
+        """Releases the lock and deletes its files."""
         if self._lock.is_locked:
             for file in (self._owner, self.path):
-                with suppress(OSError):  # Windows deletes no open file: it stays, unlocked
+                with suppress(OSError):  # Windows cannot delete an open file: it stays, unlocked
                     file.unlink(missing_ok=True)
             self._lock.release()
 
     def __del__(self) -> None:
         try:
             self.release()
-        except Exception:  # of an interpreter that is being taken down
+        except Exception:  # at the end of the interpreter
             pass
 
 
 def lock_folder(folder: Path, name: str = LOCK, *, again: bool = False) -> FolderLock:
-    """The lock of a folder that is there. again: also where this process holds it already, then
-    that very lock. Raises FolderInUse and OSError as `FolderLock` does."""
+    """Locks an existing folder.
+
+    Args:
+        folder: The folder.
+        name: Name of the lock file.
+        again: Return this process's own lock if it holds one already.
+
+    Raises:
+        FolderInUse: The lock is held.
+        OSError: The file cannot be made.
+    """
     path = folder.resolve() / name
     lock = _held.get(str(path))
     if lock is not None and lock._lock.is_locked:
@@ -83,5 +93,5 @@ def _owner_text(file: Path) -> str:
     try:
         owner = json.loads(file.read_text())
         return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):  # being written just now
+    except (OSError, ValueError, KeyError, TypeError):  # just being written
         return "another process"

@@ -1,4 +1,4 @@
-"""Numbers that users give: Python's, numpy's and tensors of one number alike."""
+"""Checks numbers that users give: Python's, numpy's and tensors with one element."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from typing import Any
 import numpy as np
 
 
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """`value` as an int. Raises ValueError, calling it `name`, where it is no whole number (a bool
-    is none) or less than `least`."""
+def as_int(name: str, value: Any, least: int | None = None) -> int:
+    """Converts `value` to an int.
+
+    Args:
+        name: The name of the argument in messages.
+        value: The number; bools are refused.
+        least: The smallest allowed value, by default any.
+
+    Raises:
+        ValueError: The value is not a whole number, or too small.
+    """
     if type(value) is int:
         number = value
     else:
         try:
-            if is_truth(value):
+            if is_bool(value):
                 raise TypeError
             number = operator.index(value)
         except TypeError:
@@ -26,11 +34,19 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
-def real(name: str, value: Any, least: float | None = None) -> float:
-    """`value` as a float. Raises ValueError, calling it `name`, where it is no finite number or
-    less than `least`."""
+def as_float(name: str, value: Any, least: float | None = None) -> float:
+    """Converts `value` to a float.
+
+    Args:
+        name: The name of the argument in messages.
+        value: The number; texts and bools are refused.
+        least: The smallest allowed value, by default any.
+
+    Raises:
+        ValueError: The value is not a finite number, or too small.
+    """
     try:
-        if isinstance(value, str | bytes) or is_truth(value):
+        if isinstance(value, str | bytes) or is_bool(value):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
@@ -41,16 +57,15 @@ def real(name: str, value: Any, least: float | None = None) -> float:
     return number
 
 
-def truth(name: str, value: Any) -> bool:
-    """`value` as a bool. Raises ValueError, calling it `name`, where it is none (0 and 1 are not
-    taken for one)."""
-    if not is_truth(value):
+def as_bool(name: str, value: Any) -> bool:
+    """Converts `value` to a bool; raises ValueError for anything else, 0 and 1 included."""
+    if not is_bool(value):
         raise ValueError(f"{name} = {value!r}: it must be True or False")
     return bool(value)
 
 
 def plain_numbers(value: Any) -> Any:
-    """A value for JSON, with numpy's numbers in its dicts, lists and tuples made Python's."""
+    """Converts numpy's numbers in dicts, lists and tuples to Python's, for JSON."""
     if isinstance(value, Mapping):
         return {name: plain_numbers(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -58,8 +73,8 @@ def plain_numbers(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def is_truth(value: Any) -> bool:
-    """Whether `value` is a single bool, be it Python's, numpy's or a tensor."""
+def is_bool(value: Any) -> bool:
+    """Tells whether `value` is a single bool of Python, numpy or torch."""
     if isinstance(value, bool):
         return True
     kind = str(getattr(value, "dtype", ""))

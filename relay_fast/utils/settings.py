@@ -1,8 +1,8 @@
-"""Settings that are checked as a whole: one schema for presets, recipes, `--set` and saved configs.
+"""Schemas of settings, shared by presets, recipes, `--set` and saved configs.
 
-A schema is a pydantic model (`Table`) or a frozen pydantic dataclass (`@settings`) whose fields say
-what they mean. Here are the kinds of numbers that they share, the sentence for a value that does
-not fit, and the reader of `--set key=value`.
+A schema is a pydantic model (`Table`) or a frozen pydantic dataclass (`@settings`) whose fields
+carry descriptions. This module has the number types that they share, the messages for invalid
+values, and the parser of `--set key=value`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from typing import (
     Annotated,
     Any,
@@ -25,9 +26,19 @@ from typing import (
     get_origin,
 )
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError
+
+from relay_fast.utils.deprecation import current_config, current_value
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -46,14 +57,14 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 class Table(BaseModel):
-    """A table of settings: unknown keys and values of another type are refused."""
+    """A table of settings that refuses unknown keys and values of another type."""
 
     model_config = ConfigDict(**_CONFIG, frozen=True)
 
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are checked; raises ValueError with one sentence."""
+    """Makes a frozen dataclass with checked fields; its constructor raises ValueError."""
     made = pydantic_dataclass(cls, frozen=True, config=_CONFIG)
     build = made.__init__
 
@@ -71,7 +82,7 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def says(words: str) -> WrapValidator:
-    """A number or list out of range is refused with `give WORDS`, and what is no number too."""
+    """Sets the message `give WORDS` for a value that is out of range or of another type."""
 
     def check(value: Any, inner: Callable[[Any], Any]) -> Any:
         try:
@@ -88,7 +99,7 @@ def says(words: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-# The default of a key that may be left out; where null may be given, the annotation says so.
+# The default of a key that may be left out; null may be given only where the annotation has None.
 ABSENT: Any = None
 MAX_SEED = 2**63 - 1
 
@@ -99,7 +110,7 @@ NotNegative = Annotated[float, Field(ge=0), says("a number of at least 0")]
 Positive = Annotated[float, Field(gt=0), says("a positive number")]
 Share = Annotated[float, Field(ge=0, le=1), says("0 to 1")]
 Below1 = Annotated[float, Field(ge=0, lt=1), says("at least 0 and less than 1")]
-# `says` hands lists on as they are, which a strict tuple would refuse.
+# Not strict, because `says` passes lists, which a strict tuple refuses.
 Counts = Annotated[
     tuple[Count, ...], Field(min_length=1, strict=False), says("at least one number")
 ]
@@ -108,9 +119,9 @@ Betas = Annotated[
     Field(min_length=2, max_length=2, strict=False),
     says("two numbers, like [0.9, 0.95]"),
 ]
-Decay = Literal["linear", "cosine", "late", "constant"]  # of relay_fast.training.schedule.DECAYS
+Decay = Literal["linear", "cosine", "wsd", "constant"]  # of relay_fast.training.schedule.DECAYS
 
-# What every training knows, of RELAY and of the recipes.
+# Settings of every training, in RELAY and in the recipes.
 Steps = Annotated[Count, Field(description="steps of the training")]
 BatchSize = Annotated[Count, Field(description="problems in a batch")]
 LearningRate = Annotated[Positive, Field(description="learning rate")]
@@ -118,9 +129,13 @@ MuonRate = Annotated[
     Positive, Field(description="learning rate of Muon for the block's matrices; without it, AdamW")
 ]
 WeightDecay = Annotated[NotNegative, Field(description="weight decay, of matrices only")]
-BetaPair = Annotated[Betas, Field(description="AdamW's two moving averages")]
+BetaPair = Annotated[Betas, Field(description="AdamW's two betas")]
 Warmup = Annotated[Share, Field(description="share of the steps until the full learning rate")]
-DecayKind = Annotated[Decay, Field(description="how the learning rate falls afterwards")]
+DecayKind = Annotated[
+    Decay,
+    BeforeValidator(partial(current_value, "decay")),
+    Field(description="how the learning rate falls afterwards"),
+]
 Clip = Annotated[Positive, Field(description="the largest norm of the gradient")]
 Ema = Annotated[
     Below1, Field(description="decay of the averaged weights that are kept; without it, no average")
@@ -128,8 +143,19 @@ Ema = Annotated[
 
 
 def check(schema: type[T], values: Mapping[str, Any], *, others: bool = False) -> T:
-    """`values` (JSON-able) as the schema reads them; ValueError with one sentence for the first
-    that does not fit. others: let unknown keys pass, as in a file of another version."""
+    """Validates settings.
+
+    Args:
+        schema: A `Table` or a `settings` dataclass.
+        values: JSON-able settings.
+        others: Ignore unknown keys, as in a file of another version.
+
+    Returns:
+        An instance of the schema.
+
+    Raises:
+        ValueError: A value is invalid; the message names the first one.
+    """
     text = json.dumps(values)
     try:
         return TypeAdapter(schema).validate_json(text, extra="ignore" if others else "forbid")
@@ -138,8 +164,16 @@ def check(schema: type[T], values: Mapping[str, Any], *, others: bool = False) -
 
 
 def check_value(key: str, value: Any, kind: Any) -> Any:
-    """The value as this kind has it (numpy's numbers become Python's, lists tuples). Raises
-    ValueError, naming the key, for one that is not of this kind."""
+    """Validates a single value.
+
+    Args:
+        key: Its name in the message.
+        value: The value; numpy's numbers become Python's, lists become tuples.
+        kind: Its type, such as `Count`.
+
+    Raises:
+        ValueError: The value is invalid.
+    """
     text = json.dumps(value, default=lambda number: number.item())
     try:
         return TypeAdapter(Annotated[kind, Field(strict=True)]).validate_json(text)
@@ -149,29 +183,34 @@ def check_value(key: str, value: Any, kind: Any) -> Any:
 
 
 def changed(values: Mapping[str, Any], changes: Sequence[str], schema: type) -> dict[str, Any]:
-    """A copy of `values` with the `changes`, texts like "model.d_model=64", put in unchecked.
+    """Copies settings and applies changes, without validating the new values.
 
-    A value is TOML or JSON; a bare word is text. Raises ValueError for what sets nothing, naming
-    the nearest key.
+    Args:
+        values: JSON-able settings.
+        changes: Texts like "model.d_model=64"; the value is TOML, JSON or a bare word.
+        schema: The schema of `values`.
+
+    Raises:
+        ValueError: A key is unknown (the message names the nearest one), or the text has no value.
     """
     copy = json.loads(json.dumps(values))
     for change in changes:
         _put(copy, change, schema)
-    return copy
+    return current_config(copy, warn=True)
 
 
 def with_changes(values: T, changes: Sequence[str]) -> T:
-    """The settings with the `changes` put in, checked once all of them are. Raises ValueError."""
+    """Copies settings with `changes` applied, validated as a whole. Raises ValueError."""
     return check(type(values), changed(asdict(values), changes, type(values)))
 
 
 def fields_of(schema: Any) -> dict[str, Any]:
-    """Name -> field of a schema, none for anything else."""
+    """Returns the fields of a schema by name; an empty dict for other types."""
     return getattr(schema, "__pydantic_fields__", {})
 
 
 class Row(NamedTuple):
-    """A setting as help texts show it. names: what NAME in the key stands for, if it has one."""
+    """A setting as shown in help texts; `names` says what NAME in the key stands for."""
 
     key: str
     takes: str
@@ -180,7 +219,13 @@ class Row(NamedTuple):
 
 
 def described(schema: type, start: str = "", names: str = "") -> Iterator[Row]:
-    """Every setting of a schema; those of equal tables (stages, tasks) once, with NAME."""
+    """Yields every setting of a schema; equal tables (stages, tasks) appear once, as NAME.
+
+    Args:
+        schema: The schema.
+        start: Prefix of the keys.
+        names: The meaning of NAME in `start`.
+    """
     fields, seen = fields_of(schema), []
     for name, field in fields.items():
         kind = _inner(field.annotation)
@@ -200,7 +245,7 @@ def described(schema: type, start: str = "", names: str = "") -> Iterator[Row]:
 
 
 def described_text(schema: type) -> str:
-    """The settings of a schema, a line each."""
+    """Formats the settings of a schema, one line each."""
     rows, lines, names = list(described(schema)), [], ""
     keys, takes = (max(len(row[i]) for row in rows) for i in (0, 1))
     for row in rows:
@@ -212,7 +257,7 @@ def described_text(schema: type) -> str:
 
 
 def _inner(annotation: Any) -> Any:
-    """The annotation without None and metadata."""
+    """Strips None and metadata from an annotation."""
     if get_origin(annotation) is Annotated:
         return _inner(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -221,7 +266,7 @@ def _inner(annotation: Any) -> Any:
 
 
 def _meaning(field: Any) -> str:
-    """The field's description, or that of its kind where null may stand for it."""
+    """Returns the description of a field, or of its type if the field is optional."""
     of_parts = [
         part.description for choice in get_args(field.annotation)
         for part in getattr(choice, "__metadata__", ()) if getattr(part, "description", None)
@@ -237,7 +282,7 @@ def _takes(kind: Any) -> str:
 
 
 def _put(values: dict[str, Any], change: str, schema: type) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in change):  # bytes that are no text
+    if any("\ud800" <= character <= "\udfff" for character in change):  # undecodable bytes
         raise ValueError(f"{change!a} is not text: write KEY=VALUE")
     key, equals, text = change.partition("=")
     if not equals or not key:
@@ -265,7 +310,7 @@ def _put(values: dict[str, Any], change: str, schema: type) -> None:
 
 
 def _below(kind: Any, part: str, table: Mapping[str, Any]) -> Any:
-    """What the key `part` of a table of this kind holds; None for no such key."""
+    """Returns the type of the key `part` in a table of type `kind`; None for an unknown key."""
     if part in fields_of(kind):
         return _inner(fields_of(kind)[part].annotation)
     if get_origin(kind) is dict and (get_args(kind)[1] is Any or part in table):
@@ -277,7 +322,7 @@ def _below(kind: Any, part: str, table: Mapping[str, Any]) -> Any:
 
 
 def _value(text: str) -> Any:
-    """What a text after `=` means."""
+    """Parses the text after `=`."""
     try:
         read = tomllib.loads(f"value = {text}")
         if list(read) == ["value"]:
@@ -292,10 +337,10 @@ def _value(text: str) -> Any:
 
 
 def _sentence(error: ValidationError, schema: type, values: Any) -> str:
-    """What the first error says, for a person: key, value, what was expected."""
+    """Converts the first error to a message with the key, the value and the expected values."""
     first = error.errors(include_url=False)[0]
     loc = list(first["loc"])
-    if loc and isinstance(loc[0], int):  # an argument by its place
+    if loc and isinstance(loc[0], int):  # a positional argument
         loc[0] = list(fields_of(schema))[loc[0]]
     if loc and loc[-1] == "[key]":
         return _unknown(schema, values, loc[:-1])
@@ -352,7 +397,7 @@ def _shown(value: Any) -> str:
 
 
 def _unknown(schema: type, values: Any, loc: Sequence[Any]) -> str:
-    """The sentence for a key that nothing has: the nearest beside it, or one of that name."""
+    """Returns the message for an unknown key, with the nearest known one."""
     *path, name = map(str, loc)
     kind, table = _annotation(schema, path), _at(values, path)
     known = list(fields_of(kind)) or [key for key in table or () if key != name]

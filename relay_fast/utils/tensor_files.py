@@ -1,7 +1,6 @@
-"""Checkpoint files: safetensors with a JSON text (config, versions, step) in their header.
+"""Checkpoint files: safetensors with JSON metadata (config, versions, step) in their header.
 
-Nothing is ever pickled. Every error is a CheckpointError whose text is one sentence that names the
-file and what to do.
+Nothing is pickled. Every error is a CheckpointError that names the file and what to do.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from relay_fast.utils.files import differences, first_differences, json_text, replacing
 
-# The one header entry that is ours; a file without it was written by something else.
+# Header entry of the metadata; a file without it was not written by relay_fast.
 _HEADER_KEY = "relay_fast"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or does not belong to what it is loaded into."""
+    """Raised for a checkpoint that cannot be read or written, or does not fit its target."""
 
 
 def save_checkpoint(
@@ -34,13 +33,18 @@ def save_checkpoint(
     metadata: Mapping[str, Any],
     part_bytes: int | None = None,
 ) -> None:
-    """Write `tensors` (any device, dtype and layout) and the JSON-able `metadata` to `path`.
+    """Writes a checkpoint atomically: at any moment `path` is the old one or the whole new one.
 
-    part_bytes: at most so much in a file (a larger tensor has one of its own), for places that take
-    small files only; the file at `path` then names those beside it. Atomic: at any moment `path` is
-    the old checkpoint or the whole new one. `metadata["config"]` is what
-    `load_checkpoint(expect=...)` compares. Raises CheckpointError if a file cannot be written,
-    TypeError and ValueError for metadata that JSON cannot hold (such as NaN).
+    Args:
+        path: The file.
+        tensors: Tensors of any device, dtype and layout.
+        metadata: JSON-able; `load_checkpoint(expect=...)` compares `metadata["config"]`.
+        part_bytes: Split files at this size (a larger tensor gets a file of its own); the file at
+            `path` then names the others beside it.
+
+    Raises:
+        CheckpointError: A file cannot be written.
+        TypeError, ValueError: JSON cannot hold the metadata (such as NaN).
     """
     path = Path(path)
     first, *others = _parts(tensors, part_bytes)
@@ -55,7 +59,7 @@ def save_checkpoint(
 
 
 def _parts(tensors: Mapping[str, Tensor], part_bytes: int | None) -> list[dict[str, Tensor]]:
-    """The tensors in groups of at most `part_bytes`, in their order; one group at least."""
+    """Splits the tensors, in order, into groups of at most `part_bytes`; at least one group."""
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in tensors.items():
@@ -82,11 +86,18 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any
 def load_checkpoint(
     path: str | os.PathLike, expect: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, metadata) of the checkpoint at `path`.
+    """Reads a checkpoint.
 
-    `expect`: the config that it must have been written with; None accepts any.
-    Raises CheckpointError if the file is missing, unreadable, truncated, not ours, or of another
-    config.
+    Args:
+        path: The file.
+        expect: The config that it must have been written with; None accepts any.
+
+    Returns:
+        (tensors on the CPU, metadata).
+
+    Raises:
+        CheckpointError: The file is missing, unreadable, truncated, not written by relay_fast, or
+            of another config.
     """
     tensors, metadata = _read(Path(path))
     if expect is not None:
@@ -103,7 +114,7 @@ def load_checkpoint(
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        with open(path, "rb"):  # names the cause, where safe_open says "No such file" to any
+        with open(path, "rb"):  # names the cause; safe_open reports every error as "No such file"
             pass
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -131,7 +142,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory (safetensors refuses tied weights)."""
+    """Returns contiguous CPU tensors that share no memory (safetensors refuses tied weights)."""
     result, seen = {}, set()
     for name, value in tensors.items():
         value = value.detach().cpu().contiguous()
@@ -156,5 +167,6 @@ def _reason(error: Exception) -> str:
 
 
 def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix` and a dot, without both."""
     start = f"{prefix}."
     return {name.removeprefix(start): v for name, v in tensors.items() if name.startswith(start)}

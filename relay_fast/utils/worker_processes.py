@@ -1,7 +1,7 @@
-"""Processes that run one task after the other, and what the process that started them sees.
+"""Worker processes that run one task after the other.
 
-They import nothing of the caller's script, need no `if __name__ == "__main__":` there, and talk
-through a pipe: no manager, queue or lock that could be left behind by one that is killed.
+They do not import the caller's script, so it needs no `if __name__ == "__main__":`, and communicate
+through a pipe: a killed worker leaves no manager, queue or lock behind.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import Any
 from relay_fast.utils.errors import WorkerDied
 from relay_fast.utils.interrupts import INTERRUPTS, interrupt_once, on_interrupt
 
-START = 300.0  # seconds until a process must have imported what it needs
-GRACE = 30.0  # seconds that a worker has to save when its parent is gone
-STOP = 120.0  # seconds that a worker has to save when it is asked to stop
-SILENT = 300.0  # seconds without a sign of life
+START = 300.0  # seconds until a worker must have imported its modules
+GRACE = 30.0  # seconds to save after the parent has died
+STOP = 120.0  # seconds to save after a request to stop
+SILENT = 300.0  # seconds without a sign of life until a worker is killed
 _ALIVE_EVERY = 10.0
 
 
 class Killed(WorkerDied):
-    """A worker that had begun to work is gone."""
+    """Raised when a worker that had begun to work died."""
 
 
 @contextmanager
 def without_main() -> Iterator[None]:
-    """Processes that are started meanwhile do not import the caller's script."""
+    """Keeps processes that are started in the body from importing the caller's script."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -47,7 +47,7 @@ def without_main() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Ctrl-C reaches processes that are started meanwhile when they are ready for it."""
+    """Blocks Ctrl-C in processes that are started in the body, until they unblock it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -59,9 +59,16 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 class Worker:
-    """A process, and what it is doing: `label`, or None.
+    """A worker process.
 
-    initialize(): called in it first. Raises WorkerDied where it cannot be started.
+    Args:
+        initialize: Called in the process first.
+
+    Attributes:
+        label: The task that it runs, None when idle.
+
+    Raises:
+        WorkerDied: The process cannot be started.
     """
 
     def __init__(self, initialize: Callable[[], Any]) -> None:
@@ -82,18 +89,24 @@ class Worker:
             there.close()
 
     def run(self, label: str, function: Callable, *args: Any) -> None:
-        """Lets it call function(*args, report=…); `messages` has what comes of it."""
+        """Starts function(*args, on_progress=…) in the worker; `messages` yields its results.
+
+        Args:
+            label: Name of the task.
+            function: A picklable function.
+            args: Its picklable arguments.
+        """
         self.label = label
-        with suppress(OSError):  # it died: `messages` says so
+        with suppress(OSError):  # it died, which `messages` reports
             self.connection.send((function, args))
 
     def messages(self) -> Iterator[tuple[str, Any]]:
-        """What it said since: ("report", value) and, in the end, ("done", result).
+        """Yields its new messages: ("progress", value) and, at the end, ("done", result).
 
-        Raises what its function raised, and WorkerDied for a process that is gone, hangs or never
-        began.
+        Raises the error of its function, and WorkerDied if the process died, hangs or did not
+        start.
         """
-        # Time in which this process slept too (Ctrl-Z, a closed lid) is no silence.
+        # Time in which this process was suspended too (Ctrl-Z, a closed lid) does not count.
         now = time.monotonic()
         self._silent, self._looked = self._silent + min(now - self._looked, 1.0), now
         try:
@@ -114,8 +127,8 @@ class Worker:
         if not self._ready and self._silent > START:
             self.process.kill()
             raise WorkerDied(
-                f"a worker process did not begin to work within {START:.0f} s; look for what holds "
-                f"it up (memory, a slow disk), then the same command continues this run."
+                f"a worker process did not begin to work within {START:.0f} s; check memory and "
+                f"disk, then the same command continues this run."
             )
 
     def _ended(self) -> WorkerDied:
@@ -124,12 +137,12 @@ class Worker:
             return Killed("a worker process was killed")
         return WorkerDied(
             f"a worker process ended before it could work (exit status {self.process.exitcode}); "
-            f"what it printed says why, the same command then continues this run."
+            f"fix what it printed, then the same command continues this run."
         )
 
 
 def listen(workers: Sequence[Worker], seconds: float) -> None:
-    """Returns when one of them has something to say, or after so many seconds."""
+    """Waits until a worker has sent a message, or for so many seconds."""
     if workers:
         wait([worker.connection for worker in workers], timeout=seconds)
     else:
@@ -137,8 +150,10 @@ def listen(workers: Sequence[Worker], seconds: float) -> None:
 
 
 def stop(workers: Sequence[Worker], interrupt: bool) -> None:
-    """Ends them: at once those that have nothing to do; with `interrupt` the others are asked to
-    save and leave. One that has not left after STOP seconds is killed."""
+    """Ends idle workers, and with `interrupt` also busy ones, which save first.
+
+    A worker that has not ended after STOP seconds is killed.
+    """
     for worker in workers:
         if interrupt and worker.process.is_alive():
             worker.process.terminate()
@@ -158,46 +173,46 @@ def _with_note(error: BaseException, text: str) -> BaseException:
     return error
 
 
-# In the process
+# In the worker process
 
-_saying = threading.Lock()
+_sending = threading.Lock()
 
 
 def _serve(connection: Connection, initialize: Callable[[], Any]) -> None:
-    on_interrupt(_leave)
+    on_interrupt(_exit)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     initialize()
-    threading.Thread(target=_live, args=(connection,), daemon=True).start()
+    threading.Thread(target=_send_alive, args=(connection,), daemon=True).start()
     while True:
         try:
             function, args = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            _say(connection, *_outcome(connection, function, args))
+            _send(connection, *_outcome(connection, function, args))
         except KeyboardInterrupt:
-            _leave()
+            _exit()
 
 
 def _outcome(connection: Connection, function: Callable, args: tuple) -> tuple[str, Any]:
-    """What to say in the end. An interrupted function saves, and the process leaves."""
+    """Runs the function; returns its last message. An interrupt ends the process afterwards."""
     on_interrupt(interrupt_once)
     try:
-        report = lambda value: _say(connection, "report", value)
-        return "done", function(*args, report=report)
+        on_progress = lambda value: _send(connection, "progress", value)
+        return "done", function(*args, on_progress=on_progress)
     except KeyboardInterrupt:
-        _leave()
+        _exit()
     except Exception as error:
         return "raised", (_picklable(error), traceback.format_exc())
     finally:
-        on_interrupt(_leave)
+        on_interrupt(_exit)
 
 
-def _live(connection: Connection) -> None:
+def _send_alive(connection: Connection) -> None:
     while True:
-        _say(connection, "alive", None)
+        _send(connection, "alive", None)
         time.sleep(_ALIVE_EVERY)
 
 
@@ -209,18 +224,18 @@ def _picklable(error: Exception) -> Exception:
         return RuntimeError(repr(error))
 
 
-def _say(connection: Connection, kind: str, value: Any) -> None:
+def _send(connection: Connection, kind: str, value: Any) -> None:
     message = pickle.dumps((kind, value))
-    with suppress(OSError), _saying:  # OSError: the parent is gone, there is time left to save
+    with suppress(OSError), _sending:  # OSError: the parent died, but the task can still save
         connection.send_bytes(message)
 
 
-def _leave(*_: object) -> None:
+def _exit(*_: object) -> None:
     os._exit(1)
 
 
-def _leave_with_parent() -> None:
-    """Interrupts this process when its parent is gone (killed, out of memory)."""
+def _exit_with_parent() -> None:
+    """Interrupts this process when its parent dies (killed, out of memory)."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)

@@ -117,7 +117,7 @@ def test_no_sequences() -> None:
 @pytest.mark.parametrize(
     "loops, error, message",
     [
-        (-1, ValueError, r"loops\[0\] = -1 is negative: a loop count is 0 or more"),
+        (-1, ValueError, r"loops\[0\] = -1 is negative: give counts of 0 or more"),
         ([1, 2, -3], ValueError, r"loops\[2\] = -3 is negative"),
         ([1, 2], ValueError, r"loops has shape \(2,\) but the batch holds 3 sequences"),
         ([[1, 2, 3]], ValueError, r"loops has shape \(1, 3\)"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, loop_throughput, memory_vs_loops, recipe_ablation
+from benchmarks import common, loop_throughput, measuring, memory_vs_loops, recipe_ablation
 from benchmarks.baselines import buckets
 from relay_fast.config import BlockConfig, ModelConfig
 
@@ -65,7 +65,7 @@ def test_memory_counts_what_is_alive(device: str) -> None:
     provider = common.Provider(
         "", "", model, lambda _: Keeps.apply(x), [None], torch.float32, device
     )
-    _, _, memory = common.measured_step(provider)
+    _, _, memory = measuring.measured_step(provider)
     assert 3 * n * 4 <= memory.saved < 3.1 * n * 4
     assert 8 * n * 4 <= memory.peak < 8.1 * n * 4
 
@@ -79,7 +79,7 @@ def test_a_provider_that_computes_something_else_is_refused() -> None:
     with torch.no_grad():
         providers[1].model.norm.weight[3] += 0.1
     with pytest.raises(RuntimeError, match="relay_fast state computes something else"):
-        common.measure(providers, {}, config, batch, 0, 1.0)
+        measuring.measure(providers, {}, config, batch, 0, 1.0)
 
 
 def test_useful_flops_by_hand() -> None:

@@ -88,8 +88,8 @@ def test_a_provider_that_writes_something_else_is_refused(monkeypatch):
     chain_generation.check_equal(names, CONFIG, case(), "cpu")
 
     class Wrong(chain_baselines.EagerReader):
-        def read(self, batch):
-            rounds, answers = super().read(batch)
+        def predict_rounds(self, batch):
+            rounds, answers = super().predict_rounds(batch)
             return rounds, answers + 1
 
     monkeypatch.setattr(chain_baselines, "EagerReader", Wrong)

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import run_all
 from benchmarks.card import agenda, checks, device, kernels, steps, table
-from benchmarks.card.cases import Draw, check_cases, linear_residual, timed_cases
+from benchmarks.card.cases import Case, Draw, check_cases, linear_residual, timed_cases
 from benchmarks.card.session import Deadline, Session, Skip, Unit
 from relay_fast.functional import TORCH
 
@@ -154,31 +155,61 @@ def test_a_kernel_that_leaves_an_element_unwritten_fails_its_check(monkeypatch) 
     assert row["status"] == "failed" and "nan" in row["note"]
 
 
-@pytest.mark.parametrize("case", check_cases(True) + timed_cases(True), ids=lambda c: c.name)
-def test_every_case_is_the_same_op_for_kernels_and_eager(case) -> None:
-    """The reference, which kernels are held to, against autograd through the eager form."""
-    i = case.make(Draw(0, torch.float32, "cpu"))
-    if case.op == "attention":  # eager takes its own padded q, k, v
-        return
-    out = case.forward(TORCH, i)
-    value = next(iter(out.values()))
+def packed(padded: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(…, B, heads, n, head_dim) as (rows, columns): the rows where the mask is set."""
+    by_row = padded.movedim((-4, -2), (0, 1)).flatten(2)  # (B, n, columns)
+    return by_row[mask]
+
+
+def with_packed_inputs(case: Case, i: SimpleNamespace) -> tuple[SimpleNamespace, torch.Tensor]:
+    """The attention case's inputs with eager's padded q, k, v packed; and the mask of its rows."""
+    longest = i.padded.shape[-2]
+    mask = torch.ones(i.padded.shape[1], longest, dtype=torch.bool)
+    if i.mask is not None:
+        mask = i.mask[:, 0, 0]
+    return SimpleNamespace(**vars(i) | {"qkv": packed(i.padded, mask)}), mask
+
+
+CASES = check_cases(True) + timed_cases(True)
+WITH_BACKWARD = [case for case in CASES if case.backward is not None]
+
+
+def eager_and_own(case: Case, i: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a case's eager form gives, and what its op does, in the op's layout."""
     eager = case.eager(i)
-    torch.testing.assert_close(value.mean() if eager.ndim == 0 else value, eager)
-    if case.backward is None:
-        return
-    leaves = [vars(i)[name].requires_grad_() for name in case.leaves]
-    g = getattr(i, "g", None)
-    g = None if g is None else g.clone()
-    truth = torch.autograd.grad(case.eager(i), leaves, g)
+    if case.op == "attention":
+        i, mask = with_packed_inputs(case, i)
+        eager = packed(eager, mask)
+    value = next(iter(case.forward(TORCH, i).values()))
+    return eager, value.mean() if eager.ndim == 0 else value
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_case_is_the_same_op_for_kernels_and_eager(case: Case) -> None:
+    """The reference, which kernels are held to, against the eager form."""
+    eager, value = eager_and_own(case, case.make(Draw(0, torch.float32, "cpu")))
+    assert value.numel() > 1 or case.op == "cross_entropy"
+    torch.testing.assert_close(value, eager)
+
+
+@pytest.mark.parametrize("case", WITH_BACKWARD, ids=lambda c: c.name)
+def test_every_gradient_is_autograds_through_the_eager_form(case: Case) -> None:
+    i = case.make(Draw(0, torch.float32, "cpu"))
+    leaves = {name: vars(i)[name].requires_grad_() for name in case.leaves}
+    eager, _ = eager_and_own(case, i)
+    g = None if eager.ndim == 0 else i.g.clone()
+    grads = torch.autograd.grad(eager, list(leaves.values()), g)
+    truth = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     with torch.no_grad():
-        grads = case.backward(TORCH, i, out)
-    for name, t in zip(case.leaves, truth, strict=True):
-        own = {"weight": "dweight", "x": "dx"}.get(name, f"d{name}")
-        if own in grads:
-            own_value = grads[own]
-            if case.op == "mlp" and name == "x":
-                own_value = own_value + i.g  # the residual's own
-            torch.testing.assert_close(own_value, t, msg=lambda m, o=own: f"{o}: {m}")
+        if case.op == "attention":
+            i, mask = with_packed_inputs(case, i)
+            truth = {"dqkv": packed(truth["dpadded"], mask)}
+        own = case.backward(TORCH, i, case.forward(TORCH, i))
+    if case.op == "mlp":
+        own["dx"] = own["dx"] + i.g  # the residual's own
+    assert own.keys() == truth.keys() - {"dresidual"}  # that is g
+    for name, value in own.items():
+        torch.testing.assert_close(value, truth[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_floors_and_fewest_bytes_by_hand() -> None:

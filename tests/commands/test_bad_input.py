@@ -85,6 +85,7 @@ def place():
         yield top
 
 
+# Long: a table of wrong calls.
 def wrong_inputs(top: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
     """(command, arguments) of INPUTS wrong calls, as many of each command."""
     new, run = str(top / "new" / "deeper"), str(top / "run")
@@ -141,10 +142,17 @@ def wrong_inputs(top: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
         recipes += [[name, "--set", wrong_setting(rng, schema)] for _ in range(6)]
         if any(row.key == "n_heads" for row in described(schema)):
             recipes += [[name, *option] for option in set_of("n_heads=3", "activation=tanh")]
-    recipes += [["p_hop", *option] for option in (
-        *seeds, *devices, *at([*foreign, "run"]), ["--preset", "huge"], ["--steps", "0"],
-        *set_of("", "=", "training", "models=[]", "models=['4']", "hops=[60]", "length.x=1"),
-    )]  # fmt: skip
+    recipes += [
+        ["p_hop", *option]
+        for option in (
+            *seeds,
+            *devices,
+            *at([*foreign, "run"]),
+            ["--preset", "huge"],
+            ["--steps", "0"],
+            *set_of("", "=", "training", "models=[]", "models=['4']", "hops=[60]", "length.x=1"),
+        )
+    ]
     recipes += [["p_hops"], [""], ["p_hops", "--help"], ["looped_lm", "--set", "corpus=/nowhere"],
                 ["length_generalization", "--set", "parity.heads=5"]]  # fmt: skip
     calls = []
@@ -232,7 +240,8 @@ def test_missing_permissions(place, capsys) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [["--set", "model.n_heads=3"], ["--set", "tasks.arithmetic.parameters.prime=4"],
-     ["--set", "vocabulary.max_number=1"], ["--seed", "-5"]],
+     ["--set", "vocabulary.max_number=1"], ["--seed", "-5"],
+     ["--set", "model.d_model=1000000000000"], ["--set", f"model.n_layers={10**12}"]],
 )  # fmt: skip
 def test_a_refused_start_leaves_the_folder_free(tmp_path, wrong) -> None:
     words = ["--preset", "cpu", "--steps", "2", "--out", str(tmp_path / "run"), "--minutes", "9"]
@@ -247,6 +256,18 @@ def test_a_refused_start_leaves_the_folder_free(tmp_path, wrong) -> None:
         relay_fast.train.train(config, tmp_path / "run")
     assert not list(tmp_path.iterdir())
     RunFolder(tmp_path / "run", override(load_preset("cpu"), steps=2))  # the right one may have it
+
+
+def test_models_beyond_the_memory_are_refused_by_their_size(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("relay_fast.relay.stages.machine_memory", lambda: 1e5)
+    config = load_preset("cpu")
+    model = Context(tmp_path, config, "cpu", "auto").new_model("looped")
+    gigabytes = 2 * sum(p.nbytes for p in model.parameters()) / 1e9
+    with pytest.raises(ValueError, match=f"take {gigabytes:.3g} GB and this machine has 0.0001:"):
+        relay_fast.train.prove(config)
+    for size in ("model.d_model=4294967296", f"model.d_model={10**30}"):
+        with pytest.raises(ValueError, match="take inf GB"):
+            relay_fast.train.prove(override(config, values=[size]))
 
 
 def test_triton_on_a_cpu_is_refused_at_the_start(tmp_path, capsys, monkeypatch) -> None:
@@ -270,8 +291,11 @@ def test_triton_on_a_cpu_is_refused_at_the_start(tmp_path, capsys, monkeypatch) 
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
 def test_a_foreign_folder_is_named(place, capsys, command, folder, words) -> None:
-    arguments = {"train": ["--steps", "2"], "evaluate": [],
-                 "generate": ["--task", "arithmetic", "--length", "3"]}[command]  # fmt: skip
+    arguments = {
+        "train": ["--steps", "2"],
+        "evaluate": [],
+        "generate": ["--task", "arithmetic", "--length", "3"],
+    }[command]
     before = everything(place)
     status, error = outcome(command, [*arguments, "--out", str(place / folder)], capsys)
     assert status == 2 and f"{place / folder} {words}" in error and error.count("\n") == 1

@@ -1,7 +1,6 @@
 """`python -m relay_fast.train` from end to end, what it leaves, and what it says to bad input."""
 
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -14,12 +13,11 @@ import pytest
 import torch
 
 from relay_fast.relay.pipeline import _unfinished, with_needs
-from relay_fast.relay.presets import load_preset, override, preset_names, recipe
+from relay_fast.relay.presets import load_preset, override
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.relay.stages import MODELS, STAGE_DEPENDENCIES, Context, run_stage
-from relay_fast.reporting.progress import Display, Problems, Progress
+from relay_fast.reporting.progress import Display
 from relay_fast.reporting.tables import MODEL_NAMES
-from relay_fast.tasks import TASK_NAMES
 from relay_fast.train import main, train
 from relay_fast.training.model_files import RUN_MODELS, load_run_model
 from relay_fast.utils.tensor_files import load_checkpoint
@@ -115,7 +113,7 @@ def test_without_matplotlib_the_rest_is_there(finished, capsys, monkeypatch) -> 
     out, warning = capsys.readouterr()
     assert "plots need matplotlib" in warning and warning.count("\n") == 1
     assert "pip install relay_fast[train]; the same" in warning
-    assert "whole chain right" in out and "results:" in out
+    assert "whole chain correct" in out and "results:" in out
 
 
 def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
@@ -129,7 +127,7 @@ def test_the_same_command_again_does_nothing_new(finished, capsys) -> None:
         assert (finished / f"{name}.safetensors").stat().st_mtime_ns == time_ns
     out = capsys.readouterr().out
     assert "started" not in out
-    assert "whole chain right" in out and "results:" in out  # the table is shown again
+    assert "whole chain correct" in out and "results:" in out  # the table is shown again
     assert main([*SMALL, "--no-report", "--out", str(finished)]) == 0
     assert not capsys.readouterr().out
 
@@ -163,9 +161,13 @@ def test_ctrl_c(tmp_path) -> None:
     command += ["--batch-size", "8", "--stages", stage, "--out", str(out)]
     # As from a terminal: the whole group gets the signal, and it is not ignored.
     process = subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     for line in process.stdout:
         if "step" in line:
             break
@@ -238,15 +240,16 @@ def test_out_of_minutes(finished, tmp_path, capsys) -> None:
     out, stage = tmp_path / "run", "looped_vanilla"
     command = ["--preset", "cpu", "--steps", "100000", "--batch-size", "8", "--stages", stage]
     state = out / "checkpoints" / f"{stage}.state.safetensors"
-    for _ in range(10):  # a busy machine may need more than one go to take a step
-        assert main([*command, "--minutes", "0.15", "--out", str(out)]) == 0
-        text = "0.15 minutes are over; the same command continues this run"
+    for minutes in (0.1, 0.2, 0.4, 0.8, 1.6):  # a busy machine may need more to take a step
+        assert main([*command, "--minutes", str(minutes), "--out", str(out)]) == 0
+        text = f"{minutes} minutes are over; the same command continues this run"
         assert text in capsys.readouterr().out
         if state.exists():
             break
     assert state.exists() and not (out / "stages.json").exists()
     calls = results_of(out)["calls"]
-    assert calls[-1]["seconds"] >= 9 and calls[-1]["finished"] == []  # its time counts all the same
+    assert calls[-1]["seconds"] >= 60 * minutes  # its time counts all the same
+    assert calls[-1]["finished"] == []
     assert main([*SMALL, "--minutes", "0", "--out", str(tmp_path / "none")]) == 2
     assert "minutes = 0: give more than 0" in capsys.readouterr().err
 
@@ -333,119 +336,6 @@ def test_argparse_refuses_with_2(arguments, capsys) -> None:
     assert "usage: python -m relay_fast.train" in capsys.readouterr().err
 
 
-# Presets, stages, display
-
-
-def test_presets_are_data_and_whole() -> None:
-    assert preset_names() == [
-        "cpu",
-        "cpu-arithmetic",
-        "cpu-arithmetic-long",
-        "cpu-edit-distance",
-        "cpu-lis",
-        "paper",
-        "paper-fast",
-    ]
-    for name in preset_names():
-        config = load_preset(name)
-        assert config["name"] == name
-        config["tasks"].clear()
-        assert load_preset(name)["tasks"]  # fresh each time
-        context = Context("nowhere", load_preset(name), "cpu", "auto")
-        for task, entry in context.config["tasks"].items():
-            context.tasks[task].check_length(context.max_length(task))
-            assert entry["train"][1] < context.max_length(task)
-            assert len(entry["self_counts"]) == len(entry["self_lengths"]) == 5
-            assert min(entry["self_lengths"]) > entry["train"][1]
-        for stage in ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self"):
-            settings = recipe(context.config, stage)
-            assert {"lr", "batch_size", "warmup", "decay"} <= set(settings), stage
-            assert sum(key in settings for key in ("steps", "epochs", "token_iterations")) == 1
-
-
-def test_the_paper_preset_says_what_the_paper_does() -> None:
-    config = load_preset("paper")
-    assert tuple(config["tasks"]) == TASK_NAMES
-    ranges = {name: (e["train"], e["test"]) for name, e in config["tasks"].items()}
-    assert ranges == {
-        "arithmetic": ([1, 15], [15, 25]),
-        "edit_distance": ([1, 30], [30, 40]),
-        "lis": ([1, 100], [100, 120]),
-    }
-    model = {"d_model": 256, "n_heads": 4, "n_layers": 3, "dropout": 0.1}
-    assert config["model"] == model
-    for entry in config["tasks"].values():  # a merged set of 100 k a task, but for rounding
-        merged = entry["merge_inside"] + sum(entry["merge_beyond"])
-        assert abs(merged - 100_000) <= 100
-        assert len(entry["merge_beyond"]) == entry["test"][1] - entry["train"][1]
-    stages = ("looped_aligned", "looped_vanilla", "ar_baseline", "ar_relay", "ar_self")
-    recipes = {name: recipe(config, name) for name in stages}
-    assert [recipes[n]["lr"] for n in stages] == [5e-4, 1e-3, 5e-4, 1e-4, 5e-5]
-    assert [recipes[n]["epochs"] for n in stages] == [500, 500, 500, 500, 100]
-    assert all(r["batch_size"] == 512 and r["weight_decay"] == 0.01 for r in recipes.values())
-    weights = {"arithmetic": 1.0, "edit_distance": 10.0, "lis": 5.0}
-    for name in ("looped_vanilla", "ar_baseline", "ar_relay"):
-        assert recipes[name]["task_weights"] == weights
-    assert "task_weights" not in recipes["looped_aligned"] | recipes["ar_self"]
-
-
-def test_paper_fast_changes_the_recipe_only() -> None:
-    paper, fast = load_preset("paper"), load_preset("paper-fast")
-    for task in paper["tasks"].values():  # the controls write a fifth of the chains
-        task["self_counts"] = [n // 5 for n in task["self_counts"]]
-    for part in ("tasks", "vocabulary", "evaluation"):
-        assert fast[part] == paper[part]
-    assert fast["model"].pop("looped") == {"loop_norm": "post"}
-    assert {**paper["model"], "dropout": 0.0} == fast["model"]  # data that never repeats
-    for stage in fast["stages"]:
-        settings = recipe(fast, stage)
-        assert settings["graph"] and settings["autocast"] == "bf16"
-        assert "dataset_size" not in settings
-
-
-def test_overrides() -> None:
-    config = override(load_preset("paper"), tasks=["lis", "arithmetic"], steps=3, batch_size=4,
-                      eval_problems=5, seed=6)  # fmt: skip
-    assert list(config["tasks"]) == ["arithmetic", "lis"]  # in the preset's order
-    assert (config["seed"], config["evaluation"]["problems"]) == (6, 5)
-    for stage in config["stages"]:
-        settings = recipe(config, stage)
-        assert (settings["steps"], settings["batch_size"]) == (3, 4)
-        assert not {"epochs", "token_iterations"} & set(settings)
-    for entry in config["tasks"].values():
-        assert entry["merge_inside"] == 12 and set(entry["merge_beyond"]) == {1}
-    assert override(load_preset("paper")) == load_preset("paper")
-    with pytest.raises(ValueError, match="task '' is not in preset"):
-        override(load_preset("paper"), tasks=[])
-
-
-def test_a_scale_takes_that_share_of_everything_long() -> None:
-    whole, part = load_preset("paper-fast"), override(load_preset("paper-fast"), scale=0.01)
-    for stage, settings in part["stages"].items():
-        assert settings["steps"] == math.ceil(whole["stages"][stage]["steps"] / 100)
-    for name, task in part["tasks"].items():
-        for key in ("merge_beyond", "self_counts"):
-            assert task[key] == [math.ceil(n / 100) for n in whole["tasks"][name][key]]
-        assert task["train"] == whole["tasks"][name]["train"]  # the problems stay what they are
-    assert part["evaluation"]["problems"] == 10
-    assert part["model"] == whole["model"] and part["training"] == whole["training"]
-    assert override(load_preset("paper"), scale=0.01)["stages"]["ar_self"]["epochs"] == 1.0
-    work = override(load_preset("cpu"), scale=0.01)["stages"]["looped_aligned"]["token_iterations"]
-    assert work == pytest.approx(7e4)
-    assert override(load_preset("cpu"), scale=1e-9)["stages"]["ar_baseline"]["steps"] == 1
-
-
-def test_values_of_the_preset_can_be_set() -> None:
-    values = ["model.d_model=32", "training.autocast=fp32", "training.graph=false",
-              "model.dropout=0", "stages.ar_baseline.lr=2e-3",
-              "tasks.lis.test=[100, 101]"]  # fmt: skip
-    config = override(load_preset("paper-fast"), values=values)
-    assert config["model"]["d_model"] == 32 and config["model"]["dropout"] == 0
-    settings = recipe(config, "ar_baseline")
-    assert (settings["autocast"], settings["graph"], settings["lr"]) == ("fp32", False, 2e-3)
-    assert config["tasks"]["lis"]["test"] == [100, 101]
-
-
 def test_stages_bring_their_needs_in_order() -> None:
     assert with_needs(["ar_relay"]) == ["looped_aligned", "ar_baseline", "chains", "ar_relay"]
     assert with_needs(STAGE_DEPENDENCIES) == list(STAGE_DEPENDENCIES)
@@ -457,58 +347,8 @@ def test_stages_bring_their_needs_in_order() -> None:
         )
 
 
-def test_plain_progress_has_rate_and_time_left(capsys, monkeypatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with Display() as display:
-        display.start("looped_aligned")
-        for step in (1, 2, 51):  # the second comes too soon to be shown
-            display.progress("looped_aligned", Progress(step, 101, 320.0, 0.25, 0.5))
-            clock[0] += 1.0 if step == 1 else 9.0
-        display.finish("looped_aligned", 12.4)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all(line.startswith("looped_aligned ") for line in lines)
-    assert "step 1/101" in lines[1] and "left" not in lines[1]
-    assert "step 51/101" in lines[2] and "loss 0.2500" in lines[2] and "50.0%" in lines[2]
-    assert "320 samples/s" in lines[2] and "10 s left" in lines[2]
-    assert lines[3].endswith("done in 12 s")
-
-
-def test_progress_of_stages_in_phases(capsys, monkeypatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    train_step = lambda step: Progress(step, 101, 320.0, 0.25, 0.5)
-    phases = [
-        *map(train_step, (1, 51)),
-        *map(train_step, (11, 21)),
-        Problems(30, 90),
-        Problems(60, 90),
-    ]
-    with Display() as display:
-        display.start("ar_self_truth")
-        for progress in phases:
-            display.progress("ar_self_truth", progress)
-            clock[0] += 10.0
-    lines = capsys.readouterr().out.splitlines()[1:]
-    assert ["left" in line for line in lines] == [False, True] * 3  # each phase by its own rate
-    assert lines[1].endswith("10 s left") and lines[3].endswith("80 s left")
-    assert lines[5].split() == "ar_self_truth problem 60/90 3 problems/s 10 s left".split()
-
-
 @pytest.mark.parametrize("stage", ["chains", "evaluate.looped_aligned", "evaluate.ar_baseline"])
 def test_stages_that_write_chains_say_how_far_they_are(finished, stage) -> None:
     seen = []
     run_stage(Context(finished, results_of(finished)["config"], "cpu", "auto"), stage, seen.append)
     assert seen and all(0 <= p.done <= p.total and p.total > 1 for p in seen)
-
-
-def test_bars_on_a_terminal(monkeypatch, capsys) -> None:
-    pytest.importorskip("rich")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    with Display() as display:
-        display.start("ar_baseline")
-        display.progress("ar_baseline", Progress(3, 10, 320.0, 0.25, 0.5))
-        display.progress("ar_baseline", Problems(1, 2))
-        display.finish("ar_baseline", 1.0)
-    out = capsys.readouterr().out
-    assert "ar_baseline" in out and "done in 1 s" in out

@@ -97,8 +97,10 @@ def test_no_problem_is_longer_than_the_range_and_longest_true_says_so(lengths) -
         assert np.bincount(samples.task).tolist() == [10] * len(TASKS)
         for name, task in TASKS.items():
             got = samples.length[samples.task == task.index].tolist()
-            lengths_of = [task.length_of(samples.problem_of(i)) for i in
-                          np.flatnonzero(samples.task == task.index)]  # fmt: skip
+            lengths_of = [
+                task.length_of(samples.problem_of(i))
+                for i in np.flatnonzero(samples.task == task.index)
+            ]
             assert got == lengths_of
             assert step.longest_true[name] == max(got)
             seen[name] |= set(got)
@@ -115,9 +117,10 @@ def test_proportional_and_uniform_lengths() -> None:
 
 
 def test_few_lengths_a_batch() -> None:
-    for samples, pad in drawn(
-        tasks=only("lis"), lengths_per_batch=3, batch_size=10, pad_probability=1.0, pad_to=40
-    ):
+    options = {"lengths_per_batch": 3, "pad_probability": 1.0, "pad_to": 40}
+    batches = drawn(tasks=only("lis"), batch_size=10, **options)
+    assert len(batches) > 1
+    for samples, pad in batches:
         pairs = set(zip(samples.length.tolist(), pad.tolist(), strict=True))
         assert len(samples) == 10 and len(pairs) <= 3
 
@@ -184,16 +187,25 @@ def test_bad_streams_are_refused() -> None:
         stream(lengths="cubic")
     with pytest.raises(ValueError, match="length 0 is too short"):
         TruthStream(
-            only("arithmetic"), {"arithmetic": (0, 3)}, LOOPED, Schedule.by_steps(1),
-            batch_size=2, seed=0,
-        )  # fmt: skip
+            only("arithmetic"),
+            {"arithmetic": (0, 3)},
+            LOOPED,
+            Schedule.by_steps(1),
+            batch_size=2,
+            seed=0,
+        )
 
 
 def samples_stream(samples, steps, batch_size, seed=0) -> SampleStream:
     return SampleStream(
-        samples, TASKS, Recorded("autoregressive"), Schedule.by_steps(steps),
-        batch_size=batch_size, seed=seed, longest_true={"arithmetic": 5},
-    )  # fmt: skip
+        samples,
+        TASKS,
+        Recorded("autoregressive"),
+        Schedule.by_steps(steps),
+        batch_size=batch_size,
+        seed=seed,
+        longest_true={"arithmetic": 5},
+    )
 
 
 def test_a_set_of_samples_comes_once_an_epoch() -> None:

@@ -187,9 +187,9 @@ def expect_uncached(model, decoded, prompts, offsets, limit) -> None:
 
 
 @pytest.mark.parametrize("waste", [0, 6, 40])
-def test_parts_bands_and_prefill_in_pieces(monkeypatch, waste):
+def test_groups_buckets_and_prefill_in_pieces(monkeypatch, waste):
     model = make_model()
-    monkeypatch.setattr(decode_module, "PART_WASTE", waste)
+    monkeypatch.setattr(decode_module, "GROUP_WASTE", waste)
     monkeypatch.setitem(step.PREFILL_TOKENS, "cpu", 16)
     monkeypatch.setattr(
         decode_module, "_rows_that_fit", lambda model, length, loops: 160 // length + 2
@@ -336,13 +336,15 @@ def test_bad_input_gets_one_sentence(lengths, change, options, message):
 def test_what_is_no_prompt_and_no_causal_model():
     model, (prompts, offsets) = make_model(), make_prompts([3])
     for wrong in ([0, 5], [0, 2], [1, 3], []):
-        with pytest.raises(ValueError, match="offsets go from and to .*, there are 3 tokens"):
+        with pytest.raises(ValueError, match="offsets begin and end at .*, there are 3 tokens"):
             decode(model, prompts, wrong, max_new=2)
-    with pytest.raises(ValueError, match="offsets fall from 5 to 3 in prompt 1: give where each"):
+    with pytest.raises(ValueError, match="offsets fall from 5 to 3 in prompt 1: give the starts"):
         decode(model, prompts, [0, 5, 3], max_new=2)
     with pytest.raises(TypeError, match="prompts are float64: give token ids"):
         decode(model, prompts + 0.5, offsets, max_new=2)
     block = BlockConfig(32, 4, 2)
     looped = LoopedTransformer(ModelConfig(block, VOCABULARY, max_tokens=64))
-    with pytest.raises(ValueError, match="the model is not causal.* with .*generate_looped_chains"):
+    with pytest.raises(
+        ValueError, match="the model is not causal.* chains with .*generate_looped_chains"
+    ):
         decode(looped, prompts, offsets, max_new=2)

@@ -1,8 +1,7 @@
-"""Looped and autoregressive chains: what is read off, what is kept, what the command prints."""
+"""Looped and autoregressive chains: what is read off, and what is kept."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,57 +9,30 @@ import pytest
 import torch
 
 from relay_fast.batch.packed import PackedBatch
-from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding import chains
 from relay_fast.decoding.autoregressive import Decoded
 from relay_fast.decoding.chains import (
-    UNSEEN,
     generate_ar_chains,
     generate_looped_chains,
     generate_scored,
     stream_chains,
     unseen_problems,
 )
-from relay_fast.generate import chain_text, main
-from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
-from relay_fast.tasks import NO_ANSWER, Samples, Vocabulary, build_tasks
+from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.tasks import NO_ANSWER, Samples
 from relay_fast.tasks.verify import verify_chains
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD
-from relay_fast.training.model_files import model_path, save_model
 from relay_fast.utils.ragged import lengths_to_offsets
-from tests.support.memory import peak_bytes
-
-VOCABULARY = Vocabulary(max_number=60, multiple=1)
-TASKS = build_tasks(
-    ["arithmetic", "edit_distance", "lis"],
+from relay_fast.utils.seeds import EVAL_SEED_OFFSET
+from tests.support.chain_models import (
+    TASKS,
     VOCABULARY,
-    arithmetic={"prime": 5},
-    lis={"group": 4, "high": 60},
+    ar_model,
+    looped_copy,
+    looped_model,
+    mixed_problems,
 )
-
-
-def looped_model(supervise: str = "chain", max_tokens: int = 64) -> LoopedTransformer:
-    config = ModelConfig(BlockConfig(16, 2, 1), VOCABULARY.size, max_tokens)
-    return LoopedTransformer(config, supervise=supervise)
-
-
-def looped_copy(model: LoopedTransformer) -> LoopedTransformer:
-    copy = looped_model()
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def ar_model(max_tokens: int = 200) -> AutoregressiveTransformer:
-    config = ModelConfig(BlockConfig(16, 2, 1, causal=True), VOCABULARY.size, max_tokens)
-    return AutoregressiveTransformer(config)
-
-
-def mixed_problems(number: int = 12) -> Samples:
-    """All tasks, mixed lengths, in an order that no batch keeps."""
-    rng = np.random.default_rng(0)
-    parts = [task.sample(rng.integers(1, 7, number), 1) for task in TASKS.values()]
-    problems = Samples.concat(parts)
-    return problems.take(rng.permutation(len(problems)))
+from tests.support.memory import peak_bytes
 
 
 class Oracle(LoopedTransformer):
@@ -77,7 +49,7 @@ class Oracle(LoopedTransformer):
         }
         self.batches: list[PackedBatch] = []
 
-    def read(self, batch: PackedBatch):
+    def predict_rounds(self, batch: PackedBatch):
         self.batches.append(batch)
         plan, tokens = batch.plan, batch.tokens.numpy()
         known = []
@@ -143,7 +115,7 @@ def test_rows_of_pad_and_rows_without_any():
         ids = [torch.full((n,), PAD if t else 9) for t, n in enumerate(batch.plan.active_rows)]
         return ids, torch.zeros(len(batch), dtype=torch.int64)
 
-    model.read = read
+    model.predict_rounds = read
     written = generate_looped_chains(model, problems, TASKS)
     sizes = np.diff(problems.problem_offsets).tolist()
     assert np.diff(written.round_offsets).tolist() == [sizes[0], 0, sizes[1], 0, 0]
@@ -181,7 +153,7 @@ def test_another_kind_of_model_a_missing_task_and_no_batch():
     problems = mixed_problems(2)
     with pytest.raises(
         TypeError,
-        match="writes chains with .*generate_ar_chains, generate_looped_chains takes a looped",
+        match="generate_looped_chains needs a looped model: use .*generate_ar_chains for",
     ):
         generate_looped_chains(ar_model(), problems, TASKS)
     with pytest.raises(ValueError, match="the model is not causal"):
@@ -190,7 +162,9 @@ def test_another_kind_of_model_a_missing_task_and_no_batch():
         (generate_looped_chains, looped_model()),
         (generate_ar_chains, ar_model()),
     ):
-        with pytest.raises(ValueError, match="hold 'edit_distance', which is not among the tasks"):
+        with pytest.raises(
+            ValueError, match="hold 'edit_distance', which is not among the given tasks"
+        ):
             write(model, problems, {k: TASKS[k] for k in ("arithmetic", "lis")})
     with pytest.raises(ValueError, match="batch_tokens = 0: it must be 1 or more"):
         generate_looped_chains(looped_model(), problems, TASKS, batch_tokens=0)
@@ -220,9 +194,9 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
         sizes.append(batch.plan.rows)
         if batch.plan.rows > 100:
             raise torch.OutOfMemoryError("no room")
-        return LoopedTransformer.read(model, batch)
+        return LoopedTransformer.predict_rounds(model, batch)
 
-    model.read = read
+    model.predict_rounds = read
     expected = generate_looped_chains(looped_copy(model), problems, TASKS)
     written = generate_looped_chains(model, problems, TASKS)
     for name in Samples.__dataclass_fields__:
@@ -230,7 +204,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     failed = [size for size in sizes if size > 100]
     assert sizes[: len(failed)] == failed, "what comes later is cut as small from the start"
     assert 2 <= len(failed) <= 5
-    model.read = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+    model.predict_rounds = lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
     with pytest.raises(torch.OutOfMemoryError):
         generate_looped_chains(model, problems, TASKS)
 
@@ -366,123 +340,4 @@ def test_unseen_problems_are_nested_and_far_from_training_seeds():
     task = TASKS["arithmetic"]
     few, many = unseen_problems(task, 5, 3, seed=2), unseen_problems(task, 5, 9, seed=2)
     assert np.array_equal(few.problem, many.take(slice(0, 3)).problem)
-    assert np.array_equal(few.problem, task.sample([5] * 3, 2 + UNSEEN).problem)
-
-
-def test_chain_text_marks_each_round():
-    task = TASKS["arithmetic"]
-    problem = task.encode("1 + 2 + 1 + 4 =")
-    rounds, answer = task.solve(problem)
-    right = chain_text(task, problem, rounds, answer)
-    assert right.splitlines() == ["1+2+1+4=", "  ✓ 3+1+4=", "  ✓ 4+4=", "  ✓ 3", "  answer 3 ✓"]
-
-    wrong = chain_text(task, problem, [rounds[0], rounds[2]], NO_ANSWER)
-    assert wrong.splitlines()[2:] == [
-        "  ✗ 3   expected 4+4=",
-        "  ✗ (no round)   expected 3",
-        "  answer (none) ✗ expected 3",
-    ]
-    surplus = chain_text(task, problem, [*rounds, []], answer).splitlines()
-    assert surplus[-2] == "  ✗ (nothing)   expected no further round"
-    assert len(chain_text(task, problem, None, answer).splitlines()) == 2
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run folder of untrained models."""
-    config = {
-        "vocabulary": VOCABULARY.to_dict(),
-        "tasks": {
-            "arithmetic": {"parameters": {"prime": 5}, "train": [1, 4], "test": [4, 6]},
-            "edit_distance": {"parameters": {}, "train": [1, 3], "test": [3, 4]},
-        },
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_model(model_path(tmp_path, "looped_aligned"), looped_model(), {})
-    save_model(model_path(tmp_path, "looped_vanilla"), looped_model("answer"), {})
-    save_model(model_path(tmp_path, "ar_relay"), ar_model(), {})
-    return tmp_path
-
-
-@pytest.mark.parametrize("model", ["looped_aligned", "looped_vanilla", "ar_relay"])
-def test_command(run, capsys, model):
-    arguments = f"--task arithmetic --length 5 --number 3 --model {model}".split()
-    arguments += ["--out", str(run)]
-    assert main(arguments) == 0
-    text = capsys.readouterr().out
-    assert text.startswith(f"{model} on arithmetic of length 5; trained on 1 to 4\n\n")
-    summary = text.splitlines()[-1]
-    assert "of 3 answers right" in summary
-    assert ("chains right" in summary) == (model != "looped_vanilla")
-    assert text.count("  answer ") == 3
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"--length": None}, "give --length to print chains, or --lengths and --dataset"),
-        ({"--dataset": "d"}, "--dataset needs --lengths, for example --lengths 1-25"),
-        ({"--dataset": "d", "--lengths": "3-x"}, "--lengths '3-x' is not understood"),
-        ({"--dataset": "/dev/null/d", "--lengths": "3"}, "d cannot be used (Not a directory)"),
-        ({"--out": None}, "give --out RUN and --task, or --show DIR"),
-        ({"--show": "/nowhere"}, "/nowhere is no folder of chains"),
-        ({"--task": "sorting"}, "unknown task 'sorting'; this run has arithmetic, edit_distance."),
-        ({"--task": "lis"}, "unknown task 'lis'"),
-        ({"--length": "0"}, "length 0 is too short"),
-        ({"--task": "edit_distance", "--length": "50"}, "can need numbers beyond 60"),
-        ({"--length": "40"}, "arithmetic length 40 needs"),
-        ({"--length": "40", "--model": "ar_relay"}, "beyond the model's limit of 200"),
-        ({"--length": "100000"}, "needs 100000 tokens or more, beyond the model's limit of 64"),
-        ({"--number": "1000000000000"}, "--number is 1000000000000; at most 10000 chains are"),
-        ({"--device": "mps"}, "device 'mps' is unknown: use cpu or cuda"),
-        ({"--model": "ar_baseline"}, "there is no checkpoint"),
-        ({"--model": "gpt"}, "unknown model 'gpt'"),
-        ({"--number": "0"}, "--number is 0"),
-        ({"--out": "/nowhere"}, "is not a run folder"),
-    ],
-)
-def test_bad_input_gets_one_sentence(run, capsys, change, message):
-    options = {"--out": str(run), "--task": "arithmetic", "--length": "3", **change}
-    options = {name: value for name, value in options.items() if value is not None}
-    assert main([part for pair in options.items() for part in pair]) == 2
-    printed = capsys.readouterr()
-    assert message in printed.err and printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1 and (printed.out == "" or "--dataset" in options)
-
-
-def test_command_writes_continues_and_shows_a_folder(run, capsys):
-    folder = run / "chains"
-    arguments = "--task edit_distance --lengths 1-3 --number 8 --shard 3".split()
-    arguments += ["--out", str(run)]
-    assert main([*arguments, "--dataset", str(folder), "--verify", "task"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["looped_aligned", "started"]
-    assert lines[2].split()[:3] == ["looped_aligned", "problem", "2/8"]
-    assert lines[3].split()[:3] == ["looped_aligned", "done", "in"]
-    cells = [line.split() for line in lines if line.startswith("edit_distance")]
-    assert [row[1:3] for row in cells] == [["1", "3"], ["2", "3"], ["3", "2"], ["all", "8"]]
-
-    assert main([*arguments, "--dataset", str(folder)]) == 2  # another check
-    assert "holds other chains: verify" in capsys.readouterr().err
-    assert main(["--show", str(folder), "--number", "2"]) == 0
-    text = capsys.readouterr().out
-    assert text.count("edit_distance of length") == 2 and text.count("  answer ") == 2
-    assert "passed: by the task's rules" in text and text.splitlines()[-1].split()[1] == "all"
-
-
-def test_chains_that_never_end_are_reported(run, capsys):
-    model = ar_model()
-    with torch.no_grad():
-        model.chain_head.weight[EOS] = 0  # hardly ever the largest
-    save_model(model_path(run, "ar_baseline"), model, {})
-    arguments = "--task arithmetic --length 3 --number 2 --model ar_baseline".split()
-    assert main([*arguments, "--out", str(run)]) == 0
-    assert capsys.readouterr().out.endswith(", 2 did not end within the limit\n")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_cuda(run, capsys):
-    arguments = "--task arithmetic --length 3 --device cuda".split()
-    arguments += ["--out", str(run)]
-    assert main(arguments) == 2
-    assert "CUDA is not available" in capsys.readouterr().err
+    assert np.array_equal(few.problem, task.sample([5] * 3, 2 + EVAL_SEED_OFFSET).problem)

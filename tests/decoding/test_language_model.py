@@ -50,8 +50,10 @@ def exits(model: LoopedClassifier, tokens: Tensor, loops: int, below: float, lea
             q, k, v = layer.qkv(norm(u, layer.norm1)).view(-1, 8, 4).split((4, 2, 2), 1)
             q, k = rotate(q), rotate(k)
             if held[i] is not None:
-                k, v = (torch.where(running[:, None, None], a, b)
-                        for a, b in zip((k, v), held[i], strict=True))  # fmt: skip
+                k, v = (
+                    torch.where(running[:, None, None], a, b)
+                    for a, b in zip((k, v), held[i], strict=True)
+                )
             held[i] = k, v
             k, v = (y.repeat_interleave(2, 1) for y in (k, v))
             s = torch.einsum("ihd,jhd->hij", q, k) / 2

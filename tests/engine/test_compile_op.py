@@ -160,7 +160,7 @@ def test_bad_input_under_compile() -> None:
         compiled(block)(x, torch.tensor([1, 2]), return_states=True)
     for options, message in (
         ({"return_states": 1}, "return_states = 1: pass True"),
-        ({"return_states": [3]}, "asks for iterations .3. but the batch loops 1..2"),
+        ({"return_states": [3]}, "has iterations .3.: give iterations in 1..2"),
         ({"truncate": 0}, "truncate = 0"),
         ({"truncate": 1.5}, "truncate = 1.5"),
         ({"positions": torch.rand(3)}, "positions must be integers"),

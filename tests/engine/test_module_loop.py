@@ -100,9 +100,14 @@ def test_packed(policy: str, truncate: int | None) -> None:
     module, lengths, loops = Mean().double(), [2, 4, 1, 3], [1, 3, 0, 3]
     x, bias = leaves((10, D), (10, D))
     out = relay_fast.loop(
-        module, x, loops, cu_seqlens=[0, 2, 6, 7, 10], per_row={"bias": bias},
-        recompute=policy, truncate=truncate,
-    )  # fmt: skip
+        module,
+        x,
+        loops,
+        cu_seqlens=[0, 2, 6, 7, 10],
+        per_row={"bias": bias},
+        recompute=policy,
+        truncate=truncate,
+    )
     parts = []
     for h, b, n, count in zip(x.split(lengths), bias.split(lengths), lengths, loops, strict=True):
         for t in range(1, count + 1):
@@ -261,7 +266,7 @@ def test_what_is_refused() -> None:
     x = torch.randn(2, 3, D)
     norm = nn.Sequential(nn.BatchNorm1d(3))
     cases = [
-        (lambda: relay_fast.loop(norm, x, 2), RuntimeError, "0 .BatchNorm1d. changes its running"),
+        (lambda: relay_fast.loop(norm, x, 2), RuntimeError, "0 .BatchNorm1d. updates running"),
         (lambda: relay_fast.loop(Counts(), x, 2), RuntimeError, "changed its buffer 'calls'"),
         (lambda: relay_fast.loop(InPlace(), x, 2), RuntimeError, "changed its input in place"),
         (lambda: relay_fast.loop(nn.Linear(D, 3), x, 2), ValueError, "must keep the shape"),
@@ -273,7 +278,7 @@ def test_what_is_refused() -> None:
             ValueError,
             "policy 'x' is unknown",
         ),
-        (lambda: relay_fast.loop(Users(), x, 2, return_states=[3]), ValueError, "loops 1..2"),
+        (lambda: relay_fast.loop(Users(), x, 2, return_states=[3]), ValueError, "in 1..2"),
         (lambda: relay_fast.loop(Users(), x, 2, truncate=0), ValueError, "truncate = 0"),
         (
             lambda: relay_fast.loop(Users(), x, 2, per_row={"x0": x[:1]}),

@@ -23,7 +23,7 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding import language_model
 from relay_fast.decoding.autoregressive import decode
 from relay_fast.decoding.chains import generate_looped_chains, generate_scored
-from relay_fast.engine.plain_modules import check_inside
+from relay_fast.engine.plain_modules import check_submodules
 from relay_fast.tasks import Vocabulary, build_tasks
 
 VOCABULARY = Vocabulary()
@@ -102,7 +102,7 @@ def test_hooks_on_containers_and_norms_are_refused(where) -> None:
 def test_norms_of_another_kind_are_refused() -> None:
     block = LoopedBlock(16, 2, 1)
     block.layers[0].norm1 = nn.RMSNorm(16, eps=1.0)
-    with pytest.raises(RuntimeError, match=r"layers.0.norm1 \(RMSNorm\) has a forward of its own"):
+    with pytest.raises(RuntimeError, match=r"layers.0.norm1 \(RMSNorm\) has a custom forward"):
         block(torch.randn(2, 3, 16), 2)
 
 
@@ -122,7 +122,7 @@ def test_a_subclass_without_a_forward_is_plain() -> None:
 def test_under_compile_too() -> None:
     block = LoopedBlock(16, 2, 1)
     exchange(block.layers[0], "qkv")
-    with pytest.raises(Exception, match="has a forward of its own"):
+    with pytest.raises(Exception, match="has a custom forward"):
         torch.compile(block, backend="eager")(torch.randn(2, 3, 16), 2)
 
 
@@ -152,7 +152,7 @@ def test_the_check_costs_microseconds() -> None:
             times.append(time.perf_counter() - begun)
         return min(times)
 
-    assert least(lambda: check_inside(block, "block")) < least(names)
+    assert least(lambda: check_submodules(block, "block")) < least(names)
 
 
 def make_model(kind: str) -> nn.Module:
@@ -176,13 +176,13 @@ TOKENS, ROWS, TARGETS = torch.arange(6).view(2, 3), torch.tensor([2, 5]), torch.
 PASSES = {
     "looped": {
         "loss": lambda m: m(PackedBatch.looped(SAMPLES, TASKS)),
-        "read": lambda m: m.read(PackedBatch.looped(SAMPLES, TASKS)),
+        "rounds": lambda m: m.predict_rounds(PackedBatch.looped(SAMPLES, TASKS)),
         "chains": lambda m: generate_looped_chains(m, SAMPLES, TASKS),
         "scored": lambda m: generate_scored(m, SAMPLES, TASKS),
     },
     "autoregressive": {
         "loss": lambda m: m(PackedBatch.autoregressive(SAMPLES, TASKS)),
-        "forced": lambda m: m.forced(PackedBatch.autoregressive(SAMPLES, TASKS)),
+        "forced": lambda m: m.teacher_forced_correct(PackedBatch.autoregressive(SAMPLES, TASKS)),
         "decode": lambda m: decode(m, *prompts(), max_new=2),
     },
     "classifier": {
@@ -220,7 +220,7 @@ def test_every_pass_refuses_heads_and_parts_by_name(kind, call) -> None:
         return
     model = make_model(kind)
     exchange(model.block.layers[0], "up")
-    with pytest.raises(RuntimeError, match=r"layers.0.up \(Rounded\) has a forward"):
+    with pytest.raises(RuntimeError, match=r"layers.0.up \(Rounded\) has a custom forward"):
         run(model)
     if call in ("predict",) or (kind, call) == ("classifier", "loss"):
         return  # these call the block
@@ -235,7 +235,7 @@ def test_every_pass_refuses_heads_and_parts_by_name(kind, call) -> None:
 
     model = make_model(kind)
     model.block = Doubled(config=CONFIG)
-    with pytest.raises(RuntimeError, match=r"block \(Doubled\) has a forward of its own"):
+    with pytest.raises(RuntimeError, match=r"block \(Doubled\) has a custom forward"):
         run(model)
 
 
@@ -295,15 +295,15 @@ def learned_positions(base: type, method: str) -> nn.Module:
 @pytest.mark.parametrize("method", ["embed", "forward", "loss"])
 def test_decoding_refuses_a_subclass_with_a_pass_of_its_own(method) -> None:
     model = learned_positions(AutoregressiveTransformer, method)
-    with pytest.raises(TypeError, match=f"Learned has a {method} of its own"):
+    with pytest.raises(TypeError, match=f"Learned overrides {method}"):
         decode(model, *prompts(), max_new=2)
 
 
 @pytest.mark.parametrize("method", ["forward", "loss"])
-@pytest.mark.parametrize("call", ["read", "chains", "scored"])
+@pytest.mark.parametrize("call", ["rounds", "chains", "scored"])
 def test_reading_chains_refuses_a_subclass_with_a_pass_of_its_own(call, method) -> None:
     model = learned_positions(LoopedTransformer, method)
-    with pytest.raises(TypeError, match=f"Learned has a {method} of its own"):
+    with pytest.raises(TypeError, match=f"Learned overrides {method}"):
         PASSES["looped"][call](model)
 
 
@@ -318,7 +318,11 @@ def test_reading_chains_honours_an_embedding_of_the_model_s_own() -> None:
             model.positions.weight.fill_(position)
             shifted = copy.deepcopy(plain)
             shifted.embedding.weight.add_(position)
-            for a, b in zip(tensors(model.read(batch)), tensors(shifted.read(batch)), strict=True):
+            for a, b in zip(
+                tensors(model.predict_rounds(batch)),
+                tensors(shifted.predict_rounds(batch)),
+                strict=True,
+            ):
                 assert torch.equal(a, b)
             assert torch.allclose(model(batch).loss, shifted(batch).loss)
 
@@ -339,13 +343,13 @@ def test_a_language_model_with_a_forward_of_its_own_is_refused() -> None:
     plain = make_model("classifier")
     text = language_model.generate(plain, [[1, 2]], 3).tokens
     torch.manual_seed(0)
-    with pytest.raises(TypeError, match="Capped has a forward of its own"):
+    with pytest.raises(TypeError, match="Capped overrides forward"):
         language_model.generate(Capped(CONFIG, 11, loops=2, prelude=1, coda=1), [[1, 2]], 3)
     foreign = Foreign()  # the parts alone: what they say is all there is
     assert np.array_equal(language_model.generate(foreign, [[1, 2]], 3).tokens, text)
     Foreign.forward = lambda self, tokens: None
     for call in (language_model.generate, language_model.score):
-        with pytest.raises(TypeError, match="Foreign has a forward of its own"):
+        with pytest.raises(TypeError, match="Foreign overrides forward"):
             call(foreign, *([[[1, 2]], 3] if call is language_model.generate else [TOKENS]))
     plain.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="LoopedClassifier has a forward hook"):

@@ -37,7 +37,9 @@ def test_nothing_lies_between_the_input_and_the_first_state(text: str, loops: in
 
 
 def test_budget_names_the_least_that_works() -> None:
-    with pytest.raises(ValueError, match=r"a budget of 29 bytes .* is budget:30"):
+    with pytest.raises(
+        ValueError, match=r"recompute='budget:29' is too small .* at least 'budget:30'"
+    ):
         RecomputePolicy.parse("budget:29").kept(9, SIZES)
 
 

@@ -14,9 +14,16 @@ def test_trainer(trained, tmp_path) -> None:
     model = Regression()
     optimizer = make_optimizers(model)
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=4, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True, max_grad_norm=0.0, logging_steps=1,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        logging_steps=1,
+    )
 
     class InOrder(transformers.Trainer):
         def _get_train_sampler(self, *_):

@@ -74,7 +74,7 @@ def test_a_layout_of_another_device_is_refused() -> None:
     """Its mask would be read as if it lay in this device's memory."""
     layout = Plan([3, 5], [1, 1], "meta").layout(0, 2)
     qkv = torch.randn(ROWS, 3 * HEADS * HEAD_DIM)
-    with pytest.raises(ValueError, match="the layout lies on meta and qkv on cpu"):
+    with pytest.raises(ValueError, match="the layout is on meta and qkv on cpu"):
         attention_fwd_cpu(qkv, layout, HEADS, HEADS, False)
 
 

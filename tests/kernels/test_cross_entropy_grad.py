@@ -39,9 +39,18 @@ def eager(i: dict[str, Tensor], smoothing: float, z_loss: float) -> Tensor:
 
 def fused(i: dict[str, Tensor], smoothing: float, z_loss: float, impl: str = "torch") -> Tensor:
     return iteration_cross_entropy(
-        i["states"], i["rows"], i["targets"], i["weights"], i["norm_weight"], i["head"],
-        i["norm_bias"], norm="layer", label_smoothing=smoothing, z_loss=z_loss, impl=impl,
-    )  # fmt: skip
+        i["states"],
+        i["rows"],
+        i["targets"],
+        i["weights"],
+        i["norm_weight"],
+        i["head"],
+        i["norm_bias"],
+        norm="layer",
+        label_smoothing=smoothing,
+        z_loss=z_loss,
+        impl=impl,
+    )
 
 
 @pytest.mark.parametrize("frozen", range(2 ** len(NAMES) - 1))

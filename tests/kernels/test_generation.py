@@ -15,7 +15,7 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.decoding.autoregressive import decode
 from relay_fast.decoding.chains import generate_looped_chains
 from relay_fast.decoding.scores import read_scored
-from relay_fast.engine.fused_inference import block_reason, read_whole_loop
+from relay_fast.engine.fused_inference import block_reason, run_fused_loop
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
 
@@ -78,7 +78,9 @@ def test_generation_writes_the_same_tokens(options: dict, served: bool) -> None:
         assert np.array_equal(getattr(value, name), getattr(expected, name)), name
     with torch.no_grad():
         batch = PackedBatch.looped(problems(), TASKS, device=DEVICE)
-        read, truth = (model(impl, **options).eval().read(batch) for impl in ("triton", "torch"))
+        read, truth = (
+            model(impl, **options).eval().predict_rounds(batch) for impl in ("triton", "torch")
+        )
     assert [len(ids) for ids in read[0]] == list(batch.plan.active_rows)
     assert torch.equal(torch.cat([*read[0], read[1]]), torch.cat([*truth[0], truth[1]]))
 
@@ -100,34 +102,40 @@ def test_why_the_kernel_does_not_serve() -> None:
         BlockConfig(16, 2, 1, **options), training
     )
     assert reason() is None and reason(dropout=0.1) is None
-    assert reason(bias=True) == "the whole-loop kernel has no biases"
+    assert reason(bias=True) == "the whole-loop kernel does not support biases"
     assert "neither input injection nor a loop-index embedding" in reason(injection="concat")
     assert "neither input injection nor a loop-index embedding" in reason(max_loops=4)
-    assert "not before it" in reason(loop_norm="pre")
-    assert "for inference" in reason(dropout=0.1, training=True)
+    assert "loop_norm='pre'" in reason(loop_norm="pre")
+    assert "neither dropout nor state noise" in reason(dropout=0.1, training=True)
 
     def read(impl: str) -> str:
         looped = model(impl)
         sample = TASKS["arithmetic"].sample(np.array([20]), 0)
         batch = PackedBatch.looped(sample, TASKS, device=DEVICE)
-        return read_whole_loop(
-            looped.config.block, looped.block.run(batch.plan), looped.embed(batch),
-            dict(looped.block.named_parameters()), looped.norm.weight, looped.chain_head.weight,
-        )  # fmt: skip
+        return run_fused_loop(
+            looped.config.block,
+            looped.block.run(batch.plan),
+            looped.embed(batch),
+            dict(looped.block.named_parameters()),
+            looped.norm.weight,
+            looped.chain_head.weight,
+        )
 
-    assert read("torch") == "plain torch runs the loop iteration by iteration"
-    assert "takes sequences of up to 32 rows, not" in read("triton")
+    assert read("torch") == "plain torch has no whole-loop kernel"
+    assert "supports sequences of up to 32 rows, not" in read("triton")
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_static_batch_is_refused(impl) -> None:
+def test_a_fixed_capacity_batch_is_refused(impl) -> None:
     """Its plan's sizes are a capacity's: chains of them would be wrong."""
     looped = model(impl).eval()
     batch = PackedBatch.looped(problems(), TASKS, device=DEVICE)
     static = CapacityBatch(Capacity.of([batch], 0.5), DEVICE)
     static.load(batch)
-    for read in (looped.read, lambda batch: read_scored(looped, batch)):
-        with pytest.raises(ValueError, match="a static batch is for training: read chains off"):
+    for read in (looped.predict_rounds, lambda batch: read_scored(looped, batch)):
+        with pytest.raises(
+            ValueError, match="fixed-capacity batches are for training: generate from"
+        ):
             read(static.batch)
     run = looped.block.run(static.plan)
     if run.ops.loop_fwd is not None:
@@ -136,5 +144,5 @@ def test_a_static_batch_is_refused(impl) -> None:
             looped.norm.weight,
             looped.chain_head.weight,
         )
-        reason = read_whole_loop(looped.config.block, run, looped.embed(static.batch), *weights)
-        assert reason.startswith("the whole-loop kernel takes its layout from the host")
+        reason = run_fused_loop(looped.config.block, run, looped.embed(static.batch), *weights)
+        assert reason == "the whole-loop kernel does not support fixed-capacity batches"

@@ -300,9 +300,15 @@ def test_cross_entropy_with_every_combination_of_frozen_inputs(frozen: int) -> N
         for bit, t in enumerate(named.values()):
             t.requires_grad_(not frozen >> bit & 1)
         loss, _ = row_cross_entropy(
-            named["states"], rows, targets, named["norm"], named["head"], named["bias"],
-            norm="layer", impl=impl,
-        )  # fmt: skip
+            named["states"],
+            rows,
+            targets,
+            named["norm"],
+            named["head"],
+            named["bias"],
+            norm="layer",
+            impl=impl,
+        )
         loss.sum().backward()
         return {n: t.grad for n, t in named.items() if t.grad is not None}
 

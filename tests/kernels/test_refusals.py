@@ -69,7 +69,7 @@ REFUSED = [
     (norm_linear(X.double(), X[0].double(), W.double()), "float64 is not one of bfloat16, float16"),
     (norm_linear(X[0]), "rows has 1 dimensions instead of 2"),
     (norm_linear(HUGE, HUGE[0], HUGE), "128 rows of stride 33554432 overflow 32-bit offsets"),
-    (norm_linear(X.to("meta")), "tensors lie on meta and"),
+    (norm_linear(X.to("meta")), "tensors are on meta and"),
     (norm_linear(weight=strided(48, 16)), "column stride 2 instead of 1"),
     (norm_linear(weight=new(48, 17)), r"weight is \(48, 17\) instead of \(48, 16\)"),
     (norm_linear(norm=strided(16)), "the norm's weight has stride 2 instead of 1"),
@@ -83,7 +83,7 @@ REFUSED = [
     (attention(new(5, 48)), "cu_seqlens ends at 4 but there are 5 rows"),
     (mlp(activation="tanh"), "activation 'tanh' is not one of .*gelu_tanh"),
     (mlp(activation="swiglu"), "needs a gate weight"),
-    (mlp(gate=W), "takes no gate weight"),
+    (mlp(gate=W), "does not support a gate weight"),
     (mlp(down=new(16, 47)), r"down_weight is \(16, 47\) instead of \(16, 48\)"),
     (mlp(up=W.half()), "weights are torch.float16 and torch.float32"),
     (cross_entropy(head=new(2**18 + 1, 16)), "vocabulary 262145 is not in 1..262144"),
@@ -120,7 +120,7 @@ def test_what_is_taken_would_launch(no_launch) -> None:
 @pytest.mark.parametrize(
     ("offsets", "longest", "message"),
     [
-        (integers(0, 3, 2, 4), 3, "cu_seqlens falls from 3 to 2 at sequence 1"),
+        (integers(0, 3, 2, 4), 3, "cu_seqlens decreases from 3 to 2 at sequence 1"),
         (integers(0, 3), 3, "cu_seqlens ends at 3 but there are 4 rows"),
         (integers(0, 3, 9), 6, "cu_seqlens ends at 9 but there are 4 rows"),
         (integers(1, 4), 3, "cu_seqlens starts at 1 instead of 0"),
@@ -128,7 +128,7 @@ def test_what_is_taken_would_launch(no_launch) -> None:
         (integers(), 0, r"cu_seqlens is \(0,\) int32 instead of \(sequences \+ 1,\) int32"),
         (integers(0, 4, dtype=torch.int64), 4, r"cu_seqlens is \(2,\) int64 instead of"),
         (integers(0, 9, 4, 9)[::2], 4, "contiguous"),
-        (torch.zeros(2, dtype=torch.int32, device="meta"), 4, "cu_seqlens lies on meta"),
+        (torch.zeros(2, dtype=torch.int32, device="meta"), 4, "cu_seqlens is on meta"),
         (integers(0, 4), 2**31, "max_length 2147483648 is not in 0..1048560"),
     ],
 )
@@ -175,12 +175,12 @@ def test_explain_says_what_auto_takes(monkeypatch) -> None:
     assert explain("cpu").startswith("torch: Triton's interpreter is for tests")
     assert explain("cuda", head_dim=256).startswith("torch: ")
     monkeypatch.setenv("RELAY_FAST_IMPL", "torch")
-    assert explain("cpu") == "torch: the environment says RELAY_FAST_IMPL=torch"
+    assert explain("cpu") == "torch: RELAY_FAST_IMPL=torch is set in the environment"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
 def test_a_missing_card_is_named() -> None:
-    missing = "torch finds no CUDA card on this machine"
+    missing = "torch finds no CUDA device on this machine"
     assert explain() == explain("cuda:1") == f"torch: {missing}"
     assert select("auto", "cuda") is TORCH
     with pytest.raises(Unsupported, match=missing):

@@ -184,11 +184,11 @@ def test_refusals() -> None:
         call(torch.zeros(2, dtype=torch.int32, device=DEVICE))
     with pytest.raises(Unsupported, match=r"row_count is \(1,\) int64 instead of one int32"):
         call(torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    with pytest.raises(Unsupported, match="row_count lies on meta"):
+    with pytest.raises(Unsupported, match="row_count is on meta"):
         call(torch.zeros(1, dtype=torch.int32, device="meta"))
     one = torch.ones(1, dtype=torch.int32, device=DEVICE)
     wide = torch.randn(4, 520, device=DEVICE)
-    with pytest.raises(Unsupported, match="width 520 takes no row_count"):
+    with pytest.raises(Unsupported, match="width 520 does not support row_count"):
         ops.argmax(wide, wide[0], None, wide, row_count=one)
 
 
@@ -201,3 +201,17 @@ def test_auto_does_not_hand_a_row_count_to_the_reference() -> None:
         ops.norm_linear_fwd(x, x[0], None, weight, None, row_count=one)
     out = ops.norm_linear_fwd(x, x[0], None, weight, None, row_count=None)
     assert torch.equal(out, TORCH.norm_linear_fwd(x, x[0], None, weight, None))
+
+
+def test_a_counted_target_out_of_range_is_refused() -> None:
+    """On the host, where it can be seen; what lies beyond the count is not read."""
+    h, norm, head = torch.randn(4, 16), torch.ones(16), torch.randn(20, 16)
+    if DEVICE != "cpu":
+        pytest.skip("lists on a card are not read")
+    ops = select("triton", DEVICE)
+    targets = torch.tensor([3, 19, 20, 1 << 40])
+    two, three = (torch.tensor([n], dtype=torch.int32) for n in (2, 3))
+    loss, _, _ = ops.cross_entropy_fwd(h, targets, norm, None, head, row_count=two)
+    assert (loss[:2] > 0).all() and (loss[2:] == 0).all()
+    with pytest.raises(ValueError, match="target 20 is outside of the vocabulary of 20"):
+        ops.cross_entropy_fwd(h, targets, norm, None, head, row_count=three)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from relay_fast.kernels import autotune, tuning
-from relay_fast.kernels._runtime import FACTS, Config
+from relay_fast.kernels._runtime import DEVICE_PROPS, Config
 from relay_fast.kernels.tuning import ANY, Rule, pick
 from relay_fast.ops import dispatch
 from relay_fast.ops.dispatch import select
@@ -27,10 +27,10 @@ def unlearned():
 
 
 def assumed(monkeypatch, arch: int) -> None:
-    monkeypatch.setattr(tuning, "facts", lambda device: FACTS[arch])
+    monkeypatch.setattr(tuning, "device_props", lambda device: DEVICE_PROPS[arch])
 
 
-@pytest.mark.parametrize("arch", sorted(FACTS))
+@pytest.mark.parametrize("arch", sorted(DEVICE_PROPS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("op", OPS)
 def test_every_call_finds_a_line(monkeypatch, arch: int, dtype: torch.dtype, op: str) -> None:
@@ -45,6 +45,7 @@ def test_every_call_finds_a_line(monkeypatch, arch: int, dtype: torch.dtype, op:
 
 
 def test_no_line_is_hidden_by_one_before_it() -> None:
+    assert len(tuning.TABLE) > len(OPS) > 5
     for i, later in enumerate(tuning.TABLE):
         for earlier in tuning.TABLE[:i]:
             hides = (
@@ -127,7 +128,7 @@ def test_a_tuned_op_prints_a_line_that_is_one(monkeypatch, capsys, unlearned) ->
     quickest = Config(16, 32, 4, 2)
     timed = lambda call: 0.5 if tuning._trying["weight_grad"] == quickest else 1.0
     monkeypatch.setattr(autotune, "_median", timed)
-    tuned = autotune.searching(select("triton", "cpu").weight_grad, "cpu")
+    tuned = autotune.autotuned(select("triton", "cpu").weight_grad, "cpu")
     acc, dy, x = torch.zeros(16, 16), torch.randn(9, 16), torch.randn(9, 16)
     tuned(acc, dy, x)
     torch.testing.assert_close(acc, dy.t() @ x)  # the search added to copies only

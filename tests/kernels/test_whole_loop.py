@@ -43,11 +43,17 @@ def inputs(
 
     heads, hidden = 2 * kv_heads, 40
     weights = LoopWeights(
-        norm(layers, d), weight(layers, (heads + 2 * kv_heads) * head_dim, d),
-        weight(layers, d, heads * head_dim), norm(layers, d), weight(layers, hidden, d),
-        weight(layers, hidden, d) if gated else None, weight(layers, d, hidden),
-        norm(d) if loop_norm else None, norm(d), weight(21, d),
-    )  # fmt: skip
+        norm(layers, d),
+        weight(layers, (heads + 2 * kv_heads) * head_dim, d),
+        weight(layers, d, heads * head_dim),
+        norm(layers, d),
+        weight(layers, hidden, d),
+        weight(layers, hidden, d) if gated else None,
+        weight(layers, d, hidden),
+        norm(d) if loop_norm else None,
+        norm(d),
+        weight(21, d),
+    )
     rows = sum(lengths)
     x = torch.randn(rows, d, generator=generator).to(DEVICE, wide)
     angle = torch.randn(rows, head_dim // 2, generator=generator).to(DEVICE, wide)

@@ -61,6 +61,7 @@ def parts(model: Model, rows: int) -> dict[str, range]:
     return found
 
 
+# Long: the weights of all layers, written down in the order of the proof.
 def looped(model: Model, rows: int) -> LoopedBlock:
     """The construction, for inputs and blanks of so many rows together."""
     c, part = model.block.config, parts(model, rows)
@@ -70,9 +71,16 @@ def looped(model: Model, rows: int) -> LoopedBlock:
     pairs = list(permutations(range(v), 2))
     digits = [*part["row"], *part["before"], *part["given"]]
     block = LoopedBlock(
-        wide, heads, c.n_layers + 2, causal=True, rope_base=None, bias=True, eps=1e-30,
-        d_hidden=max(c.hidden, 2 * (len(pairs) + len(digits)), 4 * v), loop_norm="post",
-    ).double()  # fmt: skip
+        wide,
+        heads,
+        c.n_layers + 2,
+        causal=True,
+        rope_base=None,
+        bias=True,
+        eps=1e-30,
+        d_hidden=max(c.hidden, 2 * (len(pairs) + len(digits)), 4 * v),
+        loop_norm="post",
+    ).double()
     head, theirs = block.config.head_dim, c.head_dim
     assert head >= max(theirs, bits, v)
     *inner, compare, hand_on = block.layers

@@ -56,15 +56,23 @@ def states(v: np.ndarray, p: int) -> torch.Tensor:
     return x
 
 
+# Long: one layer's weights, written down in the order of the proof.
 @cache
 def hopping_block(n: int) -> LoopedBlock:
     """The construction, for sequences of n letters, in double precision."""
     part, d = parts(), sum(SIZES.values())
     hidden = 2 * (10 + 3 * (LETTERS + 1) + 2 * LOOPS)
     block = LoopedBlock(
-        d, 2, 1, causal=True, rope_base=None, activation="relu2", bias=True, d_hidden=hidden,
+        d,
+        2,
+        1,
+        causal=True,
+        rope_base=None,
+        activation="relu2",
+        bias=True,
+        d_hidden=hidden,
         eps=1e-30,
-    )  # fmt: skip
+    )
     (layer,) = block.double().layers
     head = d // 2
     rows = lambda kind, h: range((kind * 2 + h) * head, (kind * 2 + h + 1) * head)

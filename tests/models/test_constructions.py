@@ -31,8 +31,10 @@ def cyclic(order: int) -> np.ndarray:
 
 def codes(count: int, bits: int) -> torch.Tensor:
     """(count, bits) binary codes in ±1, most significant bit first."""
-    return torch.tensor([[1.0 if i >> b & 1 else -1.0 for b in reversed(range(bits))]
-                         for i in range(count)], dtype=torch.float64)  # fmt: skip
+    return torch.tensor(
+        [[1.0 if i >> b & 1 else -1.0 for b in reversed(range(bits))] for i in range(count)],
+        dtype=torch.float64,
+    )
 
 
 def composing_block(group: np.ndarray, n: int, causal: bool) -> LoopedBlock:
@@ -42,9 +44,16 @@ def composing_block(group: np.ndarray, n: int, causal: bool) -> LoopedBlock:
     g, k, m = len(group), ceil(log2(len(group))), ceil(log2(n))
     d = 3 * (k + ceil(log2(n) + 1))
     block = LoopedBlock(
-        d, 2, 1, causal=causal, rope_base=None, activation="relu2", bias=True,
-        d_hidden=g * g + 6 * k, eps=1e-12,
-    )  # fmt: skip
+        d,
+        2,
+        1,
+        causal=causal,
+        rope_base=None,
+        activation="relu2",
+        bias=True,
+        d_hidden=g * g + 6 * k,
+        eps=1e-12,
+    )
     element, position = slice(0, k), slice(k, k + m)
     left, right = slice(k + m, 2 * k + m), slice(2 * k + m, 3 * k + m)
     (layer,) = block.double().layers

@@ -221,7 +221,7 @@ def test_the_answer_is_what_the_rounds_say(monkeypatch) -> None:
         return [ids], ids[:0]
 
     order = stream_order(problems)
-    monkeypatch.setattr(model, "read", read)
+    monkeypatch.setattr(model, "predict_rounds", read)
     written = generate_looped_chains(model, problems, TASKS)
     assert np.array_equal(written.rounds, problems.rounds)
     assert np.array_equal(written.answer, problems.answer)
@@ -273,7 +273,7 @@ def test_carried_states_with_true_rounds_or_its_own(truth: float) -> None:
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     samples, plan, total = mixed(), batch.plan, 0.0
-    read, answers = model.read(batch)
+    read, answers = model.predict_rounds(batch)
     head = (model.norm.weight, model.chain_head.weight)
     for k, i in enumerate(batch.order.tolist()):
         rows = slice(int(plan.offsets[k]), int(plan.offsets[k + 1]))
@@ -324,7 +324,7 @@ def test_noise_replaces_its_share_of_the_fed_tokens_in_training_only() -> None:
 
 def test_a_small_model_learns_and_is_saved(tmp_path) -> None:
     task = build_tasks(["arithmetic"], VOCABULARY, arithmetic={"prime": 3, "operators": "+"})
-    schedule = Schedule.by_steps(60, warmup=0.1, decay="late")
+    schedule = Schedule.by_steps(60, warmup=0.1, decay="wsd")
     stream = TruthStream(
         task, {"arithmetic": (1, 3)}, BatchFormat("looped", feedback=True), schedule,
         batch_size=32, seed=0, lengths="uniform",
@@ -410,17 +410,17 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="learns from true rounds .* PackedBatch.side_by_side"):
         new_model().loss(PackedBatch.looped(samples, TASKS))
     with pytest.raises(ValueError, match="reads its own rounds back: .*collate_next, or write who"):
-        new_model().read(PackedBatch.looped(samples, TASKS))
+        new_model().predict_rounds(PackedBatch.looped(samples, TASKS))
     with pytest.raises(ValueError, match=r"PackedBatch.looped\(..., carry_state=True\), or write"):
-        new_model(carry_state=True).read(PackedBatch.looped(samples, TASKS))
+        new_model(carry_state=True).predict_rounds(PackedBatch.looped(samples, TASKS))
     with pytest.raises(ValueError, match='answers only .* use feedback = "none"'):
         LoopedTransformer(new_model().config, supervise="answer")
     block = BlockConfig(D, 2, 1)
     for options, message in (
         ({"feedback": "latent"}, "feedback = 'latent' is unknown: use one of"),
         ({"feedback_noise": 0.1}, "feedback_noise = 0.1 needs fed tokens"),
-        ({"carry_state": True}, "carry_state = True says what feedback"),
-        ({"feedback": "tokens", "feedback_noise": 1.0}, "feedback_noise = 1.0: it must lie in"),
+        ({"carry_state": True}, "carry_state = True needs feedback"),
+        ({"feedback": "tokens", "feedback_noise": 1.0}, "feedback_noise = 1.0: it must be in"),
         ({"trained_tokens": -1}, "trained_tokens = -1: it must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -438,7 +438,9 @@ def test_bad_input() -> None:
             Schedule.by_steps(2), batch_size=2, seed=0, truth=0.5,
         )  # fmt: skip
     for options in ({"injection": "add"}, {"max_loops": 4}):
-        with pytest.raises(ValueError, match="makes every iteration the first: use"):
+        with pytest.raises(
+            ValueError, match="supports neither injection nor a loop-index embedding: use"
+        ):
             ModelConfig(BlockConfig(D, 2, 1, **options), 9, feedback="tokens")
 
 
@@ -455,7 +457,7 @@ def _without_rounds(samples: Samples, loops: int | None = None) -> Samples:
 def test_what_does_not_serve_says_why() -> None:
     model = new_model()
     assert feedback_reason(LoopedTransformer(ModelConfig(BlockConfig(D, 2, 1), 9)).config) is None
-    assert "reads tokens in between" in feedback_reason(model.config)
+    assert "does not support feedback = 'tokens'" in feedback_reason(model.config)
     assert "no fixed shape yet" in cuda_graph.feedback_graph_reason(model)
 
 

@@ -89,7 +89,7 @@ def test_bad_input() -> None:
         IterationCrossEntropy(D, V, z_loss=-1)
     with pytest.raises(ValueError, match="norm = 'rmsnorm' is unknown: use one of"):
         IterationCrossEntropy(D, V, norm="rmsnorm")
-    with pytest.raises(ValueError, match="a bias goes with norm = .layer."):
+    with pytest.raises(ValueError, match="bias = True needs norm = .layer."):
         IterationCrossEntropy(D, V, bias=True)
     with pytest.raises(ValueError, match="give their number too"):
         criterion(states, rows, targets, iteration=torch.zeros(7, dtype=torch.int64))

@@ -106,10 +106,10 @@ def test_the_schedule() -> None:
             "3 stages of 1 more layers each end at 3 layers, not at the 4 of the model: use 4",
         ),
         (lambda: GrowthSchedule(100, 4, layers=2, stages=4), "end at 8 layers, not at the 4"),
-        (lambda: GrowthSchedule(100, 4, layers=3), "blocks of 3 layers do not make a stack of 4"),
+        (lambda: GrowthSchedule(100, 4, layers=3), "layers = 3 does not divide depth = 4"),
         (lambda: GrowthSchedule(3, 4), "3 steps are too few for 4 stages"),
         (lambda: GrowthSchedule(20, 4, alpha=9), "20 steps are too few for 4 stages"),
-        (lambda: grow(marked(3), layers=2), "a stack of 3 layers is not made of blocks of 2"),
+        (lambda: grow(marked(3), layers=2), "layers = 2 does not divide a stack of 3 layers"),
         (lambda: grow(marked(3), where="first"), "where = 'first' is unknown"),
         (lambda: grow(marked(3), state="keep"), "state = 'keep' is unknown"),
     ],
@@ -136,9 +136,16 @@ def test_a_growing_training_is_exact_after_an_interruption(tmp_path) -> None:
 
         with Display() as display:
             train(
-                model, lambda m, *batch: m.loss(*batch), draw, training,
-                RunFolder(tmp_path / name, {}), "m", display, seed=0, before_step=before_step,
-            )  # fmt: skip
+                model,
+                lambda m, *batch: m.loss(*batch),
+                draw,
+                training,
+                RunFolder(tmp_path / name, {}),
+                "m",
+                display,
+                seed=0,
+                before_step=before_step,
+            )
         return model.state_dict()
 
     whole = fit("whole")

@@ -115,11 +115,14 @@ def test_whole_models() -> None:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: tie(block(), 3), "period = 3 does not cut a stack of 4 layers into equal blocks"),
-        (lambda: loop_regularizer(block().layers, 4), "period = 4 does not cut a stack of 4"),
-        (lambda: loop_regularizer(block(1).layers), "period = 1 does not cut a stack of 1"),
+        (
+            lambda: tie(block(), 3),
+            "period = 3 does not divide a stack of 4 layers into at least two",
+        ),
+        (lambda: loop_regularizer(block().layers, 4), "period = 4 does not divide a stack of 4"),
+        (lambda: loop_regularizer(block(1).layers), "period = 1 does not divide a stack of 1"),
         (lambda: tie(block(), how="median"), "how = 'median' is unknown"),
-        (lambda: tie(nn.Linear(2, 2)), "Linear holds 0 LoopedBlocks: pass the one"),
+        (lambda: tie(nn.Linear(2, 2)), "Linear holds 0 LoopedBlocks: pass one of them"),
         (lambda: tie(nn.Sequential(block(), block())), "Sequential holds 2 LoopedBlocks"),
     ],
 )

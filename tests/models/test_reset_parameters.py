@@ -19,9 +19,17 @@ from relay_fast.recipes._linear_attention import LinearAttention
 
 # Many layers: what scales with their number differs from torch's own draw by far.
 BLOCK = BlockConfig(
-    64, 2, 6, causal=True, norm="layer", bias=True, activation="swiglu", max_loops=3,
-    loop_norm="post", injection="concat",
-)  # fmt: skip
+    64,
+    2,
+    6,
+    causal=True,
+    norm="layer",
+    bias=True,
+    activation="swiglu",
+    max_loops=3,
+    loop_norm="post",
+    injection="concat",
+)
 MODEL = ModelConfig(BLOCK, 97)
 MAKERS = {
     "LoopedBlock": lambda: LoopedBlock(config=BLOCK),
@@ -67,8 +75,11 @@ def test_meta_then_reset(name, way) -> None:
     made = MAKERS[name]()
     for (key, p), q in zip(module.named_parameters(), made.parameters(), strict=True):
         assert torch.isfinite(p).all(), key
-        if p.ndim == 1 and not key.endswith(("qkv.bias", "out.bias", "up.bias", "gate.bias",
-                                             "down.bias")) or "loop_embedding" in key:  # fmt: skip
+        if (
+            p.ndim == 1
+            and not key.endswith(("qkv.bias", "out.bias", "up.bias", "gate.bias", "down.bias"))
+            or "loop_embedding" in key
+        ):
             assert torch.equal(p, q), key  # no draw: ones, zeros
         elif p.ndim == 2:
             a, b = p.std().item(), q.std().item()

@@ -28,9 +28,7 @@ def new(dtype: torch.dtype, **shapes: tuple[int, ...]) -> Inputs:
 
 def norm_linear_case(dtype: torch.dtype) -> tuple[Inputs, Callable[..., Tensor]]:
     angle = new(torch.float32, angle=(ROWS, 4))["angle"].detach()
-    inputs = new(
-        dtype, x=(ROWS, D), norm_weight=(D,), weight=(24, D), norm_bias=(D,), bias=(24,)
-    )  # fmt: skip
+    inputs = new(dtype, x=(ROWS, D), norm_weight=(D,), weight=(24, D), norm_bias=(D,), bias=(24,))
     rope = {"cos": angle.cos(), "sin": angle.sin(), "rotary": 16}
     return inputs, lambda impl, **i: norm_linear(**i, **rope, norm="layer", impl=impl)
 
@@ -49,17 +47,28 @@ def linear_residual_case(dtype: torch.dtype) -> tuple[Inputs, Callable[..., Tens
 
 def mlp_case(dtype: torch.dtype) -> tuple[Inputs, Callable[..., Tensor]]:
     inputs = new(
-        dtype, x=(ROWS, D), norm_weight=(D,), up_weight=(HIDDEN, D), down_weight=(D, HIDDEN),
-        norm_bias=(D,), up_bias=(HIDDEN,), down_bias=(D,),
-    )  # fmt: skip
+        dtype,
+        x=(ROWS, D),
+        norm_weight=(D,),
+        up_weight=(HIDDEN, D),
+        down_weight=(D, HIDDEN),
+        norm_bias=(D,),
+        up_bias=(HIDDEN,),
+        down_bias=(D,),
+    )
     return inputs, lambda impl, **i: mlp(**i, norm="layer", impl=impl)
 
 
 def swiglu_case(dtype: torch.dtype) -> tuple[Inputs, Callable[..., Tensor]]:
     inputs = new(
-        dtype, x=(ROWS, D), norm_weight=(D,), up_weight=(HIDDEN, D), down_weight=(D, HIDDEN),
-        gate_weight=(HIDDEN, D), gate_bias=(HIDDEN,),
-    )  # fmt: skip
+        dtype,
+        x=(ROWS, D),
+        norm_weight=(D,),
+        up_weight=(HIDDEN, D),
+        down_weight=(D, HIDDEN),
+        gate_weight=(HIDDEN, D),
+        gate_bias=(HIDDEN,),
+    )
     return inputs, lambda impl, **i: mlp(**i, activation="swiglu", impl=impl)
 
 
@@ -151,14 +160,23 @@ QKV = torch.ones(7, 32, device=DEVICE)
     [
         (lambda: attention(QKV, CU[1:], 2, 1), r"cu_seqlens must .* start at 0, not at \[3\]"),
         (lambda: attention(QKV, CU[:0], 2, 1), r"start at 0, not at \[\]"),
-        (lambda: attention(QKV, CU[[0, 2, 3, 1]], 2, 1), "falls from 7 to 3 at sequence 2: give"),
+        (
+            lambda: attention(QKV, CU[[0, 2, 3, 1]], 2, 1),
+            "decreases from 7 to 3 at sequence 2: give",
+        ),
         (lambda: attention(QKV, CU[:3], 2, 1), "cu_seqlens ends at 3 but qkv has 7 rows"),
-        (lambda: attention(QKV, CU, 3, 2), "32 columns of qkv are not 3 heads .* of 2"),
-        (lambda: attention(QKV[None], CU, 2, 1), r"qkv is \(1, 7, 32\): give \(rows, columns\)"),
-        (lambda: norm_linear(QKV, QKV[0], QKV[:, :5]), r"x is \(7, 32\): give \(rows, 5\)"),
-        (lambda: linear_residual(QKV, QKV, QKV), r"residual is \(7, 32\): give \(7, 7\)"),
+        (
+            lambda: attention(QKV, CU, 3, 2),
+            "32 columns, which do not fit heads = 3 and kv_heads = 2",
+        ),
+        (
+            lambda: attention(QKV[None], CU, 2, 1),
+            r"qkv has shape \(1, 7, 32\): give \(rows, columns\)",
+        ),
+        (lambda: norm_linear(QKV, QKV[0], QKV[:, :5]), r"x has shape \(7, 32\): give \(rows, 5\)"),
+        (lambda: linear_residual(QKV, QKV, QKV), r"residual has shape \(7, 32\): give \(7, 7\)"),
         (lambda: mlp(QKV, QKV[0], QKV, QKV.T, activation="swiglu"), "'swiglu' needs a gate_weight"),
-        (lambda: mlp(QKV, QKV[0], QKV, QKV.T, QKV), "'gelu_tanh' takes no gate_weight"),
+        (lambda: mlp(QKV, QKV[0], QKV, QKV.T, QKV), "'gelu_tanh' does not support a gate_weight"),
         (lambda: mlp(QKV, QKV[0], QKV, QKV.T, impl="cuda"), "impl = 'cuda' is unknown"),
     ],
 )

@@ -119,8 +119,9 @@ def loss_case(vocabulary: int, rows_alone: bool = False) -> Case:
     shapes = {"states": (ROWS, D), "norm_weight": (D,), "norm_bias": (D,), "head": (vocabulary, D)}
     lists = partial(targets, vocabulary)
     if rows_alone:
-        return Case(lambda **i: row_cross_entropy(norm="layer", **i)[0], plain_row_losses, shapes,
-                    lists)  # fmt: skip
+        return Case(
+            lambda **i: row_cross_entropy(norm="layer", **i)[0], plain_row_losses, shapes, lists
+        )
     op = partial(iteration_cross_entropy, norm="layer")
     return Case(op, plain_loss, shapes | {"weights": (5,)}, lists)
 
@@ -246,8 +247,11 @@ def assert_equal(value: Tensors, expected: Tensors, frozen: frozenset[str], rati
 def test_every_public_op_is_here() -> None:
     """Whatever takes `impl`, but for the choice of an implementation itself."""
     functions = (getattr(functional, n) for n in functional.__all__)
-    ops = {f.__name__ for f in functions if callable(f) and not isinstance(f, type)
-           and "impl" in signature(f).parameters} - {"select"}  # fmt: skip
+    ops = {
+        f.__name__
+        for f in functions
+        if callable(f) and not isinstance(f, type) and "impl" in signature(f).parameters
+    } - {"select"}
     assert ops == {name.split(",")[0] for name in CASES}
 
 
@@ -272,9 +276,13 @@ def test_inside_autocast(name: str, layout: str, how: str) -> None:
         assert_as_good_as_eager(n, v, eager(name, expanded)[n], truth(name, expanded)[n], AUTOCAST)
     for frozen in frozen_subsets(name):
         value = results(
-            kernel(name), name, layout, frozen, autocast="forward and backward",
+            kernel(name),
+            name,
+            layout,
+            frozen,
+            autocast="forward and backward",
             reentrant=CHECKPOINTS[how],
-        )  # fmt: skip
+        )
         assert_equal(value, expected, frozen, 1e-6)
 
 

@@ -64,9 +64,11 @@ def test_accuracy_wants_the_whole_answer() -> None:
 def test_a_short_run(preset, tmp_path) -> None:
     whole = PRESETS[preset]
     settings = replace(
-        whole, training=replace(whole.training, steps=20, batch_size=1), models=("1x1", "2x6"),
+        whole,
+        training=replace(whole.training, steps=20, batch_size=1),
+        models=("1x1", "2x6"),
         problems=2,
-    )  # fmt: skip
+    )
     with Display() as display:
         results = addition.run(
             settings, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display

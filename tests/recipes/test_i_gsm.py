@@ -150,9 +150,11 @@ def test_answers_are_spread() -> None:
 def test_a_short_run(preset, tmp_path) -> None:
     whole = PRESETS[preset]
     settings = replace(
-        whole, training=replace(whole.training, steps=20, batch_size=1), models=("1x1", "2x4"),
+        whole,
+        training=replace(whole.training, steps=20, batch_size=1),
+        models=("1x1", "2x4"),
         problems=2,
-    )  # fmt: skip
+    )
     with Display() as display:
         results = i_gsm.run(
             settings, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display

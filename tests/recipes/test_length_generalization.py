@@ -138,9 +138,12 @@ def run(folder, settings) -> dict:
 def test_a_short_run(preset, tmp_path) -> None:
     whole = PRESETS[preset]
     settings = replace(
-        whole, training=replace(whole.training, steps=20, batch_size=1), tasks=tuple(DRAWS),
-        problems=2, more_loops=0,
-    )  # fmt: skip
+        whole,
+        training=replace(whole.training, steps=20, batch_size=1),
+        tasks=tuple(DRAWS),
+        problems=2,
+        more_loops=0,
+    )
     settings = replace(
         settings, **{name: replace(getattr(settings, name), tests=(3, 4)) for name in DRAWS}
     )

@@ -110,16 +110,23 @@ def test_one_loop_finds_the_closed_forms(form, tmp_path) -> None:
 
 def test_the_step_adapts_to_the_covariance(tmp_path) -> None:
     deviations = (1.0, 1.0, 0.5, 0.7, 1.0)
-    (m,) = run(tmp_path, examples=(20,), dimension=5, deviations=deviations, forms=("restricted",),
-               test_loops=(1,))  # fmt: skip
+    (m,) = run(
+        tmp_path,
+        examples=(20,),
+        dimension=5,
+        deviations=deviations,
+        forms=("restricted",),
+        test_loops=(1,),
+    )
     assert m["step"] == pytest.approx(one_step_rate(20, 5), rel=0.005)
     assert m["loss"] == pytest.approx(one_step_error(20, 5), rel=0.005)
     assert m["step_spread"] < 0.03  # A Σ is a multiple of the identity
 
 
 def test_more_loops_help_with_many_examples_and_diverge_with_few(tmp_path) -> None:
-    few, many = run(tmp_path, 400, examples=(20, 100), loops=(2,), forms=("restricted",),
-                    prompts=20_000)  # fmt: skip
+    few, many = run(
+        tmp_path, 400, examples=(20, 100), loops=(2,), forms=("restricted",), prompts=20_000
+    )
     assert few["edge"] == pytest.approx(few["step"] * (1 + 0.5**0.5) ** 2)
     assert many["edge"] < 1.6
     losses = list(many["loss_by_loops"].values())

@@ -10,10 +10,17 @@ from relay_fast.reporting.progress import Display
 
 CPU = loop_regularizer.PRESETS["cpu"]
 TINY = replace(
-    CPU, models=("2x1",), length=8, hops=(1, 2), d_model=16, n_heads=2, problems=20,
-    weights=(0.0, 10.0), tied_steps=2,
+    CPU,
+    models=("2x1",),
+    length=8,
+    hops=(1, 2),
+    d_model=16,
+    n_heads=2,
+    problems=20,
+    weights=(0.0, 10.0),
+    tied_steps=2,
     training=replace(CPU.training, steps=40, batch_size=4, warmup=0.0),
-)  # fmt: skip
+)
 
 
 def test_the_recipe(tmp_path) -> None:
@@ -53,7 +60,7 @@ def test_the_paper_preset(tmp_path) -> None:
         ({"models": ("1x4",)}, r"models = \['1x4'\]: give one stack without loops"),
         ({"models": ("4x1", "2x1")}, "give one stack"),
         ({"weights": (-1.0,)}, r"weights = \[-1.0\]: give a number of at least 0"),
-        ({"period": 3}, "period = 3 does not cut a stack of 4 layers"),
+        ({"period": 3}, "period = 3 does not divide a stack of 4 layers"),
         ({"hops": (60,)}, "p = 60 hops do not fit"),
     ],
 )

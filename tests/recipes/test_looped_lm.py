@@ -14,9 +14,19 @@ from relay_fast.reporting.progress import Display
 
 CPU = looped_lm.PRESETS["cpu"]
 TINY = replace(
-    CPU, context=16, d_model=16, n_heads=2, windows=4, scored=2, problems=1, shots=0, exits=(0.1,),
-    test_loops=(1, 3), exit_loops=3, training=replace(CPU.training, steps=30, batch_size=4),
-)  # fmt: skip
+    CPU,
+    context=16,
+    d_model=16,
+    n_heads=2,
+    windows=4,
+    scored=2,
+    problems=1,
+    shots=0,
+    exits=(0.1,),
+    test_loops=(1, 3),
+    exit_loops=3,
+    training=replace(CPU.training, steps=30, batch_size=4),
+)
 
 
 def test_the_standard_library_is_the_corpus() -> None:
@@ -87,9 +97,12 @@ def test_too_little_text(text, tmp_path) -> None:
     message = "no corpus found" if not text else "4 for the test|bytes for training"
     with pytest.raises(ValueError, match=message), Display() as display:
         looped_lm.run(
-            replace(TINY, corpus=str(tmp_path / "a.txt")), RunFolder(tmp_path / "run", {}), seed=0,
-            device="cpu", display=display,
-        )  # fmt: skip
+            replace(TINY, corpus=str(tmp_path / "a.txt")),
+            RunFolder(tmp_path / "run", {}),
+            seed=0,
+            device="cpu",
+            display=display,
+        )
 
 
 def test_the_paper_preset(tmp_path) -> None:
@@ -98,9 +111,18 @@ def test_the_paper_preset(tmp_path) -> None:
         2048, 5120, 4, 4, 4,
     )  # fmt: skip
     narrow = replace(
-        paper, d_model=32, n_heads=2, d_hidden=80, context=32, windows=2, scored=1, problems=1,
-        shots=0, training=replace(paper.training, steps=20, batch_size=1), test_loops=(4,),
-    )  # fmt: skip
+        paper,
+        d_model=32,
+        n_heads=2,
+        d_hidden=80,
+        context=32,
+        windows=2,
+        scored=1,
+        problems=1,
+        shots=0,
+        training=replace(paper.training, steps=20, batch_size=1),
+        test_loops=(4,),
+    )
     with Display() as display:
         results = looped_lm.run(
             narrow, RunFolder(tmp_path, {}), seed=0, device="cpu", display=display

@@ -23,9 +23,11 @@ def hop_slowly(v: list[int], p: int, absent: int) -> list[int]:
     def find(i: int, p: int) -> int:
         if p == 0 or i == 0:
             return i
-        return max([0] + [j for j in range(2, i + 1) if v[j - 2] == v[i - 1]]) if p == 1 else find(
-            find(i, 1), p - 1
-        )  # fmt: skip
+        return (
+            max([0] + [j for j in range(2, i + 1) if v[j - 2] == v[i - 1]])
+            if p == 1
+            else find(find(i, 1), p - 1)
+        )
 
     found = [find(i, p) for i in range(1, len(v) + 1)]
     return [v[i - 1] if i else absent for i in found]
@@ -60,8 +62,9 @@ def test_every_position_has_a_target(seed) -> None:
     assert tokens[:, 0].tolist() == [5, 7, 8]  # p in front, behind 4 characters and ⊥
     assert np.all(np.diff(tokens[:, 1:]) != 0)
     assert rows.tolist() == [i for i in range(3 * 13) if i % 13]
-    expected = [x for v, k in zip(tokens[:, 1:].tolist(), p, strict=True)
-                for x in hop_slowly(v, k, 4)]  # fmt: skip
+    expected = [
+        x for v, k in zip(tokens[:, 1:].tolist(), p, strict=True) for x in hop_slowly(v, k, 4)
+    ]
     assert targets.tolist() == expected
 
 

@@ -19,6 +19,7 @@ from relay_fast import recipes
 from relay_fast.recipes._common import Panel, Training, draw_panels, train
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
+from relay_fast.reporting.text_table import text_table
 from relay_fast.training.optim import OPTIMIZERS, make_optimizer, set_lr_scale
 from relay_fast.utils.settings import described, settings, with_changes
 from relay_fast.utils.tensor_files import CheckpointError
@@ -148,7 +149,7 @@ def test_finished_training_is_read_back(tmp_path) -> None:
         ({"betas": (0.9, 1.0)}, r"betas = \[0.9, 1.0\]: give at least 0 and less than 1"),
         ({"ema": 2.0}, "ema = 2.0: give at least 0 and less than 1"),
         ({"decay": "cosin"}, "decay = 'cosin' is unknown: use one of linear, cosine"),
-        ({"decay": "cosin"}, "use one of linear, cosine, late, constant"),
+        ({"decay": "cosin"}, "use one of linear, cosine, wsd, constant"),
         ({"optimizer": "adam"}, "optimizer = 'adam' is unknown: use one of adamw, adafactor"),
         ({"optimizer": "adafactor", "muon_lr": 0.1}, "muon_lr = 0.1 goes with optimizer = 'adamw'"),
     ],
@@ -291,7 +292,7 @@ def test_no_matplotlib_is_no_failure(toy, tmp_path, monkeypatch, capsys) -> None
 
 
 def test_table_cells() -> None:
-    text = command.table_text(["model", "n", "error"], [["a", 10, 0.123456], ["longer", 2, None]])
+    text = text_table(["model", "n", "error"], [["a", 10, 0.123456], ["longer", 2, None]])
     assert text.splitlines() == [
         "model    n   error",
         "──────────────────",

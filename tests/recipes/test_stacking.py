@@ -10,10 +10,16 @@ from relay_fast.reporting.progress import Display
 
 CPU = stacking.PRESETS["cpu"]
 TINY = replace(
-    CPU, length=8, hops=(1, 2), d_model=16, n_heads=2, problems=20, depth=2,
+    CPU,
+    length=8,
+    hops=(1, 2),
+    d_model=16,
+    n_heads=2,
+    problems=20,
+    depth=2,
     training=replace(CPU.training, steps=6, batch_size=4),
     arithmetic=replace(CPU.arithmetic, steps=3, batch_size=4),
-)  # fmt: skip
+)
 
 
 def test_the_recipe(tmp_path, monkeypatch) -> None:
@@ -54,7 +60,7 @@ def test_the_paper_preset(tmp_path, monkeypatch) -> None:
     "change, message",
     [
         ({"stages": 3}, "3 stages of 1 more layers each end at 3 layers, not at the 4 of the mod"),
-        ({"layers": 3}, "blocks of 3 layers do not make a stack of 4"),
+        ({"layers": 3}, "layers = 3 does not divide depth = 4"),
         ({"methods": ("first",)}, r"methods = \['first'\] is unknown: use some of full, middle"),
         ({"tasks": ()}, r"tasks = \[\]: give at least 1 of them"),
     ],

@@ -24,7 +24,6 @@ from relay_fast.decoding.chains import generate_looped_chains
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay import chain_dataset
 from relay_fast.relay.chain_dataset import (
-    WRITTEN,
     ChainDataset,
     DatasetError,
     read_manifest,
@@ -36,6 +35,7 @@ from relay_fast.tasks.verify import verify_chains
 from relay_fast.training.model_files import save_model
 from relay_fast.training.schedule import Schedule
 from relay_fast.utils import tensor_files
+from relay_fast.utils.seeds import DATASET_SEED_OFFSET
 from relay_fast.utils.tensor_files import CheckpointError
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
@@ -92,7 +92,7 @@ def test_the_chains_are_the_models(folder):
         mine = everything.take(everything.task == TASK_NAMES.index(name))
         found = dict(zip(*np.unique(mine.length, return_counts=True), strict=True))
         assert found == {length: n for length, n in own.items() if n}
-        truth = TASKS[name].sample(mine.length, WRITTEN)
+        truth = TASKS[name].sample(mine.length, DATASET_SEED_OFFSET)
         assert np.array_equal(mine.problem, truth.problem), "nothing is doubled or lost"
     assert equal(generate_looped_chains(looped_model(), everything, TASKS), everything)
     passed = verify_chains(everything, TASKS, "task")
@@ -246,8 +246,8 @@ def test_disk_full_at_the_manifest(tmp_path, monkeypatch):
     [
         ("truncated", "shard-00002.* is truncated or not a safetensors file"),
         ("flipped", "shard-00002.* is damaged \\(its content does not match its digest\\); delete"),
-        ("of another run", "shard-00002.* belongs to another dataset or place; move it out"),
-        ("renamed", "shard-00002.* belongs to another dataset or place"),
+        ("of another run", "shard-00002.* belongs to another dataset or index; move it out"),
+        ("renamed", "shard-00002.* belongs to another dataset or index"),
     ],
 )
 def test_bad_shards(own_folder, tmp_path_factory, use, harm, message):

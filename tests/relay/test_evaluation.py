@@ -99,7 +99,7 @@ def problems_of(name: str, length: int, number: int = 3) -> Samples:
 
 
 def counts(marks) -> tuple[list[bool], list[bool], int]:
-    return marks.answer.tolist(), marks.chain.tolist(), int((~marks.hits).sum())
+    return marks.answer.tolist(), marks.chain.tolist(), int((~marks.tokens).sum())
 
 
 class TestLooped:
@@ -121,8 +121,8 @@ class TestLooped:
     def test_the_truth_is_right(self, writes, name):
         problems = problems_of(name, 5)
         marks = self.marks(writes, problems, [problems.rounds_of(i) for i in range(3)])
-        assert marks.answer.all() and marks.chain.all() and marks.hits.all()
-        assert len(marks.hits) == len(problems.rounds)
+        assert marks.answer.all() and marks.chain.all() and marks.tokens.all()
+        assert len(marks.tokens) == len(problems.rounds)
 
     def test_each_kind_of_error(self, writes):
         problems = problems_of("arithmetic", 3)
@@ -134,7 +134,7 @@ class TestLooped:
         answer[2] += 1
         marks = self.marks(writes, problems, rounds, answer)
         assert counts(marks) == ([True, True, False], [False, False, False], 3)
-        wrong = np.flatnonzero(~marks.hits)
+        wrong = np.flatnonzero(~marks.tokens)
         first = problems.round_offsets
         assert wrong.tolist() == [first[1], first[1] + 1, first[8]]
 
@@ -164,8 +164,8 @@ class TestAutoregressive:
         problems = problems_of(name, 3)
         writes(truth_of(problems))
         marks = grade_autoregressive(self.model, problems, TASKS)
-        assert marks.answer.all() and marks.chain.all() and marks.hits.all()
-        assert len(marks.hits) == len(marks.forced) == len(problems.rounds)
+        assert marks.answer.all() and marks.chain.all() and marks.tokens.all()
+        assert len(marks.tokens) == len(marks.forced_tokens) == len(problems.rounds)
 
     def test_each_kind_of_error(self, writes):
         problems = problems_of("arithmetic", 3, 4)

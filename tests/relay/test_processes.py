@@ -71,7 +71,9 @@ def steps(what: str, **options) -> list:
 @pytest.mark.parametrize("what", ["nothing", "without memfd"])
 def test_steps_come_whole_and_in_order(what, monkeypatch) -> None:
     monkeypatch.setattr("relay_fast.data.streams.usable_cores", lambda: 2)
-    for step, (x, y, record) in enumerate(steps(what)):
+    come = steps(what)
+    assert len(come) == 10
+    for step, (x, y, record) in enumerate(come):
         assert torch.equal(x, torch.full((3, step), float(step)))
         assert y.dtype == torch.bfloat16 and record == {"n": step}
         x += 1  # as good as the stream's own
@@ -84,7 +86,7 @@ def test_steps_come_whole_and_in_order(what, monkeypatch) -> None:
         ("dies", WorkerDied, r"was killed \(signal 9\).*set data_workers to fewer"),
         ("stops", WorkerDied, r"no sign of life for 2 s.*set data_workers = 0"),
         ("is slow", WorkerDied, r"has made no batch for 4 s; set data_workers = 0"),
-        ("has no memory", WorkerDied, r"hand over a batch.*Cannot allocate.*set data_workers"),
+        ("has no memory", WorkerDied, r"pass on a batch.*Cannot allocate.*set data_workers"),
         ("raises", LookupError, "no step 3"),
     ],
 )
@@ -144,7 +146,7 @@ def test_a_worker_that_never_begins(monkeypatch) -> None:
     assert time.monotonic() - began < 20
 
 
-def _freeze(report) -> None:
+def _freeze(on_progress) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 

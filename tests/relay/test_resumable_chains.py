@@ -80,7 +80,9 @@ def test_continuing_writes_the_rest_only(tmp_path, often, monkeypatch):
     assert [file.stat().st_mtime_ns for file in there[:7]] == kept
     assert len(seen) == len(there) - 7 and seen[-1] == (len(problems), len(problems))
 
-    monkeypatch.setattr(model, "read", lambda batch: pytest.fail("all was written already"))
+    monkeypatch.setattr(
+        model, "predict_rounds", lambda batch: pytest.fail("all was written already")
+    )
     assert same(generate_in_parts(model, problems, TASKS, tmp_path / "chains"), expected)
 
 
@@ -159,7 +161,7 @@ def test_killed_at_random_moments(tmp_path, often, monkeypatch):
         "-c",
         WRITER,
         str(tmp_path / "chains"),
-        str(Path(__file__).parents[3]),
+        str(Path(__file__).parents[2]),
     ]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment, rng = {**os.environ, "OMP_NUM_THREADS": "1"}, random.Random(0)

@@ -74,7 +74,7 @@ def test_errors_are_one_sentence(capsys) -> None:
     assert capsys.readouterr().err.splitlines() == [
         "error: two lines",
         "error: here cannot be used (Permission denied): give another",
-        "error: there is not enough memory for so much at once: give fewer",
+        "error: there is not enough memory for so many problems: give fewer",
     ]
 
 

@@ -69,7 +69,7 @@ def test_a_loaded_model_writes_the_same(tmp_path):
     save_model(path, model, {})
     loaded = load_run_model(tmp_path, "looped_aligned")
     batch = PackedBatch.looped(tasks["arithmetic"].sample([1, 4, 2], 0), tasks)
-    for a, b in zip(model.read(batch)[0], loaded.read(batch)[0], strict=True):
+    for a, b in zip(model.predict_rounds(batch)[0], loaded.predict_rounds(batch)[0], strict=True):
         assert torch.equal(a, b)
 
 
@@ -109,7 +109,7 @@ def test_wrong_files_and_names(tmp_path):
         load_run_model(tmp_path, "ar_relay")
     path = tmp_path / "state.safetensors"
     save_checkpoint(path, {"x": torch.zeros(1)}, {"step": 3})
-    with pytest.raises(CheckpointError, match="holds no model that can be loaded by itself"):
+    with pytest.raises(CheckpointError, match="holds no model \\(its header names no kind\\)"):
         load_model(path)
     path.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
@@ -126,8 +126,8 @@ def test_cuda_without_cuda(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["config"]["block"].update(new_one=1), "option 'new_one' of a model is unk"),
-        (lambda m: m["config"].update(newer=1), "option 'newer' of a model is unknown"),
+        (lambda m: m["config"]["block"].update(new_one=1), "model option 'new_one' is unknown"),
+        (lambda m: m["config"].update(newer=1), "model option 'newer' is unknown"),
         (lambda m: m["config"]["block"].pop("d_model"), "missing 1 required positional argument"),
         (lambda m: m["config"]["block"].update(d_model="wide"), "cannot build"),
         (lambda m: m["config"]["block"].update(norm="newer"), "norm = 'newer' is unknown"),
@@ -146,9 +146,9 @@ def test_a_model_of_another_version(tmp_path, change, message):
     with pytest.raises(CheckpointError) as caught:
         load_model(path)
     text = str(caught.value)
-    assert text.startswith(f"{path} was written by another version of relay_fast")
+    assert text.startswith(f"{path} holds a model of another version of relay_fast")
     assert "\n" not in text
-    assert message in text and text.endswith("use that version, or train it anew.")
+    assert message in text and text.endswith("use that version, or train the model again.")
 
 
 def test_samples_of_another_version(tmp_path):

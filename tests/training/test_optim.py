@@ -6,13 +6,14 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from relay_fast import LoopedBlock
-from relay_fast.training.optim import MuonAdamW, make_optimizer
+from relay_fast.training.optim import MuonAdamW, make_optimizer, set_lr_scale
 
 
 def make(**options) -> tuple[LoopedBlock, MuonAdamW]:
@@ -203,10 +204,30 @@ def test_groups_can_be_added_and_are_checked() -> None:
     optimizer.step()
     assert torch.equal(more, matrix)
     for wrong, parts in ((torch.ones(4), 1), (torch.ones(4, 4), 3)):
-        with pytest.raises(ValueError, match="is not . real matrices"):
+        with pytest.raises(ValueError, match="is not a stack of . real matrices"):
             group = {"params": [nn.Parameter(wrong)], "muon": True, "parts": parts}
             optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 3
+
+
+def test_numbers_of_numpy_leave_a_state_that_any_torch_loads() -> None:
+    block = LoopedBlock(16, 2, 1)
+    numbers = {"lr": np.float64(1e-2), "muon_lr": np.float32(2e-2), "weight_decay": np.float64(0.5)}
+    optimizer = make_optimizer(
+        block, betas=np.array([0.9, 0.5]), momentum=np.float64(0.5), **numbers
+    )
+    set_lr_scale(optimizer, np.float64(0.5))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(6, 2))], "muon": True,
+                               "parts": np.int64(3), "momentum": np.float32(0.25)})  # fmt: skip
+    torch.save(optimizer.state_dict(), buffer := io.BytesIO())
+    buffer.seek(0)
+    first, *_, last = torch.load(buffer, weights_only=True)["param_groups"]
+    assert (first["lr"], first["betas"], first["weight_decay"]) == (5e-3, (0.9, 0.5), 0.0)
+    assert (last["parts"], last["momentum"]) == (3, 0.25)
+    with pytest.raises(ValueError, match="parts = 0: it must be at least 1"):
+        optimizer.add_param_group(
+            {"params": [nn.Parameter(torch.eye(2))], "muon": True, "parts": 0}
+        )
 
 
 def test_no_gradient_no_step_and_sparse_ones_are_refused() -> None:

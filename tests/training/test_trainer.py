@@ -1,4 +1,4 @@
-"""Schedules, the optimiser, and training: the loss falls, and an interruption changes nothing."""
+"""The optimiser, and training: the loss falls, and an interruption changes nothing."""
 
 import math
 import os
@@ -6,13 +6,12 @@ import pickle
 import re
 import signal
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.data.streams import BatchFormat, TruthStream, curriculum_length
+from relay_fast.data.streams import BatchFormat, TruthStream
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Vocabulary, build_tasks
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
@@ -35,69 +34,9 @@ def make_model(kind="looped", **options):
 
 
 def make_stream(steps, kind="looped", longest=2, batch_size=8, **options) -> TruthStream:
-    return TruthStream(
-        TASKS, {"arithmetic": (1, longest)}, BatchFormat(kind), Schedule.by_steps(steps, **options),
-        batch_size=batch_size, seed=0,
-    )  # fmt: skip
-
-
-# Schedules
-
-
-def test_steps_count_alike() -> None:
-    schedule = Schedule.by_steps(4)
-    assert schedule.steps == 4 and schedule.progress.tolist() == [0, 0.25, 0.5, 0.75]
-    assert Schedule.by_steps(0).steps == 0
-
-
-def test_work_counts_by_cost() -> None:
-    even = Schedule.by_work(10.0, lambda progress: 2.0)
-    assert even.progress.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-    growing = Schedule.by_work(100.0, lambda progress: 1 + 9 * progress)
-    p = growing.progress
-    assert p[0] == 0 and p[-1] < 1 and np.all(np.diff(p) > 0)
-    assert np.diff(p).tolist() == pytest.approx(((1 + 9 * p[:-1]) / 100).tolist())
-    assert np.sum(p < 0.5) > np.sum(p >= 0.5)  # cheap steps, more of them for the same work
-    assert p[-1] + (1 + 9 * p[-1]) / 100 >= 1
-
-
-@pytest.mark.parametrize(
-    "decay, half, last",
-    [
-        ("linear", 0.5, 0.01),
-        ("cosine", 0.5, 0.5 * (1 + math.cos(0.99 * math.pi))),
-        ("late", 1.0, 0.025),
-        ("constant", 1.0, 1.0),
-    ],
-)
-def test_learning_rate_factor(decay, half, last) -> None:
-    schedule = Schedule.by_steps(100, warmup=0.1, decay=decay)
-    factors = [schedule.lr_scale(i) for i in range(100)]
-    assert factors[0] == pytest.approx(0.1)  # never zero, 1/steps further each step
-    assert factors[:10] == sorted(factors[:10])
-    assert factors[50] == pytest.approx(half) and factors[99] == pytest.approx(last)
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert 0 < min(factors) and max(factors) <= 1
-    assert Schedule.by_steps(100, warmup=0.0, decay=decay).factor(0) == 1.0
-
-
-def test_a_schedule_knows_its_decays() -> None:
-    with pytest.raises(ValueError, match="decay = 'cosin' is unknown: use one of linear, cosine"):
-        Schedule.by_steps(10, decay="cosin")
-
-
-def test_late_decay_begins_at_three_fifths() -> None:
-    schedule = Schedule.by_steps(10, warmup=0.0, decay="late")
-    factors = [schedule.lr_scale(i) for i in range(10)]
-    assert factors == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
-
-
-def test_curriculum_length() -> None:
-    grown = [curriculum_length(p, 1, 10, 0.5) for p in np.linspace(0, 1, 21)]
-    assert grown == sorted(grown) and grown[0] == 2 and set(grown[10:]) == {10}
-    assert set(grown) == set(range(2, 11))
-    assert curriculum_length(0.0, 1, 10, 0.0) == 10
-    assert curriculum_length(0.0, 4, 4, 0.5) == 4  # no range to grow in
+    ranges, form = {"arithmetic": (1, longest)}, BatchFormat(kind)
+    schedule = Schedule.by_steps(steps, **options)
+    return TruthStream(TASKS, ranges, form, schedule, batch_size=batch_size, seed=0)
 
 
 # The optimiser
@@ -225,10 +164,8 @@ def test_optimizer_state_survives_packing() -> None:
 def test_the_loss_falls(tmp_path, kind, muon_lr) -> None:
     stream = make_stream(60, kind, batch_size=32)
     seen = []
-    trained = train_model(
-        make_model(kind), stream, RECIPE | {"muon_lr": muon_lr}, tmp_path / "state.safetensors",
-        seed=0, report=seen.append,
-    )  # fmt: skip
+    recipe, state = RECIPE | {"muon_lr": muon_lr}, tmp_path / "state.safetensors"
+    trained = train_model(make_model(kind), stream, recipe, state, seed=0, report=seen.append)
     first, last = trained.history[0], trained.history[-1]
     assert (first["step"], last["step"]) == (1, 60) == (seen[0].step, seen[-1].step)
     assert last["loss"] < 0.6 * first["loss"]
@@ -290,13 +227,24 @@ def test_a_state_that_counts_neither_samples_nor_waiting_continues(tmp_path, mon
     path = tmp_path / "state.safetensors"
     assert run(path, stop_at=3) is None
     tensors, metadata = load_checkpoint(path)
-    for name in ("samples", "waited", "parts"):
+    for name in ("samples", "data_wait_seconds", "parts"):
         metadata.pop(name, None)
     metadata["history"] = [{"step": h["step"], "loss": h["loss"]} for h in metadata["history"]]
     save_checkpoint(path, tensors, metadata)
     _, trained = run(path)
     assert trained.samples == 5 * 8 and trained.history[-1]["step"] == 8
     assert len(type(trained).of_phases([trained]).history) == 8
+
+
+def test_the_waiting_of_a_state_under_its_old_name_counts_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("relay_fast.training.trainer.LOG_EVERY", 0.0)
+    path = tmp_path / "state.safetensors"
+    assert run(path, stop_at=3) is None
+    tensors, metadata = load_checkpoint(path)
+    metadata["waited"] = metadata.pop("data_wait_seconds") + 1000
+    save_checkpoint(path, tensors, metadata)
+    _, trained = run(path)
+    assert 1000 < trained.data_wait_seconds < 1000 + trained.seconds
 
 
 def test_what_phases_took_together() -> None:

@@ -170,6 +170,7 @@ def test_threads_are_the_least_of_cores_quota_and_the_users_limits(monkeypatch) 
         ("0::/job\n", {"job/cpu.max": "max 100000"}, 64),
         ("3:cpu,cpuacct:/docker/1\n0::/\n",
          {"cpu,cpuacct/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 3),
+        ("nonsense\n0::/\n", {"cpu.max": "200000 0"}, 64),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
         ("4:cpuset:/\n0::/\n", {}, 64),
     ],

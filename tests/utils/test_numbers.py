@@ -27,7 +27,7 @@ from relay_fast.decoding.autoregressive import decode
 from relay_fast.decoding.chains import unseen_problems
 from relay_fast.tasks import Vocabulary, make_task
 from relay_fast.training.model_files import load_model, save_model
-from relay_fast.utils.numbers import plain_numbers, real, truth, whole
+from relay_fast.utils.numbers import as_bool, as_float, as_int, plain_numbers
 
 KINDS = [np.int64, np.int32, np.uint8, lambda n: np.array(n), lambda n: torch.tensor(n)]
 NOT_WHOLE = [True, np.True_, torch.tensor(True), 2.0, np.float32(2), "2", None, torch.tensor(2.0)]
@@ -35,28 +35,28 @@ NOT_WHOLE = [True, np.True_, torch.tensor(True), 2.0, np.float32(2), "2", None, 
 
 def test_whole() -> None:
     for kind in [int, *KINDS]:
-        assert whole("n", kind(3)) == 3 and type(whole("n", kind(3))) is int
+        assert as_int("n", kind(3)) == 3 and type(as_int("n", kind(3))) is int
     for value in NOT_WHOLE:
         with pytest.raises(ValueError, match="n = .*: it must be a whole number"):
-            whole("n", value)
+            as_int("n", value)
     with pytest.raises(ValueError, match="n = 0: it must be at least 1"):
-        whole("n", np.int64(0), least=1)
+        as_int("n", np.int64(0), least=1)
     with pytest.raises(ValueError, match="n = -1: it must be 0 or more"):
-        whole("n", -1, least=0)
+        as_int("n", -1, least=0)
 
 
 def test_real_and_truth() -> None:
     for value in (np.float32(0.5), np.float64(0.5), np.float16(0.5), torch.tensor(0.5), 0.5):
-        assert real("x", value) == 0.5 and type(real("x", value)) is float
-    assert real("x", np.int64(2)) == 2.0
+        assert as_float("x", value) == 0.5 and type(as_float("x", value)) is float
+    assert as_float("x", np.int64(2)) == 2.0
     for value in (True, np.False_, "0.5", None, [0.5], float("nan"), np.inf):
         with pytest.raises(ValueError, match="x = .*: it must be (a number|finite)"):
-            real("x", value)
+            as_float("x", value)
     for value in (True, np.True_, torch.tensor(True)):
-        assert truth("b", value) is True
+        assert as_bool("b", value) is True
     for value in (1, 0, "yes", None, np.int64(1)):
         with pytest.raises(ValueError, match="b = .*: it must be True or False"):
-            truth("b", value)
+            as_bool("b", value)
 
 
 SIZES = {"d_model": 16, "n_heads": 2, "n_layers": 1, "n_kv_heads": 1, "d_hidden": 8, "max_loops": 3}
@@ -182,12 +182,15 @@ def test_plain_numbers() -> None:
     assert json.dumps(plain_numbers(value)) == '{"a": 1, "b": [0.5, [true, "x"]], "c": {"d": null}}'
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("kind", KINDS)
 def test_ops_and_tasks_take_them(kind) -> None:
     x, norm = torch.randn(6, 16), torch.ones(16)
     qkv, cu = torch.randn(6, 48), torch.tensor([0, 6], dtype=torch.int32)
     same = lambda a, b: torch.equal(a, b)
-    assert same(functional.attention(qkv, cu, kind(2)), functional.attention(qkv, cu, 2))
+    attended = functional.attention(qkv, cu, 2)
+    assert same(functional.attention(qkv, cu, kind(2)), attended)
+    for offsets in (cu.tolist(), cu.numpy()):
+        assert same(functional.attention(qkv, offsets, 2, kind(2)), attended)
     up, down = torch.randn(32, 16), torch.randn(16, 32)
     for call in (
         lambda eps: functional.norm_linear(x, norm, up, eps=eps),

@@ -1,4 +1,4 @@
-"""Presets: runs as data. Each is a TOML file beside this one."""
+"""Presets: configs of runs, each a TOML file in this folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from relay_fast.utils.settings import Count, Seed, changed, check, check_value
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
+    """Returns the names of the presets that come with the package."""
     return sorted(
         p.name.removesuffix(".toml") for p in files(__name__).iterdir() if p.name.endswith(".toml")
     )
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The run config of a preset, a fresh dictionary. Raises ValueError for an unknown name."""
+    """Reads the run config of a preset. Raises ValueError for an unknown name."""
     if name not in preset_names():
         raise ValueError(f"preset {name!r} is unknown: use one of {', '.join(preset_names())}")
     return tomllib.loads((files(__name__) / f"{name}.toml").read_text(encoding="utf-8"))
@@ -37,14 +37,23 @@ def override(
     scale: float | None = None,
     values: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A copy of the config with a run's own choices put in, checked as a whole by
-    `relay_fast.relay.presets.schema`; raises ValueError for what it does not know.
+    """Copies a config with changed settings; the result is checked by `RunConfig`.
 
-    steps: so many in every training stage (and about one batch of problems in every generated set,
-    at least one of each length), for a smoke run. scale: this share (0 < scale ≤ 1) of the steps,
-    of the problems in every generated set and of those in evaluation, at least one each, for a
-    rehearsal. values: texts like "model.d_model=64" for what the preset holds, or what every
-    training takes. They are put in first, then scale, then the others.
+    `values` are applied first, then `scale`, then the others.
+
+    Args:
+        config: A preset.
+        tasks: The tasks to keep, by default all.
+        steps: Steps of every training stage; generated sets shrink to about one batch.
+        batch_size: Batch size of every training stage.
+        eval_problems: Problems of each length in evaluation.
+        seed: The run's seed.
+        scale: Share (0 < scale ≤ 1) of all steps, generated problems and evaluated problems that
+            is kept, at least one each.
+        values: Texts like "model.d_model=64".
+
+    Raises:
+        ValueError: A setting is unknown or out of range.
     """
     config = _with_values(config, values)
     if tasks is not None:
@@ -66,21 +75,12 @@ def override(
     if seed is not None:
         check_value("seed", seed, Seed)
     if batch_size is not None:
-        for recipe in (config["training"], *config["stages"].values()):
-            recipe.pop("batch_tokens", None)
-            if "batch_size" in recipe or recipe is config["training"]:
-                recipe["batch_size"] = batch_size
+        for stage in (config["training"], *config["stages"].values()):
+            stage.pop("batch_tokens", None)
+            if "batch_size" in stage or stage is config["training"]:
+                stage["batch_size"] = batch_size
     if steps is not None:
-        size = config["training"]["batch_size"]
-        for recipe in config["stages"].values():
-            for key in ("epochs", "token_iterations"):
-                recipe.pop(key, None)
-            recipe["steps"] = steps
-        for task in config["tasks"].values():
-            task["merge_inside"] = min(task["merge_inside"], steps * size)
-            for key in ("merge_beyond", "self_counts"):
-                share = max(1, size // len(task[key]))
-                task[key] = [min(n, share) for n in task[key]]
+        _set_steps(config, steps)
     if eval_problems is not None:
         config["evaluation"]["problems"] = eval_problems
     if seed is not None:
@@ -88,13 +88,27 @@ def override(
     return config
 
 
+def _set_steps(config: dict[str, Any], steps: int) -> None:
+    """Sets the steps of every stage and reduces the generated sets to about a batch, in place."""
+    size = config["training"]["batch_size"]
+    for stage in config["stages"].values():
+        for key in ("epochs", "token_iterations"):
+            stage.pop(key, None)
+        stage["steps"] = steps
+    for task in config["tasks"].values():
+        task["merge_inside"] = min(task["merge_inside"], steps * size)
+        for key in ("merge_beyond", "self_counts"):
+            share = max(1, size // len(task[key]))
+            task[key] = [min(n, share) for n in task[key]]
+
+
 def recipe(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """A training stage's recipe: what all stages share, overridden by its own."""
+    """Returns a training stage's settings: the shared ones, overridden by its own."""
     return {**config["training"], **config["stages"][stage]}
 
 
 def _with_values(config: dict[str, Any], values: Sequence[str]) -> dict[str, Any]:
-    """A copy with the texts `values` put in. Raises ValueError for what changes nothing."""
+    """Copies a config with `values` applied. Raises ValueError for a text without effect."""
     new = changed(config, values, RunConfig)
     for text in values:
         path, _, name = text.partition("=")[0].rpartition(".")
@@ -109,14 +123,14 @@ def _with_values(config: dict[str, Any], values: Sequence[str]) -> dict[str, Any
             )
     for stage, before in zip(new["stages"].values(), config["stages"].values(), strict=True):
         if any(key in stage and key not in before for key in LENGTHS_OF_A_STAGE):
-            for key in LENGTHS_OF_A_STAGE:  # another way to say how long it is
+            for key in LENGTHS_OF_A_STAGE:  # the new length replaces one of another kind
                 if key in before:
                     del stage[key]
     return new
 
 
 def _shrink(config: dict[str, Any], scale: float) -> None:
-    """Takes this share of everything that makes a run long."""
+    """Reduces steps, generated problems and evaluated problems to this share, in place."""
     share = lambda n: max(1, math.ceil(n * scale))
     for stage in config["stages"].values():
         for key in ("steps", "epochs", "token_iterations"):

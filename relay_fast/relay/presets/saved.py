@@ -1,4 +1,4 @@
-"""Run folders as the commands open them: RELAY's own, and a sentence about all others."""
+"""Opens run folders of RELAY for the commands, and refuses all others."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from relay_fast.utils.settings import check
 
 
 def open_run(path: str | os.PathLike, write: bool = False) -> RunFolder:
-    """The folder of a run of RELAY, by whichever version.
+    """Opens the folder of a run of RELAY, written by any version.
 
-    write: also make sure that results can be written. Raises RunFolderError, before anything is
-    written, for a folder that holds something else.
+    Args:
+        path: Path of the folder.
+        write: Lock it for writing an evaluation and check that it is writable.
+
+    Raises:
+        RunFolderError: The folder holds something else; nothing has been written.
     """
     folder = RunFolder.open(path)
     try:
@@ -30,7 +34,12 @@ def open_run(path: str | os.PathLike, write: bool = False) -> RunFolder:
 
 
 def refuse_foreign(path: str | os.PathLike, recipe: bool = False) -> None:
-    """Raises RunFolderError if the folder is there and is no run of RELAY; recipe: of a recipe."""
+    """Raises RunFolderError for an existing folder that holds another kind of run.
+
+    Args:
+        path: Path of the folder.
+        recipe: Expect the run of a recipe instead of RELAY.
+    """
     if not (Path(path) / "config.json").is_file():
         return
     if not recipe:
@@ -42,7 +51,7 @@ def refuse_foreign(path: str | os.PathLike, recipe: bool = False) -> None:
 
 
 def what_is(config: Mapping[str, Any]) -> str:
-    """What wrote a config.json, as far as it can be told."""
+    """Describes the kind of run or model that a config.json belongs to."""
     if "recipe" in config:
         return f"a run of the recipe {config['recipe']!r}"
     if "model_type" in config or "architectures" in config:

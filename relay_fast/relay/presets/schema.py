@@ -1,4 +1,4 @@
-"""What a run of RELAY is set up with: every key, its range, what it means."""
+"""The schema of a run's config: every key with its range and meaning."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class VocabularyTable(Table):
 
 
 class SavedTask(Table):
-    """Of a task, what evaluation needs: a run of any version has it."""
+    """The settings of a task that evaluation needs; runs of every version have them."""
 
     train: Lengths = Field(description="the shortest and the longest length in training")
     test: Lengths = Field(description="the same, in evaluation: from the shortest trained on")
-    parameters: dict[str, Any] = Field(description="the task's own, which checks them")
+    parameters: dict[str, Any] = Field(description="the task's own, checked by the task")
 
 
 class FeedbackTable(Table):
@@ -85,11 +85,11 @@ class TaskTable(SavedTask):
     self_counts: Counts = Field(description="how many of each length a phase writes")
     merge_inside: Count = Field(description="true problems in the fine-tuning of ar_relay")
     merge_beyond: Counts = Field(description="chains of the looped model, by length beyond train")
-    hit_matrix: tuple[Count, ...] = Field(description="lengths of which each token is judged")
+    hit_matrix: tuple[Count, ...] = Field(description="lengths with accuracy by token")
 
 
 class BlockTable(Table):
-    """As `relay_fast.config.BlockConfig`, which checks that the parts fit together."""
+    """Settings of `relay_fast.config.BlockConfig`, which checks that they fit together."""
 
     d_model: Count = Field(ABSENT, description="width of the states")
     n_heads: Count = Field(ABSENT, description="heads of the attention")
@@ -103,10 +103,14 @@ class BlockTable(Table):
     rope_base: Positive | None = Field(10_000.0, description="of RoPE; null: no positions")
     dropout: Below1 = Field(0.0, description="share of the states dropped in training")
     loop_norm: Literal[*LOOP_NORMS] = Field("none", description="norm between iterations")
-    injection: Literal[*INJECTIONS] = Field("none", description="how iterations see the input")
+    injection: Literal[*INJECTIONS] = Field(
+        "none", description="how the input enters each iteration"
+    )
     max_loops: Whole = Field(0, description="size of the loop-index embedding, 0 for none")
     state_noise: NotNegative = Field(0.0, description="noise on the state, relative to its RMS")
-    feedback: Literal[*FEEDBACKS] = Field("none", description="what an iteration sees")
+    feedback: Literal[*FEEDBACKS] = Field(
+        "none", description="what is fed back to the next iteration"
+    )
     carry_state: bool = Field(False, description="with feedback: whether the state goes on too")
     feedback_noise: Below1 = Field(0.0, description="share of fed tokens made wrong in training")
 
@@ -115,8 +119,8 @@ class ModelTable(BlockTable):
     d_model: Count = Field(description="width of the states")
     n_heads: Count = Field(description="heads of the attention")
     n_layers: Count = Field(description="layers of the block")
-    looped: BlockTable = Field(ABSENT, description="what the looped models have else")
-    autoregressive: BlockTable = Field(ABSENT, description="the autoregressive ones")
+    looped: BlockTable = Field(ABSENT, description="overrides for looped models")
+    autoregressive: BlockTable = Field(ABSENT, description="for autoregressive models")
 
 
 class EvaluationTable(Table):
@@ -124,7 +128,7 @@ class EvaluationTable(Table):
 
 
 class FineTuning(Table):
-    """What every stage may have of its own."""
+    """Settings that every training stage may override."""
 
     lr: LearningRate = ABSENT
     muon_lr: MuonRate | None = None
@@ -138,7 +142,7 @@ class FineTuning(Table):
     graph: bool = Field(False, description="a step as one CUDA graph")
     batch_size: BatchSize = ABSENT
     batch_tokens: Count = Field(ABSENT, description="most tokens in a batch")
-    weighting: Literal["sequence", "row"] = Field("sequence", description="what counts alike")
+    weighting: Literal["sequence", "row"] = Field("sequence", description="unit with equal weight")
     task_weights: dict[str, NotNegative] = Field(
         ABSENT, description="weight of each task in the loss, {NAME = 1.0, ...}"
     )
@@ -146,11 +150,11 @@ class FineTuning(Table):
 
 class FromScratch(FineTuning):
     lengths: Literal["proportional", "uniform"] = Field(
-        "uniform", description="longer problems more often, or all lengths alike"
+        "uniform", description="longer problems more often, or all lengths equally often"
     )
-    lengths_per_batch: Count = Field(ABSENT, description="lengths in a batch, default any")
-    dataset_size: Count = Field(ABSENT, description="problems of each task, default no end")
-    curriculum: Share = Field(0.0, description="share of the stage until the longest problems")
+    lengths_per_batch: Count = Field(ABSENT, description="different lengths in a batch")
+    dataset_size: Count = Field(ABSENT, description="problems of each task, default unlimited")
+    curriculum: Share = Field(0.0, description="share of the stage in which lengths grow")
     pad_probability: Share = Field(0.0, description="of padding a problem on the left")
     pad_to: Whole = Field(0, description="up to so many tokens")
     chain_weight: NotNegative = Field(1.0, description="of the chain's tokens in the loss")
@@ -164,7 +168,7 @@ class TrainingTable(FromScratch):
 
 
 class _Long(Table):
-    """How long a stage is: one of these."""
+    """The length of a stage, given by exactly one of these."""
 
     steps: Count = Field(ABSENT, description="steps of the stage")
     epochs: Positive = Field(ABSENT, description="or passes over its data")
@@ -198,14 +202,14 @@ class StagesTable(Table):
 
 
 class SavedRun(Table):
-    """What a run's config needs for its models to be read, whichever version wrote it."""
+    """The part of a run's config that loading its models needs, in every version."""
 
     vocabulary: VocabularyTable
     tasks: dict[str, SavedTask] = Field(min_length=1)
 
 
 class RunConfig(SavedRun):
-    """A preset, and the config of a run."""
+    """The config of a run, or a preset."""
 
     name: str = Field(description="the preset's")
     seed: Seed = Field(description="of all random numbers")
@@ -226,7 +230,13 @@ class RunConfig(SavedRun):
 
 
 def _check_task(key: str, task: TaskTable, phases: set[int]) -> None:
-    """Raises ValueError for lengths of a task that do not go together."""
+    """Raises ValueError for lengths of a task that do not fit together.
+
+    Args:
+        key: The task's key in the config.
+        task: Its settings.
+        phases: Numbers of self-chain phases of all tasks.
+    """
     if task.test[1] < task.train[0]:
         raise ValueError(
             f"{key}.test = {list(task.test)} ends below train = {list(task.train)}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import relay_fast
-from relay_fast.engine.side_graphs import graphs_left
+from relay_fast.engine.retained_graphs import find_retained_graphs
 
 D = 4
 KEPT: list[Tensor] = []
@@ -55,6 +56,20 @@ class InADict(Plain):
 class InAnObject(Plain):
     def keep(self, loss):
         self.space.losses.append(loss)
+
+
+@dataclass(slots=True)
+class Slots:
+    loss: Tensor | None = None
+
+
+class InSlots(Plain):
+    def __init__(self):
+        super().__init__()
+        self.slots = Slots()
+
+    def keep(self, loss):
+        self.slots.loss = loss
 
 
 class OfTheClass(Plain):
@@ -104,6 +119,7 @@ class Collector:
 
 
 LEAVES = {
+    InSlots: r"slots\.loss",
     Attribute: "aux", OfAPart: r"inner\.0\.aux", InAList: r"list\[0\]", InADict: r"dict\['aux'\]",
     InAnObject: r"space\.losses\[0\]", OfTheClass: r"kept\[", Global: r"KEPT \(in keep\)",
     Closure: r"kept \(in keep\)", Hook: r"kept \(in linear\._forward_hooks",
@@ -117,7 +133,7 @@ def test_what_is_left_is_refused_at_the_call(kind: type[Plain], policy: str) -> 
     for frozen in (False, True):  # the gradient of x alone would be lost as well
         module = kind().requires_grad_(not frozen)
         x = torch.randn(2, D, requires_grad=frozen)
-        with pytest.raises(RuntimeError, match=f"left .* in .*{LEAVES[kind]}.* detach"):
+        with pytest.raises(RuntimeError, match=f"stored .* in .*{LEAVES[kind]}.* detach"):
             relay_fast.loop(module, x, [2, 1], recompute=policy)
     with torch.no_grad():
         relay_fast.loop(module, x, 2, recompute=policy)
@@ -163,4 +179,21 @@ def test_what_was_there_before_is_not_the_loops() -> None:
     module, x = Plain(), torch.randn(2, D, requires_grad=True)
     module.list.append(module(x))
     relay_fast.loop(module, x, 2).sum().backward()
-    assert [where for where, _ in graphs_left(module).values()] == ["list[0]"]
+    assert [where for where, _ in find_retained_graphs(module).values()] == ["list[0]"]
+
+
+class InAnArgument(Plain):
+    def forward(self, h: Tensor, kept: dict) -> Tensor:
+        y = super().forward(h)
+        kept["losses"].append(y.square().mean())
+        return y
+
+
+@pytest.mark.parametrize("policy", ["none", "state", "sqrt"])
+@pytest.mark.parametrize("there", [[], [torch.ones((), requires_grad=True) * 2]])
+def test_what_is_left_in_an_argument_is_refused(there: list[Tensor], policy: str) -> None:
+    x, kept = torch.randn(2, D, requires_grad=True), {"losses": list(there)}
+    with pytest.raises(RuntimeError, match=r"needs a gradient in .kept\['losses'\]\[\d\]"):
+        relay_fast.loop(InAnArgument(), x, 2, shared={"kept": kept}, recompute=policy)
+    with torch.no_grad():
+        relay_fast.loop(InAnArgument(), x, 2, shared={"kept": kept}, recompute=policy)

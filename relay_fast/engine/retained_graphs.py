@@ -1,15 +1,16 @@
-"""What a module's forward leaves behind that needs a gradient: auxiliary losses, kept activations.
+"""Finds tensors with an autograd graph that a module's forward stored, such as auxiliary losses and
+cached activations.
 
-Looked for where modules keep such things: in attributes of the module and its class, in containers
-and plain objects there, and in what methods and hooks hold (closures, defaults, bound objects,
-containers among the globals that they name).
+Searches the attributes of the module and its class, the containers and plain objects in them, and
+what methods and hooks refer to: closures, defaults, bound objects, and containers among the globals
+that they name.
 """
 
 from __future__ import annotations
 
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 
@@ -18,20 +19,26 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-DEPTH = 5  # of containers in containers; beyond the first levels, of nothing else
-CONTAINERS_ONLY = 2
-ENTRIES = 1000  # of one container, the newest: vocabularies and logs are long
+DEPTH = 5  # levels of nesting that are searched
+CONTAINERS_ONLY = 2  # of them the innermost, in which only containers are searched
+ENTRIES = 1000  # newest entries searched in one container: vocabularies and logs are long
 _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, type(None))
 _SCALARS = {str, int, float, bool, type(None)}
 _EMPTYABLE = {dict, OrderedDict, set, list}
 
 
-def graphs_left(module: nn.Module) -> dict[int, tuple[str, Tensor]]:
-    """The tensors with a gradient graph that a module and its parts hold: by id, where and what."""
+def find_retained_graphs(
+    module: nn.Module, arguments: Mapping[str, object] | None = None
+) -> dict[int, tuple[str, Tensor]]:
+    """Returns the tensors with an autograd graph that a module, its submodules and the containers
+    among its arguments refer to: id → (where, tensor)."""
     parts = dict(module.named_modules())
     seen, found = {id(part) for part in parts.values()}, {}
+    for name, value in (arguments or {}).items():
+        for where, tensor in _walk(name, value, DEPTH, seen):
+            found[id(tensor)] = where, tensor
     for name, part in parts.items():
-        # Old-style reparametrizations leave the weight that forward reads, made from parameters.
+        # Hook-based reparametrizations store the weight that they compute from parameters.
         remade = {
             hook.name
             for hook in part._forward_pre_hooks.values()
@@ -44,7 +51,7 @@ def graphs_left(module: nn.Module) -> dict[int, tuple[str, Tensor]]:
                     continue
                 seen.add(id(owner))
             for key, value in vars(owner).items():
-                kind = type(value)  # most attributes are scalars and empty collections of hooks
+                kind = type(value)  # fast path: most are scalars and empty collections of hooks
                 if kind in _SCALARS or (kind in _EMPTYABLE and not value) or key in skipped:
                     continue
                 if key.startswith("__"):
@@ -69,7 +76,7 @@ def _walk(where: str, value: object, depth: int, seen: set[int]) -> Iterator[tup
 
 
 def _parts(where: str, value: object) -> Iterator[tuple[str, object]]:
-    """What an object holds, and where."""
+    """Yields (where, value) for each value that an object refers to."""
     if isinstance(value, dict):
         for key in list(islice(reversed(value), ENTRIES)):
             yield f"{where}[{key!r}]", value[key]
@@ -92,6 +99,11 @@ def _parts(where: str, value: object) -> Iterator[tuple[str, object]]:
         yield from (
             (f"{where}.{key}", part) for key, part in getattr(value, "__dict__", {}).items()
         )
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for key in (slots,) if isinstance(slots, str) else slots:
+                if not key.startswith("__") and hasattr(value, key):
+                    yield f"{where}.{key}", getattr(value, key)
 
 
 def _of_function(where: str, function: types.FunctionType) -> Iterator[tuple[str, object]]:
