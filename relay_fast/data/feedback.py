@@ -58,7 +58,7 @@ def iterations_of(
     starts = np.cumsum(widths) - widths
     whole = np.zeros((3, int(widths.sum())), np.int64)
     for own, part in parts.values():
-        whole[:, concat_ranges(starts[own], widths[own])] = np.stack(part.inputs)
+        whole[:, concat_ranges(starts[own], widths[own])] = np.stack(part.inputs[:3])
     return Iterations(Inputs(*whole), widths, shifts)
 
 
@@ -72,15 +72,14 @@ def _of_one_task(
 ) -> Iterations:
     check_draws(task, draws)
     widths = task.input_sizes(written, owner, before)
-    gaps = shifts = np.zeros(len(owner), np.int64)
+    shifts = np.zeros(len(owner), np.int64)
     if rng is not None:
-        widths = draws.widths(widths, rng)
-        gaps, shifts = draws.gaps(len(owner), rng), draws.shifts(len(owner), rng)
-    tokens, fed, positions = task.inputs(written, owner, before, widths, gaps)
+        widths, shifts = draws.widths(widths, rng), draws.shifts(len(owner), rng)
+    tokens, fed, positions, cuts = task.inputs(written, owner, before, widths)
     if positions is None:
         positions = concat_ranges(np.zeros_like(widths), widths)
     if rng is not None and draws.cut:
-        positions = positions + draws.cuts(widths, rng)
+        positions = positions + draws.moves(widths, cuts, rng)
     if shifts.any():
         fed = fed + np.where(task.are_numbers(fed), np.repeat(shifts, widths), 0)
     return Iterations(Inputs(tokens, fed, positions), widths, shifts)
@@ -152,12 +151,11 @@ def check_draws(task: Task, draws: FeedbackDraws) -> None:
             f"task {task.name!r} shows no distance that grows with the length, cut = {draws.cut} "
             f"does nothing for it: leave it out"
         )
-    for name in ("gap", "shift"):
-        if getattr(draws, name) and name not in task.takes:
-            raise ValueError(
-                f"task {task.name!r} has no {name} in its feedback, {name} = "
-                f"{getattr(draws, name)} does nothing there: leave it out"
-            )
+    if draws.shift and not task.takes_shift:
+        raise ValueError(
+            f"task {task.name!r} has no rule for shifted numbers, shift = {draws.shift} cannot be "
+            f"trained: leave it out"
+        )
 
 
 def check_numbers(task: Task, tokens: np.ndarray) -> None:

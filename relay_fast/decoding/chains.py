@@ -278,7 +278,7 @@ def _warn_beyond(model: LoopedTransformer, longest: int) -> None:
     if trained and longest > trained:
         warnings.warn(
             f"the longest input has {longest} tokens, the model was trained on up to {trained} "
-            "(padding and gaps included): what it writes beyond is a guess; train with a larger "
+            "(padding and cuts included): what it writes beyond is a guess; train with a larger "
             "pad_to",
             stacklevel=4,
         )

@@ -144,12 +144,7 @@ class Arithmetic(Task):
         return self._left(written, owner, before)[1] + 1
 
     def inputs(
-        self,
-        written: Written,
-        owner: np.ndarray,
-        before: np.ndarray,
-        widths: np.ndarray,
-        gaps: np.ndarray,
+        self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
     ) -> Inputs:
         """The expression that is left, alone: the last round in the problem's place."""
         starts, sizes = self._left(written, owner, before)

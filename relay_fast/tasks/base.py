@@ -31,7 +31,7 @@ class Task(ABC):
         min_length: The smallest length.
         min_input_tokens: The looped model pads shorter inputs on the left to this many tokens, so
             that every round and its boundary `<pad>` fit.
-        takes: Which of "gap" and "shift" (`FeedbackDraws`) the task has in training with feedback.
+        takes_shift: Whether there is a rule for shifted numbers (`shifted_rounds`).
         clips_positions: Whether `inputs` of any length hold the same positions.
         answer_suffix: Tokens between the last round and the answer in an autoregressive sequence;
             None if the last round is the answer, so that nothing is added.
@@ -43,7 +43,7 @@ class Task(ABC):
     answer_suffix: ClassVar[tuple[int, ...] | None]
     min_length: ClassVar[int] = 1
     min_input_tokens: int = 0
-    takes: ClassVar[frozenset[str]] = frozenset()
+    takes_shift: ClassVar[bool] = False
     clips_positions: ClassVar[bool] = False
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -210,12 +210,7 @@ class Task(ABC):
         return np.maximum(written.problem_sizes(owner), self.min_input_tokens)
 
     def inputs(
-        self,
-        written: Written,
-        owner: np.ndarray,
-        before: np.ndarray,
-        widths: np.ndarray,
-        gaps: np.ndarray,
+        self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
     ) -> Inputs:
         """What iterations of a looped model with feedback see: a function of the problem and of the
         rounds before the iteration alone, which holds all that the next round needs.
@@ -227,8 +222,6 @@ class Task(ABC):
             owner: (I,) which problem each iteration is of.
             before: (I,) how many of its rounds are written before it.
             widths: (I,) tokens of its input, `input_sizes` or more.
-            gaps: (I,) what is added to the positions behind the first part of an input, for tasks
-                whose `takes` has "gap".
 
         Raises:
             ValueError: The task does not say.

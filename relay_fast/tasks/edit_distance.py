@@ -55,7 +55,7 @@ class EditDistance(Task):
     token = EDIT_DISTANCE
     end = SEP
     answer_suffix = (SEP,)
-    takes = frozenset({"gap", "shift"})
+    takes_shift = True
 
     def __init__(
         self,
@@ -200,16 +200,12 @@ class EditDistance(Task):
         return answers
 
     def inputs(
-        self,
-        written: Written,
-        owner: np.ndarray,
-        before: np.ndarray,
-        widths: np.ndarray,
-        gaps: np.ndarray,
+        self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
     ) -> Inputs:
         """The problem, and fed: the last row of the table (row 0 at first), each cell under its
         letter of the second string and the one of the border under the bar; one mark under the
-        letters of the first string that were used, another under the next."""
+        letters of the first string that were used, another under the next. A cut stands before
+        the bar."""
         tokens = problems_shown(written, owner, widths)
         first = written.problems.length[owner].astype(np.int64)
         second = written.problem_sizes(owner) - first - 3
@@ -218,10 +214,7 @@ class EditDistance(Task):
         fed[bar] = NUMBER0 + self.border * before
         fed[concat_ranges(bar - first, before)] = COMMA
         fed[(bar - first + before)[before < first]] = BAR
-        index = np.arange(len(tokens))
-        positions = index - np.repeat(np.cumsum(widths) - widths, widths)
-        behind = index >= np.repeat(bar, widths)
-        return Inputs(tokens, fed, positions + np.where(behind, np.repeat(gaps, widths), 0))
+        return Inputs(tokens, fed, cuts=widths - second - 2)
 
     def _last_rows(
         self,

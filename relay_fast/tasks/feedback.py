@@ -48,11 +48,13 @@ class Inputs(NamedTuple):
     tokens (N,) int64: as the model reads them without feedback.
     fed (N,) int64: a second token at each place, `<pad>` for none.
     positions (N,) int64: of the tokens; None for 0..n − 1 in each input.
+    cuts (I,) int64: which token of each input a cut in its positions stands before; None for any.
     """
 
     tokens: np.ndarray
     fed: np.ndarray
     positions: np.ndarray | None = None
+    cuts: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class FeedbackDraws:
 
     pad_probability: share of the inputs that are padded on the left, to a number of tokens that is
         uniform up to `pad_to`.
-    gap: positions behind the first part of an input are up to `gap` larger.
-    cut_probability: share of the inputs in which all positions from a random place on are 1..`cut`
-        larger, so that no distance between two tokens is unseen in a longer problem.
+    cut_probability: share of the inputs in which all positions from a place on are 1..`cut` larger,
+        so that no distance between two tokens is unseen in a longer problem; the place is random
+        where the task does not say (`Inputs.cuts`).
     shift_probability: share of the iterations in which a number of 1..`shift` is added to all
         numbers that are fed, so that the target is what the task's rule gives of them.
 
@@ -72,7 +74,6 @@ class FeedbackDraws:
 
     pad_probability: float = 0.0
     pad_to: int = 0
-    gap: int = 0
     cut: int = 0
     cut_probability: float = 0.5
     shift: int = 0
@@ -82,7 +83,7 @@ class FeedbackDraws:
         for name in ("pad_probability", "cut_probability", "shift_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must lie in [0, 1]")
-        for name in ("pad_to", "gap", "cut", "shift"):
+        for name in ("pad_to", "cut", "shift"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more")
 
@@ -92,12 +93,11 @@ class FeedbackDraws:
         drawn = rng.integers(np.minimum(sizes, self.pad_to), max(self.pad_to, 0) + 1)
         return np.where(padded, drawn, sizes)
 
-    def gaps(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        return rng.integers(0, self.gap + 1, count)
-
-    def cuts(self, widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def moves(
+        self, widths: np.ndarray, cuts: np.ndarray | None, rng: np.random.Generator
+    ) -> np.ndarray:
         """(N,) int64: what is added to the positions of inputs of `widths` tokens."""
-        place = rng.integers(1, np.maximum(widths, 2))
+        place = rng.integers(1, np.maximum(widths, 2)) if cuts is None else cuts
         moved = np.where(rng.random(len(widths)) < self.cut_probability, self.cut, 0)
         moved = rng.integers(np.minimum(moved, 1), moved + 1)
         index = concat_ranges(np.zeros_like(widths), widths)

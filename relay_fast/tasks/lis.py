@@ -47,7 +47,7 @@ class LIS(Task):
     token = LIS_TOKEN
     end = SEP
     answer_suffix = ()
-    takes = frozenset({"shift"})
+    takes_shift = True
     clips_positions = True
 
     def __init__(
@@ -165,12 +165,7 @@ class LIS(Task):
         return answers
 
     def inputs(
-        self,
-        written: Written,
-        owner: np.ndarray,
-        before: np.ndarray,
-        widths: np.ndarray,
-        gaps: np.ndarray,
+        self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
     ) -> Inputs:
         """The problem, and fed: each d_i so far under its value, marks under the next group's.
         Positions count from the last group on; all before it stands at 0."""

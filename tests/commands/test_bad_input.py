@@ -259,7 +259,7 @@ def test_a_refused_start_leaves_the_folder_free(tmp_path, wrong) -> None:
 
 
 def test_models_beyond_the_memory_are_refused_by_their_size(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("relay_fast.relay.stages.machine_memory", lambda: 1e5)
+    monkeypatch.setattr("relay_fast.relay.context.machine_memory", lambda: 1e5)
     config = load_preset("cpu")
     model = Context(tmp_path, config, "cpu", "auto").new_model("looped")
     gigabytes = 2 * sum(p.nbytes for p in model.parameters()) / 1e9

@@ -11,7 +11,7 @@ from benchmarks.numerics import assert_bitwise, assert_close
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data.feedback import iterations_of
-from relay_fast.data.streams import BatchFormat, TruthStream, mean_cost
+from relay_fast.data.streams import BatchFormat, TruthStream
 from relay_fast.decoding.chains import (
     generate_looped_chains,
     generate_scored,
@@ -21,15 +21,12 @@ from relay_fast.decoding.chains import (
 from relay_fast.engine.fused_inference import feedback_reason
 from relay_fast.functional import row_cross_entropy
 from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.relay.presets import load_preset, override, recipe
-from relay_fast.relay.stages import Context, run_stage
 from relay_fast.tasks import (
     NO_ANSWER,
     TASK_NAMES,
     FeedbackDraws,
     Samples,
     Task,
-    Vocabulary,
     Written,
     build_tasks,
 )
@@ -39,44 +36,7 @@ from relay_fast.training.model_files import load_model, model_hash, save_model
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import train_model
 from tests.support.fed_inputs import naive_inputs
-
-VOCABULARY = Vocabulary(49, 1)
-TASKS = build_tasks(
-    TASK_NAMES, VOCABULARY,
-    arithmetic={"prime": 11}, edit_distance={"letters": 4, "alphabet": [2, 4]},
-    lis={"group": 3, "low": 0, "high": 49},
-)  # fmt: skip
-D = 16
-
-
-def mixed(each: int = 4) -> Samples:
-    rng = np.random.default_rng(0)
-    return Samples.concat(
-        [
-            TASKS[name].sample(rng.integers(1, most, each), seed=1)
-            for name, most in (("arithmetic", 6), ("edit_distance", 6), ("lis", 14))
-        ]
-    )
-
-
-def new_model(**options) -> LoopedTransformer:
-    """A model that writes `<pad>` now and then, so that its rounds begin anywhere."""
-    torch.manual_seed(1)
-    model = LoopedTransformer(
-        ModelConfig(BlockConfig(D, 2, 2), VOCABULARY.size, feedback="tokens", **options)
-    )
-    with torch.no_grad():
-        model.chain_head.weight[PAD] *= 2.5
-    return model
-
-
-def true_feed(samples: Samples, i: int, t: int, n: int) -> torch.Tensor:
-    """The round before iteration t (from 0) of a sample, right-aligned in n tokens."""
-    fed = torch.full((n,), PAD)
-    if t:
-        text = samples.rounds_of(i)[t - 1]
-        fed[n - len(text) :] = torch.from_numpy(text.astype(np.int64))
-    return fed
+from tests.support.fed_models import TASKS, VOCABULARY, D, mixed, new_model
 
 
 @pytest.mark.parametrize("weighting", ["sequence", "row"])
@@ -84,7 +44,7 @@ def test_side_by_side_is_the_loss_of_one_iteration_after_the_other(weighting: st
     samples = mixed()
     task_weights = {"lis": 2.0, "arithmetic": 0.5}
     draws = {name: FeedbackDraws(0.5, 20) for name in TASKS}
-    draws["edit_distance"] = FeedbackDraws(0.5, 20, gap=9)
+    draws["edit_distance"] = FeedbackDraws(0.5, 20, cut=9)
     model = new_model().double()
     batch = PackedBatch.side_by_side(
         samples, TASKS, task_weights=task_weights, chain_weight=0.7, weighting=weighting,
@@ -120,7 +80,7 @@ def test_side_by_side_is_the_loss_of_one_iteration_after_the_other(weighting: st
     for name, p in model.named_parameters():
         assert_close(name, ours[name], p.grad, 1e-12)
     assert len(batch) == len(samples) and sorted(batch.order) == list(range(len(samples)))
-    assert batch.plan.lengths.max() == 20
+    assert batch.plan.rows > PackedBatch.side_by_side(samples, TASKS).plan.rows, "some are padded"
 
 
 def one_iteration(model, task: Task, problem, texts, width: int = 0, gap: int = 0) -> torch.Tensor:
@@ -144,7 +104,7 @@ def test_shifted_rows_have_shifted_targets() -> None:
 
 
 def test_parts_add_up_to_the_batch(monkeypatch) -> None:
-    draws = {"edit_distance": FeedbackDraws(gap=9)}
+    draws = {"edit_distance": FeedbackDraws(cut=9)}
     batch = PackedBatch.side_by_side(mixed(), TASKS, draws=draws, rng=np.random.default_rng(0))
     model = new_model().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -227,19 +187,6 @@ def test_the_answer_is_what_the_rounds_say(monkeypatch) -> None:
     assert np.array_equal(written.answer, problems.answer)
 
 
-def test_rounds_that_are_empty_or_have_no_end_are_carried_as_they_are() -> None:
-    samples = TASKS["arithmetic"].sample([3, 2], 0)
-    feeder = PackedBatch.looped(samples, TASKS, carry_state=True).feeder
-    n, rows = int(np.diff(samples.problem_offsets)[0]), len(feeder.last)
-    assert not feeder.start().any()
-    ids = torch.arange(rows) + 1
-    assert torch.equal(feeder.after(ids, rows), ids)
-    ids[n - 1] = PAD  # of the first sequence alone
-    fed = feeder.after(ids, rows)
-    assert not fed[:n].any() and torch.equal(fed[n:], ids[n:])
-    assert len(feeder.after(ids, n)) == n
-
-
 def test_what_is_fed_matters() -> None:
     problems, model = TASKS["lis"].sample([9] * 20, 0), new_model().eval()
     before = generate_looped_chains(model, problems, TASKS)
@@ -255,60 +202,6 @@ def test_what_is_fed_matters() -> None:
 
 def _rounds(samples: Samples) -> list[np.ndarray]:
     return [text for i in range(len(samples)) for text in samples.rounds_of(i)]
-
-
-def carried_pair(truth: float = 1.0) -> tuple[LoopedTransformer, PackedBatch]:
-    samples = mixed()
-    extra = np.random.default_rng(3).integers(0, 5, len(samples))
-    batch = PackedBatch.carried(samples, TASKS, extra_pad=extra, truth=truth)
-    return new_model(carry_state=True).double(), batch
-
-
-@pytest.mark.parametrize("truth", [1.0, 0.0])
-def test_carried_states_with_true_rounds_or_its_own(truth: float) -> None:
-    """Against one sample after the other; without truth, what is fed is what the model reads."""
-    model, batch = carried_pair(truth)
-    losses = model.loss(batch)
-    losses.loss.backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    samples, plan, total = mixed(), batch.plan, 0.0
-    read, answers = model.predict_rounds(batch)
-    head = (model.norm.weight, model.chain_head.weight)
-    for k, i in enumerate(batch.order.tolist()):
-        rows = slice(int(plan.offsets[k]), int(plan.offsets[k + 1]))
-        state, own = model.embedding(batch.tokens[rows]), batch.feeder.start()
-        for t in range(1, int(plan.loops[k]) + 1):
-            fed = true_feed(samples, i, t - 1, len(state)) if truth else own[rows]
-            state = model.block((state + model.fed_embedding(fed))[None], 1)[0]
-            part = slice(*batch.row_offsets[t - 1 : t + 1])
-            mine = (batch.rows[part] >= rows.start) & (batch.rows[part] < rows.stop)
-            targets, weights = batch.targets[part][mine], batch.weights[part][mine].double()
-            loss, _ = row_cross_entropy(state, batch.rows[part][mine] - rows.start, targets, *head)
-            total = total + (loss * weights).sum()
-            own = batch.feeder.after(read[t - 1], plan.rows_at(t + 1))
-            if not truth:
-                y = torch.nn.functional.rms_norm(state, (D,), model.norm.weight, 1e-6)
-                assert torch.equal(model.chain_head(y).argmax(-1), read[t - 1][rows])
-        loss, right = row_cross_entropy(
-            state, torch.tensor([len(state) - 1]), batch.answers[k : k + 1], model.norm.weight,
-            model.answer_head.weight,
-        )  # fmt: skip
-        total = total + loss[0] * batch.answer_weights[k].double()
-        if not truth:
-            assert bool(right) == bool(answers[k] == batch.answers[k])
-    assert_close("loss", losses.loss, total, 1e-12)
-    total.backward()
-    for name, p in model.named_parameters():
-        assert_close(name, ours[name], p.grad, 1e-12)
-
-
-def test_a_share_of_the_sequences_is_fed_the_truth() -> None:
-    model, batch = carried_pair(0.5)
-    torch.manual_seed(0)
-    losses = {round(model.loss(batch).loss.item(), 9) for _ in range(4)}
-    torch.manual_seed(0)
-    assert round(model.loss(batch).loss.item(), 9) in losses and len(losses) == 4
 
 
 def test_noise_replaces_its_share_of_the_fed_tokens_in_training_only() -> None:
@@ -469,74 +362,3 @@ def test_empty_batch() -> None:
     assert new_model(carry_state=True).loss(PackedBatch.carried(none, TASKS)).loss.item() == 0
     assert len(generate_looped_chains(new_model(), none, TASKS)) == 0
     assert copy.copy(batch).to("cpu") is not None
-
-
-@pytest.mark.parametrize("preset", ["cpu-arithmetic", "cpu-edit-distance", "cpu-lis"])
-def test_a_run_with_feedback(preset: str, tmp_path) -> None:
-    """The stages take it from the preset: the aligned looped model has it, the others do not."""
-    values = ["model.looped.feedback_noise=0.05"]
-    config = override(load_preset(preset), steps=2, batch_size=8, eval_problems=2, values=values)
-    context = Context(tmp_path, config, "cpu", "auto")
-    (tmp_path / "checkpoints").mkdir()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # training shows all positions of the longest test problem
-        for stage in ("looped_aligned", "evaluate.looped_aligned", "ar_baseline", "chains"):
-            result = run_stage(context, stage, lambda progress: None)
-        run_stage(context, "ar_relay", lambda progress: None)
-    aligned = context.load("looped_aligned").config
-    assert (aligned.feedback, aligned.feedback_noise) == ("tokens", 0.05)
-    span = {"cpu-arithmetic": 50 + 31, "cpu-edit-distance": 2 * 8 + 5 + 31, "cpu-lis": 0}
-    assert aligned.trained_tokens == span[preset]
-    assert context.new_model("looped", "answer").config.feedback == "none"
-    assert context.load("ar_baseline").config.feedback == "none"
-    assert result["trust"]
-    paper = Context(tmp_path, load_preset("paper"), "cpu", "auto").new_model("looped")
-    assert paper.config.feedback == "none", "the paper's own is untouched"
-
-
-def test_the_draws_are_the_stage_s_and_the_task_s(tmp_path) -> None:
-    config = load_preset("cpu-edit-distance")
-    values = ["training.pad_probability=0.2", "training.pad_to=30",
-              "tasks.edit_distance.feedback.pad_to=25"]  # fmt: skip
-    context = Context(tmp_path, override(config, values=values), "cpu", "auto")
-    wanted = FeedbackDraws(0.2, 25, gap=31, shift=16)
-    assert context.draws("looped_aligned") == {"edit_distance": wanted}
-    wrong = override(load_preset("cpu-arithmetic"), values=["tasks.arithmetic.feedback.gap=3"])
-    with pytest.raises(ValueError, match="'arithmetic' has no gap in its feedback"):
-        Context(tmp_path, wrong, "cpu", "auto").prove()
-    large = override(config, values=["tasks.edit_distance.feedback.shift=50"])
-    text = "feedback.shift = 50 can need numbers up to 76, the vocabulary ends at 63: use a smaller"
-    with pytest.raises(ValueError, match=text):
-        Context(tmp_path, large, "cpu", "auto").prove()
-
-
-def test_token_iterations_are_counted_as_they_come(tmp_path) -> None:
-    config = override(load_preset("cpu-arithmetic"), scale=0.02)
-    settings, draws = recipe(config, "looped_aligned"), {"arithmetic": FeedbackDraws(0.3, 42)}
-    task = Context(tmp_path, config, "cpu", "auto").tasks
-    cost = mean_cost(task, {"arithmetic": (1, 8)}, "looped", 22, "uniform", 0.0, draws)
-    schedule = Schedule.by_work(settings["token_iterations"], cost)
-    form = BatchFormat("looped", feedback=True, draws=draws)
-    stream = TruthStream(
-        task, {"arithmetic": (1, 8)}, form, schedule, batch_size=22, seed=0, lengths="uniform"
-    )
-    seen = sum(stream[step].batch.plan.token_iterations for step in range(len(stream)))
-    assert abs(seen / settings["token_iterations"] - 1) < 0.1
-
-
-def test_a_run_that_carries_the_state(tmp_path) -> None:
-    values = ["model.feedback=tokens", "model.carry_state=true", "training.truth=0.2"]
-    config = override(load_preset("cpu"), steps=3, batch_size=8, eval_problems=2, values=values)
-    context = Context(tmp_path, config, "cpu", "auto")
-    (tmp_path / "checkpoints").mkdir()
-    for stage in ("looped_aligned", "looped_vanilla", "ar_baseline"):
-        run_stage(context, stage, lambda progress: None)
-    assert context.load("looped_aligned").config.carry_state
-    assert not context.load("looped_vanilla").config.carry_state
-    run_stage(context, "evaluate.looped_aligned", lambda progress: None)
-
-
-@pytest.mark.parametrize("value", ["model.feedback=state", "model.feedback_noise=1.0"])
-def test_presets_refuse_values_out_of_range(value: str) -> None:
-    with pytest.raises(ValueError, match=value.split("=")[0]):
-        override(load_preset("cpu"), values=[value])

@@ -8,7 +8,7 @@ import pytest
 from relay_fast.data.collate import collate_side_by_side
 from relay_fast.data.feedback import iterations_of, true_rounds
 from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Samples, Vocabulary, Written, build_tasks
-from relay_fast.tasks.vocabulary import NUMBER0
+from relay_fast.tasks.vocabulary import BAR, NUMBER0
 from tests.support.fed_inputs import naive_inputs
 
 VOCABULARY = Vocabulary(63, 1)
@@ -71,13 +71,12 @@ def test_inputs_are_those_of_one_sample_at_a_time(name: str) -> None:
     owner, before = every_iteration(samples)
     task, written = TASKS[name], Written.truth(samples)
     widths = task.input_sizes(written, owner, before) + rng.integers(0, 4, len(owner))
-    gaps = rng.integers(0, 9, len(owner)) if "gap" in task.takes else np.zeros_like(owner)
-    inputs = task.inputs(written, owner, before, widths, gaps)
+    inputs = task.inputs(written, owner, before, widths)
     ends = np.cumsum(widths)
     for k, (i, t) in enumerate(zip(owner, before, strict=True)):
         texts = [text.tolist() for text in samples.rounds_of(i)[:t]]
         tokens, fed, positions = naive_inputs(
-            task, samples.problem_of(i).tolist(), texts, int(widths[k]), int(gaps[k])
+            task, samples.problem_of(i).tolist(), texts, int(widths[k])
         )
         row = slice(ends[k] - widths[k], ends[k])
         assert inputs.tokens[row].tolist() == tokens and inputs.fed[row].tolist() == fed
@@ -143,7 +142,7 @@ def test_shifted_lengths_of_lis_follow_from_the_fed_ones() -> None:
 
 
 def test_what_is_drawn_lies_in_its_range_and_comes_from_the_rng() -> None:
-    draws = {"edit_distance": FeedbackDraws(0.5, 40, gap=7, shift=5, shift_probability=0.25)}
+    draws = {"edit_distance": FeedbackDraws(0.5, 40, cut=7, shift=5, shift_probability=0.25)}
     samples = drawn("edit_distance", 200)
     owner, before = every_iteration(samples)
     make = lambda seed: iterations_of(
@@ -178,22 +177,36 @@ def test_cuts_move_all_positions_behind_one_place() -> None:
         places += np.flatnonzero(steps).tolist()
     assert set(cuts) == set(range(7)) and 0.2 < np.mean(np.array(cuts) > 0) < 0.3
     assert min(places) == 0 and len(set(places)) > 20
-    one = FeedbackDraws(cut=6, cut_probability=1.0).cuts(np.array([1]), np.random.default_rng(0))
-    assert one.tolist() == [0], "an input of one token has no distances"
+    one = FeedbackDraws(cut=6, cut_probability=1.0)
+    moves = one.moves(np.array([1]), None, np.random.default_rng(0))
+    assert moves.tolist() == [0], "an input of one token has no distances"
+
+
+def test_edit_distance_is_cut_before_the_bar() -> None:
+    samples = drawn("edit_distance", 60)
+    owner, before = every_iteration(samples)
+    draws = {"edit_distance": FeedbackDraws(0.5, 30, cut=4, cut_probability=0.75)}
+    inputs, widths, _ = iterations_of(
+        Written.truth(samples), TASKS, owner, before, draws, np.random.default_rng(0)
+    )
+    ends = np.cumsum(widths)[:-1]
+    rows = zip(np.split(inputs.tokens, ends), np.split(inputs.positions, ends), strict=True)
+    for tokens, row in rows:
+        bar = tokens.tolist().index(BAR)
+        assert (np.diff(row)[: bar - 1] == 1).all() and (np.diff(row)[bar:] == 1).all()
+    assert set(inputs.positions[np.cumsum(widths) - 1] - widths + 1) == set(range(5))
 
 
 def test_draws_that_do_not_fit() -> None:
     for values, message in (
         ({"pad_probability": 1.5}, r"pad_probability = 1.5: it must lie in \[0, 1\]"),
         ({"shift_probability": -1}, r"shift_probability = -1: it must lie in"),
-        ({"gap": -1}, "gap = -1: it must be 0 or more"),
         ({"cut": -1}, "cut = -1: it must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             FeedbackDraws(**values)
     for name, values, message in (
-        ("arithmetic", {"shift": 3}, "'arithmetic' has no shift in its feedback, shift = 3 does"),
-        ("lis", {"gap": 3}, "'lis' has no gap in its feedback, gap = 3 does nothing there"),
+        ("arithmetic", {"shift": 3}, "'arithmetic' has no rule for shifted numbers, shift = 3"),
         ("lis", {"cut": 3}, "'lis' shows no distance that grows with the length, cut = 3 does"),
     ):
         samples = drawn(name)

@@ -73,8 +73,7 @@ class FeedbackTable(Table):
 
     pad_probability: Share = Field(ABSENT, description="of padding an input, default the stage's")
     pad_to: Whole = Field(ABSENT, description="up to so many tokens, default the stage's")
-    gap: Whole = Field(0, description="most by which later positions are moved on")
-    cut: Whole = Field(0, description="most by which positions behind a random place are moved on")
+    cut: Whole = Field(0, description="most by which positions behind a place are moved on")
     cut_probability: Share = Field(0.5, description="of moving them")
     shift: Whole = Field(0, description="most that is added to all numbers fed")
     shift_probability: Share = Field(0.5, description="of adding to them")

@@ -1,0 +1,189 @@
+"""A run as its stages see it: folder, config, tasks, and the models of its sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.data.feedback import check_draws
+from relay_fast.data.streams import BatchFormat
+from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.relay.presets import recipe
+from relay_fast.tasks import FeedbackDraws
+from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
+from relay_fast.training.trainer import Trained
+from relay_fast.utils.cores import machine_memory
+
+# Keys of the table `model` that only looped models have.
+_OF_LOOPED = ("feedback", "carry_state", "feedback_noise")
+
+
+class Context:
+    """The run that a stage belongs to: folder, config, tasks, models.
+
+    Attributes:
+        vocabulary, tasks: Built from the config.
+        seed: The run's seed.
+        ranges: {task: (shortest, longest)} lengths in training.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], device: str, impl: str):
+        """Prepares a run.
+
+        Args:
+            folder: The run folder.
+            config: The run's config.
+            device: Where models run.
+            impl: Implementation of the kernels.
+        """
+        self.folder, self.config, self.device, self.impl = folder, config, device, impl
+        self.vocabulary, self.tasks = run_tasks(config)
+        self.seed: int = config["seed"]
+        self.ranges = {name: tuple(config["tasks"][name]["train"]) for name in self.tasks}
+
+    def stream_seed(self, stream: int) -> int:
+        """Returns the seed of a sample stream of `relay_fast.utils.seeds`."""
+        return self.seed * 1000 + stream
+
+    def task_config(self, task: str) -> Mapping[str, Any]:
+        """Returns a task's table of the config."""
+        return self.config["tasks"][task]
+
+    def max_length(self, task: str) -> int:
+        """Returns the largest length of a task that any stage writes or reads."""
+        entry = self.task_config(task)
+        return max(entry["test"][1], self.ranges[task][1] + len(entry["merge_beyond"]),
+                   *entry["self_lengths"])  # fmt: skip
+
+    def prove(self) -> None:
+        """Raises ValueError for lengths that a task does not support, for invalid model sizes and
+        for models that do not fit into this machine's memory."""
+        for name, task in self.tasks.items():
+            entry = self.task_config(name)
+            for length in (self.ranges[name][0], *entry["self_lengths"], *entry["hit_matrix"]):
+                task.check_length(length)
+        for kind in ("looped", "autoregressive"):
+            _check_memory(self.model_config(kind))
+
+    def model_config(self, kind: str, supervise: str = "chain") -> ModelConfig:
+        """Returns the config of the run's models of a kind.
+
+        Args:
+            kind: "looped" or "autoregressive".
+            supervise: What a looped model is trained on, "chain" or "answer".
+
+        Raises:
+            ValueError: Sizes do not fit together.
+        """
+        shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
+        sizes = {**shared, **self.config["model"].get(kind, {})}
+        causal = kind == "autoregressive"
+        bound = max(
+            task.max_sequence_tokens(self.max_length(name))
+            if causal
+            else task.max_problem_tokens(self.max_length(name))
+            for name, task in self.tasks.items()
+        )
+        pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
+        own = [self.task_config(name).get("feedback", {}).get("pad_to", 0) for name in self.tasks]
+        pad_to = pad_to if causal else max(pad_to, *own)
+        looped = {name: sizes.pop(name) for name in _OF_LOOPED if name in sizes}
+        if causal or supervise == "answer":  # they write no rounds that could be fed back
+            looped = {}
+        elif looped.get("feedback", "none") != "none":
+            looped["trained_tokens"] = self._longest_input(looped.get("carry_state", False))
+        return ModelConfig(
+            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16),
+            **looped,
+        )  # fmt: skip
+
+    def new_model(self, kind: str, supervise: str = "chain"):
+        """Builds a model of the run's sizes, initialised from the run's seed."""
+        config = self.model_config(kind, supervise)
+        torch.manual_seed(self.seed)
+        options = {"impl": self.impl, "recompute": self.config["training"].get("recompute", "none")}
+        if kind == "autoregressive":
+            return AutoregressiveTransformer(config, **options).to(self.device)
+        return LoopedTransformer(config, supervise=supervise, **options).to(self.device)
+
+    def _longest_input(self, carry_state: bool) -> int:
+        """Returns the tokens of the longest training input of the aligned looped model, padding and
+        cuts included; 0 where longer inputs hold no other positions."""
+        settings = recipe(self.config, "looped_aligned")
+        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        plain = dict.fromkeys(self.tasks, FeedbackDraws(**shared))
+        draws = plain if carry_state else self.draws("looped_aligned")
+        inputs = [0]
+        for name, task in self.tasks.items():
+            if carry_state or not task.clips_positions:
+                longest = task.max_problem_tokens(self.ranges[name][1])
+                padded = draws[name].pad_to if draws[name].pad_probability else 0
+                inputs.append(max(longest, task.min_input_tokens, padded) + draws[name].cut)
+        return max(inputs)
+
+    def draws(self, stage: str) -> dict[str, FeedbackDraws]:
+        """What is drawn for each iteration that a stage trains with feedback, by task.
+
+        Raises ValueError for draws that a task has not, and for a shift beyond the vocabulary.
+        """
+        settings = recipe(self.config, stage)
+        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        draws = {}
+        for name, task in self.tasks.items():
+            draws[name] = FeedbackDraws(**{**shared, **self.task_config(name).get("feedback", {})})
+            check_draws(task, draws[name])
+            shift, last = draws[name].shift, task.vocabulary.max_number
+            largest = task.largest_fed(self.ranges[name][1]) + shift
+            if shift and largest > last:
+                raise ValueError(
+                    f"tasks.{name}.feedback.shift = {shift} can need numbers up to {largest}, the "
+                    f"vocabulary ends at {last}: use a smaller shift or a larger "
+                    f"vocabulary.max_number"
+                )
+        return draws
+
+    def load(self, name: str):
+        """Loads a trained model of the run."""
+        return load_run_model(self.folder, name, self.device, self.impl)
+
+    def state_path(self, name: str) -> Path:
+        """Returns the path of a stage's training state."""
+        return self.folder / "checkpoints" / f"{name}.state.safetensors"
+
+    def form(self, settings: Mapping[str, Any], kind: str) -> BatchFormat:
+        """Returns the batch format of a stage with these settings."""
+        names = ("task_weights", "chain_weight", "weighting", "batch_tokens")
+        return BatchFormat(kind, **{k: settings[k] for k in names if k in settings})
+
+    def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
+        """Saves the model `name` after training; returns the training's part of results.json."""
+        save_model(model_path(self.folder, name), model, {"seed": self.seed, "stage": name})
+        return {
+            "history": {name: trained.history},
+            "training": {name: trained.record()},
+            "longest_true_problem": trained.longest_true,
+        }
+
+
+def _check_memory(config: ModelConfig) -> None:
+    """Raises ValueError for a model whose weights and gradients are more than the machine holds: on
+    a CPU too they are allocated, one by one, until the system gives no more."""
+    layers, one_layer = config.block.n_layers, replace(config.block, n_layers=1)
+    try:
+        with torch.device("meta"):
+            model = LoopedTransformer(replace(config, block=one_layer))
+        layer = sum(p.nbytes for p in model.block.layers.parameters())
+        needed = 2 * (sum(p.nbytes for p in model.parameters()) + (layers - 1) * layer)
+    except (RuntimeError, TypeError):  # sizes beyond what a tensor can have
+        needed = math.inf
+    if needed > (have := machine_memory()):
+        raise ValueError(
+            f"model: its weights and their gradients take {needed / 1e9:.3g} GB and this machine "
+            f"has {have / 1e9:.3g}: give smaller sizes (d_model, n_layers, d_hidden)"
+        )

@@ -1,0 +1,89 @@
+"""Feedback with the state carried too: the last round, right-aligned, true or the model's own."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.numerics import assert_close
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.functional import row_cross_entropy
+from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.tasks import Samples
+from relay_fast.tasks.vocabulary import PAD
+from tests.support.fed_models import TASKS, D, mixed, new_model
+
+
+def true_feed(samples: Samples, i: int, t: int, n: int) -> torch.Tensor:
+    """The round before iteration t (from 0) of a sample, right-aligned in n tokens."""
+    fed = torch.full((n,), PAD)
+    if t:
+        text = samples.rounds_of(i)[t - 1]
+        fed[n - len(text) :] = torch.from_numpy(text.astype(np.int64))
+    return fed
+
+
+def test_rounds_that_are_empty_or_have_no_end_are_carried_as_they_are() -> None:
+    samples = TASKS["arithmetic"].sample([3, 2], 0)
+    feeder = PackedBatch.looped(samples, TASKS, carry_state=True).feeder
+    n, rows = int(np.diff(samples.problem_offsets)[0]), len(feeder.last)
+    assert not feeder.start().any()
+    ids = torch.arange(rows) + 1
+    assert torch.equal(feeder.after(ids, rows), ids)
+    ids[n - 1] = PAD  # of the first sequence alone
+    fed = feeder.after(ids, rows)
+    assert not fed[:n].any() and torch.equal(fed[n:], ids[n:])
+    assert len(feeder.after(ids, n)) == n
+
+
+def carried_pair(truth: float = 1.0) -> tuple[LoopedTransformer, PackedBatch]:
+    samples = mixed()
+    extra = np.random.default_rng(3).integers(0, 5, len(samples))
+    batch = PackedBatch.carried(samples, TASKS, extra_pad=extra, truth=truth)
+    return new_model(carry_state=True).double(), batch
+
+
+@pytest.mark.parametrize("truth", [1.0, 0.0])
+def test_carried_states_with_true_rounds_or_its_own(truth: float) -> None:
+    """Against one sample after the other; without truth, what is fed is what the model reads."""
+    model, batch = carried_pair(truth)
+    losses = model.loss(batch)
+    losses.loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    samples, plan, total = mixed(), batch.plan, 0.0
+    read, answers = model.predict_rounds(batch)
+    head = (model.norm.weight, model.chain_head.weight)
+    for k, i in enumerate(batch.order.tolist()):
+        rows = slice(int(plan.offsets[k]), int(plan.offsets[k + 1]))
+        state, own = model.embedding(batch.tokens[rows]), batch.feeder.start()
+        for t in range(1, int(plan.loops[k]) + 1):
+            fed = true_feed(samples, i, t - 1, len(state)) if truth else own[rows]
+            state = model.block((state + model.fed_embedding(fed))[None], 1)[0]
+            part = slice(*batch.row_offsets[t - 1 : t + 1])
+            mine = (batch.rows[part] >= rows.start) & (batch.rows[part] < rows.stop)
+            targets, weights = batch.targets[part][mine], batch.weights[part][mine].double()
+            loss, _ = row_cross_entropy(state, batch.rows[part][mine] - rows.start, targets, *head)
+            total = total + (loss * weights).sum()
+            own = batch.feeder.after(read[t - 1], plan.rows_at(t + 1))
+            if not truth:
+                y = torch.nn.functional.rms_norm(state, (D,), model.norm.weight, 1e-6)
+                assert torch.equal(model.chain_head(y).argmax(-1), read[t - 1][rows])
+        loss, right = row_cross_entropy(
+            state, torch.tensor([len(state) - 1]), batch.answers[k : k + 1], model.norm.weight,
+            model.answer_head.weight,
+        )  # fmt: skip
+        total = total + loss[0] * batch.answer_weights[k].double()
+        if not truth:
+            assert bool(right) == bool(answers[k] == batch.answers[k])
+    assert_close("loss", losses.loss, total, 1e-12)
+    total.backward()
+    for name, p in model.named_parameters():
+        assert_close(name, ours[name], p.grad, 1e-12)
+
+
+def test_a_share_of_the_sequences_is_fed_the_truth() -> None:
+    model, batch = carried_pair(0.5)
+    torch.manual_seed(0)
+    losses = {round(model.loss(batch).loss.item(), 9) for _ in range(4)}
+    torch.manual_seed(0)
+    assert round(model.loss(batch).loss.item(), 9) in losses and len(losses) == 4

@@ -1,0 +1,82 @@
+"""Runs whose looped model is fed its rounds as tokens: presets, draws, budgets."""
+
+import warnings
+
+import pytest
+
+from relay_fast.data.streams import BatchFormat, TruthStream, mean_cost
+from relay_fast.relay.presets import load_preset, override, recipe
+from relay_fast.relay.stages import Context, run_stage
+from relay_fast.tasks import FeedbackDraws
+from relay_fast.training.schedule import Schedule
+
+
+@pytest.mark.parametrize("preset", ["cpu-arithmetic", "cpu-edit-distance", "cpu-lis"])
+def test_a_run_with_feedback(preset: str, tmp_path) -> None:
+    """The stages take it from the preset: the aligned looped model has it, the others do not."""
+    values = ["model.looped.feedback_noise=0.05"]
+    config = override(load_preset(preset), steps=2, batch_size=8, eval_problems=2, values=values)
+    context = Context(tmp_path, config, "cpu", "auto")
+    (tmp_path / "checkpoints").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # training shows all positions of the longest test problem
+        for stage in ("looped_aligned", "evaluate.looped_aligned", "ar_baseline", "chains"):
+            result = run_stage(context, stage, lambda progress: None)
+        run_stage(context, "ar_relay", lambda progress: None)
+    aligned = context.load("looped_aligned").config
+    assert (aligned.feedback, aligned.feedback_noise) == ("tokens", 0.05)
+    span = {"cpu-arithmetic": 50 + 31, "cpu-edit-distance": 2 * 8 + 5 + 31, "cpu-lis": 0}
+    assert aligned.trained_tokens == span[preset]
+    assert context.new_model("looped", "answer").config.feedback == "none"
+    assert context.load("ar_baseline").config.feedback == "none"
+    assert result["trust"]
+    paper = Context(tmp_path, load_preset("paper"), "cpu", "auto").new_model("looped")
+    assert paper.config.feedback == "none", "the paper's own is untouched"
+
+
+def test_the_draws_are_the_stage_s_and_the_task_s(tmp_path) -> None:
+    config = load_preset("cpu-edit-distance")
+    values = ["training.pad_probability=0.2", "training.pad_to=30",
+              "tasks.edit_distance.feedback.pad_to=25"]  # fmt: skip
+    context = Context(tmp_path, override(config, values=values), "cpu", "auto")
+    wanted = FeedbackDraws(0.2, 25, cut=31, cut_probability=0.97, shift=16)
+    assert context.draws("looped_aligned") == {"edit_distance": wanted}
+    wrong = override(load_preset("cpu-arithmetic"), values=["tasks.arithmetic.feedback.shift=3"])
+    with pytest.raises(ValueError, match="'arithmetic' has no rule for shifted numbers"):
+        Context(tmp_path, wrong, "cpu", "auto").prove()
+    large = override(config, values=["tasks.edit_distance.feedback.shift=50"])
+    text = "feedback.shift = 50 can need numbers up to 76, the vocabulary ends at 63: use a smaller"
+    with pytest.raises(ValueError, match=text):
+        Context(tmp_path, large, "cpu", "auto").prove()
+
+
+def test_token_iterations_are_counted_as_they_come(tmp_path) -> None:
+    config = override(load_preset("cpu-arithmetic"), scale=0.02)
+    settings, draws = recipe(config, "looped_aligned"), {"arithmetic": FeedbackDraws(0.3, 42)}
+    task = Context(tmp_path, config, "cpu", "auto").tasks
+    cost = mean_cost(task, {"arithmetic": (1, 8)}, "looped", 22, "uniform", 0.0, draws)
+    schedule = Schedule.by_work(settings["token_iterations"], cost)
+    form = BatchFormat("looped", feedback=True, draws=draws)
+    stream = TruthStream(
+        task, {"arithmetic": (1, 8)}, form, schedule, batch_size=22, seed=0, lengths="uniform"
+    )
+    seen = sum(stream[step].batch.plan.token_iterations for step in range(len(stream)))
+    assert abs(seen / settings["token_iterations"] - 1) < 0.1
+
+
+def test_a_run_that_carries_the_state(tmp_path) -> None:
+    values = ["model.feedback=tokens", "model.carry_state=true", "training.truth=0.2"]
+    config = override(load_preset("cpu"), steps=3, batch_size=8, eval_problems=2, values=values)
+    context = Context(tmp_path, config, "cpu", "auto")
+    (tmp_path / "checkpoints").mkdir()
+    for stage in ("looped_aligned", "looped_vanilla", "ar_baseline"):
+        run_stage(context, stage, lambda progress: None)
+    assert context.load("looped_aligned").config.carry_state
+    assert not context.load("looped_vanilla").config.carry_state
+    run_stage(context, "evaluate.looped_aligned", lambda progress: None)
+
+
+@pytest.mark.parametrize("value", ["model.feedback=state", "model.feedback_noise=1.0"])
+def test_presets_refuse_values_out_of_range(value: str) -> None:
+    with pytest.raises(ValueError, match=value.split("=")[0]):
+        override(load_preset("cpu"), values=[value])
