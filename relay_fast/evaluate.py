@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from relay_fast._moved_paths import forward
-from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.relay.evaluation import Metrics, evaluate_autoregressive, evaluate_looped
+from relay_fast.relay.evaluation import Metrics, evaluate_problems, evaluation_problems
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolderError, versions
 from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
+from relay_fast.tasks import Samples, Task
 from relay_fast.training.model_files import (
+    Model,
     check_device,
     load_run_model,
     model_path,
@@ -59,7 +60,8 @@ def evaluate_run(
         RunFolderError, CheckpointError: The folder or a model cannot be used.
         ValueError: An argument is invalid.
     """
-    config = open_run(run).config
+    folder = open_run(run)
+    config = folder.config
     seed = config.get("seed", 0) if seed is None else seed
     check_value("seed", seed, Seed)
     check_device(device)
@@ -73,18 +75,22 @@ def evaluate_run(
         "complete": False,
         "accuracy": {},
     }
-    folder = open_run(run, write=True)
-    # Loads all models before the first evaluation, so that errors come early.
+    folder.check_writable()
+    # All that can be refused comes before the first evaluation and before the lock, a file.
     loaded = {name: load_run_model(run, name, device) for name in names}
-    by_task = {}
+    problems = {}
     for name, task in config["tasks"].items():
-        by_task[name] = lengths or range(task["train"][0], task["test"][1] + 1)
+        chosen = lengths or range(task["train"][0], task["test"][1] + 1)
+        problems[name] = evaluation_problems(
+            list(loaded.values()), tasks[name], chosen, number, seed
+        )
+    folder = open_run(run, write=True)
     for name, model in loaded.items():
         started, options = time.monotonic(), {}
         if display is not None:
             display.start(name)
             options["progress"] = lambda *done, name=name: display.progress(name, Problems(*done))
-        results["accuracy"][name] = _accuracy(model, tasks, by_task, number, seed, options)
+        results["accuracy"][name] = _accuracy(model, tasks, problems, options)
         results["complete"] = len(results["accuracy"]) == len(loaded)
         folder.write("evaluation.json", results)
         if display is not None:
@@ -100,13 +106,13 @@ def _trained_models(run: str) -> list[str]:
     return names
 
 
-def _accuracy(model, tasks, lengths, number, seed, options) -> dict[str, dict[str, Metrics]]:
-    """Evaluates one model on the `lengths` of each task; returns {task: {length: metrics}}."""
-    looped = isinstance(model, LoopedTransformer)
-    evaluate = evaluate_looped if looped else evaluate_autoregressive
+def _accuracy(
+    model: Model, tasks: Mapping[str, Task], problems: Mapping[str, Samples], options: dict
+) -> dict[str, dict[str, Metrics]]:
+    """Evaluates one model on the problems of each task; returns {task: {length: metrics}}."""
     accuracy = {}
-    for name in tasks:
-        by_length = evaluate(model, tasks, name, lengths[name], number, seed, **options)
+    for name, drawn in problems.items():
+        by_length = evaluate_problems(model, tasks, drawn, **options)
         accuracy[name] = {str(length): metrics for length, metrics in by_length.items()}
     return accuracy
 

@@ -116,7 +116,7 @@ def _print_some(a: argparse.Namespace) -> None:
     """Prints chains of one length (`--length`)."""
     model, tasks, config = _load(a)
     task = tasks[a.task]
-    problems = fitting_problems(model, task, a.length, a.number, a.seed)
+    problems = fitting_problems([model], task, a.length, a.number, a.seed)
     shortest, longest = config["tasks"][a.task]["train"]
     print(f"{a.model} on {a.task} of length {a.length}; trained on {shortest} to {longest}\n")
     _print_chains(model, task, problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,30 +56,37 @@ def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
     return task.sample(np.full(number, length), as_int("seed", seed) + EVAL_SEED_OFFSET)
 
 
-def fitting_problems(model: Model, task: Task, length: int, number: int, seed: int) -> Samples:
-    """Returns `unseen_problems` whose true chains the model can hold.
+def fitting_problems(
+    models: Sequence[Model], task: Task, length: int, number: int, seed: int
+) -> Samples:
+    """Returns `unseen_problems` whose true chains each of the models can hold.
 
     Args:
-        model: the model whose limit counts.
+        models: the models whose limits count.
         task, length, number, seed: as in `unseen_problems`.
 
     Raises:
-        ValueError: names the task and length whose chains exceed the model's limit.
+        ValueError: names the task and length whose chains exceed a model's limit.
     """
     task.check_length(length)
-    needed, limit = length, model.config.max_tokens
-    if needed <= limit:  # a problem has more tokens than its length: do not make far too long ones
-        problems = unseen_problems(task, length, number, seed)
+    for model in models:  # a problem has more tokens than its length: do not make far too long ones
+        _refuse_beyond_limit(model, task, length, length)
+    problems = unseen_problems(task, length, number, seed)
+    for model in models:
         sizes = np.diff(problems.problem_offsets)
         if isinstance(model, AutoregressiveTransformer):
             sizes = np.diff(problems.sequences({task.name: task})[1]) - 1
-        needed = int(sizes.max(initial=0))
-        if needed <= limit:
-            return problems
-    raise ValueError(
-        f"{task.name} length {length} needs {needed} tokens or more, beyond the model's limit of "
-        f"{limit}: use a smaller length, or train a model with a larger test length."
-    )
+        _refuse_beyond_limit(model, task, length, int(sizes.max(initial=0)))
+    return problems
+
+
+def _refuse_beyond_limit(model: Model, task: Task, length: int, needed: int) -> None:
+    limit = model.config.max_tokens
+    if needed > limit:
+        raise ValueError(
+            f"{task.name} length {length} needs {needed} tokens or more, beyond the model's limit "
+            f"of {limit}: use a smaller length, or train a model with a larger test length."
+        )
 
 
 def generate_looped_chains(

@@ -132,7 +132,7 @@ def train(
         asdict(training),
         folder.checkpoint(name),
         seed=seed,
-        report=lambda progress: display.progress(name, progress),
+        on_progress=lambda progress: display.progress(name, progress),
         before_step=before_step,
     )
     display.finish(name, trained.seconds)

@@ -182,7 +182,7 @@ class _Arithmetic:
         trained = train_model(
             model, self._stream, asdict(self.training), self.folder.checkpoint(name),
             seed=self.seed, before_step=before_step,
-            report=lambda progress: self.display.progress(name, progress),
+            on_progress=lambda progress: self.display.progress(name, progress),
         )  # fmt: skip
         self.display.finish(name, trained.seconds)
         return trained

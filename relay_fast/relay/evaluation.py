@@ -14,7 +14,7 @@ on. A missing token is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -146,7 +146,8 @@ def evaluate_looped(
     Raises:
         ValueError: The task or the model does not support a length.
     """
-    return _evaluate(grade_looped, model, tasks, name, lengths, problems_per_length, seed, options)
+    problems = evaluation_problems([model], tasks[name], lengths, problems_per_length, seed)
+    return evaluate_problems(model, tasks, problems, **options)
 
 
 def evaluate_autoregressive(
@@ -176,14 +177,46 @@ def evaluate_autoregressive(
     Raises:
         ValueError: The task or the model does not support a length.
     """
-    grade = grade_autoregressive
-    return _evaluate(grade, model, tasks, name, lengths, problems_per_length, seed, options)
+    problems = evaluation_problems([model], tasks[name], lengths, problems_per_length, seed)
+    return evaluate_problems(model, tasks, problems, **options)
 
 
-def _evaluate(grade, model, tasks, name, lengths, number, seed, options) -> dict[int, Metrics]:
+def evaluation_problems(
+    models: Sequence[Model], task: Task, lengths: Iterable[int], number: int, seed: int = 0
+) -> Samples:
+    """Draws the problems that all of `models` are measured on.
+
+    Args:
+        models: The models.
+        task: Draws the problems.
+        lengths: Lengths of the problems.
+        number: Number of problems of each length.
+        seed: Selects the problems.
+
+    Raises:
+        ValueError: The task or a model does not support a length.
+    """
+    return Samples.concat(
+        [fitting_problems(models, task, length, number, seed) for length in lengths]
+    )
+
+
+def evaluate_problems(
+    model: Model, tasks: Mapping[str, Task], problems: Samples, **options
+) -> dict[int, Metrics]:
+    """Measures a model's accuracy by length on `evaluation_problems` of one task.
+
+    Args:
+        model: A looped or autoregressive model.
+        tasks: The tasks by name.
+        problems: Solved problems.
+        options: As in `evaluate_looped` or `evaluate_autoregressive`.
+
+    Returns:
+        {length: metrics}, as these functions do.
+    """
     # All lengths at once, so that new sequences take the places of finished ones.
-    drawn = [fitting_problems(model, tasks[name], length, number, seed) for length in lengths]
-    problems = Samples.concat(drawn)
+    grade = grade_looped if isinstance(model, LoopedTransformer) else grade_autoregressive
     grades = grade(model, problems, tasks, **options)
     token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
     result = {}

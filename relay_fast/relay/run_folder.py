@@ -18,7 +18,8 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -69,27 +70,8 @@ class RunFolder:
     def _use(self, path: str | os.PathLike, config: Mapping[str, Any], lock: str) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = json.loads(json_text(config))
-        try:
+        with _refusals(self.path):
             self._make_or_continue(lock)
-        except FolderInUse as error:
-            raise RunFolderError(
-                f"another process runs in the folder {self.path} ({error}); wait for it, or give "
-                f"another --out."
-            ) from error
-        except PermissionError as error:
-            raise RunFolderError(
-                f"no permission to write the run folder {self.path}; give another one with --out "
-                f"or change its permissions."
-            ) from error
-        except (NotADirectoryError, FileExistsError) as error:
-            raise RunFolderError(
-                f"{self.path} is a file, or lies below one, where a run folder should be; give "
-                f"another --out."
-            ) from error
-        except OSError as error:
-            raise RunFolderError(
-                f"the run folder {self.path} cannot be used ({error.strerror}); give another --out."
-            ) from error
 
     @classmethod
     def open(cls, path: str | os.PathLike, write: bool = False) -> RunFolder:
@@ -138,14 +120,18 @@ class RunFolder:
                     f"{first_differences(found)}; give another --out, or the same config to "
                     f"continue it."
                 )
-            # os.access checks the real user and misses read-only file systems.
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            self.check_writable()
         else:
             write_json(config_file, self.config)
         (self.path / "checkpoints").mkdir(exist_ok=True)
         if not evaluates:
             clear_partials(self.path / "checkpoints")
+
+    def check_writable(self) -> None:
+        """Raises RunFolderError if no file can be made in the folder; leaves it as it is."""
+        # os.access checks the real user and misses read-only file systems.
+        with _refusals(self.path), tempfile.TemporaryFile(dir=self.path):
+            pass
 
     def _refuse_foreign(self, config_file: Path) -> None:
         """Raises RunFolderError for a folder that is neither empty nor a run folder."""
@@ -197,6 +183,32 @@ class RunFolder:
     def _stages(self) -> dict[str, dict[str, Any]]:
         file = self.path / "stages.json"
         return _read_json(file) if file.is_file() else {}
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Turns the errors of a body that makes or locks the folder `path` into RunFolderError."""
+    try:
+        yield
+    except FolderInUse as error:
+        raise RunFolderError(
+            f"another process runs in the folder {path} ({error}); wait for it, or give another "
+            f"--out."
+        ) from error
+    except PermissionError as error:
+        raise RunFolderError(
+            f"no permission to write the run folder {path}; give another one with --out or change "
+            f"its permissions."
+        ) from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise RunFolderError(
+            f"{path} is a file, or lies below one, where a run folder should be; give another "
+            f"--out."
+        ) from error
+    except OSError as error:
+        raise RunFolderError(
+            f"the run folder {path} cannot be used ({error.strerror}); give another --out."
+        ) from error
 
 
 def versions(device: str = "cpu") -> dict[str, Any]:

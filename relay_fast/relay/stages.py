@@ -149,7 +149,7 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
     )  # fmt: skip
     trained = train_model(
         model, stream, settings, context.state_path(name), seed=context.seed,
-        data_workers=context.config["data_workers"], report=on_progress,
+        data_workers=context.config["data_workers"], on_progress=on_progress,
     )  # fmt: skip
     return context.finish(name, model, trained)
 
@@ -222,7 +222,7 @@ def _fine_tune(
     )  # fmt: skip
     return train_model(
         model, stream, settings, context.state_path(name), seed=context.seed,
-        data_workers=context.config["data_workers"], report=on_progress,
+        data_workers=context.config["data_workers"], on_progress=on_progress,
     )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def train_model(
     *,
     seed: int,
     data_workers: int = 0,
-    report: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
     before_step: BeforeStep | None = None,
 ) -> Trained:
     """Trains a model in place on all steps of a stream; continues a saved state if there is one.
@@ -107,7 +107,7 @@ def train_model(
         state_path: file of the training state.
         seed: of the random numbers that training draws.
         data_workers: processes that make batches ahead; 0 makes them in this process.
-        report: called with the progress every LOG_EVERY seconds.
+        on_progress: called with the progress every LOG_EVERY seconds.
         before_step: before_step(step, optimizer) may change model and optimizer, such as
             `relay_fast.models.layer_stack.grow` (without ema). A call that continues first repeats
             it for the steps taken before.
@@ -120,7 +120,7 @@ def train_model(
     """
     training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
     with interrupts_deferred() as interrupted:
-        return training.run(data_workers, report, interrupted)
+        return training.run(data_workers, on_progress, interrupted)
 
 
 def _not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -180,7 +180,10 @@ class _Training:
         return GraphedStep(self.model, self.optimizer, capacity, **options)
 
     def run(
-        self, data_workers: int, report: Callable[[Progress], None], interrupted: Callable[[], bool]
+        self,
+        data_workers: int,
+        on_progress: Callable[[Progress], None],
+        interrupted: Callable[[], bool],
     ) -> Trained:
         """Takes the remaining steps; see `train_model`."""
         started, spent = time.monotonic(), self.seconds
@@ -198,7 +201,7 @@ class _Training:
                     losses = Losses(*(value.item() for value in losses))  # waits for the device
                     now = logged = time.monotonic()
                     self.seconds = spent + now - started
-                    report(self._log(losses, (self.samples - before) / (now - started)))
+                    on_progress(self._log(losses, (self.samples - before) / (now - started)))
                 self.seconds = spent + now - started
                 if last or now - saved >= SAVE_EVERY:
                     self._save()

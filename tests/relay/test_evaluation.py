@@ -23,6 +23,7 @@ from relay_fast.relay import evaluation, run_folder
 from relay_fast.relay.evaluation import (
     evaluate_autoregressive,
     evaluate_looped,
+    evaluate_problems,
     grade_autoregressive,
     grade_looped,
     hit_matrix,
@@ -290,12 +291,18 @@ def test_the_command_says_how_far_it_is(run, capsys, monkeypatch):
 
 
 def test_an_interruption_keeps_the_finished_models(run, capsys, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+    def interrupted_at(kind):
+        def measure(model, *arguments, **options):
+            if isinstance(model, kind):
+                raise KeyboardInterrupt
+            return evaluate_problems(model, *arguments, **options)
+
+        return measure
 
     whole = evaluate.evaluate_run(str(run), ["looped_aligned"], number=5)
     (run / "evaluation.json").unlink()
-    monkeypatch.setattr(evaluate, "evaluate_autoregressive", interrupted)
+    interrupted = interrupted_at(AutoregressiveTransformer)
+    monkeypatch.setattr(evaluate, "evaluate_problems", interrupted)
     assert main(["--out", str(run), "--problems", "5"]) == 130
     error = capsys.readouterr().err.strip()
     assert error.startswith("interrupted; the models finished by then are in")
@@ -304,7 +311,7 @@ def test_an_interruption_keeps_the_finished_models(run, capsys, monkeypatch):
     assert kept["accuracy"] == whole["accuracy"]
     assert whole["complete"] and not kept["complete"]
 
-    monkeypatch.setattr(evaluate, "evaluate_looped", interrupted)
+    monkeypatch.setattr(evaluate, "evaluate_problems", interrupted_at(LoopedTransformer))
     assert main(["--out", str(run), "--problems", "5"]) == 130
     error = capsys.readouterr().err.strip()
     assert error == "interrupted; no model was finished, the same command begins anew"
@@ -319,7 +326,7 @@ def test_an_interruption_keeps_the_finished_models(run, capsys, monkeypatch):
         (["--lengths", "3-2"], "--lengths '3-2' is not understood; give a range like 10-13."),
         (["--lengths", "many"], "--lengths 'many' is not understood"),
         (["--lengths", "0-2"], "length 0 is too short"),
-        (["--lengths", "2-70"], "arithmetic length 29 needs 61 tokens or more, beyond the"),
+        (["--lengths", "2-70"], "arithmetic length 7 needs 72 tokens or more, beyond the"),
         (["--lengths", "9999999"], "length 9999999 needs 9999999 tokens or more, beyond"),
         (["--device", "meta"], "device 'meta' is unknown: use cpu or cuda"),
         (["--problems", "1000000000000"], "no memory for 1000000000000 problems a length"),

@@ -165,7 +165,7 @@ def test_the_loss_falls(tmp_path, kind, muon_lr) -> None:
     stream = make_stream(60, kind, batch_size=32)
     seen = []
     recipe, state = RECIPE | {"muon_lr": muon_lr}, tmp_path / "state.safetensors"
-    trained = train_model(make_model(kind), stream, recipe, state, seed=0, report=seen.append)
+    trained = train_model(make_model(kind), stream, recipe, state, seed=0, on_progress=seen.append)
     first, last = trained.history[0], trained.history[-1]
     assert (first["step"], last["step"]) == (1, 60) == (seen[0].step, seen[-1].step)
     assert last["loss"] < 0.6 * first["loss"]
@@ -191,7 +191,7 @@ def run(path, *, stop_at=None, ema=None, dropout=0.1, how="raise", monkeypatch=N
 
     recipe = RECIPE | ({"ema": ema} if ema else {}) | options
     try:
-        trained = train_model(model, make_stream(8), recipe, path, seed=5, report=report)
+        trained = train_model(model, make_stream(8), recipe, path, seed=5, on_progress=report)
     except KeyboardInterrupt:
         return None
     return {name: p.detach().clone() for name, p in model.named_parameters()}, trained
