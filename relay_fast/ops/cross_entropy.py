@@ -234,7 +234,7 @@ def iteration_cross_entropy(
         )  # fmt: skip
         return weighted_losses(loss, weights, targets).sum()
     _check_rows(states, rows, targets, head)
-    options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    options = _options(eps, norm, label_smoothing, z_loss)
     refuse_transforms(states, weights, norm_weight, norm_bias, head)
     return _WeightedCrossEntropy.apply(
         select(impl, states.device), options, compute_dtype(head), rows, targets, weights, states,
