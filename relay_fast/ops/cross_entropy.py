@@ -196,9 +196,8 @@ def iteration_cross_entropy(
 ) -> Tensor:
     """Weighted sum of `row_cross_entropy` over the rows of all iterations, in one call.
 
-    Since the weights are known beforehand, for a vocabulary above SMALL_VOCABULARY the forward also
-    computes the gradient, if needed, from the same logits; it is kept in fp32 (fp64) until the
-    backward has scaled it.
+    For a vocabulary above SMALL_VOCABULARY the forward also computes the gradient, if needed, from
+    the same logits, and keeps it in fp32 (fp64) until the backward has scaled it.
 
     Args:
         states: (N, d), the states of all iterations end to end.
