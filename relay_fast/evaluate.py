@@ -62,8 +62,7 @@ def evaluate_run(
     """
     folder = open_run(run)
     config = folder.config
-    seed = config.get("seed", 0) if seed is None else seed
-    check_value("seed", seed, Seed)
+    seed = check_value("seed", config.get("seed", 0) if seed is None else seed, Seed)
     check_device(device)
     _, tasks = run_tasks(config)
     names = _trained_models(run) if models is None else models
@@ -78,12 +77,11 @@ def evaluate_run(
     folder.check_writable()
     # All that can be refused comes before the first evaluation and before the lock, a file.
     loaded = {name: load_run_model(run, name, device) for name in names}
-    problems = {}
-    for name, task in config["tasks"].items():
-        chosen = lengths or range(task["train"][0], task["test"][1] + 1)
-        problems[name] = evaluation_problems(
-            list(loaded.values()), tasks[name], chosen, number, seed
-        )
+    ranges = {name: range(t["train"][0], t["test"][1] + 1) for name, t in config["tasks"].items()}
+    problems = {
+        name: evaluation_problems([*loaded.values()], tasks[name], lengths or own, number, seed)
+        for name, own in ranges.items()
+    }
     folder = open_run(run, write=True)
     for name, model in loaded.items():
         started, options = time.monotonic(), {}

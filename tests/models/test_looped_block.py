@@ -180,6 +180,10 @@ def test_bad_input_of_the_block() -> None:
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_input_of_a_wrong_type() -> None:
+    block, x = LoopedBlock(D, 2, 1, max_loops=4), torch.randn(2, 3, D)
     wrong_types = [
         (lambda: block(x, 1.5), "loops must be integers"),
         (lambda: block(x, [[1], [2, 3]]), "loops = .* pass an int or one int per sequence"),
