@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,7 @@ def evaluate_run(
     config = folder.config
     seed = check_value("seed", config.get("seed", 0) if seed is None else seed, Seed)
     check_device(device)
-    _, tasks = run_tasks(config)
-    names = _trained_models(run) if models is None else models
+    tasks, names = run_tasks(config)[1], _trained_models(run) if models is None else models
     results = {
         "config": config,
         "seed": seed,
@@ -74,14 +74,10 @@ def evaluate_run(
         "complete": False,
         "accuracy": {},
     }
-    folder.check_writable()
-    # All that can be refused comes before the first evaluation and before the lock, a file.
+    folder.check_writable()  # whatever can be refused comes before the lock, which is a file
     loaded = {name: load_run_model(run, name, device) for name in names}
-    ranges = {name: range(t["train"][0], t["test"][1] + 1) for name, t in config["tasks"].items()}
-    problems = {
-        name: evaluation_problems([*loaded.values()], tasks[name], lengths or own, number, seed)
-        for name, own in ranges.items()
-    }
+    draw = partial(evaluation_problems, [*loaded.values()], number=number, seed=seed)
+    problems = {n: draw(task, lengths or _all_lengths(config, n)) for n, task in tasks.items()}
     folder = open_run(run, write=True)
     for name, model in loaded.items():
         started, options = time.monotonic(), {}
@@ -94,6 +90,12 @@ def evaluate_run(
         if display is not None:
             display.finish(name, time.monotonic() - started)
     return results
+
+
+def _all_lengths(config: Mapping[str, Any], task: str) -> range:
+    """Returns the lengths from the shortest trained to the longest tested one."""
+    entry = config["tasks"][task]
+    return range(entry["train"][0], entry["test"][1] + 1)
 
 
 def _trained_models(run: str) -> list[str]:
