@@ -79,31 +79,23 @@ def evaluate_run(
     # All that can be refused comes before the first evaluation and before the lock, a file.
     loaded = {name: load_run_model(run, name, device) for name in names}
     problems = {}
-    for name, task in tasks.items():
-        chosen = lengths or _evaluated_lengths(config["tasks"][name])
-        problems[name] = evaluation_problems([*loaded.values()], task, chosen, number, seed)
+    for name, task in config["tasks"].items():
+        chosen = lengths or range(task["train"][0], task["test"][1] + 1)
+        problems[name] = evaluation_problems(
+            list(loaded.values()), tasks[name], chosen, number, seed
+        )
     folder = open_run(run, write=True)
     for name, model in loaded.items():
-        started, options = time.monotonic(), _shown(display, name)
+        started, options = time.monotonic(), {}
+        if display is not None:
+            display.start(name)
+            options["progress"] = lambda *done, name=name: display.progress(name, Problems(*done))
         results["accuracy"][name] = _accuracy(model, tasks, problems, options)
         results["complete"] = len(results["accuracy"]) == len(loaded)
         folder.write("evaluation.json", results)
         if display is not None:
             display.finish(name, time.monotonic() - started)
     return results
-
-
-def _shown(display: Display | None, name: str) -> dict[str, Any]:
-    """Shows that a model's evaluation starts; returns the options that show its progress."""
-    if display is None:
-        return {}
-    display.start(name)
-    return {"progress": lambda *done: display.progress(name, Problems(*done))}
-
-
-def _evaluated_lengths(task: Mapping[str, Any]) -> range:
-    """Returns the lengths from the shortest trained to the longest tested one."""
-    return range(task["train"][0], task["test"][1] + 1)
 
 
 def _trained_models(run: str) -> list[str]:
