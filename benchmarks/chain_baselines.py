@@ -22,7 +22,7 @@ class EagerReader(EagerTransformer):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.config = config
+        self.config, self.has_answer_head = config, True
 
     @property
     def device(self) -> torch.device:

@@ -84,7 +84,10 @@ def test_marking(depth, form) -> None:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda rng: variable_assignment(rng, 2, "math"), "depth = 2: the format of 0 and 1"),
+        (
+            lambda rng: variable_assignment(rng, 2, "math"),
+            "depth = 2: only the formats of depths 0 and 1 are known",
+        ),
         (lambda rng: variable_assignment(rng, 0, "poem"), "form = 'poem' is unknown"),
         (
             lambda rng: variable_assignment_accuracy(lambda p, n: p, 0, "math", problems=0),
