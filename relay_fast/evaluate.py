@@ -137,7 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(a: argparse.Namespace) -> int:
-    on_interrupt(interrupt_once)
     limit_threads()
     file = Path(a.out) / "evaluation.json"
     before = None
@@ -174,4 +173,5 @@ __getattr__ = forward(
 
 
 if __name__ == "__main__":
+    on_interrupt(interrupt_once)  # not in main: who calls it keeps their own handlers
     sys.exit(main())

@@ -250,7 +250,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(a: argparse.Namespace) -> int:
-    on_interrupt(interrupt_once)
     limit_threads()
     try:
         _mode(a)(a)
@@ -266,4 +265,5 @@ __getattr__ = forward(__name__, "relay_fast.decoding.chains")  # old import path
 
 
 if __name__ == "__main__":
+    on_interrupt(interrupt_once)  # not in main: who calls it keeps their own handlers
     sys.exit(main())

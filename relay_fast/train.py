@@ -197,7 +197,6 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _main(a: argparse.Namespace) -> int:
-    on_interrupt(interrupt_once)
     try:
         config = override(
             load_preset(a.preset), tasks=_names(a.tasks), steps=a.steps,
@@ -222,4 +221,5 @@ def _main(a: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    on_interrupt(interrupt_once)  # not in main: who calls it keeps their own handlers
     sys.exit(main())

@@ -177,10 +177,8 @@ def _main(parser: argparse.ArgumentParser, a: argparse.Namespace) -> int:
     from relay_fast.relay.run_folder import RunFolderError
     from relay_fast.utils.cores import limit_threads
     from relay_fast.utils.errors import RunStopped
-    from relay_fast.utils.interrupts import interrupt_once, on_interrupt
     from relay_fast.utils.tensor_files import CheckpointError
 
-    on_interrupt(interrupt_once)
     limit_threads()
     changes = [*a.changes, *([] if a.steps is None else [f"training.steps={a.steps}"])]
     out = Path(a.out or f"runs/{a.name}-{a.preset}")
@@ -201,4 +199,7 @@ def _main(parser: argparse.ArgumentParser, a: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    from relay_fast.utils.interrupts import interrupt_once, on_interrupt
+
+    on_interrupt(interrupt_once)
     sys.exit(main())

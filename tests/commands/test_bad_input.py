@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -309,3 +310,18 @@ def test_help_lists_every_setting(capsys) -> None:
     assert left.value.code == 0
     for row in described(RunConfig):
         assert any(row.key in line and row.meaning in line for line in shown.splitlines()), row
+
+
+def test_a_command_called_from_python_leaves_the_signal_handlers_alone(tmp_path, capsys) -> None:
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(kind) for kind in kinds]
+    nowhere = str(tmp_path / "nowhere")
+    words = {
+        "train": ["--preset", "cpu", "--seed", "-5", "--out", nowhere],
+        "evaluate": ["--out", nowhere],
+        "generate": ["--show", nowhere],
+        "recipes": ["gd_conditioning", "--set", "nothing=1", "--out", nowhere],
+    }
+    for name, main in COMMANDS.items():
+        assert main(words[name]) == 2, name
+        assert [signal.getsignal(kind) for kind in kinds] == before, name
