@@ -115,6 +115,11 @@ def run_pipeline(
         stop(team.workers, interrupt=False)
 
 
+def _initialize(threads: int) -> None:
+    """Prepares a training process: at most `threads` threads, fewer if the environment says so."""
+    limit_threads(threads)
+
+
 class _Team:
     """The worker processes of a run, and the stages that wait for one.
 
@@ -130,7 +135,7 @@ class _Team:
         self._folder, self._display, self._waiting, self._done = folder, display, waiting, done
         self._most = max(1, int(folder.config["workers"]))
         threads = usable_threads(self._most)  # for any number of stages: rounding depends on it
-        self._initialize = partial(limit_threads, threads)
+        self._initialize = partial(_initialize, threads)
         self._task = (str(folder.path), folder.config, device, impl)
 
     def running(self) -> list[str]:
