@@ -204,10 +204,12 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default="looped_aligned", help=f"one of {', '.join(MODEL_NAMES)}"
     )
     parser.add_argument(
-        "--verify", choices=CHECKS, default="self",
+        "--verify",
+        choices=CHECKS,
+        default="self",
         help="which chains of --dataset are marked as passed: those whose answer agrees with their "
         "rounds (self), that follow the task's rules (task), all (none)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--shard", type=int, default=SHARD_CHAINS, help=f"chains a file ({SHARD_CHAINS})"
     )

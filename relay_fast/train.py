@@ -171,8 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--eval-problems", type=int, help="problems a length in evaluation")
     parser.add_argument("--scale", type=float, help="share of all steps and problems, like 0.01")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="values",
-                        help="change a setting, like model.d_model=64")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="values",
+        help="change a setting, like model.d_model=64",
+    )
     parser.add_argument("--seed", type=int)
     parser.add_argument("--minutes", type=float, help="stop and save after so many minutes")
     parser.add_argument("--no-report", action="store_true", help="print no table and draw no plots")
@@ -199,10 +205,15 @@ def _names(text: str | None) -> list[str] | None:
 def _main(a: argparse.Namespace) -> int:
     try:
         config = override(
-            load_preset(a.preset), tasks=_names(a.tasks), steps=a.steps,
-            batch_size=a.batch_size, eval_problems=a.eval_problems, seed=a.seed,
-            scale=a.scale, values=a.values,
-        )  # fmt: skip
+            load_preset(a.preset),
+            tasks=_names(a.tasks),
+            steps=a.steps,
+            batch_size=a.batch_size,
+            eval_problems=a.eval_problems,
+            seed=a.seed,
+            scale=a.scale,
+            values=a.values,
+        )
         stages = _names(a.stages)
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
         options["print_table"] = not a.no_report

@@ -107,9 +107,15 @@ def decode(
         for bucket in _length_buckets(totals, limits > 0, fit):
             length = int(totals[bucket[0]])
             attempt = partial(
-                _decode_bucket, model, texts, bucket, length + sync_every, sync_every, options,
+                _decode_bucket,
+                model,
+                texts,
+                bucket,
+                length + sync_every,
+                sync_every,
+                options,
                 progress,
-            )  # fmt: skip
+            )
             halve_on_oom(attempt, min(fit(length), len(bucket)), model.device)
     return texts.result(scored)
 

@@ -62,10 +62,17 @@ def stack_weights(
 
     gate = stack("gate", dtype) if config.activation == "swiglu" else None
     return LoopWeights(
-        stack("norm1"), stack("qkv", dtype), stack("out", dtype), stack("norm2"),
-        stack("up", dtype), gate, stack("down", dtype), block.get("loop_norm.weight"),
-        norm, head.to(dtype),
-    )  # fmt: skip
+        stack("norm1"),
+        stack("qkv", dtype),
+        stack("out", dtype),
+        stack("norm2"),
+        stack("up", dtype),
+        gate,
+        stack("down", dtype),
+        block.get("loop_norm.weight"),
+        norm,
+        head.to(dtype),
+    )
 
 
 def run_fused_loop(

@@ -136,9 +136,16 @@ class LoopedClassifier(nn.Module):
         c = self.block.config
         states = self._states(tokens, **options)
         loss, correct = row_cross_entropy(
-            states, rows, targets, self.norm.weight, self.head.weight, self.norm.bias,
-            eps=c.eps, norm=c.norm, impl=self.block.impl,
-        )  # fmt: skip
+            states,
+            rows,
+            targets,
+            self.norm.weight,
+            self.head.weight,
+            self.norm.bias,
+            eps=c.eps,
+            norm=c.norm,
+            impl=self.block.impl,
+        )
         return loss, correct & (targets >= 0)
 
     @torch.no_grad()

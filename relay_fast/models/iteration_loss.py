@@ -120,9 +120,14 @@ class IterationCrossEntropy(nn.Module):
                 "rows"
             )
         loss, correct = row_cross_entropy(
-            states, rows, targets, self.norm.weight, self.head.weight, self.norm.bias,
+            states,
+            rows,
+            targets,
+            self.norm.weight,
+            self.head.weight,
+            self.norm.bias,
             **self.options,
-        )  # fmt: skip
+        )
         weighted = weighted_losses(loss, weights, targets)
         if iteration is None:
             iteration = torch.zeros_like(rows)

@@ -281,9 +281,14 @@ class LoopedBlock(nn.Module):
             return BlockIteration(self.config, named, plan, x, ops, dtype, seed)
 
         return LoopSpec(
-            plan, make_iteration, ops, RecomputePolicy.parse(self.recompute),
-            gather_rows=self.gather_rows, compute_dtype=dtype, **options,
-        )  # fmt: skip
+            plan,
+            make_iteration,
+            ops,
+            RecomputePolicy.parse(self.recompute),
+            gather_rows=self.gather_rows,
+            compute_dtype=dtype,
+            **options,
+        )
 
     def _pack(self, x: Tensor, cu_seqlens) -> tuple[Tensor, torch.Size]:
         d = self.config.d_model

@@ -224,9 +224,16 @@ class LoopedTransformer(_Transformer):
             zero = chain.new_zeros(())
             return Losses(chain, chain.detach(), zero, _share(correct), zero)
         answer_loss, answer_correct = row_cross_entropy(
-            final, batch.answer_rows, batch.answers, self.norm.weight, self.answer_head.weight,
-            self.norm.bias, eps=c.eps, norm=c.norm, impl=self.block.impl,
-        )  # fmt: skip
+            final,
+            batch.answer_rows,
+            batch.answers,
+            self.norm.weight,
+            self.answer_head.weight,
+            self.norm.bias,
+            eps=c.eps,
+            norm=c.norm,
+            impl=self.block.impl,
+        )
         chain = _chain_loss(row_loss, batch) if row_loss.numel() else final.new_zeros(())
         answer = weighted_losses(answer_loss, batch.answer_weights, batch.answers).sum()
         return Losses(
@@ -260,9 +267,14 @@ class LoopedTransformer(_Transformer):
         run = self.block.run(batch.plan)
         x = self.embed(batch)
         read = feedback_reason(self.config) or run_fused_loop(
-            self.config.block, run, x, dict(self.block.named_parameters()), self.norm.weight,
-            self.chain_head.weight, self.training,
-        )  # fmt: skip
+            self.config.block,
+            run,
+            x,
+            dict(self.block.named_parameters()),
+            self.norm.weight,
+            self.chain_head.weight,
+            self.training,
+        )
         final, rounds = self._read_iterations(run, x, batch) if isinstance(read, str) else read
         if not self.has_answer_head:
             return rounds, batch.tokens[:0]

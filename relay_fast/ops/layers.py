@@ -298,9 +298,13 @@ def mlp(
         raise ValueError(f"activation {activation!r} {needs} gate_weight")
     tensors = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias}
     tensors |= _cast(
-        up_weight=up_weight, up_bias=up_bias, gate_weight=gate_weight, gate_bias=gate_bias,
-        down_weight=down_weight, down_bias=down_bias,
-    )  # fmt: skip
+        up_weight=up_weight,
+        up_bias=up_bias,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        down_weight=down_weight,
+        down_bias=down_bias,
+    )
     return _call("mlp", tensors, impl, activation=activation, eps=eps, norm=norm)
 
 

@@ -141,9 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--steps", type=int, help="the same as --set training.steps=STEPS")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SETTING=VALUE", dest="changes",
+        "--set",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        dest="changes",
         help="another value for a setting, such as training.batch_size=8; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda, default cpu")
     return parser
 

@@ -54,13 +54,24 @@ def compare(
     results = {}
     for name in settings.models:
         model = make_classifier(
-            name, vocabulary_size, d_model=settings.d_model, n_heads=settings.n_heads,
-            activation=settings.activation, seed=seed,
-        )  # fmt: skip
+            name,
+            vocabulary_size,
+            d_model=settings.d_model,
+            n_heads=settings.n_heads,
+            activation=settings.activation,
+            seed=seed,
+        )
         trained = train(
-            model, classifier_loss, draw, settings.training, folder, name, display,
-            seed=seed, device=device,
-        )  # fmt: skip
+            model,
+            classifier_loss,
+            draw,
+            settings.training,
+            folder,
+            name,
+            display,
+            seed=seed,
+            device=device,
+        )
         results[name] = {
             "parameters": model.parameter_count(),
             "accuracy": accuracy(model),

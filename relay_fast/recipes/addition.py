@@ -143,9 +143,10 @@ def accuracy(model: LoopedClassifier, settings: Settings, n: int, seed: int) -> 
             counts = np.full(min(250, settings.problems - first), n)
             tokens, rows, targets, cu_seqlens = draw_sums(rng, counts, settings.digits)
             chosen = model.predict(
-                torch.from_numpy(tokens).to(device), torch.from_numpy(rows).to(device),
+                torch.from_numpy(tokens).to(device),
+                torch.from_numpy(rows).to(device),
                 cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+            )
             begins = np.flatnonzero(np.append(True, targets[:-1] == END))
             correct += int(np.logical_and.reduceat(chosen.cpu().numpy() == targets, begins).sum())
     return correct / settings.problems

@@ -105,6 +105,12 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
         label = f"n/d = {r['ratio']:g}, κ = {r['kappa']:.3g}"
         steps = range(1, len(r["error"]) + 1)
         curves[label], dashed[label] = (steps, r["error"]), (steps, r["bound"])
-    panel = Panel("median of the draws; dashed: e^(−T/κ)", "loops T", "‖e_T‖ / ‖e_0‖", curves,
-                  dashed, log_y=True)  # fmt: skip
+    panel = Panel(
+        "median of the draws; dashed: e^(−T/κ)",
+        "loops T",
+        "‖e_T‖ / ‖e_0‖",
+        curves,
+        dashed,
+        log_y=True,
+    )
     return draw_panels(path, [panel])

@@ -99,9 +99,15 @@ class Settings:
 
 
 _CPU = Training(
-    steps=1600, batch_size=64, lr=3e-3, muon_lr=0.03, warmup=0.05, betas=(0.9, 0.98),
-    weight_decay=0.01, clip=1.0,
-)  # fmt: skip
+    steps=1600,
+    batch_size=64,
+    lr=3e-3,
+    muon_lr=0.03,
+    warmup=0.05,
+    betas=(0.9, 0.98),
+    weight_decay=0.01,
+    clip=1.0,
+)
 PRESETS = {
     "cpu": Settings(_CPU),
     "paper": Settings(
@@ -261,9 +267,10 @@ def accuracy(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str
             count = min(100, settings.problems - first)
             p = draw_problems(rng, settings, count, int(rng.choice(settings.variables)))
             chosen = model.predict(
-                torch.from_numpy(p.tokens).to(device), torch.from_numpy(p.rows).to(device),
+                torch.from_numpy(p.tokens).to(device),
+                torch.from_numpy(p.rows).to(device),
                 cu_seqlens=p.cu_seqlens,
-            )  # fmt: skip
+            )
             correct.append(chosen.cpu().numpy() == p.answers)
             depths.append(p.depths)
     correct, depths = np.concatenate(correct), np.concatenate(depths)
@@ -285,9 +292,15 @@ def run(
         return p.tokens, p.rows, p.answers, p.cu_seqlens
 
     models = compare(
-        settings, settings.vocabulary_size, draw, lambda model: accuracy(model, settings, seed),
-        folder, display, seed=seed, device=device,
-    )  # fmt: skip
+        settings,
+        settings.vocabulary_size,
+        draw,
+        lambda model: accuracy(model, settings, seed),
+        folder,
+        display,
+        seed=seed,
+        device=device,
+    )
     return {"models": models}
 
 

@@ -154,10 +154,18 @@ class LoopedReader(nn.Module):
         s = settings
         self.embedding = nn.Embedding(VOCABULARY_SIZE, s.d_model)
         self.block = LoopedBlock(
-            s.d_model, task.heads, task.layers, causal=True, rope_base=None, loop_norm="post",
-            injection=s.injection, activation=s.activation, norm=s.norm, bias=s.norm == "layer",
+            s.d_model,
+            task.heads,
+            task.layers,
+            causal=True,
+            rope_base=None,
+            loop_norm="post",
+            injection=s.injection,
+            activation=s.activation,
+            norm=s.norm,
+            bias=s.norm == "layer",
             recompute="none",
-        )  # fmt: skip
+        )
         self.head = nn.Linear(s.d_model, VOCABULARY_SIZE, bias=False)
 
     def loss(
@@ -283,9 +291,16 @@ def run(
         torch.manual_seed(seed)
         model = LoopedReader(settings, task)
         trained = train(
-            model, LoopedReader.loss, make_draw(name, task, settings.training.batch_size),
-            settings.training, folder, name, display, seed=seed, device=device,
-        )  # fmt: skip
+            model,
+            LoopedReader.loss,
+            make_draw(name, task, settings.training.batch_size),
+            settings.training,
+            folder,
+            name,
+            display,
+            seed=seed,
+            device=device,
+        )
         most = max(task.tests) + settings.more_loops
         results[name] = {
             "longest": task.longest,
@@ -310,11 +325,19 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         "loops",
     ]
     lines = [
-        [task, int(n), "trained" if int(n) <= r["longest"] else "longer", 100 * m["oracle"],
-         100 * m["together"], m["together_loops"], 100 * m["each"], m["each_loops"]]
+        [
+            task,
+            int(n),
+            "trained" if int(n) <= r["longest"] else "longer",
+            100 * m["oracle"],
+            100 * m["together"],
+            m["together_loops"],
+            100 * m["each"],
+            m["each_loops"],
+        ]
         for task, r in results["tasks"].items()
         for n, m in r["tests"].items()
-    ]  # fmt: skip
+    ]
     return header, lines
 
 

@@ -154,9 +154,16 @@ def run(
         torch.manual_seed(seed)
         model = LinearLooped(d, form)
         train(
-            model, loss, draw, settings.training, folder, f"{form}_n{n}_L{loops}", display,
-            seed=seed, device=device,
-        )  # fmt: skip
+            model,
+            loss,
+            draw,
+            settings.training,
+            folder,
+            f"{form}_n{n}_L{loops}",
+            display,
+            seed=seed,
+            device=device,
+        )
         cell = {"form": form, "n": n, "loops": loops, "d": d}
         results.append(cell | _evaluate(model, settings, n, loops, seed, deviations))
     return {"models": results}
@@ -203,8 +210,9 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     for m in results["models"]:
         last = max(m["loss_by_loops"], key=int)
         after = m["loss_by_loops"][last]
-        theory = [f(m["n"], m["d"]) if m["loops"] == 1 else None
-                  for f in (one_step_error, one_step_rate)]  # fmt: skip
+        theory = [
+            f(m["n"], m["d"]) if m["loops"] == 1 else None for f in (one_step_error, one_step_rate)
+        ]
         lines.append([
             m["form"], m["n"], m["loops"], m["loss"], theory[0], m["step"], theory[1],
             m["edge"] if m["form"] == "restricted" else None,

@@ -84,16 +84,29 @@ def run(
 
         model = p_hop.make_model(settings, settings.models[0], seed)
         trained = train(
-            model, loss, p_hop.make_draw(settings), settings.training, folder,
-            f"weight_{weight:g}", display, seed=seed, device=device,
-        )  # fmt: skip
+            model,
+            loss,
+            p_hop.make_draw(settings),
+            settings.training,
+            folder,
+            f"weight_{weight:g}",
+            display,
+            seed=seed,
+            device=device,
+        )
         looped = {how: tie(model, settings.period, how) for how in TIE_MODES}
         tied = {how: _accuracies(m, settings, seed) for how, m in looped.items()}
         train(
-            looped["mean"], classifier_loss, p_hop.make_draw(settings),
-            replace(settings.training, steps=settings.tied_steps), folder,
-            f"weight_{weight:g}_tied", display, seed=seed + 1, device=device,
-        )  # fmt: skip
+            looped["mean"],
+            classifier_loss,
+            p_hop.make_draw(settings),
+            replace(settings.training, steps=settings.tied_steps),
+            folder,
+            f"weight_{weight:g}_tied",
+            display,
+            seed=seed + 1,
+            device=device,
+        )
         tied["trained"] = _accuracies(looped["mean"], settings, seed)
         cosines = block_cosines(model.block.layers, settings.period)
         results.append(

@@ -138,9 +138,11 @@ def load_corpus(path: str = "") -> Corpus:
         place, about = Path(path), {"what": "given", "licence": "the giver's"}
         if not place.exists():
             raise ValueError(f"there is no corpus {place}: {remedy}")
-        files = [place] if place.is_file() else sorted(
-            f for f in place.rglob("*") if f.suffix in SUFFIXES and f.is_file()
-        )  # fmt: skip
+        files = (
+            [place]
+            if place.is_file()
+            else sorted(f for f in place.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+        )
     else:
         place = Path(sysconfig.get_path("stdlib"))
         about = {
@@ -179,9 +181,15 @@ def make_model(settings: Settings, seed: int) -> LoopedClassifier:
     s = settings
     torch.manual_seed(seed)
     block = BlockConfig(
-        s.d_model, s.n_heads, s.layers, d_hidden=s.d_hidden, activation=s.activation, causal=True,
-        injection="add", loop_norm="post",
-    )  # fmt: skip
+        s.d_model,
+        s.n_heads,
+        s.layers,
+        d_hidden=s.d_hidden,
+        activation=s.activation,
+        causal=True,
+        injection="add",
+        loop_norm="post",
+    )
     return LoopedClassifier(
         block, 256, loops=round(s.mean_loops), prelude=s.prelude, coda=s.coda, recompute="state"
     )

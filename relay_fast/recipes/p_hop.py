@@ -205,9 +205,13 @@ def draw_problems(
 def make_model(settings: Settings, name: str, seed: int) -> LoopedClassifier:
     """Builds the model of a shape; the seed is that of its weights."""
     return make_classifier(
-        name, settings.vocabulary_size, d_model=settings.d_model, n_heads=settings.n_heads,
-        activation=settings.activation, seed=seed,
-    )  # fmt: skip
+        name,
+        settings.vocabulary_size,
+        d_model=settings.d_model,
+        n_heads=settings.n_heads,
+        activation=settings.activation,
+        seed=seed,
+    )
 
 
 def make_draw(settings: Settings, p: int | None = None) -> Callable:
@@ -291,9 +295,16 @@ def run(
         for p in groups:
             model = make_model(settings, name, seed)
             trained = train(
-                model, classifier_loss, make_draw(settings, p), settings.training, folder,
-                name if p is None else f"{name}_p{p}", display, seed=seed, device=device,
-            )  # fmt: skip
+                model,
+                classifier_loss,
+                make_draw(settings, p),
+                settings.training,
+                folder,
+                name if p is None else f"{name}_p{p}",
+                display,
+                seed=seed,
+                device=device,
+            )
             for q in settings.hops if p is None else [p]:
                 entry["accuracy"][str(q)] = accuracy(model, settings, q, seed)
             entry["seconds"] += round(trained.seconds, 2)

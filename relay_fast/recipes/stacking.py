@@ -78,9 +78,15 @@ class Settings(p_hop.Settings):
         "copy", description="of the optimiser for a new layer"
     )
     arithmetic: Training = Training(
-        steps=1000, batch_size=32, lr=1e-3, muon_lr=0.01, warmup=0.03, decay="wsd",
-        weight_decay=0.01, clip=1.0,
-    )  # fmt: skip
+        steps=1000,
+        batch_size=32,
+        lr=1e-3,
+        muon_lr=0.01,
+        warmup=0.03,
+        decay="wsd",
+        weight_decay=0.01,
+        clip=1.0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,9 +140,17 @@ class _Hops:
 
     def train(self, model: nn.Module, name: str, before_step: BeforeStep | None) -> Trained:
         return train(
-            model, classifier_loss, self._draw, self.training, self.folder, name,
-            self.display, seed=self.seed, device=self.device, before_step=before_step,
-        )  # fmt: skip
+            model,
+            classifier_loss,
+            self._draw,
+            self.training,
+            self.folder,
+            name,
+            self.display,
+            seed=self.seed,
+            device=self.device,
+            before_step=before_step,
+        )
 
     def loss(self, model: LoopedClassifier) -> torch.Tensor:
         batch = self._draw(np.random.default_rng(self.seed), 0)
@@ -166,9 +180,15 @@ class _Arithmetic:
         self._sizes = {k: v for k, v in config["model"].items() if not isinstance(v, dict)}
         schedule = Schedule.by_steps(t.steps, warmup=t.warmup, decay=t.decay)
         self._stream = TruthStream(
-            self._tasks, {"arithmetic": self._range}, BatchFormat("autoregressive"), schedule,
-            batch_size=t.batch_size, seed=self.seed, lengths="uniform", lengths_per_batch=4,
-        )  # fmt: skip
+            self._tasks,
+            {"arithmetic": self._range},
+            BatchFormat("autoregressive"),
+            schedule,
+            batch_size=t.batch_size,
+            seed=self.seed,
+            lengths="uniform",
+            lengths_per_batch=4,
+        )
 
     def new_model(self, layers: int) -> AutoregressiveTransformer:
         torch.manual_seed(self.seed)
@@ -180,10 +200,14 @@ class _Arithmetic:
     def train(self, model: nn.Module, name: str, before_step: BeforeStep | None) -> Trained:
         self.display.start(name)
         trained = train_model(
-            model, self._stream, asdict(self.training), self.folder.checkpoint(name),
-            seed=self.seed, before_step=before_step,
+            model,
+            self._stream,
+            asdict(self.training),
+            self.folder.checkpoint(name),
+            seed=self.seed,
+            before_step=before_step,
             on_progress=lambda progress: self.display.progress(name, progress),
-        )  # fmt: skip
+        )
         self.display.finish(name, trained.seconds)
         return trained
 

@@ -58,8 +58,11 @@ class Context:
     def max_length(self, task: str) -> int:
         """Returns the largest length of a task that any stage writes or reads."""
         entry = self.task_config(task)
-        return max(entry["test"][1], self.ranges[task][1] + len(entry["merge_beyond"]),
-                   *entry["self_lengths"])  # fmt: skip
+        return max(
+            entry["test"][1],
+            self.ranges[task][1] + len(entry["merge_beyond"]),
+            *entry["self_lengths"],
+        )
 
     def prove(self) -> None:
         """Raises ValueError for lengths that a task does not support, for invalid model sizes and
@@ -99,9 +102,11 @@ class Context:
         elif looped.get("feedback", "none") != "none":
             looped["trained_tokens"] = self._longest_input(looped.get("carry_state", False))
         return ModelConfig(
-            BlockConfig(causal=causal, **sizes), self.vocabulary.size, max(bound, pad_to, 16),
+            BlockConfig(causal=causal, **sizes),
+            self.vocabulary.size,
+            max(bound, pad_to, 16),
             **looped,
-        )  # fmt: skip
+        )
 
     def new_model(self, kind: str, supervise: str = "chain"):
         """Builds a model of the run's sizes, initialised from the run's seed."""

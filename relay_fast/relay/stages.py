@@ -112,9 +112,14 @@ def _schedule(
     options = {"warmup": settings["warmup"], "decay": settings["decay"]}
     if "token_iterations" in settings:
         cost = mean_cost(
-            context.tasks, context.ranges, kind, settings["batch_size"],
-            settings["lengths"], settings.get("curriculum", 0.0), draws,
-        )  # fmt: skip
+            context.tasks,
+            context.ranges,
+            kind,
+            settings["batch_size"],
+            settings["lengths"],
+            settings.get("curriculum", 0.0),
+            draws,
+        )
         return Schedule.by_work(settings["token_iterations"], cost, **options)
     if "epochs" in settings:
         steps = settings["epochs"] * samples // settings["batch_size"]
@@ -130,27 +135,40 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
              "pad_probability", "pad_to", "truth")  # fmt: skip
     form = replace(
         context.form(settings, kind),
-        feedback=model.config.feedback != "none", carry_state=model.config.carry_state,
-    )  # fmt: skip
+        feedback=model.config.feedback != "none",
+        carry_state=model.config.carry_state,
+    )
     if form.side_by_side:
         form = replace(form, draws=context.draws(name))
     schedule = _schedule(
-        context, settings, kind, (size or 0) * len(context.tasks),
+        context,
+        settings,
+        kind,
+        (size or 0) * len(context.tasks),
         form.draws if form.side_by_side else None,
-    )  # fmt: skip
+    )
     options = {k: settings[k] for k in names if k in settings}
     if not form.feedback:
         options.pop("truth", None)
     if form.side_by_side:
         options.pop("pad_probability", None)  # each iteration is padded for itself
     stream = TruthStream(
-        context.tasks, context.ranges, form, schedule,
-        seed=context.stream_seed(TRAIN_STREAM), **options,
-    )  # fmt: skip
+        context.tasks,
+        context.ranges,
+        form,
+        schedule,
+        seed=context.stream_seed(TRAIN_STREAM),
+        **options,
+    )
     trained = train_model(
-        model, stream, settings, context.state_path(name), seed=context.seed,
-        data_workers=context.config["data_workers"], on_progress=on_progress,
-    )  # fmt: skip
+        model,
+        stream,
+        settings,
+        context.state_path(name),
+        seed=context.seed,
+        data_workers=context.config["data_workers"],
+        on_progress=on_progress,
+    )
     return context.finish(name, model, trained)
 
 
@@ -217,13 +235,23 @@ def _fine_tune(
     }
     schedule = _schedule(context, settings, "autoregressive", len(merged))
     stream = SampleStream(
-        merged, context.tasks, context.form(settings, "autoregressive"), schedule,
-        batch_size=settings["batch_size"], seed=context.seed, longest_true=longest_true,
-    )  # fmt: skip
+        merged,
+        context.tasks,
+        context.form(settings, "autoregressive"),
+        schedule,
+        batch_size=settings["batch_size"],
+        seed=context.seed,
+        longest_true=longest_true,
+    )
     return train_model(
-        model, stream, settings, context.state_path(name), seed=context.seed,
-        data_workers=context.config["data_workers"], on_progress=on_progress,
-    )  # fmt: skip
+        model,
+        stream,
+        settings,
+        context.state_path(name),
+        seed=context.seed,
+        data_workers=context.config["data_workers"],
+        on_progress=on_progress,
+    )
 
 
 def _ar_relay(context: Context, on_progress: OnProgress):

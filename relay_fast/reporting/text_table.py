@@ -49,9 +49,13 @@ def make_table(left: Sequence[bool], gap: int = 2) -> Table:
 
     box = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
     table = Table(
-        box=box, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), border_style="dim",
+        box=box,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, gap - 1, 0, 0),
+        border_style="dim",
         header_style="bold",
-    )  # fmt: skip
+    )
     for on_left in left:
         table.add_column(justify="left" if on_left else "right", no_wrap=True)
     return table

@@ -201,9 +201,17 @@ class LIS(Task):
 
         rounds = np.empty(len(owner) * (self.group + 1), np.int64)
         _lis_jit.shifted_rounds(
-            samples.problem, samples.problem_offsets, samples.rounds, samples.round_offsets,
-            samples.first_round, owner, before, shift, self.group, rounds,
-        )  # fmt: skip
+            samples.problem,
+            samples.problem_offsets,
+            samples.rounds,
+            samples.round_offsets,
+            samples.first_round,
+            owner,
+            before,
+            shift,
+            self.group,
+            rounds,
+        )
         return rounds
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:

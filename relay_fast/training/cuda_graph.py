@@ -206,6 +206,9 @@ class GraphedStep:
         rows = len(full.targets) / max(1, len(batch.targets))
         sequences = len(full) / max(1, len(batch))
         return Losses(
-            losses.loss.clone(), losses.chain.clone(), losses.answer.clone(),
-            losses.chain_correct * rows, losses.answer_correct * sequences,
-        )  # fmt: skip
+            losses.loss.clone(),
+            losses.chain.clone(),
+            losses.answer.clone(),
+            losses.chain_correct * rows,
+            losses.answer_correct * sequences,
+        )

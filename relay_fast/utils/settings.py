@@ -268,9 +268,11 @@ def _inner(annotation: Any) -> Any:
 def _meaning(field: Any) -> str:
     """Returns the description of a field, or of its type if the field is optional."""
     of_parts = [
-        part.description for choice in get_args(field.annotation)
-        for part in getattr(choice, "__metadata__", ()) if getattr(part, "description", None)
-    ]  # fmt: skip
+        part.description
+        for choice in get_args(field.annotation)
+        for part in getattr(choice, "__metadata__", ())
+        if getattr(part, "description", None)
+    ]
     return field.description or "".join(of_parts[:1])
 
 
