@@ -99,7 +99,7 @@ class Plan:
         return Plan(self.lengths, self.loops, device, positions, tokens)
 
     def take(self, sequences: np.ndarray) -> Plan:
-        """Returns the plan of some sequences, given by ascending index, with their token numbers."""
+        """Returns the plan of some sequences, by ascending index; tokens keep their numbers."""
         rows = concat_ranges(self.offsets[sequences], self.lengths[sequences])
         positions = self._caller_positions
         if positions is not None:
