@@ -128,6 +128,11 @@ class TextTask(ABC):
         return type(self).solve is not TextTask.solve
 
     @property
+    def tells_lengths(self) -> bool:
+        """Whether `length_of` is given."""
+        return type(self).length_of is not TextTask.length_of
+
+    @property
     def own_answers(self) -> bool:
         """Whether `answer_of` is given."""
         return type(self).answer_of is not TextTask.answer_of
