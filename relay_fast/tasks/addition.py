@@ -1,6 +1,6 @@
 """Addition of two numbers, a digit a round, as a `TextTask`.
 
-`3 7 5 + 1 2 8` → `3 7 +1 1 2 = 3` → `3 +1 1 = 0 3` → `5 0 3`. A round holds the digits of both
+`3 7 5 + 1 2 8 =` → `3 7 +1 1 2 = 3` → `3 +1 1 = 0 3` → `5 0 3`. A round holds the digits of both
 numbers that are left, joined by `+`, or by `+1` with a carry, and the digits of the sum so far; the
 last round is the sum. The length of a problem is its number of digits and of rounds.
 """
@@ -27,7 +27,7 @@ class Addition(TextTask):
     def sample(self, length: int, rng: np.random.Generator) -> tuple[str, list[str], str]:
         digits = "".join(map(str, rng.integers(0, 10, 2 * length).tolist()))
         first, second = digits[:length], digits[length:]
-        return f"{' '.join(first)} + {' '.join(second)}", *_solved(first, second)
+        return f"{' '.join(first)} + {' '.join(second)} =", *_solved(first, second)
 
     def solve(self, problem: str) -> tuple[list[str], str]:
         return _solved(*self._numbers(problem))
@@ -37,11 +37,11 @@ class Addition(TextTask):
 
     @staticmethod
     def _numbers(problem: str) -> tuple[str, str]:
-        first, plus, second = "".join(problem.split()).partition("+")
-        if not plus or len(first) != len(second) or not (first + second).isdigit():
+        first, _, second = "".join(problem.split()).removesuffix("=").partition("+")
+        if len(first) != len(second) or not (first + second).isdecimal():
             raise ValueError(
                 f"addition problem {problem!r} is malformed; write two numbers of as many digits, "
-                f"for example 3 7 + 0 5."
+                f"for example 3 7 + 0 5 =."
             )
         return first, second
 
