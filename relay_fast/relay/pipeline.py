@@ -85,10 +85,7 @@ def run_pipeline(
         Diverged: A training diverged; its history goes into results.json.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    names = with_needs(names)
-    waiting = _unfinished(folder, names)
-    _warn_of_lost_results(folder, [name for name in names if name not in waiting])
-    _clear(folder, (name for name in names if name not in waiting and folder.stage_done(name)))
+    waiting = stages_to_run(folder, with_needs(names))
     team = _Team(folder, display, waiting, device, impl, done)
     with interrupts_deferred() as interrupted:
         try:
@@ -113,6 +110,14 @@ def run_pipeline(
                 ) from error
             raise
         stop(team.workers, interrupt=False)
+
+
+def stages_to_run(folder: RunFolder, names: list[str]) -> list[str]:
+    """Returns the stages still to run; warns of lost results and clears what finished ones left."""
+    waiting = _unfinished(folder, names)
+    _warn_of_lost_results(folder, [name for name in names if name not in waiting])
+    clear(folder, (name for name in names if name not in waiting and folder.stage_done(name)))
+    return waiting
 
 
 def _initialize(threads: int) -> None:
@@ -166,7 +171,7 @@ class _Team:
                 else:
                     self._display.finish(self.handled, value["seconds"])
                     self._done(self.handled, value)
-                    _clear(self._folder, [self.handled])
+                    clear(self._folder, [self.handled])
 
 
 def _unfinished(folder: RunFolder, names: list[str]) -> list[str]:
@@ -206,7 +211,7 @@ def _warn_of_lost_results(folder: RunFolder, finished: list[str]) -> None:
         )
 
 
-def _clear(folder: RunFolder, done: Iterable[str]) -> None:
+def clear(folder: RunFolder, done: Iterable[str]) -> None:
     """Deletes the files that finished stages needed only to be continued."""
     for name in done:
         for file in scratch_files(folder.path, name):

@@ -30,6 +30,10 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
+class Stopped(KeyboardInterrupt):
+    """Raised on all ranks after the same step, when one of them was asked to stop."""
+
+
 class Ranks:
     """The ranks of a run, seen from one of them; without torch.distributed there is a single one.
 
@@ -247,3 +251,27 @@ def agree(ranks: Ranks, prove: Callable[[], None], identity: Mapping[str, Any]) 
                     f"rank {rank} has another {key} than rank 0 ({theirs.get(key)!r}, not "
                     f"{value!r}): start all with the same command and the same version"
                 )
+
+
+def first_rank(ranks: Ranks, body: Callable[[], Any]) -> Any:
+    """Returns what `body` returns on rank 0, and None on the others.
+
+    If it raises ValueError, RuntimeError or OSError, the other ranks raise ValueError.
+    """
+    value = error = None
+    if ranks.writes:
+        try:
+            value = body()
+        except (ValueError, RuntimeError, OSError) as caught:
+            error = caught
+    told = ranks.same(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise ValueError(told)
+    return value
+
+
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tells whether this process is rank 0, which prints what all have to say, or alone."""
+    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"

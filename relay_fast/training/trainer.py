@@ -21,7 +21,7 @@ from relay_fast.reporting.progress import Progress
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason, take_step
 from relay_fast.training.optim import make_optimizer, set_lr_scale
-from relay_fast.training.ranks import Exchange, Ranks
+from relay_fast.training.ranks import Exchange, Ranks, Stopped
 from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
 from relay_fast.utils.interrupts import interrupts_deferred
@@ -220,8 +220,7 @@ class _Training:
                 if last or now - saved >= SAVE_EVERY:
                     self._save()
                     saved = now
-                if self._asked_to_stop(interrupted):
-                    raise KeyboardInterrupt
+                self._stop_if_asked(interrupted)
         except KeyboardInterrupt:
             self._save()
             raise
@@ -272,11 +271,12 @@ class _Training:
                 )
         return losses
 
-    def _asked_to_stop(self, interrupted: Callable[[], bool]) -> bool:
-        """Tells whether to stop after this step; the same on all ranks."""
-        if self.ranks.alone:
-            return interrupted()
-        return self._told is not None and self._told.stopped_before()
+    def _stop_if_asked(self, interrupted: Callable[[], bool]) -> None:
+        """Raises KeyboardInterrupt after an interruption; on all ranks after the same step."""
+        if self.ranks.alone and interrupted():
+            raise KeyboardInterrupt
+        if self._told is not None and self._told.stopped_before():
+            raise Stopped
 
     def _log(self, losses: Losses, samples_per_s: float) -> Progress:
         """Adds an entry to the history; raises Diverged if the loss is not finite."""
