@@ -16,6 +16,7 @@ def test_presets_are_data_and_whole() -> None:
         "cpu-arithmetic-long",
         "cpu-edit-distance",
         "cpu-lis",
+        "cpu-multitask",
         "paper",
         "paper-fast",
     ]
