@@ -1,6 +1,6 @@
 """What each choice of a recipe is worth, at a small scale.
 
-The looped model of preset `cpu`, with one choice taken back at a time:
+The looped model of preset `cpu-latent`, noise on its state, with one choice taken back at a time:
 
     python benchmarks/recipe_ablation.py [--work 3e6] [--seeds 0 1] [--only base no_curriculum]
 
@@ -39,6 +39,8 @@ from relay_fast.reporting.plots import new_figure  # noqa: E402
 
 TASK, STAGE = "arithmetic", "looped_aligned"
 Config = dict[str, Any]
+# The base of the rows that the CSV holds, whatever the preset has learned from them.
+BASE = ["model.looped.state_noise=0.1"]
 
 
 def _without(*keys: str) -> Callable[[Config], None]:
@@ -94,7 +96,7 @@ CHANGES: dict[str, Callable[[Config], None]] = {
 
 def trained(name: str, work: float, seed: int, problems: int) -> dict[str, float]:
     """Chains right after the training `name`."""
-    config = override(load_preset("cpu"), seed=seed)
+    config = override(load_preset("cpu-latent"), seed=seed, values=BASE)
     config["stages"][STAGE]["token_iterations"] = work
     CHANGES[name](config)
     with tempfile.TemporaryDirectory() as folder:

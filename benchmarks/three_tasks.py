@@ -224,7 +224,7 @@ def plot(preset: str, task: str, models: Mapping[str, list], path: Path) -> None
             curves = Curves.of(own)
             drawn = [(metric, model, COLORS[model], "-")]
             if model == FED and metric == "answer":
-                drawn.append(("answer_once", "the same after one iteration", GREEN, ":"))
+                drawn.append(("answer_once", "rounds fed back, one iteration alone", GREEN, ":"))
             for what, label, color, line in drawn:
                 by_length = curves.values[what]
                 if not by_length:

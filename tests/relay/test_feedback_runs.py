@@ -66,7 +66,9 @@ def test_token_iterations_are_counted_as_they_come(tmp_path) -> None:
 
 def test_a_run_that_carries_the_state(tmp_path) -> None:
     values = ["model.feedback=tokens", "model.carry_state=true", "training.truth=0.2"]
-    config = override(load_preset("cpu"), steps=3, batch_size=8, eval_problems=2, values=values)
+    config = override(
+        load_preset("cpu-latent"), steps=3, batch_size=8, eval_problems=2, values=values
+    )
     context = Context(tmp_path, config, "cpu", "auto")
     (tmp_path / "checkpoints").mkdir()
     for stage in ("looped_aligned", "looped_vanilla", "ar_baseline"):
