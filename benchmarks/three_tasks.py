@@ -62,20 +62,27 @@ class Run(NamedTuple):
         return own | ({"ar_relay": RELAY} if self.fed else {})
 
 
+def read_results(folder: Path, file: str = "results.json") -> dict[str, Any]:
+    """Reads a JSON file of a run folder. Raises ValueError where there is none of a run."""
+    try:
+        results = json.loads((folder / file).read_text())
+        results["config"]["tasks"], results["versions"]["commit"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no run of RELAY that can be read: {error}") from error
+    return results
+
+
 def open_run(folder: Path) -> Run:
     """Reads a run folder. Raises ValueError for one that holds no accuracy."""
-    try:
-        results = json.loads((folder / "results.json").read_text())
-        accuracy = {m: {t: dict(by) for t, by in own.items()}
-                    for m, own in results.get("accuracy", {}).items()}  # fmt: skip
-        later = folder / "evaluation.json"
-        if later.is_file():
-            for model, tasks in json.loads(later.read_text())["accuracy"].items():
-                for task, by_length in tasks.items():
-                    known = accuracy.setdefault(model, {}).setdefault(task, {})
-                    known |= {n: row for n, row in by_length.items() if n not in known}
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds no run of RELAY that can be read: {error}") from error
+    results = read_results(folder)
+    accuracy = {
+        m: {t: dict(by) for t, by in own.items()} for m, own in results.get("accuracy", {}).items()
+    }
+    if (folder / "evaluation.json").is_file():
+        for model, tasks in read_results(folder, "evaluation.json")["accuracy"].items():
+            for task, by_length in tasks.items():
+                known = accuracy.setdefault(model, {}).setdefault(task, {})
+                known |= {n: row for n, row in by_length.items() if n not in known}
     if not accuracy:
         raise ValueError(f"{folder} was not evaluated: finish the run first")
     return Run(folder.name, results, accuracy)

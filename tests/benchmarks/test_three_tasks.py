@@ -89,7 +89,8 @@ def test_few_problems_are_left_out_and_later_lengths_count(tmp_path) -> None:
     accuracy = {"looped_aligned": {20: cell(0.9), 24: cell(0.5, n=100)}}
     path = run_of(tmp_path, "fed", "tokens", 0, accuracy)
     later = {"looped_aligned": {"lis": {"20": cell(0.1), "27": cell(0.4)}}}
-    (path / "evaluation.json").write_text(json.dumps({"accuracy": later}))
+    results = json.loads((path / "results.json").read_text())
+    (path / "evaluation.json").write_text(json.dumps({**results, "accuracy": later}))
     rows = three_tasks.rows_of(three_tasks.open_run(path), 500)
     assert [(row["length"], row["chain"]) for row in rows] == [(20, 90.0), (27, 40.0)]
 
