@@ -103,7 +103,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                "paper's longest", "samples it needs", "`paper-fast` gives", "times")  # fmt: skip
     note = (
         "Tokens right given the true rounds before them, in training; the models of the CPU "
-        "presets, batches and schedules as in results.csv. Extrapolated: nothing of it was measured."
+        "presets, batches and schedules as in results.csv. Extrapolated: none of it was measured."
     )
     return markdown(columns, predictions(rows)) + "\n" + note + "\n"
 
