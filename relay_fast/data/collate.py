@@ -18,7 +18,6 @@ from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
-_NO_ROOM = "a round does not fit into its input: raise the task's min_input_tokens"
 
 
 # Long: each array of the batch is computed from the ones before it.
@@ -73,8 +72,7 @@ def collate_looped(
     major = np.lexsort((owner, iteration))
     owner, iteration = owner[major], iteration[major]
     lengths = np.diff(s.round_offsets)[major]
-    if np.any(lengths >= width[owner]):
-        raise ValueError(_NO_ROOM)
+    _check_room(s, owner, lengths, width[owner])
     counts = lengths + 1
     rows = concat_ranges(ends[owner] - counts, counts)
     targets = np.full(len(rows), PAD, np.int64)
@@ -138,8 +136,7 @@ def collate_side_by_side(
         own = samples.task[owner] == k
         check_numbers(tasks[TASK_NAMES[k]], inputs.fed[np.repeat(own, widths)])
         check_numbers(tasks[TASK_NAMES[k]], rounds[np.repeat(own, lengths)])
-    if np.any(lengths >= widths):
-        raise ValueError(_NO_ROOM)
+    _check_room(samples, owner, lengths, widths)
     plan = Plan(widths, np.ones(len(owner), np.int64), device, inputs.positions)
     counts = lengths + 1
     rows = concat_ranges(plan.offsets[1:] - counts, counts)
@@ -252,3 +249,17 @@ def _task_weights(samples: Samples, task_weights: Mapping[str, float] | None) ->
     """Returns each sample's task weight (S,)."""
     table = np.array([(task_weights or {}).get(name, 1.0) for name in TASK_NAMES])
     return table[samples.task]
+
+
+def _check_room(
+    samples: Samples, owner: np.ndarray, lengths: np.ndarray, widths: np.ndarray
+) -> None:
+    """Raises ValueError if a round of `lengths` tokens, of the sample `owner`, and its boundary
+    `<pad>` do not fit into an input of `widths` tokens."""
+    if np.any(lengths >= widths):
+        first = int(np.argmax(lengths >= widths))
+        raise ValueError(
+            f"task {TASK_NAMES[samples.task[owner[first]]]!r}: a round of {lengths[first]} tokens "
+            f"and its boundary <pad> do not fit into its input of {widths[first]}: raise the "
+            f"task's min_input_tokens"
+        )
