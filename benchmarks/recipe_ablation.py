@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--task", choices=recipe_search.PRESETS)
     search.add_argument("--variants", type=common.comma_separated(str), help="default all")
     search.add_argument("--scale", type=float, default=1.0, help="share of the preset's work (1)")
+    search.add_argument("--show", action="store_true", help="only print the variants' settings")
     return parser
 
 
@@ -169,6 +170,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     if args.task is not None:
         path = args.csv or recipe_search.ROWS
         try:
+            if args.show:
+                print(recipe_search.shown(args.task, args.variants))
+                return []
             return recipe_search.search(
                 args.task, args.variants, seeds, args.scale, args.problems, path
             )

@@ -195,6 +195,24 @@ def plot(task: str, rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def chosen(task: str, names: Sequence[str] | None) -> dict[str, list[str]]:
+    """The variants `names`, all by default. Raises ValueError for an unknown one."""
+    known = variants(task)
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"variant {name!r} is unknown: use some of {', '.join(known)}")
+    return {name: known[name] for name in names or known}
+
+
+def shown(task: str, names: Sequence[str] | None) -> str:
+    """The variants as options of `relay_fast.train`, a line each."""
+    command = f"{{}}: --preset {PRESETS[task]}"
+    return "\n".join(
+        " ".join([command.format(name), *(f"--set '{value}'" for value in values)])
+        for name, values in chosen(task, names).items()
+    )
+
+
 def search(
     task: str,
     names: Sequence[str] | None,
@@ -219,14 +237,11 @@ def search(
     Raises:
         ValueError: A variant is unknown.
     """
-    known, new = variants(task), []
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"variant {name!r} is unknown: use some of {', '.join(known)}")
+    known, new = chosen(task, names), []
     work = scale * load_preset(PRESETS[task])["stages"][STAGE]["token_iterations"]
     same = {"task": task, "token_iterations": f"{work:g}", "problems": problems}
     for seed in seeds:
-        for name in names or known:
+        for name in known:
             row = {**same, "variant": name, "seed": seed}
             if rows_of(path, **row):
                 continue

@@ -67,6 +67,14 @@ def test_rows_are_held_and_drawn(tmp_path) -> None:
     assert (tmp_path / "rows_edit_distance.png").stat().st_size > 1000
 
 
+def test_the_settings_of_a_variant_are_shown(capsys) -> None:
+    assert recipe_ablation.main(["--task", "lis", "--variants", "base,adamw", "--show"]) == []
+    assert capsys.readouterr().out.splitlines() == [
+        "base: --preset cpu-lis",
+        "adamw: --preset cpu-lis --set 'stages.looped_aligned.muon_lr=null'",
+    ]
+
+
 def test_an_unknown_variant_is_refused(capsys) -> None:
     with pytest.raises(SystemExit):
         recipe_ablation.main(["--task", "lis", "--variants", "no_cut"])
