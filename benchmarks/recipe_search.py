@@ -14,13 +14,14 @@ import csv
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import common
+from benchmarks.one_iteration import train_once
 from relay_fast.relay.evaluation import evaluate_looped
 from relay_fast.relay.presets import load_preset, override
 from relay_fast.relay.stages import Context, run_stage
@@ -31,6 +32,7 @@ PRESETS = {
     "arithmetic": "cpu-arithmetic", "edit_distance": "cpu-edit-distance", "lis": "cpu-lis",
 }  # fmt: skip
 STAGE = "looped_aligned"
+ONE_ITERATION = "one_iteration"  # a control, of which only the answers count
 ROWS = common.RESULTS / "recipe_search.csv"
 
 
@@ -100,6 +102,7 @@ def variants(task: str) -> dict[str, list[str]]:
     del found[f"muon_lr_{preset['muon_lr']}"]  # its own
     found["batch_4_times"] = _stage(batch_size=4 * batch)
     found["batch_quarter"] = _stage(batch_size=batch // 4)
+    found[ONE_ITERATION] = [*_looped(feedback="none"), *_stage(batch_size=4 * batch)]
     if task == "arithmetic":
         found["no_padding"] = _stage(pad_probability=0.0)
         found["proportional_lengths"] = _stage(lengths="proportional")
@@ -126,28 +129,49 @@ def trained(task: str, variant: str, seed: int, scale: float, problems: int) -> 
         (Path(folder) / "checkpoints").mkdir()
         context = Context(Path(folder), config, "cpu", "auto")
         began = time.process_time()
-        result = run_stage(context, STAGE, lambda progress: None)
+        if variant == ONE_ITERATION:
+            model, longest_true = train_once(context, STAGE)
+        else:
+            longest_true = run_stage(context, STAGE, lambda _: None)["longest_true_problem"]
+            model = context.load(STAGE)
         seconds = time.process_time() - began
-        model = context.load(STAGE)
-    longest, lengths = config["tasks"][task]["train"][1], config["tasks"][task]["test"][1]
-    right = evaluate_looped(model, context.tasks, task, range(1, lengths + 1), problems, seed)
-    percent = {n: {k: round(100 * row[k], 2) for k in ("chain", "answer", "bit")}
-               for n, row in right.items()}  # fmt: skip
-    inside = [percent[n]["chain"] for n in range(1, longest + 1)]
-    fifth, third = beyond(longest)
+    lengths = range(1, config["tasks"][task]["test"][1] + 1)
+    right = evaluate_looped(model, context.tasks, task, lengths, problems, seed)
     return {
-        "longest_true_problem": result["longest_true_problem"][task],
+        "longest_true_problem": longest_true[task],
         "cpu_seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
+        **told(right, config["tasks"][task]["train"][1], once=variant == ONE_ITERATION),
+    }
+
+
+def told(
+    right: Mapping[int, Mapping[str, float]], longest: int, once: bool = False
+) -> dict[str, Any]:
+    """The accuracies of a row, in %.
+
+    Args:
+        right: By length, as `evaluate_looped` measures it.
+        longest: The longest trained length.
+        once: The model answers in one iteration and writes no chains.
+    """
+    percent = lambda what: {n: round(100 * row[what], 2) for n, row in right.items()}
+    chain, answer = percent("chain"), percent("answer_once" if once else "answer")
+    inside = [chain[n] for n in range(1, longest + 1)]
+    fifth, third = beyond(longest)
+    chains = {
         "mean_inside": round(float(np.mean(inside)), 2),
         "least_inside": min(inside),
         "longest": inside[-1],
-        "fifth_beyond": percent[fifth]["chain"],
-        "third_beyond": percent[third]["chain"],
-        "answer_fifth_beyond": percent[fifth]["answer"],
-        "bit_fifth_beyond": percent[fifth]["bit"],
-        "chains": json.dumps({n: row["chain"] for n, row in percent.items()}),
+        "fifth_beyond": chain[fifth],
+        "third_beyond": chain[third],
+        "bit_fifth_beyond": percent("bit")[fifth],
+        "chains": json.dumps(chain),
     }
+    if once:
+        chains = dict.fromkeys(chains, "")
+    answers = {"answer_longest": answer[longest], "answer_fifth_beyond": answer[fifth]}
+    return {**chains, **answers, "answers": json.dumps(answer)}
 
 
 def beyond(longest: int) -> tuple[int, int]:
@@ -249,6 +273,6 @@ def search(
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             common.append_rows(path, [row | common.machine("cpu")])
             new.append(row)
-    if drawn := rows_of(path, **same):
+    if drawn := [row for row in rows_of(path, **same) if row["chains"]]:
         plot(task, drawn, path.with_name(f"{path.stem}_{task}.png"))
     return new

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from benchmarks import recipe_ablation, recipe_search
+from benchmarks.one_iteration import last_rounds_alone
 from relay_fast.relay.presets import load_preset, override
 from relay_fast.relay.stages import Context
 
@@ -65,6 +66,26 @@ def test_rows_are_held_and_drawn(tmp_path) -> None:
         assert float(row["longest"]) == chains[8] and float(row["fifth_beyond"]) == chains[10]
         assert float(row["third_beyond"]) == chains[11] and float(row["cpu_seconds"]) >= 0
     assert (tmp_path / "rows_edit_distance.png").stat().st_size > 1000
+
+
+def test_one_iteration_is_a_control_that_answers(tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    arguments = ["--task", "lis", "--scale", "2e-3", "--problems", "20", "--csv", str(path)]
+    (row,) = recipe_ablation.main([*arguments, "--variants", "one_iteration"])
+    assert row["chains"] == row["mean_inside"] == "" and row["longest_true_problem"] <= 20
+    answers = {int(n): value for n, value in json.loads(row["answers"]).items()}
+    assert row["answer_longest"] == answers[20] and row["answer_fifth_beyond"] == answers[24]
+    assert not path.with_name("rows_lis.png").exists()  # it writes no chains to draw
+
+
+def test_one_iteration_sees_the_problem_and_the_last_round_alone() -> None:
+    task = Context("nowhere", load_preset("cpu-lis"), "cpu", "auto").tasks["lis"]
+    samples = task.sample([3, 9, 20], 0)
+    once = last_rounds_alone(samples)
+    assert once.loops.tolist() == [1, 1, 1] and once.answer.tolist() == samples.answer.tolist()
+    for i in range(3):
+        assert [r.tolist() for r in once.rounds_of(i)] == [samples.rounds_of(i)[-1].tolist()]
+        assert once.problem_of(i).tolist() == samples.problem_of(i).tolist()
 
 
 def test_the_settings_of_a_variant_are_shown(capsys) -> None:
