@@ -50,6 +50,26 @@ def test_the_draws_are_the_stage_s_and_the_task_s(tmp_path) -> None:
         Context(tmp_path, large, "cpu", "auto").prove()
 
 
+def test_three_tasks_in_one_model(tmp_path) -> None:
+    """Each task has the draws of its own preset, and all are in every batch."""
+    config = override(load_preset("cpu-multitask"), steps=2, batch_size=6)
+    context = Context(tmp_path, config, "cpu", "auto")
+    (tmp_path / "checkpoints").mkdir()
+    for task, preset in (
+        ("arithmetic", "cpu-arithmetic"),
+        ("edit_distance", "cpu-edit-distance"),
+        ("lis", "cpu-lis"),
+    ):
+        own = Context(tmp_path, load_preset(preset), "cpu", "auto")
+        assert context.draws("looped_aligned")[task] == own.draws("looped_aligned")[task]
+        for key in ("train", "test", "parameters", "hit_matrix"):
+            assert context.task_config(task)[key] == own.task_config(task)[key], (task, key)
+        assert context.tasks[task].to_dict() == own.tasks[task].to_dict()
+    result = run_stage(context, "looped_aligned", lambda progress: None)
+    assert set(result["longest_true_problem"]) == {"arithmetic", "edit_distance", "lis"}
+    assert context.load("looped_aligned").config.trained_tokens == 50 + 31
+
+
 def test_token_iterations_are_counted_as_they_come(tmp_path) -> None:
     config = override(load_preset("cpu-arithmetic"), scale=0.02)
     settings, draws = recipe(config, "looped_aligned"), {"arithmetic": FeedbackDraws(0.3, 42)}
