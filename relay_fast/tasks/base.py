@@ -11,7 +11,7 @@ import numpy as np
 
 from relay_fast.tasks.feedback import Inputs, Written
 from relay_fast.tasks.samples import TASK_NAMES, Samples
-from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
+from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, SEP, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
 
 Rounds = Sequence[Sequence[int]]
@@ -271,6 +271,12 @@ class Task(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns a readable text of a problem or round, without task token and `<pad>`."""
         return self.vocabulary.decode(t for t in map(int, ids) if t not in (self.token, PAD))
+
+    def text(self, ids: Iterable[int]) -> str:
+        """Returns a problem, round or answer for other programs: as `decode` does, but with a space
+        between all tokens, and without `<sep>` at the end."""
+        tokens = [token for token in map(int, ids) if token not in (self.token, PAD)]
+        return self.vocabulary.decode(tokens[:-1] if tokens[-1:] == [SEP] else tokens)
 
     def are_numbers(self, tokens: np.ndarray) -> np.ndarray:
         return (tokens >= NUMBER0) & (tokens < self.vocabulary.n_tokens)
