@@ -198,9 +198,9 @@ def _make(source: Source, stamp: Stamp, tokeniser: Tokeniser, rules: Rules, fold
                 rows.tofile(file)
         if not stamp.fits(source.path):
             raise changed(source.shown)
+        (partial / "facts.json").write_text(json.dumps(survey.finish().to_json()))
         lengths = np.memmap(partial / "rows.bin", ROW, "r")["length"]
         np.save(partial / "order.npy", np.argsort(lengths, kind="stable"))
-        (partial / "facts.json").write_text(json.dumps(survey.finish().to_json()))
         try:
             os.replace(partial, folder)
         except OSError:  # another process was faster

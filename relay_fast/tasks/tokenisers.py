@@ -148,6 +148,7 @@ class _FromFile(Tokeniser):
         self._library.no_padding()
         self._library.no_truncation()
         self._ids = self._library.get_vocab(with_added_tokens=True)
+        self._texts = {k: token for token, k in self._ids.items()}
 
     def __getstate__(self) -> dict[str, str]:
         return {"name": self.name, "_text": self._text}
@@ -163,7 +164,8 @@ class _FromFile(Tokeniser):
     def tokens(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
         encoded = self._encode(texts)
         sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return [token for own in encoded for token in own.tokens], sizes
+        every = chain.from_iterable(own.ids for own in encoded)  # the fast way fills no tokens
+        return list(map(self._texts.__getitem__, every)), sizes
 
     def encoder(self, ids: Mapping[str, int]) -> Encoder:
         table = np.full(max(self._ids.values(), default=0) + 1, UNKNOWN, np.int32)
