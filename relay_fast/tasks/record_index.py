@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import islice
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from relay_fast.tasks.records import (
+from relay_fast.tasks.record_files import (
     Record,
     RecordReader,
     Source,
@@ -38,7 +38,7 @@ ROW = np.dtype(
 BLOCK = 1024  # records that are checked together
 VERSION = 1  # of the files; others are ignored
 LONG_ROUNDS = ("pad", "split")
-ANSWERS = ("last_round", "given")
+ANSWERS = ("token", "round", "added")
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,37 @@ class Rules:
     """What records of a task must be like.
 
     Args:
-        vocabulary: the tokens that may occur, None for any.
         reserved: texts of special tokens, which may not occur.
         max_round_tokens: of one round, None for any number.
         long_rounds: what happens to a round that does not fit into its problem's input: "pad" makes
             inputs longer, "split" makes several rounds of it.
-        answer: "last_round" for an answer that must be the end of the last round, "given" for one
-            that may be anything.
+        answer_is: where the answer stands in the rounds: "token" for the last token of the last
+            round, "round" for the whole last round, "added" to make a last round of it.
         problem_extra, round_extra: tokens that the task adds to a problem and to a round.
     """
 
-    vocabulary: tuple[str, ...] | None = None
     reserved: tuple[str, ...] = ()
     max_round_tokens: int | None = None
     long_rounds: str = "pad"
-    answer: str = "last_round"
+    answer_is: str = "token"
     problem_extra: int = 2
     round_extra: int = 1
 
     def __post_init__(self) -> None:
-        for name, known in (("long_rounds", LONG_ROUNDS), ("answer", ANSWERS)):
+        for name, known in (("long_rounds", LONG_ROUNDS), ("answer_is", ANSWERS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r} is unknown: use one of {', '.join(known)}"
                 )
+
+    def applied(self, record: Record) -> Record:
+        """Returns the record with its answer as a last round, where that is asked for."""
+        if self.answer_is != "added":
+            return record
+        length = record.length or len(record.rounds or ()) or record.loops
+        if record.rounds is None or record.answer is None:
+            return record._replace(rounds=None, length=length, loops=(record.loops or length) + 1)
+        return record._replace(rounds=[*record.rounds, record.answer], length=length)
 
 
 @dataclass
@@ -126,10 +133,11 @@ class RecordIndex:
         source: The file.
         stamp: What it is recognised by.
         folder: Files of the index.
+        rules: What its records are like.
     """
 
-    def __init__(self, source: Source, stamp: Stamp, folder: Path) -> None:
-        self.source, self._folder = source, folder
+    def __init__(self, source: Source, stamp: Stamp, folder: Path, rules: Rules) -> None:
+        self.source, self._folder, self._rules = source, folder, rules
         self.reader = RecordReader(source, stamp)
         self.facts = Facts.from_json(json.loads((folder / "facts.json").read_text()))
 
@@ -159,9 +167,10 @@ class RecordIndex:
         return self._by_length[first:last]
 
     def read(self, positions: np.ndarray) -> list[Record]:
-        """Reads records; raises RecordsChanged if the file is another one by now."""
+        """Reads records, as the rules have them; raises RecordsChanged for a changed file."""
         rows = self.rows[positions]
-        return self.reader.read(rows["offset"].tolist(), rows["size"].tolist())
+        records = self.reader.read(rows["offset"].tolist(), rows["size"].tolist())
+        return [*map(self._rules.applied, records)]
 
     def place(self, position: int) -> str:
         """Says where a record stands, for messages."""
@@ -183,7 +192,7 @@ def open_index(source: Source, tokeniser: Tokeniser, rules: Rules) -> RecordInde
     folder = cache_folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     if not (folder / "facts.json").exists():
         _make(source, stamp, tokeniser, rules, folder)
-    return RecordIndex(source, stamp, folder)
+    return RecordIndex(source, stamp, folder, rules)
 
 
 def _make(source: Source, stamp: Stamp, tokeniser: Tokeniser, rules: Rules, folder: Path) -> None:
@@ -227,7 +236,6 @@ class _Survey:
         self.source, self.tokeniser, self.rules = source, tokeniser, rules
         self.facts = Facts()
         self._seen: set[str] = set()
-        self._known = None if rules.vocabulary is None else frozenset(rules.vocabulary)
         self._content = hashlib.blake2b(digest_size=16)
         self._without_loops = -1  # the first record whose loops are taken from its length
 
@@ -236,7 +244,8 @@ class _Survey:
         first = offset = 0
         with open(self.source.path, "rb") as file:
             while lines := list(islice(file, BLOCK)):
-                records = [self._parsed(first + i, line) for i, line in enumerate(lines)]
+                read = [self._parsed(first + i, line) for i, line in enumerate(lines)]
+                records = [*map(self.rules.applied, read)]
                 block = self._tokenised(first, records)
                 rows = np.zeros(len(lines), ROW)
                 rows["size"] = sizes = np.fromiter(map(len, lines), np.int64, len(lines))
@@ -244,6 +253,8 @@ class _Survey:
                 self._check_tokens(block)
                 for i, record in enumerate(records):
                     self._fill(rows[i], block, i, record)
+                    if record.rounds is None and read[i].loops is None and self._without_loops < 0:
+                        self._without_loops = first + i
                 self._content.update(b"".join(lines))
                 first, offset = first + len(lines), offset + int(sizes.sum())
                 yield rows
@@ -288,14 +299,10 @@ class _Survey:
         new = set(block.tokens) - self._seen
         for token in new:
             if token in self.rules.reserved:
+                text = np.searchsorted(block.bounds, block.tokens.index(token), "right") - 1
+                owner = int(np.searchsorted(block.texts, text, "right")) - 1
                 why = f"has the token {token!r}, which is kept for the model: write it otherwise"
-            elif self._known is not None and token not in self._known:
-                why = f"has the token {token!r}, which is not in the vocabulary given"
-            else:
-                continue
-            text = np.searchsorted(block.bounds, block.tokens.index(token), "right") - 1
-            owner = int(np.searchsorted(block.texts, text, "right")) - 1
-            raise self._wrong(block.first + owner, why)
+                raise self._wrong(block.first + owner, why)
         self._seen |= new
         empty = np.flatnonzero(np.diff(block.bounds) == 0)
         if len(empty):
@@ -316,6 +323,7 @@ class _Survey:
         rounds = record.rounds or ()
         loops, longest, chain = len(rounds) or record.loops or record.length, 0, 0
         length = record.length or loops
+        added = rules.answer_is == "added"
         if rounds:
             ends = bounds[1 : len(rounds) + 2]
             sizes = [b - a for a, b in zip(ends, ends[1:], strict=False)]
@@ -323,10 +331,8 @@ class _Survey:
             chain = ends[-1] - ends[0] + len(rounds) * rules.round_extra
             if record.answer is not None:
                 self._check_answer(index, block.tokens, ends, bounds[-2:])
-            if loops != length and facts.other_loops < 0:
+            if loops != length + added and facts.other_loops < 0:
                 facts.other_loops = index
-        elif record.loops is None and self._without_loops < 0:
-            self._without_loops = index
         solved = bool(rounds) and record.answer is not None
         digest = hashlib.blake2b(record.problem.encode(), digest_size=8).digest()
         row["digest"] = int.from_bytes(digest, "little")
@@ -359,15 +365,26 @@ class _Survey:
     def _check_answer(
         self, index: int, tokens: list[str], ends: list[int], answer: list[int]
     ) -> None:
-        size = answer[1] - answer[0]
-        last = tokens[max(ends[-2], ends[-1] - size) : ends[-1]]
-        if self.rules.answer == "last_round" and last != tokens[answer[0] : answer[1]]:
+        given, last = tokens[answer[0] : answer[1]], tokens[ends[-2] : ends[-1]]
+        if self.rules.answer_is == "token":
+            last = last[-1:]
+        if given != last:
+            what = "is" if self.rules.answer_is == "round" else "ends with"
             raise self._wrong(
                 index,
-                f"has the answer {self.tokeniser.join(tokens[answer[0] : answer[1]])!r}, but its "
-                f"last round ends with {self.tokeniser.join(last)!r}: correct one, or set "
-                f'answer = "given"',
+                f"has the answer {self.tokeniser.join(given)!r}, but its last round {what} "
+                f'{self.tokeniser.join(last)!r}: correct one, or set answer_is = "round" if the '
+                f'answer is the whole last round, "added" to make a last round of it',
             )
+
+
+def place_of_token(source: Source, tokeniser: Tokeniser, tokens: Collection[str]) -> str:
+    """Returns where the first of some tokens occurs, for messages: the file is read again."""
+    with open(source.path, "rb") as file:
+        for index, line in enumerate(file):
+            if not set(tokens).isdisjoint(tokeniser.tokens(texts_of(parse(line)))[0]):
+                return source.place(index)
+    return source.shown
 
 
 def texts_of(record: Record) -> list[str]:

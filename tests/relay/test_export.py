@@ -11,7 +11,7 @@ from relay_fast.relay.chain_dataset import ChainDataset, write_dataset
 from relay_fast.relay.chain_parts import WrittenChains, chain_parts
 from relay_fast.relay.export import export_chains
 from relay_fast.tasks import NO_ANSWER, Samples
-from relay_fast.tasks.records import parse
+from relay_fast.tasks.record_files import parse
 from tests.support.chain_models import TASKS, looped_model
 
 

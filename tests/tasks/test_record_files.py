@@ -9,8 +9,8 @@ import pickle
 import numpy as np
 import pytest
 
-from relay_fast.tasks.record_index import BLOCK, Rules, open_index
-from relay_fast.tasks.records import Record, RecordsChanged, cache_folder, open_source
+from relay_fast.tasks.record_files import Record, RecordsChanged, cache_folder, open_source
+from relay_fast.tasks.record_index import BLOCK, Rules, open_index, place_of_token
 from relay_fast.tasks.tokenisers import make_tokeniser
 
 WORDS = make_tokeniser("whitespace")
@@ -149,7 +149,6 @@ GOOD = {"problem": "a b", "rounds": ["c d"], "answer": "d"}
         (GOOD | {"problem": " "}, "has an empty problem: write it, or leave it out"),
         (GOOD | {"rounds": ["c d", " "]}, "has an empty round 2: write it, or leave it out"),
         (GOOD | {"answer": ""}, "has an empty answer: write it, or leave it out"),
-        (GOOD | {"rounds": ["a z d"]}, "has the token 'z', which is not in the vocabulary given"),
         (
             GOOD | {"rounds": ["<pad> d"]},
             "has the token '<pad>', which is kept for the model: write it otherwise",
@@ -161,7 +160,8 @@ GOOD = {"problem": "a b", "rounds": ["c d"], "answer": "d"}
         (
             GOOD | {"answer": "c"},
             "has the answer 'c', but its last round ends with 'd': correct one, or set "
-            'answer = "given"',
+            'answer_is = "round" if the answer is the whole last round, "added" to make a last '
+            "round of it",
         ),
         (
             {"problem": "a", "length": 4},
@@ -175,15 +175,30 @@ def test_each_fault_is_one_sentence_with_its_line(tmp_path, line, why):
         line = json.dumps(line).encode()
     good = [json.dumps(GOOD).encode(), json.dumps(GOOD | {"length": 7}).encode()]
     (tmp_path / "r.jsonl").write_bytes(b"\n".join([*good, line, json.dumps(GOOD).encode(), b""]))
-    rules = {"vocabulary": tuple("abcd"), "reserved": ("<pad>",), "max_round_tokens": 4}
+    rules = {"reserved": ("<pad>",), "max_round_tokens": 4}
     with pytest.raises(ValueError) as caught:
         index_of(tmp_path / "r.jsonl", **rules)
     assert str(caught.value) == f"{tmp_path / 'r.jsonl'}, line 3 {why}"
     assert not [file for file in cache_folder().iterdir()]  # nothing half made
 
 
-def test_an_answer_may_be_given_alone(tmp_path):
-    assert len(index_of([GOOD | {"answer": "c"}], answer="given")) == 1
+def test_an_answer_may_be_a_round(tmp_path):
+    whole = [GOOD | {"answer": "c d"}]
+    assert len(index_of(whole, answer_is="round")) == 1
+    with pytest.raises(ValueError, match="has the answer 'd', but its last round is 'c d'"):
+        index_of([GOOD], answer_is="round")
+    values = [GOOD | {"answer": "c"}, {"problem": "p", "length": 3}, GOOD, GOOD | {"answer": None}]
+    index = index_of(values, answer_is="added")
+    assert [r.rounds for r in index.read(np.arange(4))] == [["c d", "c"], None, ["c d", "d"], None]
+    assert index.rows["length"].tolist() == [1, 3, 1, 1]
+    assert index.rows["loops"].tolist() == [2, 4, 2, 2]
+    assert index.rows["solved"].tolist() == [True, False, True, False]
+    assert index.facts.other_loops == -1
+
+
+def test_a_token_is_found_again(tmp_path):
+    path = write(tmp_path / "r.jsonl", [record(1), GOOD, GOOD])
+    assert place_of_token(open_source(path), WORDS, {"c", "z"}) == f"{path}, line 2"
 
 
 def test_records_in_memory_are_refused_by_their_number():
