@@ -46,7 +46,8 @@ from relay_fast.relay.run_folder import RunFolderError
 from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
-from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
+from relay_fast.tasks import NO_ANSWER, Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.training.model_files import Model, load_run_model, run_tasks
 from relay_fast.utils.cores import limit_threads
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
@@ -189,7 +190,7 @@ def _show(a: argparse.Namespace) -> None:
     chosen = np.sort(rng.permutation(len(chains))[: a.number])
     for i in chosen.tolist():
         chain = chains[i]
-        task = tasks[TASK_NAMES[chain.task[0]]]
+        task = tasks_present(chain.task, tasks)[int(chain.task[0])]
         rounds, answer = chain.rounds_of(0), int(chain.answer[0])
         print(f"{task.name} of length {chain.length[0]}, chain {i}")
         print(chain_text(task, chain.problem_of(0), rounds, answer) + "\n")

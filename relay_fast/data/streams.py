@@ -20,10 +20,11 @@ from relay_fast.data.collate import (
     collate_carried,
     collate_looped,
     collate_side_by_side,
+    input_widths,
 )
 from relay_fast.data.feedback import mean_iteration_tokens
 from relay_fast.data.workers import steps_ahead
-from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Samples, Task
+from relay_fast.tasks import FeedbackDraws, Samples, Task
 from relay_fast.utils.cores import usable_cores
 
 _FRESH = 0x5EED  # salt of the length draws, apart from the problems' own seed
@@ -100,8 +101,7 @@ class BatchFormat:
         if self.kind == "autoregressive":
             tokens = np.diff(samples.sequences(tasks)[1]) - 1
         else:
-            shortest = [tasks[TASK_NAMES[k]].min_input_tokens for k in samples.task]
-            tokens = np.maximum(np.diff(samples.problem_offsets), shortest)
+            tokens = input_widths(samples, tasks)
             tokens = tokens if extra_pad is None else tokens + extra_pad
         turn = np.empty(len(samples), np.int64)
         for k in np.unique(samples.task):
@@ -216,7 +216,7 @@ class TruthStream(Dataset):
 
     def _extra_pad(self, rng: np.random.Generator, task: Task, draws: np.ndarray) -> np.ndarray:
         longest = np.array([task.max_problem_tokens(n) for n in draws.tolist()])
-        room = self.pad_to - np.maximum(longest, task.min_input_tokens)
+        room = self.pad_to - np.maximum(longest, task.min_widths(draws))
         extra = rng.integers(0, np.maximum(room, 0) + 1)
         return np.where(rng.random(len(draws)) < self.pad_probability, extra, 0)
 

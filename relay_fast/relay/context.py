@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
@@ -129,7 +130,9 @@ class Context:
             if carry_state or not task.clips_positions:
                 longest = task.max_problem_tokens(self.ranges[name][1])
                 padded = draws[name].pad_to if draws[name].pad_probability else 0
-                inputs.append(max(longest, task.min_input_tokens, padded) + draws[name].cut)
+                shortest, last = self.ranges[name]
+                least = int(task.min_widths(np.arange(shortest, last + 1)).max())
+                inputs.append(max(longest, least, padded) + draws[name].cut)
         return max(inputs)
 
     def draws(self, stage: str) -> dict[str, FeedbackDraws]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.relay.chain_parts import WrittenChains
-from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
+from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.utils.files import cannot_write, replacing
 
 FORMATS = ("rounds", "sft")
@@ -74,16 +75,17 @@ def check_export(path: str | os.PathLike, form: str) -> None:
 
 def _records(part: WrittenChains, tasks: Mapping[str, Task], form: str) -> Iterator[dict[str, Any]]:
     chains = part.chains
+    of_index = tasks_present(chains.task, tasks)
     for i, passed in enumerate(part.passed.tolist()):
-        task = tasks[TASK_NAMES[chains.task[i]]]
+        task = of_index[int(chains.task[i])]
         record = {"task": task.name, "length": int(chains.length[i])}
         yield {**record, **_texts(chains, i, task, form), "passed": passed}
 
 
 def _texts(chains: Samples, i: int, task: Task, form: str) -> dict[str, Any]:
-    problem = task.text(chains.problem_of(i))
-    rounds = [task.text(tokens) for tokens in chains.rounds_of(i)]
-    answer = None if chains.answer[i] == NO_ANSWER else task.text(chains.answer[i : i + 1])
+    ids = [tokens.tolist() for tokens in chains.rounds_of(i)]
+    problem, rounds = task.plain_text(chains.problem_of(i)), [*map(task.plain_text, ids)]
+    answer = task.answer_text(ids, int(chains.answer[i]))
     if form == "rounds":
         return {"problem": problem, "rounds": rounds, "answer": answer}
     said = answer is not None and not (task.answer_suffix is None and rounds[-1:] == [answer])

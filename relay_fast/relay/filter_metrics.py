@@ -14,6 +14,7 @@ import numpy as np
 
 from relay_fast.reporting.text_table import text_table
 from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.verify import correct_chains, verify_chains
 
 Table = dict[str, dict[str, "Counts"]]  # by task and length (a string, as in JSON)
@@ -78,8 +79,8 @@ def count(
     ended = every if ended is None else ended
     columns = (every, passed, kept, correct, kept & correct, ~ended)
     table: Table = {}
-    for k in np.unique(truth.task):
-        own = table.setdefault(TASK_NAMES[k], {})
+    for k, task in tasks_present(truth.task, tasks).items():
+        own = table.setdefault(task.name, {})
         for length in np.unique(truth.length[truth.task == k]):
             here = (truth.task == k) & (truth.length == length)
             own[str(length)] = Counts(*(int(column[here].sum()) for column in columns))
@@ -94,9 +95,9 @@ def add(tables: list[Table]) -> Table:
             own = total.setdefault(task, {})
             for length, counts in by_length.items():
                 own[length] = own.get(length, Counts()) + counts
+    order = [*(n for n in TASK_NAMES if n in total), *sorted(set(total).difference(TASK_NAMES))]
     return {
-        task: dict(sorted(own.items(), key=lambda item: int(item[0])))
-        for task, own in sorted(total.items(), key=lambda item: TASK_NAMES.index(item[0]))
+        name: dict(sorted(total[name].items(), key=lambda item: int(item[0]))) for name in order
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
 from relay_fast.tasks.feedback import Inputs, Written, right_aligned
-from relay_fast.tasks.samples import Samples
+from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import (
     ARITHMETIC,
     DIVIDE,
@@ -48,6 +48,9 @@ class Arithmetic(Task):
     """
 
     name = "arithmetic"
+    index = TASK_NAMES.index(name)
+    title = "Arithmetic"
+    unit = "number of operators"
     token = ARITHMETIC
     end = EQUALS
     answer_suffix = None

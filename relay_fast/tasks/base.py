@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from relay_fast.tasks.feedback import Inputs, Written
-from relay_fast.tasks.samples import TASK_NAMES, Samples
+from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, SEP, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
 
@@ -25,12 +25,13 @@ class Task(ABC):
     invalid input.
 
     Attributes:
-        name, index: Name and position in `TASK_NAMES`.
+        name: Its name in a run.
+        index: What `Samples.task` holds for its samples, different in every task of a run.
+        title, unit: Its name in tables and plots, and what its length counts.
         token: Id of the task token, the first of every problem.
         end: Id of the last token of every problem.
         min_length: The smallest length.
-        min_input_tokens: The looped model pads shorter inputs on the left to this many tokens, so
-            that every round and its boundary `<pad>` fit.
+        min_input_tokens: What `min_widths` returns for all lengths.
         takes_shift: Whether there is a rule for shifted numbers (`shifted_rounds`).
         clips_positions: Whether `inputs` of any length hold the same positions.
         answer_suffix: Tokens between the last round and the answer in an autoregressive sequence;
@@ -38,6 +39,9 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    index: ClassVar[int]
+    title: ClassVar[str]
+    unit: ClassVar[str]
     token: ClassVar[int]
     end: ClassVar[int]
     answer_suffix: ClassVar[tuple[int, ...] | None]
@@ -49,14 +53,9 @@ class Task(ABC):
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
-    @property
-    def index(self) -> int:
-        """Returns the position in `TASK_NAMES`, the value of `Samples.task`."""
-        return TASK_NAMES.index(self.name)
-
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Returns name and parameters for `make_task(vocabulary=…, **task.to_dict())`."""
+        """Returns what `make_task(vocabulary=…, **task.to_dict())` builds it of, JSON-able."""
 
     @abstractmethod
     def loops(self, length: int) -> int:
@@ -73,6 +72,11 @@ class Task(ABC):
     @abstractmethod
     def max_chain_tokens(self, length: int) -> int:
         """Returns the most tokens of all rounds together."""
+
+    def min_widths(self, lengths: np.ndarray) -> np.ndarray:
+        """(S,) the least tokens of the inputs of problems of these lengths; shorter ones are padded
+        on the left, so that every round and its boundary `<pad>` fit."""
+        return np.full(len(lengths), self.min_input_tokens, np.int64)
 
     def max_sequence_tokens(self, length: int) -> int:
         """Returns the most tokens of an autoregressive sequence, including `<eos>`."""
@@ -100,15 +104,7 @@ class Task(ABC):
         Raises:
             ValueError: A length is not supported, or an argument is invalid.
         """
-        array = np.asarray(lengths)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ValueError(
-                f"lengths have shape {array.shape} and type {array.dtype}; "
-                f"give a flat list of integers."
-            )
-        if start < 0:
-            raise ValueError(f"start is {start}; give the index of the first sample, at least 0.")
-        array = np.ascontiguousarray(array, np.int64)
+        array = checked_lengths(lengths, start)
         unique, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
         for length in unique.tolist():
             self.check_length(length)
@@ -205,9 +201,14 @@ class Task(ABC):
         It never raises: malformed text becomes a round, an answer that cannot be read is None.
         """
 
+    def same_answers(self, written: Samples, truth: Samples) -> np.ndarray:
+        """(S,) bool: chains of this task give the answers of the same problems, solved."""
+        return written.answer == truth.answer
+
     def input_sizes(self, written: Written, owner: np.ndarray, before: np.ndarray) -> np.ndarray:
         """(I,) tokens that `inputs` needs for each iteration; see there."""
-        return np.maximum(written.problem_sizes(owner), self.min_input_tokens)
+        least = self.min_widths(written.problems.length[owner])
+        return np.maximum(written.problem_sizes(owner), least)
 
     def inputs(
         self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
@@ -233,7 +234,7 @@ class Task(ABC):
 
     def largest_fed(self, length: int) -> int:
         """A bound on the numbers that `inputs` shows and rounds hold in problems of a length."""
-        return self.vocabulary.max_number
+        return self.vocabulary.max_number or 0
 
     def shifted_rounds(
         self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
@@ -272,14 +273,18 @@ class Task(ABC):
         """Returns a readable text of a problem or round, without task token and `<pad>`."""
         return self.vocabulary.decode(t for t in map(int, ids) if t not in (self.token, PAD))
 
-    def text(self, ids: Iterable[int]) -> str:
+    def plain_text(self, ids: Iterable[int]) -> str:
         """Returns a problem, round or answer for other programs: as `decode` does, but with a space
         between all tokens, and without `<sep>` at the end."""
         tokens = [token for token in map(int, ids) if token not in (self.token, PAD)]
         return self.vocabulary.decode(tokens[:-1] if tokens[-1:] == [SEP] else tokens)
 
+    def answer_text(self, rounds: Rounds, answer: int) -> str | None:
+        """Returns the answer of a chain for other programs, None for NO_ANSWER."""
+        return None if answer == NO_ANSWER else self.plain_text([answer])
+
     def are_numbers(self, tokens: np.ndarray) -> np.ndarray:
-        return (tokens >= NUMBER0) & (tokens < self.vocabulary.n_tokens)
+        return (tokens >= NUMBER0) & (tokens < self.vocabulary.end_of_numbers)
 
     def _spaced(self, text: str) -> str:
         """Puts spaces between the tokens of `text`."""
@@ -299,6 +304,19 @@ class Task(ABC):
                 f"begin with {first} and end with {last}."
             )
         return ids[1:-1]
+
+
+def checked_lengths(lengths: Sequence[int] | np.ndarray, start: int) -> np.ndarray:
+    """Returns lengths as (S,) int64; raises ValueError for others, or a negative start."""
+    array = np.asarray(lengths)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"lengths have shape {array.shape} and type {array.dtype}; "
+            f"give a flat list of integers."
+        )
+    if start < 0:
+        raise ValueError(f"start is {start}; give the index of the first sample, at least 0.")
+    return np.ascontiguousarray(array, np.int64)
 
 
 def last_rounds(samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.utils.ragged import concat_ranges
 
 CHECKS = ("task", "self", None)
@@ -35,8 +36,8 @@ def verify_chains(
     passed = np.ones(len(written), bool)
     if verify is None:
         return passed
-    for k in np.unique(written.task):
-        task, rows = tasks[TASK_NAMES[k]], np.flatnonzero(written.task == k)
+    for k, task in tasks_present(written.task, tasks).items():
+        rows = np.flatnonzero(written.task == k)
         own = _select(written, rows)
         implied = task.answers_of(own)
         passed[rows] = (implied >= 0) & (implied == own.answer)
