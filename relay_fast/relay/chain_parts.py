@@ -56,6 +56,12 @@ def check_request(
             task.check_length(length)
             if number < 0:
                 raise ValueError(f"{number} chains of {name} length {length}: give 0 or more")
+            most = task.most_problems(length)
+            if most is not None and number > most:
+                raise ValueError(
+                    f"there are {most} problems of {name} length {length}: ask for no more than "
+                    f"these chains"
+                )
             need = task.max_problem_tokens(length)
             need = task.max_sequence_tokens(length) - 1 if written else need
             if need > limit:

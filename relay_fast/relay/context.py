@@ -70,7 +70,8 @@ class Context:
         for models that do not fit into this machine's memory."""
         for name, task in self.tasks.items():
             entry = self.task_config(name)
-            for length in (self.ranges[name][0], *entry["self_lengths"], *entry["hit_matrix"]):
+            task.check_range(*self.ranges[name])
+            for length in (*entry["self_lengths"], *entry["hit_matrix"]):
                 task.check_length(length)
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))

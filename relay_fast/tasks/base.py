@@ -12,7 +12,9 @@ import numpy as np
 from relay_fast.tasks.feedback import Inputs, Written
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, SEP, Vocabulary
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import lengths_to_offsets
+from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 
 Rounds = Sequence[Sequence[int]]
 NO_ANSWER = -1  # stands for an answer that cannot be read
@@ -89,6 +91,31 @@ class Task(ABC):
             raise ValueError(
                 f"{self.name} length {length} is too short; use at least {self.min_length}."
             )
+
+    def check_range(self, shortest: int, longest: int) -> None:
+        """Raises ValueError if a model cannot be trained on problems of these lengths."""
+        for length in (shortest, longest):
+            self.check_length(length)
+
+    def lengths_between(self, shortest: int, longest: int) -> np.ndarray:
+        """Returns the lengths from `shortest` to `longest` that there are problems of."""
+        return np.arange(shortest, longest + 1)
+
+    def most_problems(self, length: int) -> int | None:
+        """Returns how many different problems of a length can be drawn, None for any number."""
+        return None
+
+    def unseen(self, length: int, number: int, seed: int) -> Samples:
+        """Returns up to `number` solved problems that no training has seen, but for short ones.
+
+        A larger number extends a smaller one.
+
+        Args:
+            length: Of the problems.
+            number: How many; there may be fewer where they are not drawn at random.
+            seed: Selects them.
+        """
+        return self.sample(np.full(number, length), as_int("seed", seed) + EVAL_SEED_OFFSET)
 
     def sample(self, lengths: Sequence[int] | np.ndarray, seed: int, start: int = 0) -> Samples:
         """Draws solved problems.

@@ -95,6 +95,12 @@ class Sizes:
     round: int = 0
     chain: int = 0
 
+    def joined(self, other: Sizes) -> Sizes:
+        """Returns the sizes of these and other records together."""
+        most = {n: max(getattr(self, n), getattr(other, n)) for n in vars(self)}
+        counts = {n: getattr(self, n) + getattr(other, n) for n in ("records", "solved")}
+        return Sizes(**most | counts)
+
 
 @dataclass
 class Facts:
@@ -378,13 +384,17 @@ class _Survey:
             )
 
 
-def place_of_token(source: Source, tokeniser: Tokeniser, tokens: Collection[str]) -> str:
-    """Returns where the first of some tokens occurs, for messages: the file is read again."""
+def place_of_token(
+    source: Source, tokeniser: Tokeniser, tokens: Collection[str]
+) -> tuple[str, str]:
+    """Returns where the first of some tokens occurs, for messages, and which it is; the file is
+    read again."""
     with open(source.path, "rb") as file:
         for index, line in enumerate(file):
-            if not set(tokens).isdisjoint(tokeniser.tokens(texts_of(parse(line)))[0]):
-                return source.place(index)
-    return source.shown
+            for token in tokeniser.tokens(texts_of(parse(line)))[0]:
+                if token in tokens:
+                    return source.place(index), token
+    return source.shown, min(tokens)
 
 
 def texts_of(record: Record) -> list[str]:

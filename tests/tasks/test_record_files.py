@@ -198,7 +198,7 @@ def test_an_answer_may_be_a_round(tmp_path):
 
 def test_a_token_is_found_again(tmp_path):
     path = write(tmp_path / "r.jsonl", [record(1), GOOD, GOOD])
-    assert place_of_token(open_source(path), WORDS, {"c", "z"}) == f"{path}, line 2"
+    assert place_of_token(open_source(path), WORDS, {"c", "z"}) == (f"{path}, line 2", "c")
 
 
 def test_records_in_memory_are_refused_by_their_number():
