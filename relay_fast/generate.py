@@ -47,7 +47,9 @@ from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
 from relay_fast.tasks import NO_ANSWER, Samples, Task
+from relay_fast.tasks.base import matches
 from relay_fast.tasks.samples import tasks_present
+from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import Model, load_run_model, run_tasks
 from relay_fast.utils.cores import limit_threads
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
@@ -61,7 +63,11 @@ CHECKS = {"self": "self", "task": "task", "none": None}
 
 
 def chain_text(
-    task: Task, problem: np.ndarray, rounds: Sequence[Sequence[int]] | None, answer: int
+    task: Task,
+    problem: np.ndarray,
+    rounds: Sequence[Sequence[int]] | None,
+    answer: int,
+    truth: tuple[Sequence[Sequence[int]], int] | None = None,
 ) -> str:
     """Formats a problem, its rounds with ✓ or ✗ at each, and its answer.
 
@@ -70,20 +76,25 @@ def chain_text(
         problem: Token ids of the problem.
         rounds: Token ids of each round; None for a model that writes answers only.
         answer: Token id of the answer, NO_ANSWER if none can be read.
+        truth: The true rounds and answer, by default those of the task's solver; a task without
+            one gets no marks.
     """
-    truth, true_answer = task.solve(problem)
-    lines = [task.decode(problem)]
+    lines, read = [task.decode(problem)], [] if rounds is None else rounds
+    given = "(none)" if answer == NO_ANSWER else task.answer_text(read, answer)
+    if truth is None and not task.solves:
+        lines += [f"    {task.decode(r) or '(nothing)'}" for r in read]
+        return "\n".join([*lines, f"  answer {given}"])
+    truth, true_answer = task.solve(problem) if truth is None else truth
     if rounds is not None:
         texts = [task.decode(r) or "(nothing)" for r in rounds]
         texts += ["(no round)"] * (len(truth) - len(rounds))
-        for k, correct in enumerate(task.check(problem, rounds)):
+        for k, correct in enumerate(matches(truth, rounds)):
             wanted = task.decode(truth[k]) if k < len(truth) else "no further round"
             lines.append(
                 f"  {_mark(correct)} {texts[k]}" + ("" if correct else f"   expected {wanted}")
             )
-    expected = task.decode([true_answer])
-    given = "(none)" if answer == NO_ANSWER else task.decode([answer])
-    correct = answer == true_answer
+    expected = task.answer_text(truth, true_answer) if rounds else task.decode([true_answer])
+    correct = answer == true_answer and (given == expected or not rounds)
     mark = _mark(correct)
     lines.append(f"  answer {given} {mark}" + ("" if correct else f" expected {expected}"))
     return "\n".join(lines)
@@ -104,13 +115,15 @@ def _print_chains(model: Model, task: Task, problems: Samples) -> None:
     writes_chains = not looped or model.supervise == "chain"
     for i in range(len(problems)):
         rounds = written.rounds_of(i) if writes_chains else None
-        print(chain_text(task, problems.problem_of(i), rounds, int(written.answer[i])) + "\n")
-    correct = int((written.answer == problems.answer).sum())
+        truth = problems.rounds_of(i), int(problems.answer[i])
+        answer = int(written.answer[i])
+        print(chain_text(task, problems.problem_of(i), rounds, answer, truth) + "\n")
+    same = written.answer == problems.answer
+    correct = int((same_answers(written, problems, tasks) if writes_chains else same).sum())
     parts = [f"{correct} of {len(problems)} answers right"]
     if writes_chains:
         chains = [
-            all(task.check(problems.problem_of(i), written.rounds_of(i)))
-            for i in range(len(problems))
+            all(matches(problems.rounds_of(i), written.rounds_of(i))) for i in range(len(problems))
         ]
         parts.insert(0, f"{sum(chains)} of {len(problems)} chains right")
     if unended:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.relay.chain_parts import WrittenChains
-from relay_fast.tasks import Samples, Task
+from relay_fast.tasks import NO_ANSWER, Samples, Task
 from relay_fast.tasks.samples import tasks_present
 from relay_fast.utils.files import cannot_write, replacing
 
@@ -85,7 +85,8 @@ def _records(part: WrittenChains, tasks: Mapping[str, Task], form: str) -> Itera
 def _texts(chains: Samples, i: int, task: Task, form: str) -> dict[str, Any]:
     ids = [tokens.tolist() for tokens in chains.rounds_of(i)]
     problem, rounds = task.plain_text(chains.problem_of(i)), [*map(task.plain_text, ids)]
-    answer = task.answer_text(ids, int(chains.answer[i]))
+    token = int(chains.answer[i])
+    answer = None if token == NO_ANSWER else task.answer_text(ids, token)
     if form == "rounds":
         return {"problem": problem, "rounds": rounds, "answer": answer}
     said = answer is not None and not (task.answer_suffix is None and rounds[-1:] == [answer])

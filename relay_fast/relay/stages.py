@@ -26,6 +26,7 @@ from relay_fast.relay.presets import recipe
 from relay_fast.relay.resumable_chains import generate_in_parts
 from relay_fast.reporting.progress import Problems, Progress
 from relay_fast.tasks import NO_ANSWER, FeedbackDraws, Samples
+from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import model_path
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import LOG_EVERY, Trained, train_model
@@ -329,7 +330,7 @@ def _self_problems(context: Context, phase: int) -> Samples:
 
 def _ar_self_truth(context: Context, on_progress: OnProgress):
     def keep_filter(problems: Samples, written: Samples) -> np.ndarray:
-        return written.answer == problems.answer
+        return same_answers(written, problems, context.tasks)
 
     return _ar_self(context, "ar_self_truth", keep_filter, on_progress)
 
@@ -367,6 +368,8 @@ def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str,
         matrices[task] = {}
         for length in entry["hit_matrix"]:
             matrix = hit_matrix(model, context.tasks[task], length, min(problems, 200))
+            if not matrix.size:  # a file may hold no problem of this length
+                continue
             rows = np.where(np.isnan(matrix), None, matrix.round(4)).tolist()
             matrices[task][str(length)] = {name: rows}
     accuracy = {t: {str(n): row for n, row in by.items()} for t, by in accuracy.items()}

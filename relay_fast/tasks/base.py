@@ -80,6 +80,20 @@ class Task(ABC):
         on the left, so that every round and its boundary `<pad>` fit."""
         return np.full(len(lengths), self.min_input_tokens, np.int64)
 
+    def report(self, shortest: int, longest: int) -> dict[str, int]:
+        """Returns counts of the data behind problems of a training range, where there is such."""
+        return {}
+
+    def prove(self, lengths: Iterable[int]) -> None:
+        """Raises ValueError if a run that uses these lengths cannot be trusted to go well."""
+        for length in lengths:
+            self.check_length(length)
+
+    @property
+    def solves(self) -> bool:
+        """Whether `solve` can be called: the task's rules tell the rounds of any problem."""
+        return True
+
     def max_sequence_tokens(self, length: int) -> int:
         """Returns the most tokens of an autoregressive sequence, including `<eos>`."""
         tail = 0 if self.answer_suffix is None else len(self.answer_suffix) + 1
@@ -278,10 +292,7 @@ class Task(ABC):
         The list is as long as the longer of the true and the given chain; missing and surplus
         rounds are False.
         """
-        truth, _ = self.solve(problem)
-        given = [[int(token) for token in tokens] for tokens in rounds]
-        right = [a == b for a, b in zip(truth, given, strict=False)]
-        return right + [False] * (max(len(truth), len(given)) - len(right))
+        return matches(self.solve(problem)[0], rounds)
 
     def encode(self, text: str) -> list[int]:
         """Converts a text to the ids of a problem; task token and end token may be left out.
@@ -306,9 +317,9 @@ class Task(ABC):
         tokens = [token for token in map(int, ids) if token not in (self.token, PAD)]
         return self.vocabulary.decode(tokens[:-1] if tokens[-1:] == [SEP] else tokens)
 
-    def answer_text(self, rounds: Rounds, answer: int) -> str | None:
-        """Returns the answer of a chain for other programs, None for NO_ANSWER."""
-        return None if answer == NO_ANSWER else self.plain_text([answer])
+    def answer_text(self, rounds: Rounds, answer: int) -> str:
+        """Returns a readable text of the answer that a chain of these rounds gives."""
+        return self.decode([answer])
 
     def are_numbers(self, tokens: np.ndarray) -> np.ndarray:
         return (tokens >= NUMBER0) & (tokens < self.vocabulary.end_of_numbers)
@@ -331,6 +342,13 @@ class Task(ABC):
                 f"begin with {first} and end with {last}."
             )
         return ids[1:-1]
+
+
+def matches(truth: Rounds, rounds: Rounds) -> list[bool]:
+    """Compares rounds with the true ones, see `Task.check`."""
+    wanted, given = ([[int(token) for token in r] for r in chain] for chain in (truth, rounds))
+    right = [a == b for a, b in zip(wanted, given, strict=False)]
+    return right + [False] * (max(len(wanted), len(given)) - len(right))
 
 
 def checked_lengths(lengths: Sequence[int] | np.ndarray, start: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class RecordsTask(TextTask):
         self.name, self.title, self.unit = name, title, unit
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out = {held_out}: give a share of at least 0, less than 1")
+        self.arguments |= _absolute({"data": data, "test_data": test_data, "tokeniser": tokeniser})
         reserved = (*RESERVED, *self.special_tokens())
         self.rules = Rules(reserved, max_round_tokens, long_rounds, answer_is)
         self.answer_is = "token" if answer_is == "token" else "round"
@@ -156,7 +158,7 @@ class RecordsTask(TextTask):
         return "-".join(parts)
 
     def pinned(self) -> dict[str, Any]:
-        """Returns the parameters by which a run recognises these very files."""
+        """Returns the hash by which a run recognises its files."""
         return {"content": self.content}
 
     def lengths_between(self, shortest: int, longest: int) -> np.ndarray:
@@ -215,6 +217,12 @@ class RecordsTask(TextTask):
             for length, other in self.pools.test.facts.lengths.items():
                 sizes[length] = sizes[length].joined(other) if length in sizes else other
         return dict(sorted(sizes.items()))
+
+
+def _absolute(paths: Mapping[str, str | None]) -> dict[str, str]:
+    """Makes those that are paths of files absolute; leaves out what is none."""
+    files = {name: Path(path) for name, path in paths.items() if path is not None}
+    return {name: str(path.resolve()) for name, path in files.items() if path.is_file()}
 
 
 def _missing(record: Record) -> str:

@@ -128,6 +128,11 @@ class TextTask(ABC):
         return type(self).solve is not TextTask.solve
 
     @property
+    def tells_lengths(self) -> bool:
+        """Whether `length_of` is given."""
+        return type(self).length_of is not TextTask.length_of
+
+    @property
     def own_answers(self) -> bool:
         """Whether `answer_of` is given."""
         return type(self).answer_of is not TextTask.answer_of
@@ -140,6 +145,10 @@ class TextTask(ABC):
     def reference(self) -> dict[str, Any]:
         """Returns the part of a run's config that builds this task again."""
         return {"class": reference_of(type(self)), "parameters": self.arguments}
+
+    def pinned(self) -> dict[str, Any]:
+        """Returns parameters that a run adds to its config to recognise what they stand for."""
+        return {}
 
     def special_tokens(self) -> list[str]:
         """Returns the tokens that a vocabulary needs beside those of its texts."""

@@ -25,6 +25,7 @@ from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, PAD, RESERVED, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
 
+PROVED = 8  # samples of a length that are looked at before a run
 _UNREADABLE = (ValueError, LookupError, TypeError, ArithmeticError)  # of a model's texts
 
 
@@ -88,6 +89,36 @@ class TokenizedTask(Task):
             for i, length in enumerate(array.tolist())
         ]
         return self._samples(array, drawn)
+
+    def prove(self, lengths: Iterable[int]) -> None:
+        """Raises ValueError for samples that cannot be encoded, that differ between two calls with
+        one seed, that have another length than asked, or that `solve` contradicts."""
+        for length in lengths:
+            self.check_length(length)
+            for index in range(PROVED):
+                self._prove(length, index)
+
+    def _prove(self, length: int, index: int) -> None:
+        problem, rounds, answer = first = self.text.draw(length, 0, index)
+        if self.text.draw(length, 0, index) != first:
+            raise ValueError(
+                f"task {self.name!r}: sample({length}, rng) differs between two calls with one "
+                f"seed; draw all that is random from rng."
+            )
+        self._encoded(*first)
+        if self.text.tells_lengths and (found := self.text.length_of(problem)) != length:
+            raise ValueError(
+                f"task {self.name!r}: sample({length}, rng) returned the problem {problem!r:.60}, "
+                f"of length {found}; return one of the length asked for, or mend length_of."
+            )
+        if self.solves:
+            solved, implied = self.text.solve(problem)
+            if ([*solved], implied) != ([*rounds], answer):
+                raise ValueError(
+                    f"task {self.name!r}: the problem {problem!r:.60} has the rounds "
+                    f"{[*rounds]!r:.60} and the answer {answer!r:.40} in sample, but "
+                    f"{[*solved]!r:.60} and {implied!r:.40} in solve; make them the same."
+                )
 
     def _encoded(
         self, problem: str, rounds: Sequence[str], answer: str
@@ -153,6 +184,19 @@ class TokenizedTask(Task):
 
     # Reading problems and chains
 
+    def answer_text(self, rounds: Rounds, answer: int) -> str:
+        if not self._several:
+            return self.decode([answer])
+        implied = self._implied(self._texts(rounds) or [])
+        if implied is None or self._id_of.get(implied[-1]) != answer:
+            return self.decode([answer])
+        return self.text.detokenize(implied)
+
+    @property
+    def _several(self) -> bool:
+        """Whether answers may have several tokens."""
+        return self.text.own_answers or self.text.answer_is == "round"
+
     @property
     def solves(self) -> bool:
         return self.text.solves
@@ -188,16 +232,6 @@ class TokenizedTask(Task):
 
     def plain_text(self, ids: Iterable[int]) -> str:
         return self._text(ids)
-
-    def answer_text(self, rounds: Rounds, answer: int) -> str | None:
-        """Returns all tokens of the answer that the rounds imply, if the last of them is `answer`,
-        else the text of that token; None for NO_ANSWER."""
-        if answer == NO_ANSWER:
-            return None
-        implied = self._implied(self._texts(rounds) or [])
-        if implied is None or self._id_of.get(implied[-1]) != answer:
-            return self._text([answer])
-        return self.text.detokenize(implied)
 
     def _text(self, ids: Iterable[int]) -> str:
         left_out = (self.token, self.end, PAD, EOS)
@@ -237,7 +271,7 @@ class TokenizedTask(Task):
 
     def same_answers(self, written: Samples, truth: Samples) -> np.ndarray:
         same = written.answer == truth.answer
-        if self.text.own_answers or self.text.answer_is == "round":
+        if self._several:
             for i in np.flatnonzero(same).tolist():
                 given, wanted = (
                     self._implied(self._texts(samples.rounds_of(i)) or [])

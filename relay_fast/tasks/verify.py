@@ -48,6 +48,21 @@ def verify_chains(
     return passed
 
 
+def same_answers(written: Samples, truth: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
+    """Returns (S,) bool: the answer is that of `truth`, the solved problems.
+
+    Args:
+        written: S chains that a model wrote.
+        truth: The same problems, solved.
+        tasks: The tasks by name.
+    """
+    same = np.zeros(len(written), bool)
+    for k, task in tasks_present(written.task, tasks).items():
+        rows = np.flatnonzero(written.task == k)
+        same[rows] = task.same_answers(_select(written, rows), _select(truth, rows))
+    return same
+
+
 def _select(samples: Samples, rows: np.ndarray) -> Samples:
     """Takes rows without a copy if they are all rows."""
     return samples if len(rows) == len(samples) else samples.take(rows)
