@@ -46,7 +46,9 @@ class RecordedTask(TokenizedTask):
         self.text.check_range(shortest, longest)
 
     def prove(self, lengths: Iterable[int]) -> None:
-        """Does nothing: every record was checked when the file was opened."""
+        """Raises ValueError for records with tokens that the vocabulary lacks; what else may be
+        wrong with them was found when the file was opened."""
+        self.text.check_vocabulary(self.vocabulary)
 
     def report(self, shortest: int, longest: int) -> dict[str, int]:
         return self.text.report(shortest, longest)

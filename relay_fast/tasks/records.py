@@ -68,13 +68,20 @@ class RecordsTask(TextTask):
         self.rules = Rules(reserved, max_round_tokens, long_rounds, answer_is)
         self.answer_is = "token" if answer_is == "token" else "round"
         self.tokeniser = make_tokeniser(tokeniser)
-        test = None if test_data is None else self._opened(test_data)
-        self.pools = RecordPools(self._opened(data), test, held_out)
-        if content is not None and content != self.content:
+        self._data, self._test_data, self._held_out = data, test_data, held_out
+        self._expected = content
+
+    @cached_property
+    def pools(self) -> RecordPools:
+        """The records, opened when they are needed first; raises ValueError as the class does."""
+        test = None if self._test_data is None else self._opened(self._test_data)
+        pools = RecordPools(self._opened(self._data), test, self._held_out)
+        if self._expected not in (None, _content(pools)):
             raise ValueError(
-                f"{self.pools.index.source.shown} has changed since the run began: restore the "
-                f"file, or begin a new run in another folder"
+                f"{pools.index.source.shown} has changed since the run began: restore the file, or "
+                f"begin a new run in another folder"
             )
+        return pools
 
     @classmethod
     def of(cls, name: str, records: Iterable[Mapping[str, Any]], **options: Any) -> RecordsTask:
@@ -139,6 +146,12 @@ class RecordsTask(TextTask):
         return sorted(found)
 
     def bound(self, vocabulary: Vocabulary, index: int) -> Task:
+        return RecordedTask(self, vocabulary, index)
+
+    # What a run asks of it
+
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Raises ValueError for a token of the records that a vocabulary lacks."""
         for records in (self.pools.index, self.pools.test):
             missing = {token for token in records.facts.tokens if token not in vocabulary}
             if missing:
@@ -147,19 +160,10 @@ class RecordsTask(TextTask):
                     f"{place} has the token {token!r}, which the vocabulary lacks: add it to "
                     f"vocabulary.tokens, or leave these out to collect them from the records"
                 )
-        return RecordedTask(self, vocabulary, index)
-
-    # What a run asks of it
-
-    @property
-    def content(self) -> str:
-        """Identifies the content of its files."""
-        parts = {self.pools.index.facts.content: None, self.pools.test.facts.content: None}
-        return "-".join(parts)
 
     def pinned(self) -> dict[str, Any]:
         """Returns the hash by which a run recognises its files."""
-        return {"content": self.content}
+        return {"content": _content(self.pools)}
 
     def lengths_between(self, shortest: int, longest: int) -> np.ndarray:
         """Returns the lengths that there are records of, ascending."""
@@ -217,6 +221,10 @@ class RecordsTask(TextTask):
             for length, other in self.pools.test.facts.lengths.items():
                 sizes[length] = sizes[length].joined(other) if length in sizes else other
         return dict(sorted(sizes.items()))
+
+
+def _content(pools: RecordPools) -> str:
+    return "-".join({index.facts.content: None for index in (pools.index, pools.test)})
 
 
 def _absolute(paths: Mapping[str, str | None]) -> dict[str, str]:
