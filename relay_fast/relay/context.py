@@ -189,7 +189,9 @@ class Context:
 
     def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
         """Saves the model `name` after training; returns the training's part of results.json."""
-        info = {"seed": self.seed, "stage": name, "vocabulary": self.vocabulary.to_dict()}
+        info = {"seed": self.seed, "stage": name}
+        if self.vocabulary.tokens:
+            info["vocabulary"] = self.vocabulary.to_dict()
         save_model(model_path(self.folder, name), model, info)
         return {
             "history": {name: trained.history},

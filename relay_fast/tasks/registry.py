@@ -17,7 +17,7 @@ from relay_fast.tasks.text import TextTask
 from relay_fast.tasks.vocabulary import Vocabulary
 
 _COMPILED: dict[str, type[Task]] = {cls.name: cls for cls in (Arithmetic, EditDistance, LIS)}
-TEXT_TASKS: dict[str, str] = {}  # of the package, by name
+TEXT_TASKS = {"addition": "relay_fast.tasks.addition:Addition"}  # of the package, by name
 FIRST_INDEX = len(TASK_NAMES)  # of tasks that are not compiled
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -49,6 +49,9 @@ class TextTask(ABC):
         tokens: All tokens of its texts; None to collect them from samples.
         answer_is: "token" if the answer is the last token of the last round, "round" if it is the
             whole last round; `answer_of` may say otherwise.
+        shows: What an iteration of a model with `feedback = "tokens"` sees: "both", the problem and
+            under it the last round, or "round", the last round in the problem's place, where it
+            holds all that the next one needs; `shown` may say otherwise.
         arguments: Those of the constructor, by name.
     """
 
@@ -58,6 +61,7 @@ class TextTask(ABC):
     min_length: int = 1
     tokens: Sequence[str] | None = None
     answer_is: ClassVar[str] = "token"
+    shows: ClassVar[str] = "both"
     arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TextTask:
@@ -97,8 +101,9 @@ class TextTask(ABC):
 
     def shown(self, problem: str, rounds: Sequence[str]) -> tuple[str, str]:
         """What an iteration of a model with `feedback = "tokens"` sees after these rounds: two
-        texts, right-aligned under each other. By default the problem and the last round."""
-        return problem, rounds[-1] if rounds else ""
+        texts, right-aligned under each other."""
+        last = rounds[-1] if rounds else ""
+        return (problem, last) if self.shows == "both" else (last or problem, "")
 
     def tokenize(self, text: str) -> list[str]:
         """Splits a text into tokens, by default at whitespace."""

@@ -289,18 +289,26 @@ class TokenizedTask(Task):
     # What an iteration with feedback sees
 
     def input_sizes(self, written: Written, owner: np.ndarray, before: np.ndarray) -> np.ndarray:
-        if not self.text.own_inputs:
-            return super().input_sizes(written, owner, before)
-        sizes = [max(map(len, pair)) for pair in self._shown(written, owner, before)]
-        least = self.min_widths(written.problems.length[owner])
-        return np.maximum(np.array(sizes, np.int64) + 2, least)
+        if self.text.own_inputs:
+            pairs = self._shown(written, owner, before)
+            sizes = np.array([max(map(len, pair)) for pair in pairs], np.int64) + 2
+        elif self.text.shows == "both":
+            sizes = written.problem_sizes(owner)
+        else:
+            sizes = written.last_or_problem(owner, before)[2] + 1
+        return np.maximum(sizes, self.min_widths(written.problems.length[owner]))
 
     def inputs(
         self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
     ) -> Inputs:
-        """The problem, and fed: the last round, right-aligned under it; or what `shown` says."""
+        """The problem, and fed: the last round, right-aligned under it; the last round in the
+        problem's place; or what `shown` says."""
         if self.text.own_inputs:
             return self._own_inputs(written, owner, before, widths)
+        if self.text.shows == "round":
+            tokens = right_aligned(widths, *written.last_or_problem(owner, before))
+            tokens[np.cumsum(widths) - widths] = self.token
+            return Inputs(tokens, np.full_like(tokens, PAD))
         starts, sizes, later = np.zeros_like(owner), np.zeros_like(owner), before > 0
         starts[later], sizes[later] = written.last_round(owner[later], before[later])
         fed = right_aligned(widths, written.tokens, starts, sizes)
