@@ -19,6 +19,8 @@ from relay_fast.tasks.text import Sample, Sizes, TextTask
 from relay_fast.tasks.tokenisers import make_tokeniser
 from relay_fast.tasks.vocabulary import RESERVED, Vocabulary
 
+SHOWS = ("both", "round")
+
 
 class RecordsTask(TextTask):
     """A task of records `{"problem": …, "rounds": […], "answer": …}`, one JSON object a line.
@@ -40,6 +42,7 @@ class RecordsTask(TextTask):
         max_round_tokens: The most tokens of a round, None for any number.
         answer_is: "token" if the answer is the last token of the last round, "round" if it is the
             whole last round, "added" to make a last round of it.
+        shows: What an iteration of a model with feedback sees: "both" or "round", as in `TextTask`.
         content: Hash of the file, as a run keeps it: another file is refused.
 
     Raises:
@@ -58,6 +61,7 @@ class RecordsTask(TextTask):
         long_rounds: str = "pad",
         max_round_tokens: int | None = None,
         answer_is: str = "token",
+        shows: str = "both",
         content: str | None = None,
     ) -> None:
         self.name, self.title, self.unit = name, title, unit
@@ -67,6 +71,9 @@ class RecordsTask(TextTask):
         reserved = (*RESERVED, *self.special_tokens())
         self.rules = Rules(reserved, max_round_tokens, long_rounds, answer_is)
         self.answer_is = "token" if answer_is == "token" else "round"
+        if shows not in SHOWS:
+            raise ValueError(f"shows = {shows!r} is unknown: use one of {', '.join(SHOWS)}")
+        self.shows = shows
         self.tokeniser = make_tokeniser(tokeniser)
         self._data, self._test_data, self._held_out = data, test_data, held_out
         self._expected = content

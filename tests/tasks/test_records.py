@@ -210,6 +210,7 @@ def test_the_answer_may_have_many_tokens():
         ({"held_out": 1.0}, None, "held_out = 1.0: give a share of at least 0, less than 1"),
         ({"long_rounds": "cut"}, None, "long_rounds = 'cut' is unknown: use one of pad, split"),
         ({"answer_is": "last"}, None, "answer_is = 'last' is unknown: use one of token, round, a"),
+        ({"shows": "all"}, None, "shows = 'all' is unknown: use one of both, round"),
         ({"tokeniser": "words"}, None, "tokeniser = 'words' is unknown: give \"whitespace\""),
         ({"content": "other"}, None, "jsonl has changed since the run began: restore the file"),
         ({}, "0 1 2 3 4", "line 1 has the token '7', which the vocabulary lacks: add it to vo"),
