@@ -366,8 +366,11 @@ def _read_texts(
 ) -> Iterator[tuple[list[list[int]], int]]:
     """Yields the rounds and the answer of every decoded sequence."""
     bounds, of_index = decoded.offsets.tolist(), tasks_present(problems.task, tasks)
-    for k, begin, end in zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True):
-        rounds, answer = of_index[k].split(decoded.tokens[begin:end].tolist())
+    sizes = np.diff(problems.problem_offsets).tolist()
+    for i, (k, begin, end) in enumerate(
+        zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True)
+    ):
+        rounds, answer = of_index[k].split_for(decoded.tokens[begin:end].tolist(), sizes[i])
         yield rounds, NO_ANSWER if answer is None else answer
 
 

@@ -242,6 +242,12 @@ class Task(ABC):
         It never raises: malformed text becomes a round, an answer that cannot be read is None.
         """
 
+    def split_for(
+        self, ids: Iterable[int], problem_tokens: int
+    ) -> tuple[list[list[int]], int | None]:
+        """Does what `split` does, for a problem of so many tokens."""
+        return self.split(ids)
+
     def same_answers(self, written: Samples, truth: Samples) -> np.ndarray:
         """(S,) bool: chains of this task give the answers of the same problems, solved."""
         return written.answer == truth.answer

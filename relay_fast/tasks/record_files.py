@@ -24,7 +24,7 @@ HEAD = 1 << 16  # bytes at the beginning of a file that tell it from others
 FIELDS = ("problem", "rounds", "answer", "length", "loops")
 
 
-class RecordsChanged(RunStopped):
+class RecordsChanged(RunStopped, ValueError):
     """Raised for a file of records that is not the one that was read before."""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from relay_fast.tasks.base import NO_ANSWER, checked_lengths
+from relay_fast.tasks.base import NO_ANSWER, Rounds, checked_lengths, split_after
 from relay_fast.tasks.record_index import RecordIndex
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.tokenized import TokenizedTask
@@ -69,9 +70,41 @@ class RecordedTask(TokenizedTask):
         return self._read(pools.test, pools.chosen(length, number, seed))
 
     def min_widths(self, lengths: np.ndarray) -> np.ndarray:
-        if self.text.rules.long_rounds == "split":
+        if self._splits:
             return np.zeros(len(lengths), np.int64)
         return super().min_widths(lengths)
+
+    # Rounds that were split
+
+    def split_for(
+        self, ids: Iterable[int], problem_tokens: int
+    ) -> tuple[list[list[int]], int | None]:
+        rounds, answer = self.split(ids)
+        if not self._splits:
+            return rounds, answer
+        room = problem_tokens - 1
+        return [r[k : k + room] for r in rounds for k in range(0, len(r), room)], answer
+
+    def answer_of(self, rounds: Rounds) -> int | None:
+        whole = [token for tokens in rounds for token in tokens]
+        return super().answer_of([whole] if self._splits and whole else rounds)
+
+    def answers_of(self, samples: Samples) -> np.ndarray:
+        if self._splits:  # what follows the last piece but one may be <sep> alone
+            offsets = samples.round_offsets[samples.first_round]
+            loops = np.ones(len(samples), np.int32)
+            samples = replace(samples, round_offsets=offsets, loops=loops)
+        return super().answers_of(samples)
+
+    def _texts(self, rounds: Rounds) -> list[str] | None:
+        if self._splits:
+            rounds, rest = split_after([int(t) for r in rounds for t in r], self.end)
+            rounds = [*rounds, rest] if rest else rounds
+        return super()._texts(rounds)
+
+    @property
+    def _splits(self) -> bool:
+        return self.text.rules.long_rounds == "split"
 
     def _read(self, index: RecordIndex, positions: np.ndarray) -> Samples:
         """Reads records and puts them into token ids."""
@@ -89,7 +122,7 @@ class RecordedTask(TokenizedTask):
         problem, problem_offsets = self._laid(ids, starts[is_problem], sizes[is_problem], True)
         rounds, round_offsets = self._laid(ids, starts[~is_problem], sizes[~is_problem], False)
         loops, sizes = rows["loops"], np.diff(round_offsets)
-        if self.text.rules.long_rounds == "split":
+        if self._splits:
             sizes = _split(counts, sizes, np.diff(problem_offsets) - 1)
         every = np.zeros(int(loops.sum()), np.int64)  # rounds that are not known are empty
         every[np.repeat(known, loops)] = sizes

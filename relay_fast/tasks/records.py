@@ -43,7 +43,7 @@ class RecordsTask(TextTask):
         answer_is: "token" if the answer is the last token of the last round, "round" if it is the
             whole last round, "added" to make a last round of it.
         shows: What an iteration of a model with feedback sees: "both" or "round", as in `TextTask`.
-        content: Hash of the file, as a run keeps it: another file is refused.
+        content: Hashes of its files, as a run keeps them: other files are refused.
 
     Raises:
         ValueError: An argument, a file or a record cannot be used; names file and line.
@@ -83,7 +83,7 @@ class RecordsTask(TextTask):
         """The records, opened when they are needed first; raises ValueError as the class does."""
         test = None if self._test_data is None else self._opened(self._test_data)
         pools = RecordPools(self._opened(self._data), test, self._held_out)
-        if self._expected not in (None, _content(pools)):
+        if self._expected not in (None, self._content(pools)):
             raise ValueError(
                 f"{pools.index.source.shown} has changed since the run began: restore the file, or "
                 f"begin a new run in another folder"
@@ -169,8 +169,8 @@ class RecordsTask(TextTask):
                 )
 
     def pinned(self) -> dict[str, Any]:
-        """Returns the hash by which a run recognises its files."""
-        return {"content": _content(self.pools)}
+        """Returns the hashes by which a run recognises its files."""
+        return {"content": self._content(self.pools)}
 
     def lengths_between(self, shortest: int, longest: int) -> np.ndarray:
         """Returns the lengths that there are records of, ascending."""
@@ -217,6 +217,10 @@ class RecordsTask(TextTask):
             ),
         }
 
+    def _content(self, pools: RecordPools) -> str:
+        hashes = {index.facts.content: None for index in (pools.index, pools.test)}
+        return "-".join([*hashes, *self.tokeniser.files])
+
     def _opened(self, data: str) -> RecordIndex:
         return open_index(open_source(data), self.tokeniser, self.rules)
 
@@ -228,10 +232,6 @@ class RecordsTask(TextTask):
             for length, other in self.pools.test.facts.lengths.items():
                 sizes[length] = sizes[length].joined(other) if length in sizes else other
         return dict(sorted(sizes.items()))
-
-
-def _content(pools: RecordPools) -> str:
-    return "-".join({index.facts.content: None for index in (pools.index, pools.test)})
 
 
 def _absolute(paths: Mapping[str, str | None]) -> dict[str, str]:

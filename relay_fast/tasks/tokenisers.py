@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,14 +25,16 @@ class Tokeniser(ABC):
 
     Attributes:
         name: As `make_tokeniser` takes it.
+        files: Hashes of the files that it depends on.
         identity: Equal for tokenisers that cut all texts alike.
     """
 
     name: str
+    files: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
-        return self.name
+        return "-".join(self.files) or self.name
 
     @abstractmethod
     def tokens(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -130,6 +133,7 @@ class _FromFile(Tokeniser):
                 f"tokeniser = {path!r} cannot be read ({error}): give {_NAMES} or a JSON file of "
                 f"the tokenizers library"
             ) from None
+        self.files = (hashlib.sha256(self._text.encode()).hexdigest()[:16],)
         self._load()
 
     def _load(self) -> None:
@@ -150,16 +154,12 @@ class _FromFile(Tokeniser):
         self._ids = self._library.get_vocab(with_added_tokens=True)
         self._texts = {k: token for token, k in self._ids.items()}
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"name": self.name, "_text": self._text}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "files": self.files, "_text": self._text}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._load()
-
-    @property
-    def identity(self) -> str:
-        return hashlib.sha256(self._text.encode()).hexdigest()[:16]
 
     def tokens(self, texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
         encoded = self._encode(texts)

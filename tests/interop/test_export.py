@@ -10,6 +10,7 @@ import torch
 
 from relay_fast.relay.chain_parts import WrittenChains
 from relay_fast.relay.export import export_chains
+from relay_fast.tasks import RecordsTask
 from tests.support.chain_models import TASKS, mixed_problems
 
 datasets = pytest.importorskip("datasets")
@@ -46,6 +47,16 @@ def test_datasets_reads_rounds(offline):
     assert [dict(row) for row in data] == [json.loads(line) for line in open(path)]
     assert data.features["passed"].dtype == "bool"
     assert data.filter(lambda row: row["passed"]).num_rows == 8
+
+
+def test_a_dataset_is_read_as_records(offline, monkeypatch):
+    monkeypatch.setenv("RELAY_FAST_CACHE", str(offline / "cache"))
+    data = loaded(exported(offline, "rounds"), offline)
+    data = data.filter(lambda row: row["task"] == "edit_distance" and row["answer"] is not None)
+    task = RecordsTask.of("again", data, answer_is="added", held_out=0.0)
+    index = task.pools.index
+    read = {record.problem: record.rounds for record in index.read(np.arange(len(index)))}
+    assert read == {row["problem"]: [*row["rounds"], row["answer"]] for row in data} and read
 
 
 def test_trl_trains_on_completions(offline):

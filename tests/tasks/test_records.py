@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,6 +172,29 @@ def test_long_rounds_are_split():
     assert samples.answer.tolist() == [task.vocabulary.id_of("h")] * 2
     collate_autoregressive(samples, {"long": task})
     assert task.report(2, 2)["rounds_split"] == 1
+
+
+@pytest.mark.parametrize("answer_is", ["token", "added"])
+def test_answers_of_split_rounds(answer_is):
+    # The last round and its <sep> are split behind the third token, so that <sep> stands alone.
+    values = [{"problem": "a b", "rounds": ["b", "c d e"], "answer": "e", "length": 2}]
+    if answer_is == "added":
+        values[0]["answer"] = "f e d g"
+    task = bound(
+        RecordsTask.of("long", values, long_rounds="split", held_out=0.0, answer_is=answer_is)
+    )
+    truth = task.sample(np.array([2]), 0)
+    rounds = [r.tolist() for r in truth.rounds_of(0)]
+    assert task.decode(rounds[-1]) == ("" if answer_is == "token" else "g")
+    assert verify_chains(truth, {"long": task}, "self").all()
+    assert task.answer_text(rounds, int(truth.answer[0])) == values[0]["answer"]
+    # An autoregressive model writes whole rounds, which are split as the true ones are.
+    tokens, offsets, prompts = truth.sequences({"long": task})
+    assert task.split_for(tokens[prompts[0] :].tolist(), 4) == (rounds, truth.answer[0])
+    wrong = truth.rounds.copy()
+    wrong[-3] = task.vocabulary.id_of("a")
+    written = replace(truth, rounds=wrong)
+    assert task.same_answers(written, truth).tolist() == [answer_is == "token"]
 
 
 def stream(task: Task) -> TruthStream:
