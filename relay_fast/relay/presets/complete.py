@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PHASES = 3  # of the self-chain controls, where no task says
@@ -19,10 +19,17 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     tasks = config.get("tasks")
     if not isinstance(tasks, Mapping) or not all(isinstance(t, Mapping) for t in tasks.values()):
         return config  # the schema says what is wrong
-    given = [len(t["self_lengths"]) for t in tasks.values() if _is_list(t.get("self_lengths"))]
-    given += [len(t["self_counts"]) for t in tasks.values() if _is_list(t.get("self_counts"))]
-    config["tasks"] = {name: _completed(table, given) for name, table in tasks.items()}
+    phases = _phases(list(tasks.values()))
+    config["tasks"] = {name: _completed(table, phases) for name, table in tasks.items()}
     return config
+
+
+def _phases(tables: Sequence[Mapping[str, Any]]) -> int:
+    """Returns the number of self-chain phases: the first that a task gives, or up to PHASES."""
+    keys = ("self_lengths", "self_counts")
+    given = [len(t[key]) for t in tables for key in keys if _is_list(t.get(key))]
+    beyond = [_last(t) - t["train"][1] for t in tables if _has_ranges(t)]
+    return given[0] if given else min(PHASES, max(beyond, default=1))
 
 
 def used_lengths(entry: Mapping[str, Any]) -> list[int]:
@@ -34,11 +41,10 @@ def used_lengths(entry: Mapping[str, Any]) -> list[int]:
     return sorted({*range(shortest, last + 1), *entry["self_lengths"], *entry["hit_matrix"]})
 
 
-def _completed(table: Mapping[str, Any], phases_given: list[int]) -> dict[str, Any]:
-    if not (_is_range(table.get("train")) and _is_range(table.get("test"))):
+def _completed(table: Mapping[str, Any], phases: int) -> dict[str, Any]:
+    if not _has_ranges(table):
         return {"parameters": {}, **table}
-    longest, last = table["train"][1], max(table["test"][1], table["train"][1] + 1)
-    phases = phases_given[0] if phases_given else min(PHASES, last - longest)
+    longest, last = table["train"][1], _last(table)
     return {
         "parameters": {},
         "self_lengths": [min(longest + 1 + k, last) for k in range(phases)],
@@ -48,6 +54,15 @@ def _completed(table: Mapping[str, Any], phases_given: list[int]) -> dict[str, A
         "hit_matrix": sorted({longest, last}),
         **table,
     }
+
+
+def _last(table: Mapping[str, Any]) -> int:
+    """Returns the longest length, at least one beyond training."""
+    return max(table["test"][1], table["train"][1] + 1)
+
+
+def _has_ranges(table: Mapping[str, Any]) -> bool:
+    return _is_range(table.get("train")) and _is_range(table.get("test"))
 
 
 def _is_list(value: Any) -> bool:
