@@ -28,7 +28,7 @@ from relay_fast.engine.loop import run_loop
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.retained_graphs import find_retained_graphs
 from relay_fast.engine.spec import LoopSpec
-from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
+from relay_fast.engine.wrappers import refuse_flattened, refuse_replicas
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import refuse_transforms, select
 from relay_fast.ops.gradients import GradientBuffers
@@ -86,7 +86,7 @@ def loop(
     check_floating(x)
     arguments = (t for t in tree_leaves((per_row, shared)) if isinstance(t, Tensor))
     refuse_transforms(x, *arguments, module=module)
-    refuse_wrapped(module)
+    refuse_replicas(module)
     refuse_flattened(module)
     _refuse_batch_norm(module)
     plan = _make_plan(x, loops, cu_seqlens)
