@@ -140,6 +140,35 @@ def _read_with_care(block: nn.Module, table: PartTable) -> BlockWeights:
     return BlockWeights(tuple(reader.names), reader.tensors, reader.called)
 
 
+def read_part(
+    name: str, part: nn.Module, kinds: tuple[str, ...], kind: type[nn.Module]
+) -> list[Tensor] | str:
+    """Reads one part of a model.
+
+    Args:
+        name: of the part, for messages.
+        part: the module.
+        kinds: names of the weights to read.
+        kind: the class whose forward the part should have.
+
+    Returns:
+        The weights, or a phrase that says why the part has to be called.
+    """
+    inner = chosen_module(unwrapped(part))
+    base = lora_base(inner)
+    source = inner if base is None else base
+    reason = call_reason(source, kind)
+    if reason is None and "bias" not in kinds and getattr(source, "bias", None) is not None:
+        reason = "has a bias"
+    if reason is None:
+        reader = _Reader()
+        reader.read(name, part, kinds)
+        if not reader.called:
+            return reader.tensors
+        _, reason = reader.called[name]
+    return f"{name} ({type(part).__name__}) {reason}"
+
+
 def _refuse_others(block: nn.Module, table: PartTable) -> None:
     """Raises RuntimeError if the block lacks a part of the table, or has parameters beside it."""
     parts = {

@@ -219,6 +219,10 @@ class LoopedBlock(nn.Module):
         run, (final, states, _, _) = self.gathered(packed, pass_)
         if return_states is False:
             final = final if plan.to_caller is None else final[plan.to_caller]
+            if (
+                sharding_used()
+            ):  # its hook on the output would be lost if a view is changed in place
+                return torch.ops.aten._unsafe_view(final, shape)
             return final.view(shape)
         result = run.collect(wanted, final, states)
         return result if len(shape) == 2 else [state.view(-1, *shape[1:]) for state in result]
