@@ -39,7 +39,10 @@ def lora_base(part: nn.Module) -> nn.Module | None:
         return base
     for name in _active(part):
         dropout, variant = part.lora_dropout[name], part.lora_variant.get(name)
-        if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+        if variant is not None and (
+            type(variant).__name__ != "DoraLinearVariant"
+            or has_hooks(part.lora_magnitude_vector[name])
+        ):
             return None
         if not (isinstance(dropout, nn.Identity) or not (part.training or dropout.training)):
             return None

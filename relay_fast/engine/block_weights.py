@@ -25,7 +25,6 @@ from relay_fast.engine.plain_modules import (
 from relay_fast.engine.wrappers import refuse_replicas, refuse_sharded
 
 Parameter = nn.Parameter
-PLAIN_TENSORS = {"Parameter", "Tensor", "Buffer", "DTensor"}  # DTensors are refused later
 
 
 class BlockWeights(NamedTuple):
@@ -70,6 +69,8 @@ class PartTable(NamedTuple):
     names: tuple[str, ...]  # of the parameters
     owners: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
     # (path of the owner, ((name of the part, kinds of its parameters), …))
+    layers: int
+    beside: int  # parts of the block beside the layers
 
     @staticmethod
     def of(names: Sequence[str]) -> PartTable:
@@ -80,9 +81,9 @@ class PartTable(NamedTuple):
             owner, _, part = path.rpartition(".")
             parts = owners.setdefault(owner, {})
             parts[part] = (*parts.get(part, ()), kind)
-        return PartTable(
-            tuple(names), tuple((path, tuple(parts.items())) for path, parts in owners.items())
-        )
+        listed = tuple((path, tuple(parts.items())) for path, parts in owners.items())
+        beside = len(owners.get("", ()))
+        return PartTable(tuple(names), listed, len(owners) - bool(beside), beside)
 
 
 def read_weights(block: nn.Module, table: PartTable) -> BlockWeights:
@@ -93,7 +94,12 @@ def read_weights(block: nn.Module, table: PartTable) -> BlockWeights:
     """
     tensors: list[Tensor] = []
     layers = block._modules["layers"]
-    plain = is_plain(layers) and not block._parameters
+    plain = (
+        is_plain(layers)
+        and len(layers._modules) == table.layers
+        and len(block._modules) == table.beside + 1
+        and not block._parameters
+    )
     for path, parts in table.owners:
         owner = layers._modules.get(path[7:]) if path else block  # behind "layers."
         if owner is None or not plain:
@@ -209,9 +215,10 @@ class _Reader:
         reason, values = call_reason(source), []
         if reason is None or (isinstance(source, Holder) and reason != CUSTOM_FORWARD):
             values = _attributes(path, source, kinds)
-            others = {type(value).__name__ for value in values} - PLAIN_TENSORS
+            others = [value for value in values if _is_subclass(value)]
             if others and reason is None:
-                reason = f"has a weight of type {min(others)}"
+                refuse_sharded(path, others[0])
+                reason = f"has a weight of type {type(others[0]).__name__}"
         if reason is None:
             if base is not None:
                 values[0] = lora_weight(part, values[0])
@@ -233,9 +240,15 @@ class _Reader:
     def _add(self, path: str, kinds: Iterable[str], values: Iterable[Tensor]) -> None:
         for kind, value in zip(kinds, values, strict=True):
             name = f"{path}.{kind}"
-            refuse_sharded(name, value)
+            if _is_subclass(value):
+                refuse_sharded(name, value)
             self.names.append(name)
             self.tensors.append(value)
+
+
+def _is_subclass(value: Tensor) -> bool:
+    """Returns whether a tensor is of a class of its own, such as a quantised or sharded one."""
+    return type(value) is not Parameter and type(value) is not Tensor
 
 
 def _attributes(path: str, part: nn.Module, kinds: tuple[str, ...]) -> list[Tensor]:
