@@ -217,7 +217,7 @@ class _Reader:
             values = _attributes(path, source, kinds)
             others = [value for value in values if _is_subclass(value)]
             if others and reason is None:
-                refuse_sharded(path, others[0])
+                refuse_sharded(f"{path}.{kinds[0]}", others[0])
                 reason = f"has a weight of type {type(others[0]).__name__}"
         if reason is None:
             if base is not None:
