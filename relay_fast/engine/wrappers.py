@@ -3,7 +3,17 @@
 `torch.distributed.fsdp.fully_shard` gathers the parameters of a module when the module is called,
 and reduces their gradients when the gradient of its output has passed. A loop does not call what
 it reads the weights of, and calls a module it is given many times: `gathered` gathers once for all
-iterations, and once more in the backward.
+iterations, and once more in the backward. Bytes of whole parameters in each process, with B in the
+block (or the module of `relay_fast.loop`) and R in the rest of the model (measured in
+`tests/engine/test_sharding.py`):
+
+| fully_shard on | in the loop, forward and backward | elsewhere in the step | between steps |
+|---|---|---|---|
+| the model | B + R | B + R | 0 |
+| the model, and the block, its layers or its parts | B + R | R | 0 |
+
+A layer is not sharded again between two iterations: all of them use it, and the sums of the weight
+gradients, as large as B (in fp32), live through the whole backward anyway.
 """
 
 from __future__ import annotations
