@@ -31,6 +31,7 @@ from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.kernels.mlp_ref import activation_fwd_ref
 from relay_fast.kernels.norm_linear_ref import rotate_ref
 from relay_fast.kernels.norm_ref import upcast
+from relay_fast.kernels.supports import require
 from relay_fast.ops.dispatch import REFERENCE, TORCH, Ops
 from relay_fast.ops.gradients import GradientBuffers
 
@@ -51,7 +52,15 @@ def iterations_with_calls(
         weights: the block's, with the parts to call.
         policy: the policy asked for; "none" becomes "state" where hooks on saved tensors are
             active, since these cannot save graphs.
+
+    Raises:
+        Unsupported: for a fixed-capacity plan.
     """
+    require(
+        "fixed-capacity batches do not support parts with a forward or hooks of their own"
+        if plan.fixed_capacity
+        else None
+    )
     if policy.kind == "none" and _has_saved_tensor_hooks():
         policy = RecomputePolicy("state")
     parts = CalledParts(weights, recomputes=policy.kind != "none")
@@ -155,7 +164,7 @@ class CalledIteration(BlockIteration):
         named = dict(zip(parts.names, parameters, strict=False))
         super().__init__(config, named, plan, x, TORCH, compute_dtype, dropout_seed)
         self.parts = parts
-        self.ops = _differentiable(TORCH if plan.fixed_capacity else ops)
+        self.ops = _differentiable(ops)
         self.saved_width = 2
         own = lambda path: {n[len(path) + 1 :]: n for n in named if n.startswith(f"{path}.")}
         called = {path for path in parts.parts if path.rpartition(".")[0] != "layers"}

@@ -21,6 +21,7 @@ from relay_fast.engine.loop import iterate, run_loop
 from relay_fast.engine.plain_modules import check_not_overridden, check_parts, reset_submodules
 from relay_fast.engine.spec import LoopSpec, Readout
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
+from relay_fast.kernels.supports import require
 from relay_fast.models.looped_block import LoopedBlock, Norm
 from relay_fast.models.readouts import NormAndHead, ReadoutWeights
 from relay_fast.ops.cross_entropy import weighted_losses
@@ -151,11 +152,11 @@ class _Transformer(nn.Module):
 
 def _flat_rows(plan: Plan, rows: Tensor, offsets: tuple[int, ...]) -> Tensor:
     """Returns where the readout's rows are in the states of all iterations, end to end."""
-    if plan.fixed_capacity:
-        raise RuntimeError(
-            "a head with a forward or hooks of its own does not work with fixed-capacity batches: "
-            "train from PackedBatch"
-        )
+    require(
+        "fixed-capacity batches do not support a head with a forward or hooks of its own"
+        if plan.fixed_capacity
+        else None
+    )
     starts = np.repeat(plan.state_offsets[:-1], np.diff(offsets))
     return rows + torch.from_numpy(starts).to(rows.device)
 

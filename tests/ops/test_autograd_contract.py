@@ -22,7 +22,6 @@ from relay_fast.batch.plan import Plan
 from relay_fast.decoding._inference import inference
 from relay_fast.engine import block_iteration as block_module
 from relay_fast.ops import dispatch
-from relay_fast.ops.layers import layer_op_fwd
 from relay_fast.training.cuda_graph import GraphedStep
 
 D, ROWS = 8, 6
@@ -161,10 +160,10 @@ def test_backward_inside_autocast_is_that_outside(name: str, dtype: torch.dtype 
 
 def test_the_ops_do_not_see_the_callers_autocast() -> None:
     qkv = torch.randn(ROWS, 2 * D)
-    spec = "attention torch qkv,cu_seqlens heads=2 kv_heads=1 causal=False"
-    truth = layer_op_fwd([qkv, CU], spec)[0]
+    arguments = ([qkv, CU], [True, True], 2, 1, False, "torch")
+    truth = torch.ops.relay_fast.attention_fwd(*arguments)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert_bitwise("attention", layer_op_fwd([qkv, CU], spec)[0], truth)
+        assert_bitwise("attention", torch.ops.relay_fast.attention_fwd(*arguments)[0], truth)
 
 
 def transforms(f: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[Callable]:
