@@ -72,7 +72,7 @@ class BlockIteration:
         self.config, self.plan, self.x, self.ops = config, plan, x, ops
         self.index = {name: i for i, name in enumerate(parameters)}
         self.cast = {
-            name: p.to(compute_dtype) if _is_linear(name) else p for name, p in parameters.items()
+            name: p.to(compute_dtype) if is_linear(name) else p for name, p in parameters.items()
         }
         self.seed = dropout_seed
         self.skips_dead_rows = plan.fixed_capacity and ops is not TORCH
@@ -371,6 +371,6 @@ def dead_rows_reason(config: BlockConfig) -> str | None:
     return f"fixed-capacity batches do not support {found}" if found else None
 
 
-def _is_linear(name: str) -> bool:
+def is_linear(name: str) -> bool:
     """Returns whether a parameter is a GEMM operand, which is cast to the compute dtype."""
     return "norm" not in name and "embedding" not in name

@@ -270,8 +270,7 @@ class LoopedBlock(nn.Module):
         if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=x.device)
         final, states, _ = torch.ops.relay_fast.loop_fwd(
-            x, weights.tensors, self._spec,
-            f'["{self.recompute}", "{self.impl}", {self.gather_rows}]',
+            x, weights.tensors, *self._spec, self.recompute, self.impl, self.gather_rows,
             compute_dtype(weights.of_gemms), 0 if cu_seqlens is not None else shape[0],
             tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
             _flat_positions(positions, shape), seed, wanted, truncate or 0, torch.is_grad_enabled(),

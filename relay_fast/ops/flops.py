@@ -35,10 +35,15 @@ def attention_flops(lengths: np.ndarray, width: int, backward: bool = False) -> 
     return 2 * ATTENTION_PRODUCTS[backward] * pairs * width
 
 
+def is_fake(t: Tensor) -> bool:
+    """Returns whether a tensor has no values."""
+    return isinstance(t, FakeTensor) or t.is_meta
+
+
 def lengths_of(cu_seqlens: Tensor, rows: int) -> np.ndarray:
     """Returns the rows of each sequence; equal parts if the offsets have no values (fake tensors,
     meta)."""
-    if isinstance(cu_seqlens, FakeTensor) or cu_seqlens.is_meta:
+    if is_fake(cu_seqlens):
         sequences = max(1, len(cu_seqlens) - 1)
         return np.full(sequences, rows // sequences)
     return np.diff(cu_seqlens.cpu().numpy())
