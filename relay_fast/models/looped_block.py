@@ -65,15 +65,22 @@ class Layer(nn.Module):
 
     def __init__(self, c: BlockConfig):
         super().__init__()
-        norm_bias = c.bias and c.norm == "layer"
+        norm_bias, has = c.has_bias("norm"), c.has_bias
+        columns = (c.n_heads + 2 * c.kv_heads) * c.head_dim
         self.norm1 = Norm(c.d_model, norm_bias)
-        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
-        self.out = ResidualLinear(c.d_model, c.d_model, bias=c.bias)
+        self.qkv = nn.Linear(c.d_model, columns, bias=has("qkv"))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = Norm(c.head_dim, False), Norm(c.head_dim, False)
+        self.out = ResidualLinear(c.n_heads * c.head_dim, c.d_model, bias=has("out"))
+        if c.sandwich_norm:
+            self.post_norm1 = Norm(c.d_model, norm_bias)
         self.norm2 = Norm(c.d_model, norm_bias)
-        self.up = nn.Linear(c.d_model, c.hidden, bias=c.bias)
+        self.up = nn.Linear(c.d_model, c.hidden, bias=has("up"))
         if c.activation == "swiglu":
-            self.gate = nn.Linear(c.d_model, c.hidden, bias=c.bias)
-        self.down = ResidualLinear(c.hidden, c.d_model, bias=c.bias)
+            self.gate = nn.Linear(c.d_model, c.hidden, bias=has("gate"))
+        self.down = ResidualLinear(c.hidden, c.d_model, bias=has("down"))
+        if c.sandwich_norm:
+            self.post_norm2 = Norm(c.d_model, norm_bias)
         for linear in (self.out, self.down):  # residual branches start small
             linear.std = (2 * c.n_layers * linear.in_features) ** -0.5
             nn.init.normal_(linear.weight, std=linear.std)
@@ -123,7 +130,7 @@ class LoopedBlock(nn.Module):
         RecomputePolicy.parse(recompute)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         if c.loop_norm != "none":
-            self.loop_norm = Norm(c.d_model, c.bias and c.norm == "layer")
+            self.loop_norm = Norm(c.d_model, c.has_bias("norm"))
         if c.injection == "concat":
             self.injection = nn.Linear(2 * c.d_model, c.d_model, bias=False)
         if c.max_loops:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from relay_fast.config import BlockConfig
 from relay_fast.decoding.language_model import _Reader, generate, sample_loops, score
-from relay_fast.engine.block_iteration import rope_table
+from relay_fast.engine.rope import rope_table
 from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.models.looped_block import LoopedBlock
 
