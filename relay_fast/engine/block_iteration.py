@@ -190,14 +190,15 @@ class BlockIteration:
         if c.sandwich_norm:
             attended = ops.linear_residual_fwd(*projection, None, **count)
             mid = self._add_normed(attended, p + "post_norm1", u, drops[0], None, count)
+            ending, alone = (None, None), {"residual": False}
         else:
             mid = ops.linear_residual_fwd(*projection, u, drops[0], **count)
-        inside = (None, None) if c.sandwich_norm else (drops[1], out)
+            ending, alone = (drops[1], out), {}
         new, up, gate, hidden = ops.mlp_fwd(
             mid, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "up.bias"), w(p + "gate.weight"), w(p + "gate.bias"),
             w(p + "down.weight"), w(p + "down.bias"),
-            c.activation, c.eps, c.norm, *inside, keep, residual=not c.sandwich_norm, **count,
+            c.activation, c.eps, c.norm, *ending, keep, **alone, **count,
         )  # fmt: skip
         if c.sandwich_norm:
             expanded = new
