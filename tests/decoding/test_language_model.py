@@ -91,6 +91,18 @@ def test_writing_is_that_of_passes_without_a_cache(prelude, coda) -> None:
             text.append(token)
 
 
+def test_writing_with_the_options_of_a_block() -> None:
+    config = BlockConfig(
+        16, 2, 1, causal=True, head_dim=12, qk_norm=True, sandwich_norm=True, rotary_share=0.5
+    )
+    model = LoopedClassifier(config, V, loops=2, prelude=1, coda=0).double().eval()
+    written = generate(model, [[1, 2, 3], [4]], 5)
+    for text, tokens in zip(([1, 2, 3], [4]), written.tokens.tolist(), strict=True):
+        for token in tokens:
+            assert token == int(logits(model, torch.tensor([text]))[0, -1].argmax())
+            text.append(token)
+
+
 @pytest.mark.parametrize("least", [1, 4])
 def test_early_exit_is_that_of_a_pass_without_a_cache(least) -> None:
     model, tokens = make_model(), torch.randint(V, (5, 12))
