@@ -21,9 +21,12 @@ from relay_fast.engine.plain_modules import check_submodules, reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
+from relay_fast.models.from_hf import read_layers
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
+
+OF_THE_LOOP = ("loop_norm", "injection", "loop_embedding")  # modules beside the layers
 
 
 class Norm(nn.Module):
@@ -145,6 +148,42 @@ class LoopedBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
         reset_submodules(self)
+
+    @classmethod
+    def from_hf(
+        cls,
+        layers: nn.Module | Sequence[nn.Module],
+        rotary: nn.Module | None = None,
+        *,
+        recompute: str = "state",
+        gather_rows: int = GATHER_ROWS,
+        impl: str = "auto",
+        **options,
+    ) -> LoopedBlock:
+        """Builds a block from decoder layers of Hugging Face's transformers, with copies of their
+        weights, in their dtype and on their device.
+
+        Llama, Mistral, Qwen 2 and 3, GPT-2, Ouro, Helium and GLM layers are known; others are
+        refused with the part that a block does not have (`relay_fast.models.from_hf`).
+
+        Args:
+            layers: the layers, such as `model.model.layers`, or one of them.
+            rotary: the model's rotary embedding, such as `model.model.rotary_emb`, to rotate by its
+                own frequencies in fp32; by default they are computed from the config in fp64.
+            recompute, gather_rows, impl: as in the constructor.
+            **options: causal (default True), dropout, loop_norm, injection, max_loops, state_noise.
+        """
+        config, weights = read_layers(layers, rotary, **options)
+        own = {"recompute": recompute, "gather_rows": gather_rows, "impl": impl}
+        like = weights["layers.0.qkv.weight"]
+        with torch.device("meta"):
+            block = cls(config=config, **own)
+        block.to(like.dtype).to_empty(device=like.device)
+        block.load_state_dict(weights, strict=False)
+        for part in (block._modules.get(name) for name in OF_THE_LOOP):
+            if part is not None:
+                part.reset_parameters()
+        return block
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
