@@ -37,8 +37,8 @@ class BlockConfig:
     Left out: soft-caps of attention scores and logits (Gemma 2, arXiv 2408.00118), because every
     attention kernel would pay for a tanh and its derivative, and QK-norm, which bounds the scores
     too, has taken their place (Gemma 3, arXiv 2503.19786); a gate on each head's output (Qiu et al.
-    2025, arXiv 2505.06708), because it needs a product with the layer's input that no model with
-    looped layers has.
+    2025, arXiv 2505.06708), because it is a second projection of the layer's normed input, which
+    the fused projection does not keep: `relay_fast.loop` runs such layers as they are.
 
     Args:
         d_model: width of the state.

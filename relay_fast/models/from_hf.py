@@ -151,8 +151,10 @@ def _family(layer: nn.Module) -> _Family:
 
 def missing_part(layer: nn.Module) -> str | None:
     """Returns what the layer computes that a block does not, or None if nothing is known."""
-    attention, c = _attention(layer)
     names = [name for name, _ in (*layer.named_modules(), *layer.named_parameters())]
+    if any(word in name for name in names for word in ("linear_attn", "mamba", "ssm")):
+        return "a block has no linear attention or state-space layer"
+    attention, c = _attention(layer)
     kinds = {type(part).__name__ for part in layer.modules()}
     has = lambda *words: any(word in name.split(".")[-1] for name in names for word in words)
     inner = [name for name, _ in attention.named_children()]
@@ -169,23 +171,22 @@ def missing_part(layer: nn.Module) -> str | None:
         gated |= q.out_features == 2 * heads * attention.head_dim
     found = {
         "mixture of experts": has("expert", "router") or any("Moe" in kind for kind in kinds),
-        "a state-space or linear attention": has("mamba", "linear_attn", "ssm"),
         "cross-attention": has("crossattention", "encoder_attn", "cross_attn"),
         "attention sinks": has("sinks"),
-        "an attention gate": gated,
-        "a soft-cap of the attention scores": option("attn_logit_softcapping") is not None,
-        f"a sliding window ({window} tokens; config.sliding_window = None if no sequence is "
+        "attention gate": gated,
+        "soft-cap of the attention scores": option("attn_logit_softcapping") is not None,
+        f"sliding window ({window} tokens; config.sliding_window = None if no sequence is "
         "longer)": window is not None,
         "parallel residual": parallel or len(norms) == 1,
         "norms that scale by 1 + weight": any("Gemma" in kind for kind in kinds),
         "clipped queries, keys and values": option("clip_qkv") is not None,
-        "a scaled residual": option("residual_multiplier") not in (None, 1.0),
+        "scaled residual": option("residual_multiplier") not in (None, 1.0),
     }
     missing = next((part for part, there in found.items() if there), None)
     if missing is None and type(layer).__name__ not in _FAMILIES and not has("input_layernorm"):
         if has("post_attention_layernorm"):
             missing = "norms behind attention and MLP only"
-    return None if missing is None else f"a block does not have {missing}"
+    return None if missing is None else f"a block has no {missing}"
 
 
 def _attention(layer: nn.Module) -> tuple[nn.Module, Any]:
@@ -220,7 +221,7 @@ def _sizes(layer: nn.Module, rotary: nn.Module | None, options: Mapping[str, Any
     dropout = getattr(c, "attention_dropout", getattr(c, "attn_pdrop", 0.0))
     if dropout and "dropout" not in options:
         raise refuse(
-            f"a block does not have dropout of attention probabilities ({dropout}): give dropout, "
+            f"a block has no dropout of attention probabilities ({dropout}): give dropout, "
             "the block's own rate behind attention and MLP"
         )
     biased = lambda part: any(
@@ -260,7 +261,7 @@ def _rope(c: Any, head_dim: int, rotary: nn.Module | None) -> dict[str, Any]:
         return {"rope_base": None}
     parameters = dict(parameters)
     if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise ValueError("a block does not have RoPE that differs between its layers")
+        raise ValueError("a block has no RoPE that differs between its layers")
     share = getattr(c, "partial_rotary_factor", None) or 1.0
     share = parameters.pop("partial_rotary_factor", None) or share
     base = parameters.pop("rope_theta", None) or 10_000.0

@@ -191,20 +191,25 @@ def layer(module: str, kind: str, config: str, **options) -> nn.Module:
 
 MOE = {**SIZES, "num_local_experts": 2}
 REFUSED = [
-    ("mistral", "MistralDecoderLayer", "MistralConfig", SIZES, "a sliding window .4096 tokens; "),
+    ("mistral", "MistralDecoderLayer", "MistralConfig", SIZES,
+     r"a block has no sliding window \(4096 tokens; "),
     ("qwen2", "Qwen2DecoderLayer", "Qwen2Config",
      {**SIZES, "use_sliding_window": True, "max_window_layers": 0, "sliding_window": 4},
-     r"a sliding window \(4 tokens"),
+     r"sliding window \(4 tokens"),
     ("mixtral", "MixtralDecoderLayer", "MixtralConfig", MOE, "mixture of experts"),
     ("cohere", "CohereDecoderLayer", "CohereConfig", SIZES, "parallel residual"),
     ("phi", "PhiDecoderLayer", "PhiConfig", SIZES, "parallel residual"),
     ("gpt_neox", "GPTNeoXLayer", "GPTNeoXConfig",
      {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, "parallel residual"),
-    ("gemma2", "Gemma2DecoderLayer", "Gemma2Config", SIZES, "a soft-cap of the attention scores"),
+    ("gemma2", "Gemma2DecoderLayer", "Gemma2Config", SIZES,
+     "has no soft-cap of the attention scores"),
     ("gemma", "GemmaDecoderLayer", "GemmaConfig", SIZES, r"norms that scale by 1 \+ weight"),
+    ("qwen3_next", "Qwen3NextDecoderLayer", "Qwen3NextConfig", {**SIZES, "num_experts": 2},
+     "no linear attention"),
+    ("dory", "DoryDecoderLayer", "DoryConfig", {}, "attention gate"),
     ("olmo2", "Olmo2DecoderLayer", "Olmo2Config", SIZES, "norms behind attention and MLP only"),
     ("granite", "GraniteDecoderLayer", "GraniteConfig", {**SIZES, "residual_multiplier": 0.5},
-     "a scaled residual"),
+     "scaled residual"),
     ("phi3", "Phi3DecoderLayer", "Phi3Config", SIZES, "its class is not one of LlamaDecoderLayer"),
     ("llama", "LlamaDecoderLayer", "LlamaConfig", {**SIZES, "hidden_act": "relu"},
      "hidden_act = 'relu' is not one of silu, swish"),
@@ -240,5 +245,5 @@ def test_bad_input() -> None:
     with refused("its parameter self_attn.temperature has no place there"):
         LoopedBlock.from_hf(model.layers)
     model.layers[0].self_attn.gate_proj = nn.Linear(16, 4)
-    with refused("a block does not have an attention gate"):
+    with refused("a block has no attention gate"):
         LoopedBlock.from_hf(model.layers)
