@@ -34,11 +34,11 @@ class BlockConfig:
     columns of a head, or neighbouring columns (interleaved), the same function has the rows of qkv
     in another order (`relay_fast.models.from_hf.rotary_order`).
 
-    Left out: soft-caps of attention scores and logits (Gemma 2, arXiv 2408.00118), because every
-    attention kernel would pay for a tanh and its derivative, and QK-norm, which bounds the scores
-    too, has taken their place (Gemma 3, arXiv 2503.19786); a gate on each head's output (Qiu et al.
-    2025, arXiv 2505.06708), because it is a second projection of the layer's normed input, which
-    the fused projection does not keep: `relay_fast.loop` runs such layers as they are.
+    Left out: soft-caps of attention scores and logits (Gemma 2, arXiv 2408.00118), because fused
+    attention outside of Triton has none, and QK-norm, which bounds the scores too, has taken their
+    place (Gemma 3, arXiv 2503.19786); a gate on each head's output (Qiu et al. 2025, arXiv
+    2505.06708), because it is a second projection of the layer's normed input, which the fused
+    projection does not keep: `relay_fast.loop` runs such layers as they are.
 
     Args:
         d_model: width of the state.
