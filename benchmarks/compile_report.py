@@ -1,7 +1,11 @@
 """Compiles every Triton kernel ahead of time and reports what the compiler made of it. No GPU.
 
     python benchmarks/compile_report.py --quick          # RELAY's sizes, sm_90, within 50 s
-    python benchmarks/compile_report.py --csv report.csv # all presets, sm_80, sm_90, sm_100
+    python benchmarks/compile_report.py --csv report.csv # all sizes and architectures of ARCHS
+    python benchmarks/compile_report.py --arch 86 --dtype bf16
+
+Triton keeps what it compiled (TRITON_CACHE_DIR), so that a second run takes what has not changed
+from there.
 
 The launchers run on meta tensors, so that configurations, flags and specialisations are the ones a
 GPU would get; each launch is recorded instead of made, then compiled. A row of the report is ok if
@@ -42,17 +46,23 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
 from benchmarks.launches import recorded  # noqa: E402
 from relay_fast.functional import SMALL_VOCABULARY, select  # noqa: E402
+from relay_fast.kernels import tuning  # noqa: E402
 from relay_fast.kernels._runtime import DEVICE_PROPS  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
 from relay_fast.kernels.dropout_ref import Dropout  # noqa: E402
 from relay_fast.kernels.loop import loop_fwd  # noqa: E402
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights  # noqa: E402
+from relay_fast.kernels.tuning import Rule  # noqa: E402
 from relay_fast.utils.cores import usable_cores  # noqa: E402
 from relay_fast.utils.files import replacing  # noqa: E402
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MANY_ROWS, FEW_ROWS = 24_000, 700  # first and last iteration of RELAY's mix at B = 512
+
+# Their matrix instructions read registers, not shared memory.
+REGISTER_OPERANDS = (80, 86, 89, 120, 121)
+ARCHS = (80, 86, 89, 90, 100, 120)  # sm_103 and sm_121 are their neighbours in code generation
 
 # Spilled bytes a thread that are allowed: kernel, part of its configuration, bytes, reason.
 _EPILOGUE = "values parked across the main loop and read once after it"
@@ -77,6 +87,13 @@ def allowed_spill(kernel: str, config: str, arch: int) -> int:
     """Bytes a thread that a kernel may spill in a configuration."""
     fits = (size for name, part, size, _ in SPILLS if name == kernel and part in config.split())
     return max(fits, default=0) if arch == 90 else max((SPILL_ELSEWHERE, *fits))
+
+
+def allowed_shared(launch: Launch) -> int:
+    """Bytes of shared memory that a launch may need: its rule's, where that decides (`tuning`)."""
+    device = DEVICE_PROPS[launch.arch].shared_bytes
+    decides = launch.rule is not None and launch.arch in REGISTER_OPERANDS
+    return min(device, launch.rule.shared << 10) if decides else device
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,11 @@ ALL = (
     Sizes(128, 64, 384, 320, 30, "gelu", "layer", True, 0.1, 2, True),
     Sizes(256, 64, 1024, 320, 16, "relu2"),
     Sizes(256, 64, 1024, 320, 122, counted=True),
+    Sizes(256, 128, 1024, 320, 122),
+    Sizes(256, 128, 1024, 320, 2048, causal=True),
+    Sizes(64, 32, 192, 320, 60, "swiglu"),
+    Sizes(32, 16, 128, 320, 60),
+    Sizes(32, 16, 96, 320, 60, "swiglu"),
 )
 
 
@@ -147,6 +169,7 @@ class Launch:
     dtype: str
     arch: int
     cost: Cost
+    rule: Rule | None  # of the table, that its configuration was picked by
 
     @property
     def key(self) -> str:
@@ -170,8 +193,13 @@ _NAMES = {
 def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
     """The launches that `calls` makes on meta tensors."""
     launches: list[Launch] = []
+    rule: Rule | None = None
 
     def add(kernel: JITFunction, values, options, grid) -> None:
+        nonlocal rule
+        rule = next(reversed(picked), rule)
+        picked.clear()
+        own = rule is not None and options == rule.config.launch
         signature, constexprs, attrs = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
             name, value = parameter.name, values[parameter.name]
@@ -189,9 +217,12 @@ def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
             if divisible:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         cost = launch_cost(kernel.__name__, values)
-        launches.append(Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost))
+        launches.append(
+            Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost,
+                   rule if own else None)
+        )  # fmt: skip
 
-    with recorded(arch, add):
+    with tuning.watching() as picked, recorded(arch, add):
         calls()
     return launches
 
@@ -342,7 +373,7 @@ def compile_row(launch: Launch) -> Row:
     )
     target = GPUTarget("cuda", launch.arch, 32)
     allowed = allowed_spill(launch.function.__name__, launch.config, launch.arch)
-    shared_limit = DEVICE_PROPS[launch.arch].shared_bytes
+    shared_limit = allowed_shared(launch)
     bound = f"spill<={allowed} shared<={shared_limit}"
     head = (launch.function.__name__, launch.arch, launch.dtype, launch.config)
     seconds, binds = launch.cost.floor(launch.arch, launch.dtype)
@@ -401,7 +432,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=min(8, usable_cores()))
     options = parser.parse_args()
     start = time.perf_counter()
-    archs = tuple(options.arch or ((90,) if options.quick else sorted(DEVICE_PROPS)))
+    archs = tuple(options.arch or ((90,) if options.quick else ARCHS))
     rows = []
     for r in report(collect(options.quick, archs, options.dtype), options.workers):
         rows.append(r)

@@ -31,6 +31,7 @@ from .attention import LOG2_E
 from .loop_ref import LoopLayout, LoopWeights
 from .norm import normalize, scale_shift
 from .supports import loop_reason, loop_tile, require
+from .tuning import pick
 
 
 @triton.jit
@@ -209,6 +210,7 @@ def loop_fwd(
     bins = layout.bins(block)
     if x.shape[0] == 0:
         return final, ids
+    config = pick("loop", w.qkv.dtype, block, 0, x.device)
     _loop_fwd_kernel[(bins.shape[0] - 1,)](
         x, final, ids, bins, layout.per_row(np.arange(len(layout.lengths))),
         layout.per_row(layout.loops), layout.tensor(layout.state_offsets, torch.int64), cos, sin,
@@ -217,7 +219,6 @@ def loop_fwd(
         D=d, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, SCALE=head_dim**-0.5, EPS=eps,
         IS_LAYER=kind == "layer", ACTIVATION=activation, CAUSAL=causal,
         BLOCK_M=block, BLOCK_D=block_of(d), BLOCK_K=block_of(head_dim),
-        BLOCK_H={32: 16, 64: 64, 128: 32}[block], BLOCK_V=16 if block == 32 else 64,
-        num_warps=8, num_stages=1,
+        BLOCK_H=config.block_n, BLOCK_V=16 if block == 32 else 64, **config.launch,
     )  # fmt: skip
     return final, ids
