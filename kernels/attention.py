@@ -24,11 +24,17 @@ from torch import Tensor
 
 from ._runtime import Config, block_of, cdiv, contiguous_columns, dot
 from .attention_ref import PaddedLayout
-from .supports import heads_reason, layout_reason, require, row_count_reason, rows_reason
+from .supports import (
+    SHORT,
+    heads_reason,
+    layout_reason,
+    require,
+    row_count_reason,
+    rows_reason,
+)
 from .tuning import pick, pick_or_none
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SHORT = 128  # rows of the longest sequence that one tile holds
 
 
 @triton.jit
