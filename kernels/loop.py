@@ -30,7 +30,7 @@ from .activation import activate
 from .attention import LOG2_E
 from .loop_ref import LoopLayout, LoopWeights
 from .norm import normalize, scale_shift
-from .supports import loop_reason, loop_tile, require
+from .supports import loop_reason, require
 from .tuning import pick
 
 
@@ -199,18 +199,20 @@ def loop_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Returns final (rows, d) in fp32, and the token ids int64 of all iterations end to end.
 
-    Args: as `loop_fwd_ref`; at most `loop_tile` rows per sequence.
+    Args: as `loop_fwd_ref`; at most 128 rows per sequence (fp32: 32).
     """
     require(loop_reason(x, layout, weights, cos, sin, heads, kv_heads, activation, kind))
     w, x = weights, contiguous_columns(x)
     d, head_dim = x.shape[1], w.qkv.shape[1] // (heads + 2 * kv_heads)
     final = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     ids = torch.empty(int(layout.state_offsets[-1]), dtype=torch.int64, device=x.device)
-    block = loop_tile(int(layout.lengths.max(initial=0)), w.qkv.dtype)
+    longest = int(layout.lengths.max(initial=1))
+    op = "loop" if w.gate is None else "loop_gated"
+    config = pick(op, w.qkv.dtype, longest, 0, x.device)
+    block = max(config.block_m, block_of(longest))
     bins = layout.bins(block)
     if x.shape[0] == 0:
         return final, ids
-    config = pick("loop", w.qkv.dtype, block, 0, x.device)
     _loop_fwd_kernel[(bins.shape[0] - 1,)](
         x, final, ids, bins, layout.per_row(np.arange(len(layout.lengths))),
         layout.per_row(layout.loops), layout.tensor(layout.state_offsets, torch.int64), cos, sin,
@@ -219,6 +221,6 @@ def loop_fwd(
         D=d, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, SCALE=head_dim**-0.5, EPS=eps,
         IS_LAYER=kind == "layer", ACTIVATION=activation, CAUSAL=causal,
         BLOCK_M=block, BLOCK_D=block_of(d), BLOCK_K=block_of(head_dim),
-        BLOCK_H=config.block_n, BLOCK_V=16 if block == 32 else 64, **config.launch,
+        BLOCK_H=config.block_n, BLOCK_V=16 if w.qkv.dtype == torch.float32 else 64, **config.launch,
     )  # fmt: skip
     return final, ids

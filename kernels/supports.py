@@ -280,13 +280,6 @@ def vocabulary_reason(vocabulary: int) -> str | None:
     return None
 
 
-def loop_tile(longest: int, dtype: torch.dtype) -> int:
-    """Returns the rows per program of the whole-loop kernel, or 0 if the longest sequence does not
-    fit."""
-    sizes = (32,) if dtype == torch.float32 else (64, 128)
-    return next((size for size in sizes if longest <= size), 0)
-
-
 def loop_reason(
     x: Tensor,
     layout: LoopLayout,
@@ -314,8 +307,8 @@ def loop_reason(
     if x.shape[1] > widest:
         return f"the whole-loop kernel supports widths up to {widest}, not {x.shape[1]}"
     longest = int(layout.lengths.max(initial=0))
-    if not loop_tile(longest, w.qkv.dtype):
-        most = 32 if w.qkv.dtype == torch.float32 else 128
+    most = 32 if w.qkv.dtype == torch.float32 else 128
+    if longest > most:
         return f"the whole-loop kernel supports sequences of up to {most} rows, not {longest}"
     if not all(t is None or t.is_contiguous() for t in (*w, cos, sin)):
         return "the whole-loop kernel needs contiguous weights and tables"

@@ -14,7 +14,7 @@ processors busy, with "few" to the others. RELAY_FAST_AUTOTUNE=1 searches around
 | attention_wide_fwd, _bwd: short, head_dim > 64 | as attention_short | as attention_short | – |
 | attention_long_fwd, _bwd | head_dim | queries | keys |
 | linear_residual | d | rows | columns |
-| loop | rows of a program | rows | hidden columns |
+| loop, loop_gated | rows of the longest sequence | rows | hidden columns |
 | mlp, mlp_gated (d ≤ 256), mlp_up, mlp_up_gated | d | rows | hidden columns |
 | readout | d | rows | tokens |
 | weight_grad | smaller side of the gradient | columns of x | columns of dy |
@@ -90,11 +90,13 @@ TABLE = (
     Rule("linear_residual",     16,  ANY, "many", Config(128,  64, 8, 3), 99),
     Rule("linear_residual",     16,  ANY, "few",  Config( 64,  64, 4, 3), 58),
     Rule("linear_residual",     32,  ANY, "any",  Config( 32,  32, 4, 2), 13),
-    Rule("loop",                16,   64, "any",  Config( 64,  32, 8, 1), 40, 120),
-    Rule("loop",                16,   64, "any",  Config( 64,  64, 8, 1), 40),
+    Rule("loop",                16,   32, "any",  Config( 32,  64, 8, 1), 28, 120),
+    Rule("loop",                16,   64, "any",  Config( 64,  64, 8, 1), 40, 80, 103),
     Rule("loop",                16,  128, "any",  Config(128,  32, 8, 1), 64),
     Rule("loop",                32,   32, "any",  Config( 32,  16, 8, 1), 16),
-    Rule("mlp",                 16,   32, "many", Config(128,  64, 4, 2), 40),
+    Rule("loop_gated",          16,   64, "any",  Config( 64,  32, 8, 1), 40),
+    Rule("loop_gated",          16,  128, "any",  Config(128,  32, 8, 1), 64),
+    Rule("loop_gated",          32,   32, "any",  Config( 32,  16, 8, 1), 16),
     Rule("mlp",                 16,   64, "many", Config(128,  64, 8, 2), 64),
     Rule("mlp",                 16,   64, "few",  Config( 64,  64, 4, 2), 40),
     Rule("mlp",                 16,  128, "any",  Config( 64,  64, 8, 2), 72),
@@ -124,6 +126,7 @@ TABLE = (
 # fmt: on
 # norm_linear_fwd in fp32: ptxas for sm_86 and sm_89 spills a LayerNorm of 32 rows as a whole, 4 KB.
 # attention_wide: in fp32 a whole sequence's tile spills everywhere, so those calls take blocks.
+# loop: for sm_120 ptxas spills 0.4 KB of 64 rows at d 128 whatever the rest, and nothing of 32.
 # linear_residual: two programs share a block of rows, so half as many blocks count as "many".
 _BUSY = {"linear_residual": 2}
 _learned: list[Rule] = []  # found by this process's search

@@ -95,7 +95,7 @@ def _make_spec(
 
 def _policy(recompute: str) -> RecomputePolicy:
     policy = RecomputePolicy.parse(recompute)
-    return RecomputePolicy("state") if policy.kind == "none" else policy
+    return RecomputePolicy("state") if policy.kind in ("none", "auto") else policy
 
 
 def _reordered(spec: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:

@@ -52,6 +52,8 @@ from relay_fast.kernels.supports import (
 from relay_fast.kernels.weight_grad_ref import weight_grad_ref
 
 IMPLS = ("auto", "triton", "torch")
+# Kinds of device with autocast, so not meta. Asked once: torch 2.11 cannot trace the question.
+AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu")))
 
 
 class Ops(NamedTuple):
@@ -315,8 +317,7 @@ def launch_context(x: Tensor) -> AbstractContextManager:
     """Returns the context of all hand-written passes over x: x's device is the current one, and
     autocast is off, since a pass chooses the dtype of each product itself."""
     kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)  # not for meta
-    if not (known and torch.is_autocast_enabled(kind)):
+    if kind not in AUTOCAST or not torch.is_autocast_enabled(kind):
         return on_device(x.device)
     stack = ExitStack()
     stack.enter_context(on_device(x.device))
@@ -363,7 +364,6 @@ def refuse_transforms(*tensors: Tensor | None, module: nn.Module | None = None) 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """Returns the dtype of GEMMs with a parameter: autocast's if enabled, else the parameter's."""
     kind = parameter.device.type
-    known = torch.amp.is_autocast_available(kind)  # not for meta
-    if known and parameter.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if kind in AUTOCAST and parameter.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return parameter.dtype

@@ -40,8 +40,8 @@ def test_every_call_finds_a_line(monkeypatch, arch: int, dtype: torch.dtype, op:
         widths = (16, 32, 64, 128)
     elif "wide" in op:
         widths = () if dtype == torch.float32 else (16, 32, 64, 128)
-    elif op == "loop":
-        widths = (32,) if dtype == torch.float32 else (64, 128)
+    elif "loop" in op:
+        widths = (1, 32) if dtype == torch.float32 else (1, 32, 64, 128)
     small = DEVICE_PROPS[arch].shared_bytes == 99 << 10
     for width in widths:
         for rows in (0, 700, 24_000):
