@@ -139,7 +139,7 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
 def _policy(recompute: str) -> RecomputePolicy:
     policy = RecomputePolicy.parse(recompute)
-    return RecomputePolicy("state") if policy.kind == "none" else policy
+    return RecomputePolicy("state") if policy.kind in ("none", "auto") else policy
 
 
 def _reordered(spec: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.config import BlockConfig, tell_hub
+from relay_fast.engine.auto_policy import inside_row_bytes
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.block_weights import BlockWeights, PartTable, read_weights
 from relay_fast.engine.compile_op import describe, skip_frame
@@ -362,6 +363,7 @@ class LoopedBlock(nn.Module):
             policy,
             gather_rows=self.gather_rows,
             compute_dtype=dtype,
+            inside_bytes=lambda x: inside_row_bytes(self.config, x.dtype, dtype),
             **options,
         )
 

@@ -204,7 +204,8 @@ class FromScratch(FineTuning):
 
 class TrainingTable(FromScratch):
     recompute: Annotated[str, AfterValidator(_recompute)] = Field(
-        "none", description="recompute policy: none, state, sqrt, every:k, last:m, budget:BYTES"
+        "none",
+        description="recompute policy: none, state, sqrt, auto, every:k, last:m, budget:BYTES",
     )
 
 
