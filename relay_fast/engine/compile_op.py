@@ -49,8 +49,8 @@ _TYPES = {
     "float | None": "float?",
     "bool": "bool",
     "str": "str",
-    "bool | tuple[str, ...]": "str[]",  # the biases by part
-    "tuple[float, ...] | Mapping[str, Any] | None": "float[]?",  # frequencies, never a mapping
+    "bool | tuple[str, ...]": "str[]",  # the parts with a bias
+    "tuple[float, ...] | Mapping[str, Any] | None": "float[]?",
 }
 _FIELDS = [(field.name, _TYPES[field.type]) for field in fields(BlockConfig)]
 _BLOCK = ", ".join(f"{kind} {name}" for name, kind in _FIELDS)
@@ -87,9 +87,8 @@ class _Call(NamedTuple):
 
 def describe(config: BlockConfig) -> tuple:
     """Returns a block's configuration as arguments of the ops."""
-    values = {name: getattr(config, name) for name, _ in _FIELDS}
-    if isinstance(config.bias, bool):
-        values["bias"] = BIASES if config.bias else ()
+    parts = [part for part in BIASES if config.bias is True or part in (config.bias or ())]
+    values = {name: getattr(config, name) for name, _ in _FIELDS} | {"bias": parts}
     return tuple(values.values())
 
 
@@ -103,7 +102,7 @@ def _block(values: tuple) -> tuple[BlockConfig, list[str]]:
 def _parse(options: Sequence) -> tuple[BlockConfig, list[str], _Call]:
     """Returns the block, its parameter names and the other options of a call."""
     count = len(_FIELDS)
-    block = (tuple(value) if isinstance(value, list) else value for value in options[:count])
+    block = (tuple(v) if isinstance(v, list | tuple) else v for v in options[:count])
     return *_block(tuple(block)), _Call(*options[count:])
 
 
@@ -139,7 +138,7 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
 def _policy(recompute: str) -> RecomputePolicy:
     policy = RecomputePolicy.parse(recompute)
-    return RecomputePolicy("state") if policy.kind in ("none", "auto") else policy
+    return RecomputePolicy("state") if policy.kind == "none" else policy
 
 
 def _reordered(spec: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:
