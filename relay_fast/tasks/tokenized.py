@@ -48,6 +48,7 @@ class TokenizedTask(Task):
         self.text, self.index = text, index
         self.name, self.title, self.unit = text.name, text.title or text.name, text.unit
         self.min_length = text.min_length
+        self.one_token_answers = not text.own_answers and text.answer_is == "token"
         self.token, self.end = (vocabulary.id_of(token) for token in text.special_tokens())
         self._reserved = {*RESERVED, *text.special_tokens()}
         texts = vocabulary.texts(range(vocabulary.n_tokens))
@@ -185,15 +186,10 @@ class TokenizedTask(Task):
     # Reading problems and chains
 
     def answer_text(self, rounds: Rounds, answer: int) -> str:
-        if not self._several:
+        if self.one_token_answers:
             return self.decode([answer])
         implied = self._implied(self._texts(rounds) or [])
         return self.decode([answer]) if implied is None else self.text.detokenize(implied)
-
-    @property
-    def _several(self) -> bool:
-        """Whether answers may have several tokens."""
-        return self.text.own_answers or self.text.answer_is == "round"
 
     @property
     def solves(self) -> bool:
@@ -266,7 +262,7 @@ class TokenizedTask(Task):
 
     def same_answers(self, written: Samples, truth: Samples) -> np.ndarray:
         same = written.answer == truth.answer
-        if self._several:
+        if not self.one_token_answers:
             for i in np.flatnonzero(same).tolist():
                 given, wanted = (
                     self._implied(self._texts(samples.rounds_of(i)) or [])
