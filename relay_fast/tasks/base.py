@@ -55,6 +55,11 @@ class Task(ABC):
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
+    @property
+    def label(self) -> dict[str, str]:
+        """Returns title and unit, as tables and plots read them from results."""
+        return {"title": self.title, "unit": self.unit}
+
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Returns what `make_task(vocabulary=…, **task.to_dict())` builds it of, JSON-able."""

@@ -45,6 +45,12 @@ class TokenizedTask(Task):
 
     def __init__(self, text: Any, vocabulary: Vocabulary, index: int) -> None:
         super().__init__(vocabulary)
+        for name, known in (("answer_is", ("token", "round")), ("shows", ("both", "round"))):
+            if (value := getattr(text, name)) not in known:
+                raise ValueError(
+                    f"task {text.name!r}: {name} = {value!r} is unknown; use one of "
+                    f"{', '.join(known)}"
+                )
         self.text, self.index = text, index
         self.name, self.title, self.unit = text.name, text.title or text.name, text.unit
         self.min_length = text.min_length
@@ -89,7 +95,9 @@ class TokenizedTask(Task):
             self._encoded(*self.text.draw(length, int(seed), start + i))
             for i, length in enumerate(array.tolist())
         ]
-        return self._samples(array, drawn)
+        samples = self._samples(array, drawn)
+        self._check_sizes(samples)
+        return samples
 
     def prove(self, lengths: Iterable[int]) -> None:
         """Raises ValueError for samples that cannot be encoded, that differ between two calls with
@@ -143,6 +151,26 @@ class TokenizedTask(Task):
                 f"round, or define answer_of."
             )
         return ids, chain, self._ids(answer)[-1]
+
+    def _check_sizes(self, samples: Samples) -> None:
+        """Raises ValueError for samples beyond the sizes that the task gives for their lengths."""
+        first = samples.first_round
+        rounds = np.diff(samples.round_offsets)
+        found = {
+            "max_problem_tokens": np.diff(samples.problem_offsets),
+            "max_round_tokens": np.maximum.reduceat(rounds, first[:-1]) if len(rounds) else rounds,
+            "max_chain_tokens": np.diff(samples.round_offsets[first]),
+            "loops": samples.loops,
+        }
+        for length in np.unique(samples.length).tolist():
+            own = samples.length == length
+            for name, sizes in found.items():
+                most, bound = int(sizes[own].max()), getattr(self, name)(length)
+                if most > bound:
+                    raise ValueError(
+                        f"task {self.name!r}: a sample of length {length} has {name} = {most}, "
+                        f"more than the {bound} expected; define {type(self.text).__name__}.sizes"
+                    )
 
     def _ids(self, text: str) -> list[int]:
         try:
