@@ -72,10 +72,11 @@ def train(
     names = with_needs(STAGE_DEPENDENCIES if stages is None else stages)
     check_device(device)
     config = resolved(config, tasks)
-    labels = prove(config, device, impl).labels
+    context = prove(config, device, impl)
     refuse_foreign(out)
     folder = RunFolder(out, config)
-    call = _Call(folder, device, labels)
+    call = _Call(folder, device, context.labels)
+    _report_data(folder, context.data)
     try:
         with Display() as display:
             run_pipeline(
@@ -88,6 +89,15 @@ def train(
     if print_table:
         _show(results, folder.path)
     return results
+
+
+def _report_data(folder: RunFolder, data: Mapping[str, Mapping[str, int]]) -> None:
+    """Prints counts of the records that tasks are trained and tested on, and keeps them."""
+    for name, counts in data.items():
+        shown = ", ".join(f"{key.replace('_', ' ')} {n:,}" for key, n in counts.items())
+        print(f"records of {name}: {shown}", flush=True)
+    if data:
+        folder.update_results({"data": {name: dict(counts) for name, counts in data.items()}})
 
 
 def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") -> Context:

@@ -169,8 +169,7 @@ class TruthStream(Dataset):
         self.pad_probability, self.pad_to = pad_probability, pad_to
         self.truth = truth
         for name, task in tasks.items():
-            for length in ranges[name]:
-                task.check_length(length)
+            task.check_range(*ranges[name])
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -181,7 +180,7 @@ class TruthStream(Dataset):
         for name, task in self.tasks.items():
             rng = np.random.default_rng([_FRESH, self.seed, task.index, block])
             longest = self._longest(name, step)
-            draws = self._draws(rng, self.ranges[name][0], longest)
+            draws = self._draws(rng, task.lengths_between(self.ranges[name][0], longest))
             repeat = -(-self.share // len(draws))
             lengths = np.repeat(draws, repeat)[: self.share]
             pads.append(np.repeat(self._extra_pad(rng, task, draws), repeat)[: self.share])
@@ -208,8 +207,7 @@ class TruthStream(Dataset):
         progress = float(self.schedule.progress[step])
         return curriculum_length(progress, *self.ranges[name], self.curriculum)
 
-    def _draws(self, rng: np.random.Generator, shortest: int, longest: int) -> np.ndarray:
-        choices = np.arange(shortest, longest + 1)
+    def _draws(self, rng: np.random.Generator, choices: np.ndarray) -> np.ndarray:
         weights = choices if self.lengths == "proportional" else np.ones(len(choices))
         count = self.lengths_per_batch or self.share
         return rng.choice(choices, size=count, p=weights / weights.sum())
@@ -318,7 +316,7 @@ def mean_cost(
             return task.max_problem_tokens(length) * task.loops(length)
         return task.max_sequence_tokens(length)
 
-    choices = {name: np.arange(ranges[name][0], ranges[name][1] + 1) for name in tasks}
+    choices = {name: task.lengths_between(*ranges[name]) for name, task in tasks.items()}
     costs = {
         name: np.array([cost_of(task, n) for n in choices[name].tolist()])
         for name, task in tasks.items()

@@ -67,6 +67,12 @@ class Context:
         )
 
     @property
+    def data(self) -> dict[str, dict[str, int]]:
+        """Counts of the records of the tasks that read them."""
+        reports = {n: task.report(*self.ranges[n]) for n, task in self.tasks.items()}
+        return {name: report for name, report in reports.items() if report}
+
+    @property
     def labels(self) -> dict[str, dict[str, str]]:
         """Names of the tasks and of what their lengths count, for tables and plots."""
         return {name: task.label for name, task in self.tasks.items()}
@@ -75,7 +81,15 @@ class Context:
         """Raises ValueError for lengths that a task does not support or cannot draw, for invalid
         model sizes and for models that do not fit into this machine's memory."""
         for name, task in self.tasks.items():
-            task.prove(used_lengths(self.task_config(name)))
+            task.check_range(*self.ranges[name])
+            entry = self.task_config(name)
+            task.prove(used_lengths(entry))
+            for length in entry["self_lengths"]:
+                if task.most_problems(length) == 0:
+                    raise ValueError(
+                        f"tasks.{name}.self_lengths has {length}, of which no problem can be "
+                        f"drawn: give other lengths"
+                    )
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))
 

@@ -217,7 +217,9 @@ class TokenizedTask(Task):
         if self.one_token_answers:
             return self.decode([answer])
         implied = self._implied(self._texts(rounds) or [])
-        return self.decode([answer]) if implied is None else self.text.detokenize(implied)
+        if implied is None or self._id_of.get(implied[-1]) != answer:
+            return self.decode([answer])
+        return self.text.detokenize(implied)
 
     @property
     def solves(self) -> bool:
@@ -250,6 +252,9 @@ class TokenizedTask(Task):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of a problem or round, without `[NAME]`, `<sep>` and `<pad>`."""
+        return self._text(ids)
+
+    def plain_text(self, ids: Iterable[int]) -> str:
         return self._text(ids)
 
     def _text(self, ids: Iterable[int]) -> str:
