@@ -21,7 +21,7 @@ TRAINED, BEYOND = range(1, 11), range(11, 13)
 
 
 def digit_by_digit(first: str, second: str) -> list[str]:
-    """What is left to add, with a carry `+1` for `+`, `=` and the digits so far; at last the sum."""
+    """What is left to add, `+1` for a carry, then `=` and the digits so far; at last the sum."""
     rounds, carry, total = [], 0, ""
     for left in reversed(range(len(first))):
         carry, digit = divmod(int(first[left]) + int(second[left]) + carry, 10)
