@@ -163,7 +163,7 @@ def _main(a: argparse.Namespace) -> int:
         return 130
     from relay_fast.reporting.tables import print_report
 
-    print_report(results, metrics=("answer", "chain", "bit"))
+    print_report(results, metrics=("answer", "chain", "bit", "answer_once"))
     print(f"results: {file}")
     return 0
 

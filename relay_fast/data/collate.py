@@ -19,7 +19,6 @@ from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
-_NO_ROOM = "a round does not fit into its input: raise the task's min_input_tokens"
 
 
 # Long: each array of the batch is computed from the ones before it.
@@ -73,8 +72,7 @@ def collate_looped(
     major = np.lexsort((owner, iteration))
     owner, iteration = owner[major], iteration[major]
     lengths = np.diff(s.round_offsets)[major]
-    if np.any(lengths >= width[owner]):
-        raise ValueError(_NO_ROOM)
+    _check_room(s, tasks, owner, lengths, width[owner])
     counts = lengths + 1
     rows = concat_ranges(ends[owner] - counts, counts)
     targets = np.full(len(rows), PAD, np.int64)
@@ -138,8 +136,7 @@ def collate_side_by_side(
         own = samples.task[owner] == k
         check_numbers(task, inputs.fed[np.repeat(own, widths)])
         check_numbers(task, rounds[np.repeat(own, lengths)])
-    if np.any(lengths >= widths):
-        raise ValueError(_NO_ROOM)
+    _check_room(samples, tasks, owner, lengths, widths)
     plan = Plan(widths, np.ones(len(owner), np.int64), device, inputs.positions)
     counts = lengths + 1
     rows = concat_ranges(plan.offsets[1:] - counts, counts)
@@ -268,3 +265,22 @@ def _task_weights(
     for k, task in tasks_present(samples.task, tasks).items():
         weights[samples.task == k] = (task_weights or {}).get(task.name, 1.0)
     return weights
+
+
+def _check_room(
+    samples: Samples,
+    tasks: Mapping[str, Task],
+    owner: np.ndarray,
+    lengths: np.ndarray,
+    widths: np.ndarray,
+) -> None:
+    """Raises ValueError if a round of `lengths` tokens, of the sample `owner`, and its boundary
+    `<pad>` do not fit into an input of `widths` tokens."""
+    if np.any(lengths >= widths):
+        first = int(np.argmax(lengths >= widths))
+        task = tasks_present(samples.task, tasks)[int(samples.task[owner[first]])]
+        raise ValueError(
+            f"task {task.name!r}: a round of {lengths[first]} tokens "
+            f"and its boundary <pad> do not fit into its input of {widths[first]}: raise the "
+            f"task's min_input_tokens"
+        )

@@ -32,6 +32,7 @@ METRIC_NAMES = {
     "chain": "whole chain correct",
     "bit": "chain tokens correct",
     "bit_forced": "chain tokens correct, teacher-forced",
+    "answer_once": "final answer correct after one iteration alone, a control",
 }
 _RULE = "│"
 _CELL = 4  # the width of "99.9"; all of them correct is "100"
@@ -95,7 +96,7 @@ def curve(
 
 def print_report(
     results: Mapping[str, Any],
-    metrics: Sequence[str] = ("answer", "chain"),
+    metrics: Sequence[str] = ("answer", "chain", "answer_once"),
     file: TextIO | None = None,
     width: int | None = None,
 ) -> None:
