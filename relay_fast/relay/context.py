@@ -75,7 +75,7 @@ class Context:
     @property
     def labels(self) -> dict[str, dict[str, str]]:
         """Names of the tasks and of what their lengths count, for tables and plots."""
-        return {name: {"title": t.title, "unit": t.unit} for name, t in self.tasks.items()}
+        return {name: task.label for name, task in self.tasks.items()}
 
     def prove(self) -> None:
         """Raises ValueError for lengths that a task does not support or cannot draw, for invalid

@@ -33,13 +33,14 @@ from relay_fast.decoding.chains import (
 )
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.verify import same_answers
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.training.model_files import Model
 from relay_fast.utils.ragged import concat_ranges
 
 FORCED_TOKENS = 16384  # tokens in a teacher-forced batch
-Metrics = dict[str, float | int]  # metric -> value, and n, the number of problems
+Metrics = dict[str, float | int | None]  # metric -> value, and n, the number of problems
 
 
 class Grades(NamedTuple):
@@ -236,7 +237,8 @@ def evaluate_problems(
         options: As in `evaluate_looped` or `evaluate_autoregressive`.
 
     Returns:
-        {length: metrics}, as these functions do.
+        {length: metrics}, as these functions do; the answer is None for a model that writes an
+        answer of one token where it has several.
     """
     # All lengths at once, so that new sequences take the places of finished ones.
     looped = isinstance(model, LoopedTransformer)
@@ -244,12 +246,15 @@ def evaluate_problems(
     grades = grade(model, problems, tasks, **options)
     unseen = {k: v for k, v in options.items() if k != "progress"}  # a small part of the time
     once = answers_once(model, problems, tasks, **unseen) if looped else None
+    readable = getattr(model, "supervise", "chain") == "chain" or all(
+        task.one_token_answers for task in tasks_present(problems.task, tasks).values()
+    )
     token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
     result = {}
     for length in np.unique(problems.length).tolist():
         samples, tokens = problems.length == length, token_length == length
         result[length] = {
-            "answer": float(grades.answer[samples].mean()),
+            "answer": float(grades.answer[samples].mean()) if readable else None,
             "bit": float(grades.tokens[tokens].mean()),
             "chain": float(grades.chain[samples].mean()),
             "n": int(samples.sum()),
