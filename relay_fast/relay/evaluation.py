@@ -28,11 +28,12 @@ from relay_fast.decoding.chains import (
     decode_chains,
     fitting_problems,
     generate_looped_chains,
-    read_answers,
+    parse_chains,
     unseen_problems,
 )
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.verify import same_answers
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.training.model_files import Model
 from relay_fast.utils.ragged import concat_ranges
@@ -72,7 +73,9 @@ def grade_looped(
     wrong = (sizes != true_sizes) | (np.bincount(owner[~hits], minlength=len(sizes)) > 0)
     sample = np.repeat(np.arange(len(problems)), problems.loops)
     chain = np.bincount(sample[wrong], minlength=len(problems)) == 0
-    return Grades(written.answer == problems.answer, chain, hits)
+    answers_alone = model.supervise == "answer"  # what it has for rounds means nothing
+    same = written.answer == problems.answer
+    return Grades(same if answers_alone else same_answers(written, problems, tasks), chain, hits)
 
 
 def grade_autoregressive(
@@ -104,7 +107,7 @@ def grade_autoregressive(
     # A last round without a delimiter ends with <eos>: further tokens would change the round.
     decides = in_chain | ((place == chain_sizes) & (truth == EOS))
     chain = np.bincount(owner[decides & ~hits], minlength=len(problems)) == 0
-    answer = read_answers(decoded, problems, tasks) == problems.answer
+    answer = same_answers(parse_chains(decoded, problems, tasks), problems, tasks)
     return Grades(answer, chain, hits[in_chain], forced[in_chain])
 
 

@@ -58,6 +58,17 @@ def tasks_of(results: Mapping[str, Any]) -> list[str]:
     )
 
 
+def task_title(results: Mapping[str, Any], task: str) -> str:
+    """Returns a task's name for tables and plots."""
+    return results.get("labels", {}).get(task, {}).get("title") or TASK_NAMES.get(task, task)
+
+
+def length_name(results: Mapping[str, Any], task: str) -> str:
+    """Returns what a task's length counts."""
+    own = results.get("labels", {}).get(task, {}).get("unit")
+    return own or LENGTH_NAMES.get(task, "length")
+
+
 def curve(
     results: Mapping[str, Any], model: str, task: str, metric: str
 ) -> tuple[list[int], list[float]]:
@@ -148,12 +159,12 @@ def _print_table(
         cells = [_RULE if n is None else _percent(values.get(n)) for n in columns]
         table.add_row(name, *(Text(cell, style=_color(cell)) for cell in cells))
 
-    notes = [f"columns: {LENGTH_NAMES.get(task, 'length')}"]
+    notes = [f"columns: {length_name(results, task)}"]
     if longest is not None:
         notes.append(f"trained on {shortest} to {longest}")
     if len(shown) < len(lengths):
         notes.append(f"{len(shown)} of {len(lengths)} lengths fit, all are in results.json")
-    title = f"{TASK_NAMES.get(task, task)}: {METRIC_NAMES.get(metric, metric)} (%)"
+    title = f"{task_title(results, task)}: {METRIC_NAMES.get(metric, metric)} (%)"
     console = make_console(table, file, width)
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)

@@ -12,6 +12,7 @@ from relay_fast.tasks import TASK_NAMES
 def test_presets_are_data_and_whole() -> None:
     assert preset_names() == [
         "cpu",
+        "cpu-addition",
         "cpu-arithmetic",
         "cpu-arithmetic-long",
         "cpu-edit-distance",
