@@ -72,7 +72,7 @@ def collate_looped(
     major = np.lexsort((owner, iteration))
     owner, iteration = owner[major], iteration[major]
     lengths = np.diff(s.round_offsets)[major]
-    _check_room(s, owner, lengths, width[owner])
+    _check_room(s, tasks, owner, lengths, width[owner])
     counts = lengths + 1
     rows = concat_ranges(ends[owner] - counts, counts)
     targets = np.full(len(rows), PAD, np.int64)
