@@ -59,6 +59,8 @@ class BlockIteration:
         Unsupported: for a block that the kernels cannot run with a fixed-capacity plan.
     """
 
+    aux: Tensor | None = None
+
     def __init__(
         self,
         config: BlockConfig,

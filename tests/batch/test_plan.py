@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.numerics import assert_bitwise
-from relay_fast.batch.plan import MAX_GROUPS, Plan, check_loops
+from relay_fast.batch.paddings import MAX_GROUPS
+from relay_fast.batch.plan import Plan, check_loops
 
 LENGTHS, LOOPS = [3, 5, 1, 2], [2, 5, 0, 5]
 
