@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -114,12 +114,12 @@ def refuse_unregistered_tensors(
 
 
 def refuse_retained_graphs(
-    module: nn.Module, shared: Mapping[str, object], before: Mapping[int, tuple[str, Tensor]]
+    module: nn.Module, shared: Mapping[str, object], known: Callable[[Tensor], bool]
 ) -> None:
-    """Raises RuntimeError if the module or its arguments store a tensor with a graph that is not in
-    `before`."""
-    for key, (where, _) in find_retained_graphs(module, shared).items():
-        if key not in before:
+    """Raises RuntimeError if the module or its arguments store a tensor with a graph that is not
+    `known` from before."""
+    for where, tensor in find_retained_graphs(module, shared).values():
+        if not known(tensor):
             raise RuntimeError(
                 f"the module stored a tensor that needs a gradient in {where!r} (an auxiliary "
                 "loss?), but gradients flow through the state only: return it beside the state "

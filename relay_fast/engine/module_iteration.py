@@ -152,7 +152,7 @@ class ModuleIteration:
         refuse_unregistered_tensors(
             results, [saved[0], *sliced, *call.weights.values(), *call.shared_leaves]
         )
-        refuse_retained_graphs(call.module, call.shared, before)
+        refuse_retained_graphs(call.module, call.shared, lambda t: id(t) in before)
         call.checked = True
         return saved
 

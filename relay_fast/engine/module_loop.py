@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -120,7 +121,8 @@ def loop(
     options = Options(
         tree, AuxValues() if aux else None, _takes(module, cu_seqlens, per_row, shared), start
     )
-    tensors = [*arguments, *module.parameters()]
+    parameters = list(module.parameters())
+    tensors = arguments + parameters
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     uniform = plan.max_loops > 0 and plan.rows > 0 and plan.loops[-1] == plan.max_loops
     if (
@@ -132,7 +134,7 @@ def loop(
         if "cu_seqlens" in options.takes:
             given["cu_seqlens"] = plan.cu_seqlens
         final, states, sums = plain_loop(
-            module, x, plan.max_loops, given, options, gradient, wanted
+            module, x, plan.max_loops, given, options, parameters if gradient else None, wanted
         )
         states = States.of(states, [plan.sequences_at(t) for t in wanted], plan.device)
     else:
@@ -196,6 +198,8 @@ def _run(
 
 def _make_plan(x: Tensor, loops, cu_seqlens, stops: bool) -> Plan:
     """Builds the plan; a whole sequence of a padded batch counts as one row."""
+    if cu_seqlens is None and not stops and type(loops) is int and loops >= 0:
+        return Plan.of_rows(len(x), loops, x.device)
     if cu_seqlens is None:
         lengths = np.ones(len(x), np.int64)
     else:
@@ -207,10 +211,11 @@ def _make_plan(x: Tensor, loops, cu_seqlens, stops: bool) -> Plan:
 def _takes(module: nn.Module, cu_seqlens, per_row: Mapping, shared: Mapping) -> frozenset[str]:
     """Returns the arguments that the module has and the caller does not pass."""
     forward = module.forward
-    code = getattr(getattr(forward, "__func__", None), "__code__", None)
-    if code is not None and not hasattr(forward, "__wrapped__"):  # ten times faster than inspect
-        known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    else:
-        known = inspect.signature(forward).parameters
     names = {"iteration"} if cu_seqlens is None else {"iteration", "cu_seqlens"}
+    known = _parameters_of(getattr(forward, "__func__", forward))
     return frozenset(names.intersection(known).difference(per_row, shared))
+
+
+@lru_cache(maxsize=256)  # reading a signature takes as long as a small module
+def _parameters_of(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

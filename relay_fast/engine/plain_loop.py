@@ -22,7 +22,6 @@ from relay_fast.engine.module_checks import (
     version,
 )
 from relay_fast.engine.module_iteration import Options
-from relay_fast.engine.retained_graphs import find_retained_graphs
 
 
 def runs_plainly(gradient: bool, kind: str, tensors: Sequence[Tensor]) -> bool:
@@ -47,7 +46,7 @@ def plain_loop(
     loops: int,
     arguments: Mapping[str, object],
     options: Options,
-    gradient: bool,
+    parameters: Sequence[Tensor] | None,
     wanted: Sequence[int],
 ) -> tuple[object, list, Tensor | None]:
     """Applies the module `loops` times to all rows.
@@ -58,7 +57,7 @@ def plain_loop(
         loops: 1 or more.
         arguments: further arguments of the module.
         options: how it is called.
-        gradient: whether its graph is recorded, and checked.
+        parameters: the module's, if a graph is recorded, which is then checked; else None.
         wanted: iterations whose states are returned.
 
     Returns:
@@ -71,10 +70,15 @@ def plain_loop(
     for t in range(1, loops + 1):
         if "iteration" in options.takes:
             arguments["iteration"] = options.start + t
-        call = _first_step if t == 1 and gradient else step
-        h, aux = call(module, h, arguments, options, step)
-        if t == 1:
+        if t > 1:
+            h, aux = step(module, h, arguments, options)
+        else:
+            before = torch.autograd._get_sequence_nr()
+            new, aux = step(module, h, arguments, options)
+            if parameters is not None:
+                _check_graph(module, h, new, aux, arguments, parameters, before)
             buffers.check(module)
+            h = new
         if aux is not None:
             total = aux if total is None else total + aux
         if t in wanted:
@@ -83,9 +87,7 @@ def plain_loop(
     return _apart(h, x), states, total
 
 
-def _step(
-    module: nn.Module, h: Tensor, arguments: dict, options: Options, _: Callable
-) -> tuple[Tensor, None]:
+def _step(module: nn.Module, h: Tensor, arguments: dict, options: Options) -> tuple[Tensor, None]:
     """One iteration of a state that is a tensor: the module's call, checked."""
     before = None if h.is_inference() else h._version
     new = module(h, **arguments)
@@ -97,7 +99,7 @@ def _step(
 
 
 def _nested_step(
-    module: nn.Module, h: object, arguments: dict, options: Options, _: Callable
+    module: nn.Module, h: object, arguments: dict, options: Options
 ) -> tuple[object, Tensor | None]:
     """One iteration of any state, with auxiliary values or without."""
     inputs, aux = tree_leaves(h), None
@@ -111,16 +113,25 @@ def _nested_step(
     return tree_map(lambda t: t.to(inputs[0].dtype), new), aux
 
 
-def _first_step(
-    module: nn.Module, h: object, arguments: dict, options: Options, step: Callable
-) -> tuple[object, Tensor | None]:
-    """The first iteration: refuses what carries a graph out of it, or into it unseen."""
-    before = find_retained_graphs(module, arguments)
-    new, aux = step(module, h, arguments, options, step)
+def _check_graph(
+    module: nn.Module,
+    h: object,
+    new: object,
+    aux: Tensor | None,
+    arguments: dict,
+    parameters: Sequence[Tensor],
+    before: int,
+) -> None:
+    """Refuses what carries a graph out of the first iteration, or into it unseen.
+
+    Args:
+        module, arguments, parameters: as in `plain_loop`.
+        h, new, aux: state 0, state 1 and the auxiliary values.
+        before: autograd's sequence number before the iteration; later nodes are of its graph.
+    """
     inputs = tensors_in(h, arguments)
-    refuse_unregistered_tensors(tensors_in(new, aux), [*inputs, *module.parameters()], inputs)
-    refuse_retained_graphs(module, arguments, before)
-    return new, aux
+    refuse_unregistered_tensors(tensors_in(new, aux), [*inputs, *parameters], inputs)
+    refuse_retained_graphs(module, arguments, lambda t: t.grad_fn._sequence_nr() < before)
 
 
 def _apart(h: object, x: object) -> object:
