@@ -111,6 +111,11 @@ class Plan:
         return len(self.lengths)
 
     @property
+    def limit(self) -> int:
+        """The largest number of iterations that the loop may take."""
+        return self.max_loops
+
+    @property
     def rows(self) -> int:
         return int(self.offsets[-1])
 
@@ -311,10 +316,12 @@ def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int,
     return wanted
 
 
-def check_floating(x: Tensor) -> None:
+def check_floating(x: Tensor, name: str = "x") -> None:
     """Raises TypeError unless x is in floating point."""
     if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}, but a state is in floating point: embed the tokens first")
+        raise TypeError(
+            f"{name} is {x.dtype}, but a state is in floating point: embed the tokens first"
+        )
 
 
 def check_cu_seqlens(
@@ -380,6 +387,11 @@ def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int
             )
     if counts.ndim == 0:
         counts = np.full(sequences, int(counts), dtype=np.int64)
+    if counts.ndim > 1:
+        raise ValueError(
+            f"loops has shape {tuple(counts.shape)}: tokens of a sequence attend to each other in "
+            "every iteration, so they loop equally often; give an int or one count per sequence"
+        )
     if counts.shape != (sequences,):
         raise ValueError(
             f"loops has shape {tuple(counts.shape)} but the batch holds {sequences} sequences: "

@@ -88,8 +88,8 @@ def _make_spec(
         return BlockIteration(config, named, plan, x, ops, dtype, seed)
 
     return LoopSpec(
-        plan, make_iteration, ops, _policy(recompute), tuple(states), truncate or None,
-        gather_rows=gather_rows, compute_dtype=dtype,
+        plan, make_iteration, ops, _policy(recompute), tuple(states),
+        None if truncate < 0 else truncate, gather_rows=gather_rows, compute_dtype=dtype,
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def loop_fwd(
     positions: Tensor | None,  # (rows,)
     seed: Tensor | None,  # () of the dropout masks and the state noise
     states: list[int],
-    truncate: int,  # 0: no truncation
+    truncate: int,  # -1: no truncation
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns final (rows, d), the chosen states end to end, and the kept states end to end."""
@@ -171,7 +171,7 @@ def _(
         if keep:
             between = policy.kept(count, [0] * count)
             kept = sum(
-                t not in states and (not truncate or t + 1 > count - truncate) for t in between
+                t not in states and (truncate < 0 or t + 1 > count - truncate) for t in between
             )
         kept_rows = kept * rows
     return (

@@ -27,7 +27,7 @@ from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.state_tree import StateTree
 from relay_fast.engine.states import States
-from relay_fast.engine.stopping import Until, loops_run
+from relay_fast.engine.stopping import loops_run, pass_options
 from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
 from relay_fast.ops.dispatch import refuse_transforms, select
 from relay_fast.utils.numbers import as_int, is_bool
@@ -139,7 +139,16 @@ def loop(
         states = States.of(states, [plan.sequences_at(t) for t in wanted], plan.device)
     else:
         final, states, sums = _run(
-            module, x, plan, (per_row, shared), options, policy, wanted, truncate, until
+            module,
+            x,
+            plan,
+            (per_row, shared),
+            options,
+            policy,
+            wanted,
+            truncate,
+            until,
+            cu_seqlens is not None,
         )
         if until is not None and return_states is True:
             states = states.first(plan.max_loops)
@@ -159,6 +168,7 @@ def _run(
     wanted: Sequence[int],
     truncate: int | np.ndarray | None,
     until: Callable | None,
+    packed: bool,
 ) -> tuple[object, States, Tensor]:
     """Runs the engine.
 
@@ -167,6 +177,7 @@ def _run(
         arguments: per_row and shared.
         options: how the module is called.
         wanted: iterations whose states are returned.
+        packed: whether the batch has row offsets.
 
     Returns:
         The final state, the wanted ones, and the sums of the auxiliary values.
@@ -182,17 +193,16 @@ def _run(
     call.checked = not (
         torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *call.tensors))
     )
-    inner, stops = tuple(t for t in wanted if t < plan.max_loops), None
-    if until is not None:  # which iteration is the last is not known
-        inner, stops = wanted, Until(until, plan, lambda h, _: tree.unflatten(h), options.start)
-    spec = LoopSpec(plan, call.body, select("torch"), policy, inner, truncate, stops)
+    view = lambda h, _: tree.unflatten(h)
+    passes = pass_options(until, plan, wanted, view, packed, options.start)
+    spec = LoopSpec(plan, call.body, select("torch"), policy, truncate=truncate, **passes)
     final, states, _, _, sums = run_with_aux(spec, flat, call.tensors)
     collected = spec.collect(wanted, final, states)
     if plan.to_caller is not None:
         final = final[plan.to_caller]
     if not tree.is_tensor:
         final = tree.unflatten(final)
-        collected = collected.map(tree.unflatten)
+        collected = collected.map(lambda state, _: tree.unflatten(state))
     return final, collected, sums
 
 

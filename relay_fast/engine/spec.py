@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,6 +154,14 @@ class LoopSpec:
         if isinstance(truncate, np.ndarray):
             truncate = truncate[self.plan.order]
         object.__setattr__(self, "truncate", truncate)
+
+    def with_iterations(
+        self, make_iteration: Callable[[Tensor, Sequence[Tensor | None]], Iteration]
+    ) -> LoopSpec:
+        """Returns the same pass with another loop body."""
+        spec = copy.copy(self)  # not replace(), which would sort `truncate` again
+        object.__setattr__(spec, "make_iteration", make_iteration)
+        return spec
 
     def collect(self, wanted: Sequence[int], final: Tensor, states: Tensor) -> States:
         """Selects states of a finished pass.

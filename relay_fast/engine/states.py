@@ -34,9 +34,10 @@ class States(list):
         made._held, made._device = held, device
         return made
 
-    def map(self, function: Callable[[Tensor], object]) -> States:
-        """Returns the list of function(state), of the same sequences."""
-        return States.of([function(state) for state in self], self._held, self._device)
+    def map(self, function: Callable[[Tensor, np.ndarray], object]) -> States:
+        """Returns the list of function(state, indices of its sequences)."""
+        mapped = [function(*pair) for pair in zip(self, self._held, strict=True)]
+        return States.of(mapped, self._held, self._device)
 
     def first(self, count: int) -> States:
         """Returns the first `count` states."""

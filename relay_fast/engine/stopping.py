@@ -71,6 +71,7 @@ class Until:
             or their indices in the batch.
         plan: of the pass.
         view: turns rows into the states that the caller knows, given the number of sequences.
+        packed: whether states are packed rows, and the function may get `cu_seqlens`.
         start: number of iterations that were done before this pass.
 
     Raises:
@@ -82,6 +83,7 @@ class Until:
         function: Callable,
         plan: StoppingPlan,
         view: Callable[[Tensor, int], object],
+        packed: bool,
         start: int = 0,
     ):
         if not callable(function):
@@ -95,6 +97,8 @@ class Until:
         except ValueError:  # a built-in function
             names = ()
         self._takes = [name for name in ("cu_seqlens", "sequences") if name in names]
+        if not packed and "cu_seqlens" in self._takes:
+            self._takes.remove("cu_seqlens")
 
     def __call__(self, row_range: RowRange, new: Tensor, old: Tensor) -> np.ndarray:
         plan, count = self._plan, row_range.last_sequence
@@ -122,6 +126,26 @@ class Until:
                 f"for each of the {count} sequences that it got, shape ({count},)"
             )
         return stopped.cpu().numpy()
+
+
+def pass_options(
+    until: Callable | None,
+    plan: Plan,
+    wanted: Sequence[int],
+    view: Callable[[Tensor, int], object],
+    packed: bool,
+    start: int = 0,
+) -> dict[str, object]:
+    """Returns the fields `states` and `until` of the pass's `LoopSpec`.
+
+    Args:
+        until, plan, view, packed, start: as in `Until`; without a function nothing stops.
+        wanted: iterations whose states are returned. The last one's is the final state, where it is
+            known which that is.
+    """
+    if until is None:
+        return {"states": tuple(t for t in wanted if t < plan.max_loops)}
+    return {"states": tuple(wanted), "until": Until(until, plan, view, packed, start)}
 
 
 def loops_run(plan: Plan) -> Tensor:

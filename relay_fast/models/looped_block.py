@@ -5,7 +5,7 @@ Shapes: B sequences, n tokens of a padded batch, N rows of a packed one, d model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
+from relay_fast.batch.stopping import StoppingPlan
 from relay_fast.config import BlockConfig, tell_hub
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
 from relay_fast.engine.plain_modules import check_submodules, reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
+from relay_fast.engine.resumption import Entry
 from relay_fast.engine.spec import LoopSpec, check_truncate
+from relay_fast.engine.states import States
+from relay_fast.engine.stopping import loops_run, pass_options
 from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
+from relay_fast.models.padding import forward_padded, refuse_compiled
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
@@ -181,49 +186,92 @@ class LoopedBlock(nn.Module):
                 options[name] = _listed(options[name])
         return super().__call__(*map(_listed, args), **options)
 
+    # Long: the signature and its description are most of it.
     def forward(
         self,
         x: Tensor,
         loops: int | Sequence[int] | Tensor = 1,
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        inject: Tensor | None = None,
+        start: int = 0,
+        seed: int | Tensor | None = None,
+        until: Callable[..., Tensor] | None = None,
         return_states: bool | Sequence[int] = False,
-        truncate: int | None = None,
-    ) -> Tensor | list[Tensor]:
+        return_loops: bool = False,
+        truncate: int | Sequence[int] | Tensor | None = None,
+    ) -> Tensor | States | tuple[Tensor | States, Tensor]:
         """Applies the block `loops` times.
 
         Args:
             x: (B, n, d) padded or, with `cu_seqlens`, (N, d) packed.
-            loops: an int, or one count per sequence, (B,), each 0 or more.
+            loops: an int, or one count per sequence, (B,), each 0 or more; with `until`, the
+                largest number.
             cu_seqlens: (B + 1,) offsets of the packed sequences.
-            positions: (N,), (B, n) or (n,) int, default 0..n − 1.
+            attention_mask: (B, n), 1 or True for tokens and 0 or False for padding, on the left,
+                on the right, or both. The tokens are packed, and computed as each sequence alone;
+                padding is 0 in what is returned. The host waits for the mask.
+            positions: (N,), (B, n) or (n,) int, default 0..n − 1, from a sequence's first token.
+            inject: what injection adds or joins in each iteration, shaped as x; default: x.
+            start: number of iterations that x has been through, for the loop-index embedding and
+                the random numbers: block(block(x, s), t, inject=x, start=s) is block(x, s + t),
+                in training with the same `seed`.
+            seed: of the dropout masks and the state noise; default: drawn from torch's generator.
+            until: (t, state t, state t − 1) → (active sequences,) bool: which of them stop. It sees
+                the sequences that still loop in the caller's order, as (active, n, d), or as packed
+                rows with `cu_seqlens` or a mask; with arguments `cu_seqlens` or `sequences` it also
+                gets their row offsets or their indices. The host waits for its answer, once an
+                iteration. See `relay_fast.engine.criteria`.
             return_states: True for the states of all iterations 1..T, or the iterations to return.
-            truncate: number of last iterations of each sequence that get gradients, default all.
+            return_loops: also return how many iterations each sequence ran, (B,) int64.
+            truncate: number of last iterations of each sequence that get gradients, an int or one
+                per sequence, each 0 or more; default: all.
 
         Returns:
             The states after each sequence's last iteration, in the shape of x. With
             `return_states`, a list with the states of each iteration, which hold the sequences
-            that are still looping then, in the caller's order.
+            that are still looping then, in the caller's order; `list.sequences` has their indices.
+            With `return_loops`, a tuple of that and the loops.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit together.
+            RuntimeError: under torch.compile, for attention_mask, inject, start, seed, until and
+                return_loops.
         """
+        options = {"inject": inject, "start": start, "seed": seed, "until": until,
+                   "return_loops": return_loops}  # fmt: skip
+        if torch.compiler.is_compiling():
+            refuse_compiled(attention_mask=attention_mask, **options)
+        if attention_mask is not None:
+            return forward_padded(
+                self.forward, x, attention_mask, loops=loops, cu_seqlens=cu_seqlens,
+                positions=positions, return_states=return_states, truncate=truncate, **options,
+            )  # fmt: skip
         packed, shape = self._pack(x, cu_seqlens)
         return_states = bool(return_states) if is_bool(return_states) else return_states
         if torch.compiler.is_compiling():
             return self._as_op(packed, shape, loops, cu_seqlens, positions, return_states, truncate)
         refuse_transforms(x, module=self)
-        plan = self._plan(x, loops, cu_seqlens, positions)
+        plan = self._plan(x, loops, cu_seqlens, positions, stops=until is not None)
         wanted = plan.chosen_states(return_states)
+        entry = Entry.of(self.config, x, inject, start, seed)
         if plan.to_sorted is not None:
-            packed = packed[plan.to_sorted]
-        inner = tuple(t for t in wanted if t < plan.max_loops)
+            packed, entry = packed[plan.to_sorted], entry.sorted(plan)
+        is_packed = len(shape) == 2
+        view = (lambda h, _: h) if is_packed else lambda h, n: h.view(n, *shape[1:])
+        passes = pass_options(until, plan, wanted, view, is_packed, entry.start)
         named = self._named()
-        run = self._run(plan, named, states=inner, truncate=truncate)
-        final, states, _, _ = run_loop(run, packed, list(named.values()))
+        run = entry.enter(self._run(plan, named, truncate=truncate, **passes), self.config)
+        final, states, _, _ = run_loop(run, packed, [*named.values(), *entry.parameters])
         if return_states is False:
-            final = final if plan.to_caller is None else final[plan.to_caller]
-            return final.view(shape)
-        result = run.collect(wanted, final, states)
-        return result if len(shape) == 2 else [state.view(-1, *shape[1:]) for state in result]
+            result = (final if plan.to_caller is None else final[plan.to_caller]).view(shape)
+        else:
+            result = run.collect(wanted, final, states).map(lambda h, ids: view(h, len(ids)))
+            if until is not None and return_states is True:
+                result = result.first(plan.max_loops)
+        return (result, loops_run(plan)) if return_loops else result
 
     def _as_op(
         self, x: Tensor, shape: torch.Size, loops, cu_seqlens, positions, return_states, truncate
@@ -240,6 +288,7 @@ class LoopedBlock(nn.Module):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
         wanted = list(chosen_states(return_states, count))
         truncate = check_truncate(truncate)
+        truncate = -1 if truncate is None else truncate
         named = self._named()
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):
@@ -249,7 +298,7 @@ class LoopedBlock(nn.Module):
             f'["{self.recompute}", "{self.impl}", {self.gather_rows}]',
             compute_dtype(self.layers[0].qkv.weight), 0 if cu_seqlens is not None else shape[0],
             tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
-            _flat_positions(positions, shape), seed, wanted, truncate or 0, torch.is_grad_enabled(),
+            _flat_positions(positions, shape), seed, wanted, truncate, torch.is_grad_enabled(),
         )  # fmt: skip
         if return_states is False:
             return final.view(shape)
@@ -300,7 +349,7 @@ class LoopedBlock(nn.Module):
         check_floating(x)
         return x.reshape(-1, d), x.shape
 
-    def _plan(self, x: Tensor, loops, cu_seqlens, positions) -> Plan:
+    def _plan(self, x: Tensor, loops, cu_seqlens, positions, stops: bool = False) -> Plan:
         if cu_seqlens is None:
             lengths = np.full(x.shape[0], x.shape[1])
         else:
@@ -308,7 +357,8 @@ class LoopedBlock(nn.Module):
         flat = _flat_positions(positions, x.shape)
         if flat is not None:
             flat = flat.cpu().numpy()
-        return Plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
+        kind = StoppingPlan if stops else Plan
+        return kind(lengths, check_loops(loops, len(lengths)), x.device, flat)
 
 
 def _check_devices(device: torch.device, named: dict[str, Tensor]) -> None:
