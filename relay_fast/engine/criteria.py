@@ -10,7 +10,7 @@ rows, with the row offsets `cu_seqlens`.
 | `CosineChange` | 1 − cos(h_t, h_{t−1}) ≤ tolerance | |
 | `ReadoutEntropy` | the readout's mean entropy ≤ threshold (nats) | early exit by confidence |
 | `ReadoutKL` | KL(p_t ‖ p_{t−1}) of the readout, its mean ≤ threshold | Huginn, 2502.05171 |
-| `Gate` | Σ of a learned gate's halting probabilities ≥ threshold | ACT, Graves 2016 |
+| `HaltingGate` | Σ of a learned gate's halting probabilities ≥ threshold | ACT, Graves 2016 |
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ReadoutKL(ReadoutEntropy):
         return sequence_mean((log_p.exp() * (log_p - log_q)).sum(-1), cu_seqlens)
 
 
-class Gate(Criterion):
+class HaltingGate(Criterion):
     """Stops when the halting probabilities of a learned gate add up to `threshold`.
 
     Keeps the sums of a loop: iteration 1 starts anew, a resumed loop goes on with them.

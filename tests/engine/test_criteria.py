@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import relay_fast
 from relay_fast.engine.criteria import (
     CosineChange,
-    Gate,
+    HaltingGate,
     ReadoutEntropy,
     ReadoutKL,
     StateChange,
@@ -61,12 +61,12 @@ def test_gate_adds_its_probabilities_up_by_sequence() -> None:
     new, old = pair()
     gate = nn.Linear(D, 1).double()
     p = gate(new).sigmoid().mean((1, 2)).detach()
-    stops = Gate(gate, float(2 * p[1] - 1e-9))
+    stops = HaltingGate(gate, float(2 * p[1] - 1e-9))
     everyone, some = torch.arange(3), torch.tensor([0, 1])
     assert torch.equal(stops(1, new, old, sequences=everyone), p >= 2 * p[1])
     assert stops(2, new[:2], old[:2], sequences=some).tolist() == [bool(p[0] >= p[1]), True]
     assert torch.equal(stops(1, new, old, sequences=everyone), p >= 2 * p[1])  # starts anew
-    pooled = Gate(lambda h: gate(h.mean(1))[:, 0], 0.5, accumulate=False)
+    pooled = HaltingGate(lambda h: gate(h.mean(1))[:, 0], 0.5, accumulate=False)
     assert torch.equal(pooled(1, new, old), gate(new.mean(1))[:, 0].sigmoid() >= 0.5)
 
 
@@ -79,7 +79,7 @@ def test_criteria_serve_the_loop() -> None:
         CosineChange(0.01),
         ReadoutEntropy(head, 1.5),
         ReadoutKL(head, 1e-3),
-        Gate(nn.Linear(D, 1), 2.5),
+        HaltingGate(nn.Linear(D, 1), 2.5),
     ):
         out, loops = relay_fast.loop(module, x, 50, until=until, return_loops=True)
         assert out.shape == x.shape and 1 <= int(loops.max()) < 50, until

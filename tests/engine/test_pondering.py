@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import relay_fast
 from benchmarks.numerics import assert_close
-from relay_fast.engine.criteria import Gate
+from relay_fast.engine.criteria import HaltingGate
 
 D, CLASSES, PRIOR = 5, 3, 0.3
 
@@ -72,7 +72,7 @@ def test_act_trains_through_the_iterations_that_ran() -> None:
     torch.manual_seed(0)
     model, x = Ponder().double(), torch.randn(6, D, dtype=torch.float64)
     states, loops = relay_fast.loop(
-        model.cell, x, 20, until=Gate(model.gate, 1.4), return_states=True, return_loops=True
+        model.cell, x, 20, until=HaltingGate(model.gate, 1.4), return_states=True, return_loops=True
     )
     p = torch.zeros(6, len(states), dtype=torch.float64)
     mean, going = torch.zeros_like(x), torch.ones(6, dtype=torch.float64)
