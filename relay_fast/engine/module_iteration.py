@@ -23,6 +23,7 @@ from relay_fast.engine.module_checks import (
 )
 from relay_fast.engine.retained_graphs import find_retained_graphs
 from relay_fast.engine.state_tree import StateTree
+from relay_fast.engine.wrappers import kept_gathered, shards
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.gradients import GradientBuffers
 
@@ -49,6 +50,7 @@ class Call:
 
     def __init__(self, module: nn.Module, plan: Plan, per_row, shared, options: Options, x: Tensor):
         self.module, self.plan, self.options = module, plan, options
+        self.shards = shards(module.modules())
         self.parameters = dict(module.named_parameters())
         self.per_row, self.per_row_tree = tree_flatten(per_row)
         held = [t for t in tree_leaves(shared) if isinstance(t, Tensor)]
@@ -62,7 +64,7 @@ class Call:
         self.shared = {k: _with_tensors(v, leaves) for k, v in shared.items()}
         self.replays_rng = False
         self.checked = True  # whether the module's graph was checked or needs no check
-        self.rng_states: dict[tuple[int, bool], _RngState] = {}
+        self.rng_states: dict[tuple[int, bool], RngState] = {}
         kind = x.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
@@ -83,7 +85,7 @@ def has_saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-class _RngState:
+class RngState:
     """A snapshot of torch's generators."""
 
     def __init__(self, device: torch.device):
@@ -130,7 +132,7 @@ class ModuleIteration:
                 saved = self._call_module(h, row_range, keep)
         else:
             if call.replays_rng:
-                call.rng_states[key] = _RngState(self.device)
+                call.rng_states[key] = RngState(self.device)
             if call.checked:
                 saved = self._call_module(h, row_range, keep)
             else:
@@ -171,7 +173,11 @@ class ModuleIteration:
             arguments["iteration"] = options.start + row_range.iteration
         buffers, before = Buffers.of(call.module), version(state)
         kind, dtype, enabled = call.autocast
-        with torch.set_grad_enabled(keep), torch.autocast(kind, dtype, enabled=enabled):
+        with (
+            torch.set_grad_enabled(keep),
+            torch.autocast(kind, dtype, enabled=enabled),
+            kept_gathered(call.shards),
+        ):
             given = options.tree.unflatten(state)
             new = torch.func.functional_call(call.module, call.weights, (given,), arguments)
             aux = []

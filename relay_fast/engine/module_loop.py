@@ -28,7 +28,7 @@ from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.state_tree import StateTree
 from relay_fast.engine.states import States
 from relay_fast.engine.stopping import loops_run, pass_options
-from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
+from relay_fast.engine.wrappers import gathered, refuse_flattened, refuse_replicas, shards
 from relay_fast.ops.dispatch import refuse_transforms, select
 from relay_fast.utils.numbers import as_int, is_bool
 
@@ -107,7 +107,7 @@ def loop(
     per_row, shared = dict(per_row or {}), dict(shared or {})
     arguments = tensors_in(x, per_row, shared)
     refuse_transforms(*arguments, module=module)
-    refuse_wrapped(module)
+    refuse_replicas(module)
     refuse_flattened(module)
     refuse_batch_norm(module)
     plan = _make_plan(rows, loops, cu_seqlens, stops=until is not None)
@@ -127,6 +127,7 @@ def loop(
     uniform = plan.max_loops > 0 and plan.rows > 0 and plan.loops[-1] == plan.max_loops
     if (
         uniform
+        and not shards(module.modules())  # gathered once by the engine, and by each plain call
         and (truncate is None or not gradient)
         and runs_plainly(gradient, policy.kind, tensors)
     ):
@@ -188,15 +189,21 @@ def _run(
     if plan.to_sorted is not None:
         flat = flat[plan.to_sorted]
         per_row = tree_map(lambda value: value[plan.to_sorted], per_row)
-    call = Call(module, plan, per_row, shared, options, flat)
-    call.replays_rng = torch.is_grad_enabled() and policy.kind != "none"
-    call.checked = not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *call.tensors))
-    )
     view = lambda h, _: tree.unflatten(h)
     passes = pass_options(until, plan, wanted, view, packed, options.start)
-    spec = LoopSpec(plan, call.body, select("torch"), policy, truncate=truncate, **passes)
-    final, states, _, _, sums = run_with_aux(spec, flat, call.tensors)
+
+    def run(flat: Tensor) -> tuple[LoopSpec, tuple[Tensor, ...]]:
+        call = Call(module, plan, per_row, shared, options, flat)
+        call.replays_rng = torch.is_grad_enabled() and policy.kind != "none"
+        call.checked = not (
+            torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *call.tensors))
+        )
+        spec = LoopSpec(plan, call.body, select("torch"), policy, truncate=truncate, **passes)
+        return spec, run_with_aux(spec, flat, call.tensors)
+
+    sharded = shards(module.modules())
+    root = [m for m in sharded if m is module]
+    spec, (final, states, _, _, sums) = gathered(flat, run, root, sharded[len(root) :])
     collected = spec.collect(wanted, final, states)
     if plan.to_caller is not None:
         final = final[plan.to_caller]

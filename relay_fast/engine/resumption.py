@@ -82,10 +82,11 @@ class Entry:
         check_max_loops(config, spec.plan, self.start)
 
         def make_iteration(x: Tensor, parameters: Sequence[Tensor | None]) -> BlockIteration:
-            body = spec.make_iteration(x, parameters)
+            entering = x if self.inject is None else parameters[-1]
+            body = spec.make_iteration(entering, parameters)
             body.start = self.start
             if self.inject is not None:
-                body.x, body.inject_index = parameters[-1], len(parameters) - 1
+                body.inject_index = len(parameters) - 1
             if self.seed is not None and body.seed is not None:
                 body.seed = self.seed
             return body

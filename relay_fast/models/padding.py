@@ -10,6 +10,7 @@ from torch import Tensor
 
 from relay_fast.batch.paddings import device_tensor
 from relay_fast.engine.states import States
+from relay_fast.models.arguments import flat_positions
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
@@ -89,13 +90,8 @@ def forward_padded(
             )
         inject = padding.pack(inject)
     if positions is not None:
-        positions = torch.as_tensor(positions, device=x.device)
-        if positions.shape not in (x.shape[:2], x.shape[1:2]):
-            raise ValueError(
-                f"positions has shape {tuple(positions.shape)} but x has {tuple(x.shape)}: pass "
-                f"{tuple(x.shape[:2])} or {tuple(x.shape[1:2])}"
-            )
-        positions = padding.pack(positions.expand(x.shape[:2]))
+        flat = flat_positions(positions, x.shape).to(x.device)
+        positions = padding.pack(flat.view(x.shape[:2]))
     result = forward(
         padding.pack(x),
         cu_seqlens=padding.cu_seqlens,
@@ -109,17 +105,6 @@ def forward_padded(
     if isinstance(result, tuple):  # with the loops
         return padded(result[0]), *result[1:]
     return padded(result)
-
-
-def refuse_compiled(**options: object) -> None:
-    """Raises RuntimeError if an option is given that the op of torch.compile does not have."""
-    given = [name for name, value in options.items() if value is not None and value is not False]
-    given = [name for name in given if name != "start" or options[name] != 0]
-    if given:
-        raise RuntimeError(
-            f"under torch.compile a LoopedBlock does not take {', '.join(given)}: call it outside "
-            "of the compiled function"
-        )
 
 
 def _check_mask(mask: np.ndarray, shape: torch.Size) -> np.ndarray:
