@@ -166,3 +166,35 @@ def test_bad_calls() -> None:
         with pytest.raises(Exception, match=f"does not take {name}: call it outside"):
             compiled(x, 2, **{name: value})
         torch._dynamo.reset()
+
+
+class Twice(torch.nn.Linear):
+    """A part with a forward of its own, which is called in the loop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("policy", ["none", "state", "every:2"])
+def test_a_block_whose_parts_are_called(policy: str) -> None:
+    block, eager = twins(injection="concat", max_loops=9)
+    block.recompute = policy
+    up = block.layers[1].up
+    called = Twice(up.in_features, up.out_features, bias=False).double()
+    called.weight = torch.nn.Parameter(up.weight.detach() / 2)
+    block.layers[1].up = called
+    x, e, stops = batch(), batch(1), torch.tensor([3, 1, 4, 2])
+    until = lambda t, new, old, sequences: t - 2 >= stops[sequences]
+    truncate = [3, 1, 2, 0]
+    options = {"cu_seqlens": OFFSETS, "inject": e, "start": 2, "truncate": truncate}
+    parts = zip(x.split(LENGTHS), e.split(LENGTHS), stops.tolist(), truncate, strict=True)
+    truth = torch.cat([alone(eager, h, t, i, 2, k)[-1] for h, i, t, k in parts])
+    g = torch.randn_like(truth)
+    wanted = torch.autograd.grad(truth, [x, e, *eager.parameters()], g)
+    for out in (block(x, 6, until=until, **options), block(x, stops, **options)):
+        assert_close("output", out, truth)
+        found = torch.autograd.grad(out, [x, e, *block.parameters()], g)
+        for (name, _), value, expected in zip(
+            [("x", x), ("e", e), *block.named_parameters()], found, wanted, strict=True
+        ):
+            assert_close(name, value, 2 * expected if name == "layers.1.up.weight" else expected)
