@@ -19,11 +19,8 @@ from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.config import BlockConfig
 from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.block_weights import BlockWeights
-from relay_fast.engine.module_loop import (
-    _has_saved_tensor_hooks,
-    _refuse_unregistered_tensors,
-    _RngState,
-)
+from relay_fast.engine.module_checks import refuse_unregistered_tensors
+from relay_fast.engine.module_iteration import RngState, has_saved_tensor_hooks
 from relay_fast.engine.plain_modules import Holder
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.wrappers import kept_gathered, shards
@@ -61,7 +58,7 @@ def iterations_with_calls(
         if plan.fixed_capacity
         else None
     )
-    if policy.kind == "none" and _has_saved_tensor_hooks():
+    if policy.kind == "none" and has_saved_tensor_hooks():
         policy = RecomputePolicy("state")
     parts = CalledParts(weights, recomputes=policy.kind != "none")
     return policy, lambda x, parameters: CalledIteration(
@@ -84,7 +81,7 @@ class CalledParts:
         trains = torch.is_grad_enabled()
         self.replays_rng = trains and recomputes
         self.checked = not (trains and any(t.requires_grad for t in weights.tensors))
-        self.rng_states: dict[tuple[int, int], _RngState] = {}
+        self.rng_states: dict[tuple[int, bool], RngState] = {}
         self.leaves: tuple[dict[str, Tensor], Tensor] | None = None
         self.shards = shards(m for part in self.parts.values() for m in part.modules())
         kind = weights.tensors[0].device.type
@@ -229,19 +226,19 @@ class CalledIteration(BlockIteration):
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
         """As BlockIteration's; with `keep`, returns the ends of the iteration's graph."""
-        parts, key = self.parts, (row_range.iteration, row_range.first_sequence)
+        parts, key = self.parts, (row_range.iteration, row_range.grad)
         context = nullcontext()
         if key in parts.rng_states:
             context = parts.rng_states[key].restored()
         elif parts.replays_rng:
-            parts.rng_states[key] = _RngState(h.device)
+            parts.rng_states[key] = RngState(h.device)
         recorded = keep or not parts.checked
         with context, torch.set_grad_enabled(recorded):
             state = h.data.requires_grad_(recorded)
             new = torch.empty_like(out)
             super().forward(state, row_range, new, keep=False)
         if not parts.checked:
-            _refuse_unregistered_tensors(new, [state, self.x, *self.cast.values()])
+            refuse_unregistered_tensors([new], [state, self.x, *self.cast.values()])
             parts.checked = True
         out.copy_(new.detach())
         return [state, new] if keep else []
@@ -269,7 +266,7 @@ class CalledIteration(BlockIteration):
             new, inputs, g.to(new.dtype), allow_unused=True, retain_graph=retain
         )
         if self.x.requires_grad and (dx := values.pop()) is not None:
-            self._add_dx(upcast(dx)[row_range.rows], row_range)
+            self._add_dx(upcast(dx)[row_range.rows], row_range, grads)
         for name, value in zip(needed, values, strict=True):
             if value is not None:
                 grads.vector(self.index[name], value)

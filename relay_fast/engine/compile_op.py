@@ -64,7 +64,7 @@ _OPTIONS = (
     "Tensor? loops, "  # (sequences,)
     "Tensor? positions, "  # (rows,)
     "Tensor? seed, "  # () of the dropout masks and the state noise
-    "SymInt[] states, SymInt truncate"  # 0: no truncation
+    "SymInt[] states, SymInt truncate"  # -1: no truncation
 )
 
 
@@ -132,7 +132,8 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
     return LoopSpec(
         plan, make_iteration, ops, _policy(call.recompute), tuple(call.states),
-        call.truncate or None, gather_rows=call.gather_rows, compute_dtype=call.dtype,
+        None if call.truncate < 0 else call.truncate, gather_rows=call.gather_rows,
+        compute_dtype=call.dtype,
     )  # fmt: skip
 
 
@@ -193,7 +194,7 @@ def _(x, parameters, *options):
         if keep:
             between, truncate = policy.kept(count, [0] * count), call.truncate
             kept = sum(
-                t not in states and (not truncate or t + 1 > count - truncate) for t in between
+                t not in states and (truncate < 0 or t + 1 > count - truncate) for t in between
             )
         kept_rows = kept * rows
     return (
