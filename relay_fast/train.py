@@ -78,7 +78,8 @@ def train(
     with joined_ranks(device) as (ranks, device):
         agree(ranks, lambda: prove(config, device, impl, ranks.size), _identity(config, names))
         options = {"device": device, "impl": impl, "minutes": minutes}
-        folder, call = first_rank(ranks, lambda: _begin(config, out, device, impl)) or (None, None)
+        begin = lambda: _begin(config, out, device, impl)
+        folder, call = first_rank(ranks, begin) or (None, None)
         try:
             if ranks.alone:
                 with Display() as display:
@@ -101,8 +102,19 @@ def train(
 def _begin(config: Mapping[str, Any], out: str | Path, device: str, impl: str):
     """Makes or continues the folder of a run; returns it and the record of this call."""
     refuse_foreign(out)
-    folder = RunFolder(out, config)
-    return folder, _Call(folder, device, Context(Path(), config, device, impl).labels)
+    folder, context = RunFolder(out, config), Context(Path(), config, device, impl)
+    call = _Call(folder, device, context.labels)
+    _report_data(folder, context.data)
+    return folder, call
+
+
+def _report_data(folder: RunFolder, data: Mapping[str, Mapping[str, int]]) -> None:
+    """Prints counts of the records that tasks are trained and tested on, and keeps them."""
+    for name, counts in data.items():
+        shown = ", ".join(f"{key.replace('_', ' ')} {n:,}" for key, n in counts.items())
+        print(f"records of {name}: {shown}", flush=True)
+    if data:
+        folder.update_results({"data": {name: dict(counts) for name, counts in data.items()}})
 
 
 def _identity(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

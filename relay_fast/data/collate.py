@@ -19,7 +19,6 @@ from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
-_NO_ROOM = "a round does not fit into its input: raise the task's min_input_tokens"
 
 
 # Long: each array of the batch is computed from the ones before it.
@@ -32,6 +31,8 @@ def collate_looped(
     weighting: str = "sequence",
     extra_pad: np.ndarray | None = None,
     carry_state: bool = False,
+    cut: FeedbackDraws | None = None,
+    rng: np.random.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
     """Makes the looped model's batch: problems, with each iteration's round right-aligned.
@@ -48,6 +49,8 @@ def collate_looped(
             gives all supervised rows the same weight.
         extra_pad: (S,) further padding tokens of each input.
         carry_state: whether the model gets its own rounds as tokens beside its state.
+        cut: moves positions on from a random place of an input on; None for 0..n − 1 in each.
+        rng: draws the cuts.
         device: of the batch.
 
     Raises:
@@ -59,7 +62,10 @@ def collate_looped(
     sizes, width = np.diff(s.problem_offsets), input_widths(s, tasks)
     if extra_pad is not None:
         width = width + extra_pad[order]
-    plan = Plan(width, s.loops, device)
+    positions = None
+    if cut is not None:
+        positions = concat_ranges(np.zeros_like(width), width) + cut.moves(width, None, rng)
+    plan = Plan(width, s.loops, device, positions)
     tokens = np.full(plan.rows, PAD, np.int64)
     ends = plan.offsets[1:]
     tokens[concat_ranges(ends - sizes + 1, sizes - 1)] = s.problem[
@@ -73,8 +79,7 @@ def collate_looped(
     major = np.lexsort((owner, iteration))
     owner, iteration = owner[major], iteration[major]
     lengths = np.diff(s.round_offsets)[major]
-    if np.any(lengths >= width[owner]):
-        raise ValueError(_NO_ROOM)
+    _check_room(s, tasks, owner, lengths, width[owner])
     counts = lengths + 1
     rows = concat_ranges(ends[owner] - counts, counts)
     targets = np.full(len(rows), PAD, np.int64)
@@ -138,8 +143,7 @@ def collate_side_by_side(
         own = samples.task[owner] == k
         check_numbers(task, inputs.fed[np.repeat(own, widths)])
         check_numbers(task, rounds[np.repeat(own, lengths)])
-    if np.any(lengths >= widths):
-        raise ValueError(_NO_ROOM)
+    _check_room(samples, tasks, owner, lengths, widths)
     plan = Plan(widths, np.ones(len(owner), np.int64), device, inputs.positions)
     counts = lengths + 1
     rows = concat_ranges(plan.offsets[1:] - counts, counts)
@@ -268,3 +272,22 @@ def _task_weights(
     for k, task in tasks_present(samples.task, tasks).items():
         weights[samples.task == k] = (task_weights or {}).get(task.name, 1.0)
     return weights
+
+
+def _check_room(
+    samples: Samples,
+    tasks: Mapping[str, Task],
+    owner: np.ndarray,
+    lengths: np.ndarray,
+    widths: np.ndarray,
+) -> None:
+    """Raises ValueError if a round of `lengths` tokens, of the sample `owner`, and its boundary
+    `<pad>` do not fit into an input of `widths` tokens."""
+    if np.any(lengths >= widths):
+        first = int(np.argmax(lengths >= widths))
+        task = tasks_present(samples.task, tasks)[int(samples.task[owner[first]])]
+        raise ValueError(
+            f"task {task.name!r}: a round of {lengths[first]} tokens "
+            f"and its boundary <pad> do not fit into its input of {widths[first]}: raise the "
+            f"task's min_input_tokens"
+        )

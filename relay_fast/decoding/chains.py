@@ -22,7 +22,6 @@ from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import lengths_to_offsets
-from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 
 # Problem tokens per batch: what fits into a CPU's caches (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
@@ -51,10 +50,10 @@ def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
     Args:
         task: draws the problems.
         length: their length.
-        number: how many; a larger number extends a smaller one.
+        number: how many; a larger number extends a smaller one. A file may hold fewer.
         seed: of the stream.
     """
-    return task.sample(np.full(number, length), as_int("seed", seed) + EVAL_SEED_OFFSET)
+    return task.unseen(length, number, seed)
 
 
 def fitting_problems(
@@ -373,8 +372,11 @@ def _read_texts(
 ) -> Iterator[tuple[list[list[int]], int]]:
     """Yields the rounds and the answer of every decoded sequence."""
     bounds, of_index = decoded.offsets.tolist(), tasks_present(problems.task, tasks)
-    for k, begin, end in zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True):
-        rounds, answer = of_index[k].split(decoded.tokens[begin:end].tolist())
+    sizes = np.diff(problems.problem_offsets).tolist()
+    for i, (k, begin, end) in enumerate(
+        zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True)
+    ):
+        rounds, answer = of_index[k].split_for(decoded.tokens[begin:end].tolist(), sizes[i])
         yield rounds, NO_ANSWER if answer is None else answer
 
 

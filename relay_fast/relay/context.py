@@ -25,6 +25,8 @@ from relay_fast.utils.cores import machine_memory
 
 # Keys of the table `model` that only looped models have.
 _OF_LOOPED = ("feedback", "carry_state", "feedback_noise")
+# Settings of a stage that training inputs are drawn with; those of a task override them.
+_DRAWN = ("pad_probability", "pad_to", "cut", "cut_probability")
 
 
 class Context:
@@ -78,15 +80,29 @@ class Context:
         )
 
     @property
+    def data(self) -> dict[str, dict[str, int]]:
+        """Counts of the records of the tasks that read them."""
+        reports = {n: task.report(*self.ranges[n]) for n, task in self.tasks.items()}
+        return {name: report for name, report in reports.items() if report}
+
+    @property
     def labels(self) -> dict[str, dict[str, str]]:
         """Names of the tasks and of what their lengths count, for tables and plots."""
-        return {name: {"title": t.title, "unit": t.unit} for name, t in self.tasks.items()}
+        return {name: task.label for name, task in self.tasks.items()}
 
     def prove(self) -> None:
         """Raises ValueError for lengths that a task does not support or cannot draw, for invalid
         model sizes and for models that do not fit into this machine's memory."""
         for name, task in self.tasks.items():
-            task.prove(used_lengths(self.task_config(name)))
+            task.check_range(*self.ranges[name])
+            entry = self.task_config(name)
+            task.prove(used_lengths(entry))
+            for length in entry["self_lengths"]:
+                if task.most_problems(length) == 0:
+                    raise ValueError(
+                        f"tasks.{name}.self_lengths has {length}, of which no problem can be "
+                        f"drawn: give other lengths"
+                    )
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))
 
@@ -100,7 +116,8 @@ class Context:
         Raises:
             ValueError: Sizes do not fit together.
         """
-        shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
+        kinds = ("looped", "autoregressive")
+        shared = {k: v for k, v in self.config["model"].items() if k not in kinds}
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
         bound = max(
@@ -137,7 +154,7 @@ class Context:
         """Returns the tokens of the longest training input of the aligned looped model, padding and
         cuts included; 0 where longer inputs hold no other positions."""
         settings = recipe(self.config, "looped_aligned")
-        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        shared = {k: settings[k] for k in _DRAWN if k in settings}
         plain = dict.fromkeys(self.tasks, FeedbackDraws(**shared))
         draws = plain if carry_state else self.draws("looped_aligned")
         inputs = [0]
@@ -156,10 +173,13 @@ class Context:
         Raises ValueError for draws that a task has not, and for a shift beyond the vocabulary.
         """
         settings = recipe(self.config, stage)
-        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        shared = {k: settings[k] for k in _DRAWN if k in settings}
         draws = {}
         for name, task in self.tasks.items():
-            draws[name] = FeedbackDraws(**{**shared, **self.task_config(name).get("feedback", {})})
+            own = self.task_config(name).get("feedback", {})
+            if task.clips_positions:
+                own = {"cut": 0, **own}
+            draws[name] = FeedbackDraws(**{**shared, **own})
             check_draws(task, draws[name])
             shift, last = draws[name].shift, task.vocabulary.max_number
             largest = task.largest_fed(self.ranges[name][1]) + shift

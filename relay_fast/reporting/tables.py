@@ -21,6 +21,7 @@ MODEL_NAMES = {
     "ar_self_loop": "AR + self chains (loop)",
 }
 ANSWER_ONLY = frozenset({"looped_vanilla"})  # trained without chains, so it writes none
+# Of results without labels, as earlier versions wrote them.
 TASK_NAMES = {"arithmetic": "Arithmetic", "edit_distance": "Edit distance", "lis": "LIS"}
 LENGTH_NAMES = {
     "arithmetic": "number of operators",
@@ -32,6 +33,7 @@ METRIC_NAMES = {
     "chain": "whole chain correct",
     "bit": "chain tokens correct",
     "bit_forced": "chain tokens correct, teacher-forced",
+    "answer_once": "final answer correct after one iteration alone, a control",
 }
 _RULE = "│"
 _CELL = 4  # the width of "99.9"; all of them correct is "100"
@@ -95,7 +97,7 @@ def curve(
 
 def print_report(
     results: Mapping[str, Any],
-    metrics: Sequence[str] = ("answer", "chain"),
+    metrics: Sequence[str] = ("answer", "chain", "answer_once"),
     file: TextIO | None = None,
     width: int | None = None,
 ) -> None:

@@ -10,6 +10,7 @@ from relay_fast.tasks.base import NO_ANSWER, Task
 from relay_fast.tasks.edit_distance import EditDistance
 from relay_fast.tasks.feedback import FeedbackDraws, Inputs, Written
 from relay_fast.tasks.lis import LIS
+from relay_fast.tasks.records import RecordsTask
 from relay_fast.tasks.registry import build_tasks, make_task, open_text_task, tasks_of_config
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.text import Sizes, TextTask
@@ -23,6 +24,7 @@ __all__ = [
     "EditDistance",
     "FeedbackDraws",
     "Inputs",
+    "RecordsTask",
     "Samples",
     "Sizes",
     "Task",

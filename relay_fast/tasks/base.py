@@ -11,8 +11,10 @@ import numpy as np
 
 from relay_fast.tasks.feedback import Inputs, Written
 from relay_fast.tasks.samples import Samples
-from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
+from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, SEP, Vocabulary
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import lengths_to_offsets
+from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 
 Rounds = Sequence[Sequence[int]]
 NO_ANSWER = -1  # stands for an answer that cannot be read
@@ -34,6 +36,7 @@ class Task(ABC):
         min_input_tokens: What `min_widths` returns for all lengths.
         takes_shift: Whether there is a rule for shifted numbers (`shifted_rounds`).
         clips_positions: Whether `inputs` of any length hold the same positions.
+        one_token_answers: Whether an answer is one token, so that it can be read off one place.
         answer_suffix: Tokens between the last round and the answer in an autoregressive sequence;
             None if the last round is the answer, so that nothing is added.
     """
@@ -49,9 +52,15 @@ class Task(ABC):
     min_input_tokens: int = 0
     takes_shift: ClassVar[bool] = False
     clips_positions: ClassVar[bool] = False
+    one_token_answers: bool = True
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
+
+    @property
+    def label(self) -> dict[str, str]:
+        """Returns title and unit, as tables and plots read them from results."""
+        return {"title": self.title, "unit": self.unit}
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +87,10 @@ class Task(ABC):
         on the left, so that every round and its boundary `<pad>` fit."""
         return np.full(len(lengths), self.min_input_tokens, np.int64)
 
+    def report(self, shortest: int, longest: int) -> dict[str, int]:
+        """Returns counts of the data behind problems of a training range, where there is such."""
+        return {}
+
     def prove(self, lengths: Iterable[int]) -> None:
         """Raises ValueError if a run that uses these lengths cannot be trusted to go well."""
         for length in lengths:
@@ -99,6 +112,31 @@ class Task(ABC):
             raise ValueError(
                 f"{self.name} length {length} is too short; use at least {self.min_length}."
             )
+
+    def check_range(self, shortest: int, longest: int) -> None:
+        """Raises ValueError if a model cannot be trained on problems of these lengths."""
+        for length in (shortest, longest):
+            self.check_length(length)
+
+    def lengths_between(self, shortest: int, longest: int) -> np.ndarray:
+        """Returns the lengths from `shortest` to `longest` that there are problems of."""
+        return np.arange(shortest, longest + 1)
+
+    def most_problems(self, length: int) -> int | None:
+        """Returns how many different problems of a length can be drawn, None for any number."""
+        return None
+
+    def unseen(self, length: int, number: int, seed: int) -> Samples:
+        """Returns up to `number` solved problems that no training has seen, but for short ones.
+
+        A larger number extends a smaller one.
+
+        Args:
+            length: Of the problems.
+            number: How many; there may be fewer where they are not drawn at random.
+            seed: Selects them.
+        """
+        return self.sample(np.full(number, length), as_int("seed", seed) + EVAL_SEED_OFFSET)
 
     def sample(self, lengths: Sequence[int] | np.ndarray, seed: int, start: int = 0) -> Samples:
         """Draws solved problems.
@@ -211,6 +249,12 @@ class Task(ABC):
         It never raises: malformed text becomes a round, an answer that cannot be read is None.
         """
 
+    def split_for(
+        self, ids: Iterable[int], problem_tokens: int
+    ) -> tuple[list[list[int]], int | None]:
+        """Does what `split` does, for a problem of so many tokens."""
+        return self.split(ids)
+
     def same_answers(self, written: Samples, truth: Samples) -> np.ndarray:
         """(S,) bool: chains of this task give the answers of the same problems, solved."""
         return written.answer == truth.answer
@@ -279,6 +323,12 @@ class Task(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns a readable text of a problem or round, without task token and `<pad>`."""
         return self.vocabulary.decode(t for t in map(int, ids) if t not in (self.token, PAD))
+
+    def plain_text(self, ids: Iterable[int]) -> str:
+        """Returns a problem, round or answer for other programs: as `decode` does, but with a space
+        between all tokens, and without `<sep>` at the end."""
+        tokens = [token for token in map(int, ids) if token not in (self.token, PAD)]
+        return self.vocabulary.decode(tokens[:-1] if tokens[-1:] == [SEP] else tokens)
 
     def answer_text(self, rounds: Rounds, answer: int) -> str:
         """Returns a readable text of the answer that a chain of these rounds gives."""

@@ -151,6 +151,10 @@ class TextTask(ABC):
         """Returns the part of a run's config that builds this task again."""
         return {"class": reference_of(type(self)), "parameters": self.arguments}
 
+    def pinned(self) -> dict[str, Any]:
+        """Returns parameters that a run adds to its config to recognise what they stand for."""
+        return {}
+
     def special_tokens(self) -> list[str]:
         """Returns the tokens that a vocabulary needs beside those of its texts."""
         return [f"[{self.name}]", "<sep>"]

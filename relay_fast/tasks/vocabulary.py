@@ -40,7 +40,7 @@ class Vocabulary:
             keeps its id.
 
     Raises:
-        ValueError: A parameter is out of range, or a token is empty, twice there or holds a space.
+        ValueError: A parameter is out of range, or a token is empty or there twice.
     """
 
     max_number: int | None = 249
@@ -58,12 +58,14 @@ class Vocabulary:
             )
         if self.multiple < 1:
             raise ValueError(f"multiple is {self.multiple}; give at least 1 (1 means no padding).")
+        seen: set[str] = set()
         for k, token in enumerate(self.tokens):
-            if not isinstance(token, str) or not token or token in self.tokens[:k]:
+            if not isinstance(token, str) or not token or token in seen:
                 raise ValueError(
                     f"token {token!r} at position {k} of the vocabulary is empty, no text or there "
                     f"twice; give different texts."
                 )
+            seen.add(token)
 
     @property
     def has_numbers(self) -> bool:

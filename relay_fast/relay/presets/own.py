@@ -73,8 +73,11 @@ def _find_beside(table: dict[str, Any], folder: Path) -> None:
         file = where if where.endswith(".py") else f"{where.replace('.', '/')}.py"
         if colon and where and (folder / file).is_file():
             table["class"] = f"{folder / file}:{name}"
-    if isinstance(data := table.get("data"), str) and (folder / data).exists():
-        table["data"] = str(folder / data)
+    parameters = table.get("parameters")
+    for place, key in ((table, "data"), (parameters, "test_data"), (parameters, "tokeniser")):
+        path = place.get(key) if isinstance(place, dict) else None
+        if isinstance(path, str) and (folder / path).is_file():
+            place[key] = str(folder / path)
 
 
 def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[str, Any]:
@@ -108,6 +111,8 @@ def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[
         for name, table in entries.items()
         if isinstance(table, Mapping) and not is_compiled(name, table)
     }
+    for name, task in own.items():
+        entries[name] = _pinned(task, entries[name])
     if own:
         config["vocabulary"] = _vocabulary(config, own)
     return config
@@ -123,6 +128,15 @@ def _of_instance(task: TextTask, entry: Mapping[str, Any]) -> dict[str, Any]:
                 f"{value!r}: leave it out"
             )
     return reference
+
+
+def _pinned(task: TextTask, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a task's table with what its data are recognised by, and where they are."""
+    pinned = task.pinned()
+    entry = {**entry, "parameters": {**entry.get("parameters", {}), **pinned}}
+    if "data" in entry:
+        entry["data"] = str(Path(entry["data"]).resolve())
+    return entry
 
 
 def _vocabulary(config: Mapping[str, Any], own: Mapping[str, TextTask]) -> dict[str, Any]:
