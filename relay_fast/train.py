@@ -55,7 +55,7 @@ def train(
         config: A preset of `relay_fast.relay.presets`, overridden or not, or a config of one's own.
         out: The run folder.
         stages: The stages to run, with their dependencies; by default all.
-        device: "cpu" or a CUDA device.
+        device: "cpu" or a CUDA device; several, like "cuda:0,cuda:1", for stages side by side.
         impl: Implementation of the kernels: "auto", "triton" or "torch".
         minutes: Time limit, by default none.
         print_table: Print the table and draw the plots at the end.
@@ -102,6 +102,7 @@ def train(
 def _begin(config: Mapping[str, Any], out: str | Path, device: str, impl: str):
     """Makes or continues the folder of a run; returns it and the record of this call."""
     refuse_foreign(out)
+    device = device.split(",")[0]
     folder, context = RunFolder(out, config), Context(Path(), config, device, impl)
     call = _Call(folder, device, context.labels)
     _report_data(folder, context.data)
@@ -132,7 +133,7 @@ def prove(
 
     Args:
         config: The config of a run.
-        device: Where it will run.
+        device: Where it will run, as in `train`.
         impl: Implementation of the kernels.
         ranks: How many processes will train together.
 
@@ -140,11 +141,13 @@ def prove(
         ValueError: The tasks or models cannot be built, or the device does not support `impl`.
     """
     check(RunConfig, config)
-    check_device(device)
-    try:
-        select(impl, device)
-    except RuntimeError as error:
-        raise ValueError(f"impl = {impl!r} cannot run on device {device!r}: {error}") from error
+    devices = device.split(",")
+    for place in devices:
+        check_device(place)
+        try:
+            select(impl, place)
+        except RuntimeError as error:
+            raise ValueError(f"impl = {impl!r} cannot run on device {place!r}: {error}") from error
     for stage in config["stages"]:
         size = recipe(config, stage)["batch_size"]
         if size < ranks:
@@ -152,7 +155,7 @@ def prove(
                 f"{ranks} processes cannot share the {size} samples of a batch of {stage}: start "
                 f"at most {size}, or give a larger batch_size"
             )
-    context = Context(Path(), config, device, impl)
+    context = Context(Path(), config, devices[0], impl)
     context.prove()
     return context
 
@@ -242,7 +245,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--minutes", type=float, help="stop and save after so many minutes")
     parser.add_argument("--no-report", action="store_true", help="print no table and draw no plots")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, or several like cuda:0,cuda:1 for stages side by side",
+    )
     parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"))
     return parser
 

@@ -74,7 +74,7 @@ def run_pipeline(
         folder: The run's folder.
         names: The stages to run.
         display: Shows the progress.
-        device: Where the stages run.
+        device: Where the stages run; of several, separated by commas, each worker takes the next.
         impl: Implementation of the kernels.
         minutes: Time limit, by default none.
         done: Called with (stage, result) when a stage has finished.
@@ -141,7 +141,7 @@ class _Team:
         self._most = max(1, int(folder.config["workers"]))
         threads = usable_threads(self._most)  # for any number of stages: rounding depends on it
         self._initialize = partial(_initialize, threads)
-        self._task = (str(folder.path), folder.config, device, impl)
+        self._devices, self._impl = device.split(","), impl
 
     def running(self) -> list[str]:
         """Returns the stages that run."""
@@ -157,7 +157,9 @@ class _Team:
             if worker is None:
                 worker = Worker(self._initialize)
                 self.workers.append(worker)
-            worker.run(name, _run, *self._task, name)
+            device = self._devices[self.workers.index(worker) % len(self._devices)]
+            path, config = str(self._folder.path), self._folder.config
+            worker.run(name, _run, path, config, device, self._impl, name)
             self._display.start(name)
 
     def handle_messages(self) -> None:

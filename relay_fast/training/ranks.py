@@ -187,6 +187,11 @@ def joined_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
         yield Ranks(), device
         return
     rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if "," in device:
+        raise ValueError(
+            f"device {device!r} names several, but each of the {size} processes has one: use cuda "
+            f"for the GPU of its number"
+        )
     if device == "cuda":
         device = f"cuda:{found['LOCAL_RANK']}"
     where = f"{found['MASTER_ADDR']}:{found['MASTER_PORT']}"
