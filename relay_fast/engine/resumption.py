@@ -10,7 +10,8 @@ from torch import Tensor
 
 from relay_fast.batch.plan import Plan, check_floating
 from relay_fast.config import BlockConfig
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops
+from relay_fast.engine.block_iteration import BlockIteration
+from relay_fast.engine.block_parameters import check_max_loops
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.utils.numbers import as_int
 

@@ -17,7 +17,8 @@ from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_
 from relay_fast.batch.stopping import StoppingPlan
 from relay_fast.config import BlockConfig, tell_hub
 from relay_fast.engine.auto_policy import inside_row_bytes
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
+from relay_fast.engine.block_iteration import BlockIteration
+from relay_fast.engine.block_parameters import check_max_loops, parameter_names
 from relay_fast.engine.block_weights import BlockWeights, PartTable, read_weights
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
