@@ -62,7 +62,7 @@ _OPTIONS = (
     "Tensor? loops, "  # (sequences,)
     "Tensor? positions, "  # (rows,)
     "Tensor? seed, "  # () of the dropout masks and the state noise
-    "SymInt[] states, SymInt truncate"  # -1: no truncation
+    "SymInt[] states, SymInt truncate"  # 0: no truncation; -1: to no iteration
 )
 
 
@@ -127,7 +127,7 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
     return LoopSpec(
         plan, make_iteration, ops, _policy(call.recompute), tuple(call.states),
-        None if call.truncate < 0 else call.truncate, gather_rows=call.gather_rows,
+        max(call.truncate, 0) if call.truncate else None, gather_rows=call.gather_rows,
         compute_dtype=call.dtype,
     )  # fmt: skip
 
@@ -189,7 +189,8 @@ def _(x, parameters, *options):
         if keep:
             between, truncate = policy.kept(count, [0] * count), call.truncate
             kept = sum(
-                t not in states and (truncate < 0 or t + 1 > count - truncate) for t in between
+                t not in states and (not truncate or t + 1 > count - max(truncate, 0))
+                for t in between
             )
         kept_rows = kept * rows
     return (

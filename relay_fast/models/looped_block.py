@@ -307,7 +307,8 @@ class LoopedBlock(nn.Module):
         if return_states is not False and not isinstance(loops, int):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
         wanted = list(chosen_states(return_states, count))
-        truncate = check_truncate(truncate)
+        last = check_truncate(truncate)
+        last = 0 if last is None else last or -1  # as the op counts
         weights = self.weights()
         if weights.called:  # an op cannot call modules
             from relay_fast.ops.eager import eager
@@ -322,8 +323,7 @@ class LoopedBlock(nn.Module):
             x, weights.tensors, *self._spec, self.recompute, self.impl, self.gather_rows,
             compute_dtype(weights.of_gemms), 0 if cu_seqlens is not None else shape[0],
             tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
-            flat_positions(positions, shape), seed, wanted, -1 if truncate is None else truncate,
-            torch.is_grad_enabled(),
+            flat_positions(positions, shape), seed, wanted, last, torch.is_grad_enabled(),
         )  # fmt: skip
         if return_states is False:
             return final.view(shape)
