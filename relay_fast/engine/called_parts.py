@@ -298,25 +298,48 @@ def _norm_linear(
     return rotate_ref(out.clone(), cos, sin, rotary) if rotary else out
 
 
-def _linear_residual(
-    a, weight, bias, residual, dropout: Dropout | None = None, out: Tensor | None = None
-) -> Tensor:
-    branch = _linear(a, weight, bias)
+def _qk_norm(z, q_weight, k_weight, heads, kv_heads, cos=None, sin=None, eps=1e-6) -> Tensor:
+    width = z.shape[1] // (heads + 2 * kv_heads)
+    q, k, v = z.split((heads * width, kv_heads * width, kv_heads * width), dim=1)
+    normed = lambda part, weight: _norm(part.reshape(-1, width), weight, None, eps, "rms")
+    q, k = normed(q, q_weight).view(q.shape), normed(k, k_weight).view(k.shape)
+    turned = torch.cat((q, k), dim=1)
+    if cos is not None:
+        turned = rotate_ref(turned, cos, sin, turned.shape[1])
+    return torch.cat((turned.to(z.dtype), v), dim=1)
+
+
+def _add(residual: Tensor, branch: Tensor, dropout: Dropout | None, out: Tensor | None) -> Tensor:
     if dropout is not None:
         branch = branch * dropout_mask_ref(dropout, branch.shape[1], branch.dtype)
     new = residual + branch.to(residual.dtype)
     return new if out is None else out.copy_(new)
 
 
+def _linear_residual(
+    a, weight, bias, residual, dropout: Dropout | None = None, out: Tensor | None = None
+) -> Tensor:
+    branch = _linear(a, weight, bias)
+    return branch if residual is None else _add(residual, branch, dropout, out)
+
+
+def _norm_residual(
+    branch, norm_weight, norm_bias, residual, eps, kind="rms", dropout=None, out=None
+) -> Tensor:
+    return _add(residual, _norm(branch, norm_weight, norm_bias, eps, kind), dropout, out)
+
+
 def _mlp(
     x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias,
     activation="gelu_tanh", eps=1e-6, kind="rms", dropout=None, out=None, keep=True,
+    residual=True,
 ) -> tuple[Tensor, None, None, None]:  # fmt: skip
     y = _norm(x, norm_weight, norm_bias, eps, kind)
     up = _linear(y, up_weight, up_bias)
     gate = None if gate_weight is None else _linear(y, gate_weight, gate_bias)
     hidden = activation_fwd_ref(activation, up, gate)
-    new = _linear_residual(hidden, down_weight, down_bias, x, dropout, out)
+    residue = x if residual else None
+    new = _linear_residual(hidden, down_weight, down_bias, residue, dropout, out)
     return new, None, None, None
 
 
@@ -339,7 +362,9 @@ class _Attention(torch.autograd.Function):
 def _differentiable(ops: Ops) -> Ops:
     return REFERENCE._replace(
         norm_linear_fwd=_norm_linear,
+        qk_norm_fwd=_qk_norm,
         attention_fwd=lambda qkv, *arguments: (_Attention.apply(qkv, ops, *arguments), None),
         linear_residual_fwd=_linear_residual,
+        norm_residual_fwd=_norm_residual,
         mlp_fwd=_mlp,
     )

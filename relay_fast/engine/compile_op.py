@@ -20,11 +20,12 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_loops
-from relay_fast.config import BlockConfig
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
+from relay_fast.config import BIASES, BlockConfig
+from relay_fast.engine.block_iteration import BlockIteration, parameter_names
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
 from relay_fast.engine.loop_flops import LoopFlops
 from relay_fast.engine.recompute import RecomputePolicy
+from relay_fast.engine.resumption import check_max_loops
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.ops.dispatch import launch_context, select
 from relay_fast.ops.flops import count_flops, is_fake
@@ -49,6 +50,8 @@ _TYPES = {
     "float | None": "float?",
     "bool": "bool",
     "str": "str",
+    "bool | tuple[str, ...]": "str[]",  # the parts with a bias
+    "tuple[float, ...] | Mapping[str, Any] | None": "float[]?",
 }
 _FIELDS = [(field.name, _TYPES[field.type]) for field in fields(BlockConfig)]
 _BLOCK = ", ".join(f"{kind} {name}" for name, kind in _FIELDS)
@@ -85,7 +88,9 @@ class _Call(NamedTuple):
 
 def describe(config: BlockConfig) -> tuple:
     """Returns a block's configuration as arguments of the ops."""
-    return tuple(getattr(config, name) for name, _ in _FIELDS)
+    parts = [part for part in BIASES if config.bias is True or part in (config.bias or ())]
+    values = {name: getattr(config, name) for name, _ in _FIELDS} | {"bias": parts}
+    return tuple(values.values())
 
 
 @lru_cache
@@ -98,7 +103,8 @@ def _block(values: tuple) -> tuple[BlockConfig, list[str]]:
 def _parse(options: Sequence) -> tuple[BlockConfig, list[str], _Call]:
     """Returns the block, its parameter names and the other options of a call."""
     count = len(_FIELDS)
-    return *_block(tuple(options[:count])), _Call(*options[count:])
+    block = (tuple(v) if isinstance(v, list | tuple) else v for v in options[:count])
+    return *_block(tuple(block)), _Call(*options[count:])
 
 
 @lru_cache(maxsize=16)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch.plan import RowRange
+from relay_fast.engine.auto_policy import choose_policy
 from relay_fast.engine.spec import Iteration, LoopSpec, Pass
 from relay_fast.engine.stopping import forward_until
 from relay_fast.kernels.norm_ref import upcast
@@ -51,7 +52,7 @@ def run_with_aux(
     """As `run_loop`; also returns the sum of the body's auxiliary values, (A,)."""
     refuse_transforms(x, *parameters)
     if torch.is_grad_enabled():
-        return _Loop.apply(spec, x, *parameters)
+        return _Loop.apply(choose_policy(spec, x, parameters), x, *parameters)
     with launch_context(x):
         done = forward_pass(spec, x, parameters, keep=False)
     return *done.outputs, done.aux

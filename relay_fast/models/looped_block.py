@@ -9,31 +9,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
-from relay_fast.batch.stopping import StoppingPlan
+from relay_fast.batch.plan import Plan, chosen_states
 from relay_fast.config import BlockConfig, tell_hub
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
+from relay_fast.engine.auto_policy import inside_row_bytes
+from relay_fast.engine.block_iteration import BlockIteration, parameter_names
 from relay_fast.engine.block_weights import BlockWeights, PartTable, read_weights
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
 from relay_fast.engine.plain_modules import Holder, reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
-from relay_fast.engine.resumption import Entry
+from relay_fast.engine.resumption import Entry, check_max_loops
 from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.states import States
 from relay_fast.engine.stopping import loops_run, pass_options
 from relay_fast.engine.wrappers import gathered, sharding_used, shards
-from relay_fast.models.arguments import flat_positions, listed, refuse_compiled
+from relay_fast.models.arguments import (
+    check_devices,
+    flat_positions,
+    listed,
+    make_plan,
+    packed_rows,
+    refuse_compiled,
+)
+from relay_fast.models.from_hf import read_layers
 from relay_fast.models.padding import forward_padded
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
 
 T = TypeVar("T")
+OF_THE_LOOP = ("loop_norm", "injection", "loop_embedding")  # modules beside the layers
 
 
 class Norm(Holder):
@@ -75,15 +83,22 @@ class Layer(Holder):
 
     def __init__(self, c: BlockConfig):
         super().__init__()
-        norm_bias = c.bias and c.norm == "layer"
+        norm_bias, has = c.has_bias("norm"), c.has_bias
+        columns = (c.n_heads + 2 * c.kv_heads) * c.head_dim
         self.norm1 = Norm(c.d_model, norm_bias)
-        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
-        self.out = ResidualLinear(c.d_model, c.d_model, bias=c.bias)
+        self.qkv = nn.Linear(c.d_model, columns, bias=has("qkv"))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = Norm(c.head_dim, False), Norm(c.head_dim, False)
+        self.out = ResidualLinear(c.n_heads * c.head_dim, c.d_model, bias=has("out"))
+        if c.sandwich_norm:
+            self.post_norm1 = Norm(c.d_model, norm_bias)
         self.norm2 = Norm(c.d_model, norm_bias)
-        self.up = nn.Linear(c.d_model, c.hidden, bias=c.bias)
+        self.up = nn.Linear(c.d_model, c.hidden, bias=has("up"))
         if c.activation == "swiglu":
-            self.gate = nn.Linear(c.d_model, c.hidden, bias=c.bias)
-        self.down = ResidualLinear(c.hidden, c.d_model, bias=c.bias)
+            self.gate = nn.Linear(c.d_model, c.hidden, bias=has("gate"))
+        self.down = ResidualLinear(c.hidden, c.d_model, bias=has("down"))
+        if c.sandwich_norm:
+            self.post_norm2 = Norm(c.d_model, norm_bias)
         for linear in (self.out, self.down):  # residual branches start small
             linear.std = (2 * c.n_layers * linear.in_features) ** -0.5
             nn.init.normal_(linear.weight, std=linear.std)
@@ -136,7 +151,7 @@ class LoopedBlock(nn.Module):
         RecomputePolicy.parse(recompute)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         if c.loop_norm != "none":
-            self.loop_norm = Norm(c.d_model, c.bias and c.norm == "layer")
+            self.loop_norm = Norm(c.d_model, c.has_bias("norm"))
         if c.injection == "concat":
             self.injection = nn.Linear(2 * c.d_model, c.d_model, bias=False)
         if c.max_loops:
@@ -151,6 +166,42 @@ class LoopedBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
         reset_submodules(self)
+
+    @classmethod
+    def from_hf(
+        cls,
+        layers: nn.Module | Sequence[nn.Module],
+        rotary: nn.Module | None = None,
+        *,
+        recompute: str = "state",
+        gather_rows: int = GATHER_ROWS,
+        impl: str = "auto",
+        **options,
+    ) -> LoopedBlock:
+        """Builds a block from decoder layers of Hugging Face's transformers, with copies of their
+        weights, in their dtype and on their device.
+
+        Llama, Mistral, Qwen 2 and 3, GPT-2, Ouro, Helium and GLM layers are known; others are
+        refused with the part that a block does not have (`relay_fast.models.from_hf`).
+
+        Args:
+            layers: the layers, such as `model.model.layers`, or one of them.
+            rotary: the model's rotary embedding, such as `model.model.rotary_emb`, to rotate by its
+                own frequencies in fp32; by default they are computed from the config in fp64.
+            recompute, gather_rows, impl: as in the constructor.
+            **options: causal (default True), dropout, loop_norm, injection, max_loops, state_noise.
+        """
+        config, weights = read_layers(layers, rotary, **options)
+        own = {"recompute": recompute, "gather_rows": gather_rows, "impl": impl}
+        like = weights["layers.0.qkv.weight"]
+        with torch.device("meta"):
+            block = cls(config=config, **own)
+        block.to(like.dtype).to_empty(device=like.device)
+        block.load_state_dict(weights, strict=False)
+        for part in (block._modules.get(name) for name in OF_THE_LOOP):
+            if part is not None:
+                part.reset_parameters()
+        return block
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
@@ -242,14 +293,14 @@ class LoopedBlock(nn.Module):
                 self.forward, x, attention_mask, loops=loops, cu_seqlens=cu_seqlens,
                 positions=positions, return_states=return_states, truncate=truncate, **options,
             )  # fmt: skip
-        packed, shape = self._pack(x, cu_seqlens)
+        packed, shape = packed_rows(x, cu_seqlens, self.config.d_model)
         return_states = bool(return_states) if is_bool(return_states) else return_states
         if torch.compiler.is_compiling():
             return self._as_op(
                 packed, x, shape, loops, cu_seqlens, positions, return_states, truncate
             )
         refuse_transforms(x, module=self)
-        plan = self._plan(x, loops, cu_seqlens, positions, stops=until is not None)
+        plan = make_plan(x, loops, cu_seqlens, positions, stops=until is not None)
         wanted = plan.chosen_states(return_states)
         entry = Entry.of(self.config, x, inject, start, seed)
         if plan.to_sorted is not None:
@@ -340,7 +391,7 @@ class LoopedBlock(nn.Module):
         """
         weights = self.weights() if weights is None else weights
         check_max_loops(self.config, plan)
-        _check_devices(plan.device, weights)
+        check_devices(plan.device, weights)
         weight = weights.of_gemms
         dtype = compute_dtype(weight)
         ops = select(self.impl, weight.device)
@@ -367,6 +418,7 @@ class LoopedBlock(nn.Module):
             policy,
             gather_rows=self.gather_rows,
             compute_dtype=dtype,
+            inside_bytes=lambda x: inside_row_bytes(self.config, x.dtype, dtype),
             **options,
         )
 
@@ -391,33 +443,3 @@ class LoopedBlock(nn.Module):
         parts = [m for root in (self, *beside) if root is not None for m in root.modules()]
         others = [m for m in parts if m is not self and m not in through]
         return gathered(x, compute, shards(through), shards(others))
-
-    def _pack(self, x: Tensor, cu_seqlens) -> tuple[Tensor, torch.Size]:
-        d = self.config.d_model
-        if x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}: pass (B, n, {d}), or (tokens, {d}) together with "
-                f"cu_seqlens"
-            )
-        check_floating(x)
-        return x.reshape(-1, d), x.shape
-
-    def _plan(self, x: Tensor, loops, cu_seqlens, positions, stops: bool = False) -> Plan:
-        if cu_seqlens is None:
-            lengths = np.full(x.shape[0], x.shape[1])
-        else:
-            lengths = np.diff(check_cu_seqlens(cu_seqlens, x.shape[0]))
-        flat = flat_positions(positions, x.shape)
-        if flat is not None:
-            flat = flat.cpu().numpy()
-        kind = StoppingPlan if stops else Plan
-        return kind(lengths, check_loops(loops, len(lengths)), x.device, flat)
-
-
-def _check_devices(device: torch.device, weights: BlockWeights) -> None:
-    """Raises ValueError if a parameter is on another device than the rows."""
-    for name, p in zip(weights.names, weights.tensors, strict=True):
-        if p.device.type != device.type or device.index not in (None, p.device.index):
-            raise ValueError(
-                f"x is on {device} and the parameter {name} on {p.device}: move them to one device"
-            )
