@@ -398,17 +398,6 @@ class BlockIteration:
         self.dx[row_range.rows] += g
 
 
-def check_max_loops(config: BlockConfig, plan: Plan, start: int = 0) -> None:
-    """Raises ValueError if the plan, after `start` earlier iterations, loops more often than the
-    loop-index embedding has entries."""
-    if config.max_loops and start + plan.limit > config.max_loops:
-        asked = f"start + loops = {start} + {plan.limit}" if start else f"loops = {plan.limit}"
-        raise ValueError(
-            f"{asked} is more than the {config.max_loops} iterations that the loop-index embedding "
-            "holds: build the block with a larger max_loops"
-        )
-
-
 def dead_rows_reason(config: BlockConfig) -> str | None:
     """Returns why the kernels cannot skip dead rows in this block, or None if they can: biases,
     injection and the loop-index embedding are plain torch sums over all rows."""
