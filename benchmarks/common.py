@@ -122,9 +122,11 @@ def useful_flops(config: ModelConfig, batch: PackedBatch) -> float:
     rows only, recomputation excluded."""
     c, plan = config.block, batch.plan
     mlp = (3 if c.activation == "swiglu" else 2) * c.d_model * c.hidden
-    linear = c.d_model * (c.n_heads + 2 * c.kv_heads) * c.head_dim + c.d_model**2 + mlp
+    linear = 2 * c.d_model * (c.n_heads + c.kv_heads) * c.head_dim + mlp
     pairs = plan.lengths * (plan.lengths + 1) / 2 if c.causal else plan.lengths**2
-    layer = 2 * linear * plan.token_iterations + 4 * c.d_model * float(pairs @ plan.loops)
+    layer = 2 * linear * plan.token_iterations + 4 * c.n_heads * c.head_dim * float(
+        pairs @ plan.loops
+    )
     readout = 2 * c.d_model * config.vocabulary_size * (len(batch.targets) + len(batch))
     return 3 * (c.n_layers * layer + readout)
 
@@ -272,6 +274,11 @@ def arguments(description: str, default_csv: str) -> argparse.ArgumentParser:
     parser.add_argument("--csv", type=Path, default=RESULTS / default_csv)
     parser.add_argument("--quick", action="store_true", help="small, within 50 s on 2 cores")
     return parser
+
+
+def comma_separated(kind: Callable[[str], object]) -> Callable[[str], list]:
+    """The type of a flag that takes several values, like 0,1,2."""
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def chosen_dtype(args: argparse.Namespace) -> torch.dtype:

@@ -81,6 +81,7 @@ class Sizes:
     kv_share: int = 1  # query heads of a key/value head
     causal: bool = False
     counted: bool = False  # with the number of rows on the device
+    normed: bool = False  # with QK-norm and sandwich norms
 
 
 RELAY = Sizes(256, 64, 1024, 320, 122)
@@ -97,6 +98,8 @@ ALL = (
     Sizes(128, 64, 384, 320, 30, "gelu", "layer", True, 0.1, 2, True),
     Sizes(256, 64, 1024, 320, 16, "relu2"),
     Sizes(256, 64, 1024, 320, 122, counted=True),
+    Sizes(256, 64, 1024, 320, 122, normed=True),
+    Sizes(1024, 128, 2816, 320, 122, "swiglu", "layer", True, 0.1, 4, True, normed=True),
     Sizes(256, 128, 1024, 320, 122),
     Sizes(256, 128, 1024, 320, 2048, causal=True),
     Sizes(64, 32, 192, 320, 60, "swiglu"),
@@ -234,11 +237,9 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     up_weight, down_weight = new(s.hidden, d), new(d, s.hidden)
     gate_weight = new(s.hidden, d) if s.activation == "swiglu" else None
     gate_bias = biases[2] if gate_weight is not None else None
+    mlp = (x, *norm, up_weight, biases[2], gate_weight, gate_bias, down_weight, biases[3])
     for keep in (False, True):
-        _, up, gate, hidden = ops.mlp_fwd(
-            x, *norm, up_weight, biases[2], gate_weight, gate_bias, down_weight, biases[3],
-            s.activation, dropout=dropout, keep=keep, **common,
-        )  # fmt: skip
+        _, up, gate, hidden = ops.mlp_fwd(*mlp, s.activation, dropout=dropout, keep=keep, **common)
     g = new(rows, d, of=state)
     *_, y, dup, _, dbranch = ops.mlp_bwd(
         g, x, up, gate, *norm, up_weight, gate_weight, down_weight, s.activation,
@@ -250,6 +251,15 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal, **count)
     *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
     ops.weight_grad(new(columns, d, of=state), dz, y, **count)
+    if s.normed:
+        weights = (new(s.head_dim, of=state),) * 2
+        turned = (*weights, heads, kv_heads, cos, cos)
+        ops.qk_norm_fwd(qkv, *turned, **count)
+        ops.qk_norm_bwd(dqkv, qkv, *turned, **count)
+        branch = ops.linear_residual_fwd(o, out_weight, biases[1], None, **count)
+        ops.mlp_fwd(*mlp, s.activation, residual=False, **common)
+        ops.norm_residual_fwd(branch, *norm, x, dropout=dropout, **common)
+        ops.norm_residual_bwd(g, branch, *norm, dropout=dropout, **common)
     run_readout(s, dtype, rows)
     if d <= 128 and not s.counted:
         run_loop(s, dtype, rows)

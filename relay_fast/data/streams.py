@@ -20,10 +20,11 @@ from relay_fast.data.collate import (
     collate_carried,
     collate_looped,
     collate_side_by_side,
+    input_widths,
 )
 from relay_fast.data.feedback import mean_iteration_tokens
 from relay_fast.data.workers import steps_ahead
-from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Samples, Task
+from relay_fast.tasks import FeedbackDraws, Samples, Task
 from relay_fast.utils.cores import usable_cores
 
 _FRESH = 0x5EED  # salt of the length draws, apart from the problems' own seed
@@ -76,7 +77,7 @@ class BatchFormat:
             samples: S samples.
             tasks: their tasks by name.
             extra_pad: (S,) further padding tokens of each input, or None.
-            **more: `rng` and `truth` of the looped model's batches.
+            **more: `rng`, `cut` and `truth` of the looped model's batches.
         """
         if self.batch_tokens is not None:
             samples, extra_pad = self._limit_tokens(samples, tasks, extra_pad)
@@ -100,8 +101,7 @@ class BatchFormat:
         if self.kind == "autoregressive":
             tokens = np.diff(samples.sequences(tasks)[1]) - 1
         else:
-            shortest = [tasks[TASK_NAMES[k]].min_input_tokens for k in samples.task]
-            tokens = np.maximum(np.diff(samples.problem_offsets), shortest)
+            tokens = input_widths(samples, tasks)
             tokens = tokens if extra_pad is None else tokens + extra_pad
         turn = np.empty(len(samples), np.int64)
         for k in np.unique(samples.task):
@@ -130,6 +130,8 @@ class TruthStream(Dataset):
         curriculum: share of the stage over which the longest length grows.
         pad_probability: share of the draws that get random extra padding, up to `pad_to` tokens.
         pad_to: tokens of the longest padded input.
+        cut: looped models: positions behind a random place are up to so many larger.
+        cut_probability: share of the inputs with such a cut.
         truth: with a carried state, share of the iterations that are fed true rounds at the end
             of the stage; the share falls from 1 at its start.
 
@@ -152,6 +154,8 @@ class TruthStream(Dataset):
         curriculum: float = 0.0,
         pad_probability: float = 0.0,
         pad_to: int = 0,
+        cut: int = 0,
+        cut_probability: float = 0.5,
         truth: float = 1.0,
     ):
         if lengths not in ("proportional", "uniform"):
@@ -161,16 +165,21 @@ class TruthStream(Dataset):
                 f"truth = {truth}: iterations that train side by side are fed true rounds alone; "
                 "use truth = 1, or a model with carry_state = true"
             )
+        if cut and form.side_by_side:
+            raise ValueError(
+                f"cut = {cut}: iterations that train side by side are cut each for itself, by the "
+                "draws of their form"
+            )
         self.tasks, self.ranges, self.form, self.schedule = tasks, ranges, form, schedule
         self.share = max(1, batch_size // len(tasks))
         self.seed, self.lengths = seed, lengths
         self.lengths_per_batch = lengths_per_batch
         self.dataset_size, self.curriculum = dataset_size, curriculum
         self.pad_probability, self.pad_to = pad_probability, pad_to
+        self.cut = FeedbackDraws(cut=cut, cut_probability=cut_probability) if cut else None
         self.truth = truth
         for name, task in tasks.items():
-            for length in ranges[name]:
-                task.check_length(length)
+            task.check_range(*ranges[name])
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -181,7 +190,7 @@ class TruthStream(Dataset):
         for name, task in self.tasks.items():
             rng = np.random.default_rng([_FRESH, self.seed, task.index, block])
             longest = self._longest(name, step)
-            draws = self._draws(rng, self.ranges[name][0], longest)
+            draws = self._draws(rng, task.lengths_between(self.ranges[name][0], longest))
             repeat = -(-self.share // len(draws))
             lengths = np.repeat(draws, repeat)[: self.share]
             pads.append(np.repeat(self._extra_pad(rng, task, draws), repeat)[: self.share])
@@ -190,8 +199,10 @@ class TruthStream(Dataset):
         samples = Samples.concat(parts)
         extra = np.concatenate(pads) if self.pad_probability else None
         options = {}
-        if self.form.side_by_side:
+        if self.form.side_by_side or self.cut:
             options["rng"] = np.random.default_rng([_FEEDBACK, self.seed, step])
+        if self.cut:
+            options["cut"] = self.cut
         if self.truth < 1:
             options["truth"] = 1 - (1 - self.truth) * float(self.schedule.progress[step])
         return Step(self.form.collate(samples, self.tasks, extra, **options), longest_true)
@@ -208,15 +219,14 @@ class TruthStream(Dataset):
         progress = float(self.schedule.progress[step])
         return curriculum_length(progress, *self.ranges[name], self.curriculum)
 
-    def _draws(self, rng: np.random.Generator, shortest: int, longest: int) -> np.ndarray:
-        choices = np.arange(shortest, longest + 1)
+    def _draws(self, rng: np.random.Generator, choices: np.ndarray) -> np.ndarray:
         weights = choices if self.lengths == "proportional" else np.ones(len(choices))
         count = self.lengths_per_batch or self.share
         return rng.choice(choices, size=count, p=weights / weights.sum())
 
     def _extra_pad(self, rng: np.random.Generator, task: Task, draws: np.ndarray) -> np.ndarray:
         longest = np.array([task.max_problem_tokens(n) for n in draws.tolist()])
-        room = self.pad_to - np.maximum(longest, task.min_input_tokens)
+        room = self.pad_to - np.maximum(longest, task.min_widths(draws))
         extra = rng.integers(0, np.maximum(room, 0) + 1)
         return np.where(rng.random(len(draws)) < self.pad_probability, extra, 0)
 
@@ -318,7 +328,7 @@ def mean_cost(
             return task.max_problem_tokens(length) * task.loops(length)
         return task.max_sequence_tokens(length)
 
-    choices = {name: np.arange(ranges[name][0], ranges[name][1] + 1) for name in tasks}
+    choices = {name: task.lengths_between(*ranges[name]) for name, task in tasks.items()}
     costs = {
         name: np.array([cost_of(task, n) for n in choices[name].tolist()])
         for name, task in tasks.items()

@@ -38,6 +38,8 @@ from relay_fast.kernels.cross_entropy_ref import (
 from relay_fast.kernels.linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
 from relay_fast.kernels.mlp_ref import mlp_bwd_ref, mlp_fwd_ref
 from relay_fast.kernels.norm_linear_ref import norm_linear_bwd_ref, norm_linear_fwd_ref
+from relay_fast.kernels.norm_residual_ref import norm_residual_bwd_ref, norm_residual_fwd_ref
+from relay_fast.kernels.qk_norm_ref import qk_norm_bwd_ref, qk_norm_fwd_ref
 from relay_fast.kernels.supports import (
     SHORT,
     Unsupported,
@@ -65,10 +67,14 @@ class Ops(NamedTuple):
 
     norm_linear_fwd: Callable
     norm_linear_bwd: Callable
+    qk_norm_fwd: Callable
+    qk_norm_bwd: Callable
     attention_fwd: Callable
     attention_bwd: Callable
     linear_residual_fwd: Callable
     linear_residual_bwd: Callable
+    norm_residual_fwd: Callable
+    norm_residual_bwd: Callable
     mlp_fwd: Callable
     mlp_bwd: Callable
     cross_entropy_fwd: Callable
@@ -82,10 +88,14 @@ class Ops(NamedTuple):
 REFERENCE = Ops(
     norm_linear_fwd_ref,
     norm_linear_bwd_ref,
+    qk_norm_fwd_ref,
+    qk_norm_bwd_ref,
     attention_fwd_ref,
     attention_bwd_ref,
     linear_residual_fwd_ref,
     linear_residual_bwd_ref,
+    norm_residual_fwd_ref,
+    norm_residual_bwd_ref,
     mlp_fwd_ref,
     mlp_bwd_ref,
     cross_entropy_fwd_ref,
@@ -169,15 +179,21 @@ def _triton_ops() -> Ops:
     from relay_fast.kernels.mlp import mlp_fwd
     from relay_fast.kernels.mlp_bwd import mlp_bwd
     from relay_fast.kernels.norm_linear import norm_linear_bwd, norm_linear_fwd
+    from relay_fast.kernels.norm_residual import norm_residual_bwd, norm_residual_fwd
+    from relay_fast.kernels.qk_norm import qk_norm_bwd, qk_norm_fwd
     from relay_fast.kernels.weight_grad import weight_grad
 
     ops = Ops(
         norm_linear_fwd,
         norm_linear_bwd,
+        qk_norm_fwd,
+        qk_norm_bwd,
         attention_fwd,
         attention_bwd,
         linear_residual_fwd,
         linear_residual_bwd,
+        norm_residual_fwd,
+        norm_residual_bwd,
         mlp_fwd,
         mlp_bwd,
         cross_entropy_fwd,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
@@ -15,6 +16,7 @@ from relay_fast.data.feedback import check_draws
 from relay_fast.data.streams import BatchFormat
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay.presets import recipe
+from relay_fast.relay.presets.complete import used_lengths
 from relay_fast.tasks import FeedbackDraws
 from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
 from relay_fast.training.trainer import Trained
@@ -22,6 +24,8 @@ from relay_fast.utils.cores import machine_memory
 
 # Keys of the table `model` that only looped models have.
 _OF_LOOPED = ("feedback", "carry_state", "feedback_noise")
+# Settings of a stage that training inputs are drawn with; those of a task override them.
+_DRAWN = ("pad_probability", "pad_to", "cut", "cut_probability")
 
 
 class Context:
@@ -64,13 +68,30 @@ class Context:
             *entry["self_lengths"],
         )
 
+    @property
+    def data(self) -> dict[str, dict[str, int]]:
+        """Counts of the records of the tasks that read them."""
+        reports = {n: task.report(*self.ranges[n]) for n, task in self.tasks.items()}
+        return {name: report for name, report in reports.items() if report}
+
+    @property
+    def labels(self) -> dict[str, dict[str, str]]:
+        """Names of the tasks and of what their lengths count, for tables and plots."""
+        return {name: task.label for name, task in self.tasks.items()}
+
     def prove(self) -> None:
-        """Raises ValueError for lengths that a task does not support, for invalid model sizes and
-        for models that do not fit into this machine's memory."""
+        """Raises ValueError for lengths that a task does not support or cannot draw, for invalid
+        model sizes and for models that do not fit into this machine's memory."""
         for name, task in self.tasks.items():
+            task.check_range(*self.ranges[name])
             entry = self.task_config(name)
-            for length in (self.ranges[name][0], *entry["self_lengths"], *entry["hit_matrix"]):
-                task.check_length(length)
+            task.prove(used_lengths(entry))
+            for length in entry["self_lengths"]:
+                if task.most_problems(length) == 0:
+                    raise ValueError(
+                        f"tasks.{name}.self_lengths has {length}, of which no problem can be "
+                        f"drawn: give other lengths"
+                    )
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))
 
@@ -84,7 +105,8 @@ class Context:
         Raises:
             ValueError: Sizes do not fit together.
         """
-        shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
+        kinds = ("looped", "autoregressive")
+        shared = {k: v for k, v in self.config["model"].items() if k not in kinds}
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
         bound = max(
@@ -121,7 +143,7 @@ class Context:
         """Returns the tokens of the longest training input of the aligned looped model, padding and
         cuts included; 0 where longer inputs hold no other positions."""
         settings = recipe(self.config, "looped_aligned")
-        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        shared = {k: settings[k] for k in _DRAWN if k in settings}
         plain = dict.fromkeys(self.tasks, FeedbackDraws(**shared))
         draws = plain if carry_state else self.draws("looped_aligned")
         inputs = [0]
@@ -129,7 +151,9 @@ class Context:
             if carry_state or not task.clips_positions:
                 longest = task.max_problem_tokens(self.ranges[name][1])
                 padded = draws[name].pad_to if draws[name].pad_probability else 0
-                inputs.append(max(longest, task.min_input_tokens, padded) + draws[name].cut)
+                shortest, last = self.ranges[name]
+                least = int(task.min_widths(np.arange(shortest, last + 1)).max())
+                inputs.append(max(longest, least, padded) + draws[name].cut)
         return max(inputs)
 
     def draws(self, stage: str) -> dict[str, FeedbackDraws]:
@@ -138,10 +162,13 @@ class Context:
         Raises ValueError for draws that a task has not, and for a shift beyond the vocabulary.
         """
         settings = recipe(self.config, stage)
-        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        shared = {k: settings[k] for k in _DRAWN if k in settings}
         draws = {}
         for name, task in self.tasks.items():
-            draws[name] = FeedbackDraws(**{**shared, **self.task_config(name).get("feedback", {})})
+            own = self.task_config(name).get("feedback", {})
+            if task.clips_positions:
+                own = {"cut": 0, **own}
+            draws[name] = FeedbackDraws(**{**shared, **own})
             check_draws(task, draws[name])
             shift, last = draws[name].shift, task.vocabulary.max_number
             largest = task.largest_fed(self.ranges[name][1]) + shift
@@ -168,7 +195,10 @@ class Context:
 
     def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
         """Saves the model `name` after training; returns the training's part of results.json."""
-        save_model(model_path(self.folder, name), model, {"seed": self.seed, "stage": name})
+        info = {"seed": self.seed, "stage": name}
+        if self.vocabulary.tokens:
+            info["vocabulary"] = self.vocabulary.to_dict()
+        save_model(model_path(self.folder, name), model, info)
         return {
             "history": {name: trained.history},
             "training": {name: trained.record()},
