@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_loops
-from relay_fast.config import BlockConfig
+from relay_fast.config import BIASES, BlockConfig
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
 from relay_fast.engine.loop_flops import LoopFlops
@@ -49,6 +49,8 @@ _TYPES = {
     "float | None": "float?",
     "bool": "bool",
     "str": "str",
+    "bool | tuple[str, ...]": "str[]",  # the biases by part
+    "tuple[float, ...] | Mapping[str, Any] | None": "float[]?",  # frequencies, never a mapping
 }
 _FIELDS = [(field.name, _TYPES[field.type]) for field in fields(BlockConfig)]
 _BLOCK = ", ".join(f"{kind} {name}" for name, kind in _FIELDS)
@@ -85,7 +87,10 @@ class _Call(NamedTuple):
 
 def describe(config: BlockConfig) -> tuple:
     """Returns a block's configuration as arguments of the ops."""
-    return tuple(getattr(config, name) for name, _ in _FIELDS)
+    values = {name: getattr(config, name) for name, _ in _FIELDS}
+    if isinstance(config.bias, bool):
+        values["bias"] = BIASES if config.bias else ()
+    return tuple(values.values())
 
 
 @lru_cache
@@ -98,7 +103,8 @@ def _block(values: tuple) -> tuple[BlockConfig, list[str]]:
 def _parse(options: Sequence) -> tuple[BlockConfig, list[str], _Call]:
     """Returns the block, its parameter names and the other options of a call."""
     count = len(_FIELDS)
-    return *_block(tuple(options[:count])), _Call(*options[count:])
+    block = (tuple(value) if isinstance(value, list) else value for value in options[:count])
+    return *_block(tuple(block)), _Call(*options[count:])
 
 
 @lru_cache(maxsize=16)
@@ -133,7 +139,7 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
 def _policy(recompute: str) -> RecomputePolicy:
     policy = RecomputePolicy.parse(recompute)
-    return RecomputePolicy("state") if policy.kind == "none" else policy
+    return RecomputePolicy("state") if policy.kind in ("none", "auto") else policy
 
 
 def _reordered(spec: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch.plan import RowRange
+from relay_fast.engine.auto_policy import choose_policy
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import differentiable_once, launch_context, refuse_transforms
@@ -44,7 +45,7 @@ def run_loop(
     """
     refuse_transforms(x, *parameters)
     if torch.is_grad_enabled():
-        return _Loop.apply(spec, x, *parameters)
+        return _Loop.apply(choose_policy(spec, x, parameters), x, *parameters)
     with launch_context(x):
         return forward_pass(spec, x, parameters, keep=False).outputs
 

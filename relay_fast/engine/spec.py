@@ -128,6 +128,8 @@ class LoopSpec:
         readout: rows and options of the loss; None: no loss.
         gather_rows: see `GradientBuffers`.
         compute_dtype: dtype of the readout's head; None: the parameter's own.
+        inside_bytes: (x) → bytes of a row that the backward of one iteration needs beside the
+            state, for "auto"; None: unknown.
     """
 
     plan: Plan
@@ -139,6 +141,7 @@ class LoopSpec:
     readout: Readout | None = None
     gather_rows: int = GATHER_ROWS
     compute_dtype: torch.dtype | None = None
+    inside_bytes: Callable[[Tensor], int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "truncate", check_truncate(self.truncate))

@@ -64,7 +64,7 @@ class LoopedClassifier(nn.Module):
         self.prelude = stack(prelude) if prelude else None
         self.block = LoopedBlock(config=block, **options)
         self.coda = stack(coda) if coda else None
-        self.norm = Norm(block.d_model, block.bias and block.norm == "layer")
+        self.norm = Norm(block.d_model, block.has_bias("norm"))
         self.head = nn.Linear(block.d_model, vocabulary_size, bias=False)
 
     def reset_parameters(self) -> None:

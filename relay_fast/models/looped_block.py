@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.config import BlockConfig, tell_hub
+from relay_fast.engine.auto_policy import inside_row_bytes
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.block_weights import BlockWeights, PartTable, read_weights
 from relay_fast.engine.compile_op import describe, skip_frame
@@ -23,11 +24,13 @@ from relay_fast.engine.plain_modules import Holder, reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.wrappers import gathered, sharding_used, shards
+from relay_fast.models.from_hf import read_layers
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
 
 T = TypeVar("T")
+OF_THE_LOOP = ("loop_norm", "injection", "loop_embedding")  # modules beside the layers
 
 
 class Norm(Holder):
@@ -69,15 +72,22 @@ class Layer(Holder):
 
     def __init__(self, c: BlockConfig):
         super().__init__()
-        norm_bias = c.bias and c.norm == "layer"
+        norm_bias, has = c.has_bias("norm"), c.has_bias
+        columns = (c.n_heads + 2 * c.kv_heads) * c.head_dim
         self.norm1 = Norm(c.d_model, norm_bias)
-        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
-        self.out = ResidualLinear(c.d_model, c.d_model, bias=c.bias)
+        self.qkv = nn.Linear(c.d_model, columns, bias=has("qkv"))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = Norm(c.head_dim, False), Norm(c.head_dim, False)
+        self.out = ResidualLinear(c.n_heads * c.head_dim, c.d_model, bias=has("out"))
+        if c.sandwich_norm:
+            self.post_norm1 = Norm(c.d_model, norm_bias)
         self.norm2 = Norm(c.d_model, norm_bias)
-        self.up = nn.Linear(c.d_model, c.hidden, bias=c.bias)
+        self.up = nn.Linear(c.d_model, c.hidden, bias=has("up"))
         if c.activation == "swiglu":
-            self.gate = nn.Linear(c.d_model, c.hidden, bias=c.bias)
-        self.down = ResidualLinear(c.hidden, c.d_model, bias=c.bias)
+            self.gate = nn.Linear(c.d_model, c.hidden, bias=has("gate"))
+        self.down = ResidualLinear(c.hidden, c.d_model, bias=has("down"))
+        if c.sandwich_norm:
+            self.post_norm2 = Norm(c.d_model, norm_bias)
         for linear in (self.out, self.down):  # residual branches start small
             linear.std = (2 * c.n_layers * linear.in_features) ** -0.5
             nn.init.normal_(linear.weight, std=linear.std)
@@ -130,7 +140,7 @@ class LoopedBlock(nn.Module):
         RecomputePolicy.parse(recompute)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         if c.loop_norm != "none":
-            self.loop_norm = Norm(c.d_model, c.bias and c.norm == "layer")
+            self.loop_norm = Norm(c.d_model, c.has_bias("norm"))
         if c.injection == "concat":
             self.injection = nn.Linear(2 * c.d_model, c.d_model, bias=False)
         if c.max_loops:
@@ -145,6 +155,42 @@ class LoopedBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
         reset_submodules(self)
+
+    @classmethod
+    def from_hf(
+        cls,
+        layers: nn.Module | Sequence[nn.Module],
+        rotary: nn.Module | None = None,
+        *,
+        recompute: str = "state",
+        gather_rows: int = GATHER_ROWS,
+        impl: str = "auto",
+        **options,
+    ) -> LoopedBlock:
+        """Builds a block from decoder layers of Hugging Face's transformers, with copies of their
+        weights, in their dtype and on their device.
+
+        Llama, Mistral, Qwen 2 and 3, GPT-2, Ouro, Helium and GLM layers are known; others are
+        refused with the part that a block does not have (`relay_fast.models.from_hf`).
+
+        Args:
+            layers: the layers, such as `model.model.layers`, or one of them.
+            rotary: the model's rotary embedding, such as `model.model.rotary_emb`, to rotate by its
+                own frequencies in fp32; by default they are computed from the config in fp64.
+            recompute, gather_rows, impl: as in the constructor.
+            **options: causal (default True), dropout, loop_norm, injection, max_loops, state_noise.
+        """
+        config, weights = read_layers(layers, rotary, **options)
+        own = {"recompute": recompute, "gather_rows": gather_rows, "impl": impl}
+        like = weights["layers.0.qkv.weight"]
+        with torch.device("meta"):
+            block = cls(config=config, **own)
+        block.to(like.dtype).to_empty(device=like.device)
+        block.load_state_dict(weights, strict=False)
+        for part in (block._modules.get(name) for name in OF_THE_LOOP):
+            if part is not None:
+                part.reset_parameters()
+        return block
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
@@ -317,6 +363,7 @@ class LoopedBlock(nn.Module):
             policy,
             gather_rows=self.gather_rows,
             compute_dtype=dtype,
+            inside_bytes=lambda x: inside_row_bytes(self.config, x.dtype, dtype),
             **options,
         )
 

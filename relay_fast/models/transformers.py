@@ -48,7 +48,7 @@ class _Transformer(nn.Module):
         self.embedding = nn.Embedding(c.vocabulary_size, c.block.d_model)
         nn.init.normal_(self.embedding.weight, std=1.0)
         self.block = LoopedBlock(config=c.block, recompute=recompute, impl=impl)
-        self.norm = Norm(c.block.d_model, c.block.bias and c.block.norm == "layer")
+        self.norm = Norm(c.block.d_model, c.block.has_bias("norm"))
         self.chain_head = nn.Linear(c.block.d_model, c.vocabulary_size, bias=False)
         tell_hub(self, recompute=recompute, impl=impl)
 

@@ -103,7 +103,8 @@ class Context:
         Raises:
             ValueError: Sizes do not fit together.
         """
-        shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
+        kinds = ("looped", "autoregressive")
+        shared = {k: v for k, v in self.config["model"].items() if k not in kinds}
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
         bound = max(

@@ -74,9 +74,15 @@ def grade_looped(
     wrong = (sizes != true_sizes) | (np.bincount(owner[~hits], minlength=len(sizes)) > 0)
     sample = np.repeat(np.arange(len(problems)), problems.loops)
     chain = np.bincount(sample[wrong], minlength=len(problems)) == 0
-    answers_alone = model.supervise == "answer"  # what it has for rounds means nothing
-    same = written.answer == problems.answer
-    return Grades(same if answers_alone else same_answers(written, problems, tasks), chain, hits)
+    return Grades(_right_answers(model, written, problems, tasks), chain, hits)
+
+
+def _right_answers(
+    model: LoopedTransformer, written: Samples, problems: Samples, tasks: Mapping[str, Task]
+) -> np.ndarray:
+    if model.supervise == "answer":  # what it has for rounds means nothing
+        return written.answer == problems.answer
+    return same_answers(written, problems, tasks)
 
 
 def grade_autoregressive(
@@ -140,7 +146,8 @@ def answers_once(
     loops = np.minimum(problems.loops, 1)
     none = np.zeros(int(loops.sum()) + 1, np.int64)
     cut = replace(problems, loops=loops, rounds=problems.rounds[:0], round_offsets=none)
-    return generate_looped_chains(model, cut, tasks, **options).answer == problems.answer
+    written = generate_looped_chains(model, cut, tasks, **options)
+    return _right_answers(model, written, problems, tasks)
 
 
 def evaluate_looped(
@@ -244,11 +251,11 @@ def evaluate_problems(
     looped = isinstance(model, LoopedTransformer)
     grade = grade_looped if looped else grade_autoregressive
     grades = grade(model, problems, tasks, **options)
-    unseen = {k: v for k, v in options.items() if k != "progress"}  # a small part of the time
-    once = answers_once(model, problems, tasks, **unseen) if looped else None
     readable = getattr(model, "supervise", "chain") == "chain" or all(
         task.one_token_answers for task in tasks_present(problems.task, tasks).values()
     )
+    unseen = {k: v for k, v in options.items() if k != "progress"}  # a small part of the time
+    once = answers_once(model, problems, tasks, **unseen) if looped else None
     token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
     result = {}
     for length in np.unique(problems.length).tolist():
@@ -262,7 +269,7 @@ def evaluate_problems(
         if grades.forced_tokens is not None:
             result[length]["bit_forced"] = float(grades.forced_tokens[tokens].mean())
         if once is not None:
-            result[length]["answer_once"] = float(once[samples].mean())
+            result[length]["answer_once"] = float(once[samples].mean()) if readable else None
     return result
 
 
