@@ -67,6 +67,10 @@ class BlockIteration:
         Unsupported: for a block that the kernels cannot run with a fixed-capacity plan.
     """
 
+    aux: Tensor | None = None
+    start = 0  # iterations before this pass
+    inject_index: int | None = None  # of the parameter that injection adds, if it is not the input
+
     def __init__(
         self,
         config: BlockConfig,
@@ -104,7 +108,7 @@ class BlockIteration:
 
     def _dropout_key(self, p: float, site: int, row_range: RowRange) -> Dropout:
         tokens = self.plan.tokens[row_range.rows]
-        return Dropout(p, self.seed, site, row_range.iteration, tokens)
+        return Dropout(p, self.seed, site, self.start + row_range.iteration, tokens)
 
     def _row_count_kwargs(self, row_range: RowRange) -> dict[str, Tensor]:
         """Passes the number of live rows to the kernels under a fixed-capacity plan; the reference
@@ -162,7 +166,7 @@ class BlockIteration:
             joined = torch.cat((h, self.x[row_range.rows].to(h.dtype)), dim=-1)
             h = self._inject(joined).to(h.dtype)
         if c.max_loops:
-            h = h + self._loop_embedding(row_range.iteration).to(h.dtype)
+            h = h + self._loop_embedding(self.start + row_range.iteration).to(h.dtype)
         return h
 
     def _inject(self, joined: Tensor) -> Tensor:
@@ -368,9 +372,9 @@ class BlockIteration:
         if c.loop_norm == "pre":
             h = self._add_state_noise(h, row_range)
         if c.max_loops and grads.needs(index := self.index["loop_embedding.weight"]):
-            grads.buffer(index)[row_range.iteration - 1].add_(g.sum(0))
+            grads.buffer(index)[self.start + row_range.iteration - 1].add_(g.sum(0))
         if c.injection == "add":
-            self._add_dx(g, row_range)
+            self._add_dx(g, row_range, grads)
         elif c.injection == "concat":
             entered = self._norm(h, "loop_norm") if c.loop_norm == "pre" else h
             weight = self._weight("injection.weight")
@@ -378,23 +382,29 @@ class BlockIteration:
             dy = g.to(weight.dtype)
             grads.weight(self.index["injection.weight"], dy, joined)
             g, dx = (dy @ weight).to(g.dtype).chunk(2, dim=-1)
-            self._add_dx(dx, row_range)
+            self._add_dx(dx, row_range, grads)
         if c.loop_norm == "pre":
             g = self._norm_backward(g, h, "loop_norm", row_range, grads)
         return g
 
-    def _add_dx(self, g: Tensor, row_range: RowRange) -> None:
+    def _add_dx(self, g: Tensor, row_range: RowRange, grads: GradientBuffers) -> None:
+        if self.inject_index is not None:
+            if grads.needs(self.inject_index):
+                grads.buffer(self.inject_index)[row_range.rows] += g
+            return
         if self.dx is None:
             self.dx = torch.zeros(self.x.shape, dtype=g.dtype, device=g.device)
         self.dx[row_range.rows] += g
 
 
-def check_max_loops(config: BlockConfig, plan: Plan) -> None:
-    """Raises ValueError if the plan loops more often than the loop-index embedding has entries."""
-    if config.max_loops and plan.max_loops > config.max_loops:
+def check_max_loops(config: BlockConfig, plan: Plan, start: int = 0) -> None:
+    """Raises ValueError if the plan, after `start` earlier iterations, loops more often than the
+    loop-index embedding has entries."""
+    if config.max_loops and start + plan.limit > config.max_loops:
+        asked = f"start + loops = {start} + {plan.limit}" if start else f"loops = {plan.limit}"
         raise ValueError(
-            f"loops = {plan.max_loops} is more than the {config.max_loops} iterations that the "
-            "loop-index embedding holds: build the block with a larger max_loops"
+            f"{asked} is more than the {config.max_loops} iterations that the loop-index embedding "
+            "holds: build the block with a larger max_loops"
         )
 
 

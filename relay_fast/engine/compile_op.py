@@ -49,8 +49,8 @@ _TYPES = {
     "float | None": "float?",
     "bool": "bool",
     "str": "str",
-    "bool | tuple[str, ...]": "str[]",  # the biases by part
-    "tuple[float, ...] | Mapping[str, Any] | None": "float[]?",  # frequencies, never a mapping
+    "bool | tuple[str, ...]": "str[]",  # the parts with a bias
+    "tuple[float, ...] | Mapping[str, Any] | None": "float[]?",
 }
 _FIELDS = [(field.name, _TYPES[field.type]) for field in fields(BlockConfig)]
 _BLOCK = ", ".join(f"{kind} {name}" for name, kind in _FIELDS)
@@ -64,7 +64,7 @@ _OPTIONS = (
     "Tensor? loops, "  # (sequences,)
     "Tensor? positions, "  # (rows,)
     "Tensor? seed, "  # () of the dropout masks and the state noise
-    "SymInt[] states, SymInt truncate"  # 0: no truncation
+    "SymInt[] states, SymInt truncate"  # -1: no truncation
 )
 
 
@@ -87,9 +87,8 @@ class _Call(NamedTuple):
 
 def describe(config: BlockConfig) -> tuple:
     """Returns a block's configuration as arguments of the ops."""
-    values = {name: getattr(config, name) for name, _ in _FIELDS}
-    if isinstance(config.bias, bool):
-        values["bias"] = BIASES if config.bias else ()
+    parts = [part for part in BIASES if config.bias is True or part in (config.bias or ())]
+    values = {name: getattr(config, name) for name, _ in _FIELDS} | {"bias": parts}
     return tuple(values.values())
 
 
@@ -103,7 +102,7 @@ def _block(values: tuple) -> tuple[BlockConfig, list[str]]:
 def _parse(options: Sequence) -> tuple[BlockConfig, list[str], _Call]:
     """Returns the block, its parameter names and the other options of a call."""
     count = len(_FIELDS)
-    block = (tuple(value) if isinstance(value, list) else value for value in options[:count])
+    block = (tuple(v) if isinstance(v, list | tuple) else v for v in options[:count])
     return *_block(tuple(block)), _Call(*options[count:])
 
 
@@ -133,13 +132,14 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
     return LoopSpec(
         plan, make_iteration, ops, _policy(call.recompute), tuple(call.states),
-        call.truncate or None, gather_rows=call.gather_rows, compute_dtype=call.dtype,
+        None if call.truncate < 0 else call.truncate, gather_rows=call.gather_rows,
+        compute_dtype=call.dtype,
     )  # fmt: skip
 
 
 def _policy(recompute: str) -> RecomputePolicy:
     policy = RecomputePolicy.parse(recompute)
-    return RecomputePolicy("state") if policy.kind in ("none", "auto") else policy
+    return RecomputePolicy("state") if policy.kind == "none" else policy
 
 
 def _reordered(spec: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:
@@ -194,7 +194,7 @@ def _(x, parameters, *options):
         if keep:
             between, truncate = policy.kept(count, [0] * count), call.truncate
             kept = sum(
-                t not in states and (not truncate or t + 1 > count - truncate) for t in between
+                t not in states and (truncate < 0 or t + 1 > count - truncate) for t in between
             )
         kept_rows = kept * rows
     return (

@@ -216,8 +216,8 @@ def _sizes(layer: nn.Module, rotary: nn.Module | None, options: Mapping[str, Any
     known = _GATED if "gate" in family.parts else _PLAIN
     if (activation := getattr(c, name, None)) not in known:
         raise refuse(f"{name} = {activation!r} is not one of {', '.join(known)}")
-    if abs(attention.scaling * head_dim**0.5 - 1) > 1e-6:
-        raise refuse(f"it scales the scores by {attention.scaling}, not by head_dim^(−1/2)")
+    if abs((scale := _score_scale(attention, c)) * head_dim**0.5 - 1) > 1e-6:
+        raise refuse(f"it scales the scores by {scale}, not by head_dim^(−1/2)")
     dropout = getattr(c, "attention_dropout", getattr(c, "attn_pdrop", 0.0))
     if dropout and "dropout" not in options:
         raise refuse(
@@ -250,6 +250,15 @@ def _sizes(layer: nn.Module, rotary: nn.Module | None, options: Mapping[str, Any
         "dropout": getattr(c, "resid_pdrop", 0.0),
         **options,
     }
+
+
+def _score_scale(attention: nn.Module, c: Any) -> float:
+    """Returns the factor of the attention scores."""
+    if hasattr(attention, "scaling"):
+        return attention.scaling
+    scale = attention.head_dim**-0.5 if getattr(c, "scale_attn_weights", True) else 1.0
+    by_layer = getattr(c, "scale_attn_by_inverse_layer_idx", False)  # GPT-2's, before 5
+    return scale / (attention.layer_idx + 1) if by_layer else scale
 
 
 def _rope(c: Any, head_dim: int, rotary: nn.Module | None) -> dict[str, Any]:

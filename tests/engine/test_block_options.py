@@ -3,8 +3,11 @@ that torch.compile sees."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.numerics import assert_bitwise, assert_close, rms_ratio
 from relay_fast.engine.fused_inference import block_reason
@@ -104,6 +107,33 @@ def test_the_op_passes_opcheck() -> None:
         2, None, None, None, [], 0, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.relay_fast.loop_fwd, arguments)
+
+
+def test_parts_that_are_called() -> None:
+    """Hooks on the norms of heads and branches, and a projection with a forward of its own."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    block = LoopedBlock(D, 2, 1, **ALL).double()
+    called = copy.deepcopy(block)
+    layer, seen = called.layers[0], []
+    for name in ("q_norm", "k_norm", "post_norm1", "post_norm2"):
+        part = getattr(layer, name)
+        part.register_forward_hook(lambda part, inputs, out: seen.append(tuple(out.shape)))
+    layer.out.__class__ = Doubled
+    with torch.no_grad():
+        block.layers[0].out.weight *= 2
+    x = torch.randn(2, 3, D, dtype=torch.float64, requires_grad=True)
+    truth, out = block(x, 2), called(x, 2)
+    assert_close("out", out, truth)
+    assert set(seen) == {(12, 12), (6, 12), (6, D)}  # (rows · heads, head_dim), (rows, d)
+    leaves = lambda b: [x, *(p for n, p in b.named_parameters() if n != "layers.0.out.weight")]
+    grads = torch.autograd.grad(truth.sin().sum(), leaves(block))
+    for got, g in zip(torch.autograd.grad(out.sin().sum(), leaves(called)), grads, strict=True):
+        assert_close("gradient", got, g)
 
 
 def test_the_whole_loop_kernel_says_what_it_lacks() -> None:

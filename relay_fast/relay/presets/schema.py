@@ -104,8 +104,8 @@ class FeedbackTable(Table):
 
     pad_probability: Share = Field(ABSENT, description="of padding an input, default the stage's")
     pad_to: Whole = Field(ABSENT, description="up to so many tokens, default the stage's")
-    cut: Whole = Field(0, description="most by which positions behind a place are moved on")
-    cut_probability: Share = Field(0.5, description="of moving them")
+    cut: Whole = Field(ABSENT, description="most by which positions are moved, default the stage's")
+    cut_probability: Share = Field(ABSENT, description="of moving them, default the stage's")
     shift: Whole = Field(0, description="most that is added to all numbers fed")
     shift_probability: Share = Field(0.5, description="of adding to them")
 
@@ -198,6 +198,8 @@ class FromScratch(FineTuning):
     curriculum: Share = Field(0.0, description="share of the stage in which lengths grow")
     pad_probability: Share = Field(0.0, description="of padding a problem on the left")
     pad_to: Whole = Field(0, description="up to so many tokens")
+    cut: Whole = Field(0, description="most by which positions behind a place are moved on")
+    cut_probability: Share = Field(0.5, description="of moving them")
     chain_weight: NotNegative = Field(1.0, description="of the chain's tokens in the loss")
     truth: Share = Field(1.0, description="carry_state: share of true rounds fed in the end")
 
