@@ -77,7 +77,7 @@ class Context:
     @property
     def labels(self) -> dict[str, dict[str, str]]:
         """Names of the tasks and of what their lengths count, for tables and plots."""
-        return {name: {"title": t.title, "unit": t.unit} for name, t in self.tasks.items()}
+        return {name: task.label for name, task in self.tasks.items()}
 
     def prove(self) -> None:
         """Raises ValueError for lengths that a task does not support or cannot draw, for invalid
@@ -105,7 +105,8 @@ class Context:
         Raises:
             ValueError: Sizes do not fit together.
         """
-        shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
+        kinds = ("looped", "autoregressive")
+        shared = {k: v for k, v in self.config["model"].items() if k not in kinds}
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
         bound = max(
