@@ -1,7 +1,7 @@
 """What each choice of a recipe is worth, at a small scale.
 
-The looped model of preset `cpu-latent`, with noise on its state and no cut in its positions, and one
-choice taken back at a time:
+The looped model of preset `cpu-latent`, with noise on its state and no cut in its positions, and
+one choice taken back at a time:
 
     python benchmarks/recipe_ablation.py [--work 3e6] [--seeds 0 1] [--only base no_curriculum]
 
