@@ -138,6 +138,11 @@ class Plan:
         return self.max_loops
 
     @property
+    def most_rows(self) -> tuple[int, ...]:
+        """The largest number of rows that each of these iterations may have."""
+        return self.active_rows
+
+    @property
     def rows(self) -> int:
         return int(self.offsets[-1])
 

@@ -49,6 +49,7 @@ class Trained(NamedTuple):
     samples: int
     data_wait_seconds: float  # spent waiting for batches, or making them without data workers
     cuda_graph: str  # "replayed", or why the last step did not replay a CUDA graph
+    cpu_seconds: float = 0.0  # of this process, all its threads; data workers not counted
     rows: tuple[int, ...] = ()  # token-iterations of each rank in this call, if there are several
 
     @staticmethod
@@ -65,14 +66,17 @@ class Trained(NamedTuple):
             seconds += phase.seconds
         samples = sum(phase.samples for phase in phases)
         waited = sum(phase.data_wait_seconds for phase in phases)
+        cpu = sum(phase.cpu_seconds for phase in phases)
         rows = tuple(int(sum(own)) for own in zip(*(p.rows for p in phases), strict=False))
-        return Trained(history, longest_true, seconds, samples, waited, phases[-1].cuda_graph, rows)
+        graph = phases[-1].cuda_graph
+        return Trained(history, longest_true, seconds, samples, waited, graph, cpu, rows)
 
     def record(self) -> dict[str, Any]:
         """Returns the entries of results.json about the time that the training took."""
         rows = {"token_iterations_by_rank": list(self.rows)} if self.rows else {}
         return {
             "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
             "samples": self.samples,
             "samples_per_s": round(self.samples / self.seconds, 1),
             "data_wait_share": round(self.data_wait_seconds / self.seconds, 4),
@@ -169,7 +173,8 @@ class _Training:
         if self.ema_decay:
             self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
         torch.manual_seed(seed)
-        self.step, self.samples, self.seconds, self.data_wait_seconds = 0, 0, 0.0, 0.0
+        self.step, self.samples = 0, 0
+        self.seconds = self.cpu_seconds = self.data_wait_seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.longest_true: dict[str, int] = {}
         self._generators = {"cpu": torch.default_generator}
@@ -201,6 +206,7 @@ class _Training:
     ) -> Trained:
         """Takes the remaining steps; see `train_model`."""
         started, spent = time.monotonic(), self.seconds
+        cpu_spent = self.cpu_seconds - time.process_time()
         logged, saved, first, before = started, started, self.step, self.samples
         steps = prefetch(self.stream, self.step, data_workers, interrupted)
         try:
@@ -217,6 +223,7 @@ class _Training:
                     self.seconds = spent + now - started
                     on_progress(self._log(losses, (self.samples - before) / (now - started)))
                 self.seconds = spent + now - started
+                self.cpu_seconds = cpu_spent + time.process_time()
                 if last or now - saved >= SAVE_EVERY:
                     self._save()
                     saved = now
@@ -239,6 +246,7 @@ class _Training:
             self.samples,
             self.data_wait_seconds,
             graph,
+            self.cpu_seconds,
             () if self.ranks.alone else tuple(self.rows.tolist()),
         )
 
@@ -318,6 +326,7 @@ class _Training:
             "step": self.step,
             "samples": self.samples,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "data_wait_seconds": self.data_wait_seconds,
             "history": self.history,
             "longest_true": self.longest_true,
@@ -332,8 +341,9 @@ class _Training:
         generators = {k: g for k, g in self._generators.items() if f"rng.{k}" in tensors}
         unpack_training_state(tensors, self.model, self.optimizer, self.ema, generators, self.path)
         self.step, self.seconds = metadata["step"], metadata["seconds"]
-        # Older states lack these counts, or have the second under its old name.
+        # Older states lack these counts, or have the last under its old name.
         self.samples = metadata.get("samples", 0)
+        self.cpu_seconds = metadata.get("cpu_seconds", 0.0)
         waited = metadata.get("waited", 0.0)
         self.data_wait_seconds = metadata.get("data_wait_seconds", waited)
         self.history, self.longest_true = metadata["history"], metadata["longest_true"]
