@@ -433,6 +433,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
             rows += predictions("paper", stage, sizes["paper", stage], excess)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     label = common.machine("cpu")
+    args.csv.unlink(missing_ok=True)  # the page and the rows are of one run
     common.append_rows(args.csv, [{c: row.get(c, "") for c in columns} | label for row in rows])
     target = args.page or args.csv.with_name("SCALING.md")
     with replacing(target) as partial:
