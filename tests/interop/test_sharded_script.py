@@ -1,10 +1,9 @@
-"""The README's script over `fully_shard`: two processes save, one continues, and another two."""
+"""The README's script over `fully_shard`: two processes save, and one continues."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def run(folder: Path, steps: int, size: int) -> dict[int, float]:
             subprocess.Popen(command, env=os.environ | own, stdout=pipe, stderr=pipe, **options)
         )
     try:
-        texts = [process.communicate(timeout=240) for process in processes]
+        texts = [process.communicate(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -55,14 +54,11 @@ def test_two_processes_save_and_one_continues(tmp_path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    expected = run(whole, 6, 1)
-    assert list(expected) == [1, 2, 3, 4, 5, 6]
+    expected = run(whole, 5, 1)
     found = run(parts, 3, 2)
-    shutil.copytree(parts, tmp_path / "other")
-    assert list(found) == [1, 2, 3]
-    found |= run(parts, 6, 1)
+    assert (list(expected), list(found)) == ([1, 2, 3, 4, 5], [1, 2, 3])
+    (parts / "checkpoints" / "00000009").mkdir()  # a save that was killed
+    continued = run(parts, 5, 1)
+    assert list(continued) == [4, 5]
     # Weights, gradients and states are rounded to bf16; the batch is the same.
-    assert found == pytest.approx(expected, rel=2**-8)
-    assert list(found) == list(expected)  # continued, not begun anew
-    (tmp_path / "other" / "checkpoints" / "00000009").mkdir()  # a save that was killed
-    assert run(tmp_path / "other", 4, 2)[4] == pytest.approx(expected[4], rel=2**-8)
+    assert found | continued == pytest.approx(expected, rel=2**-8)
