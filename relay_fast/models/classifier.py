@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from relay_fast.config import BlockConfig
 from relay_fast.engine.plain_modules import reset_submodules
-from relay_fast.models.looped_block import LoopedBlock, Norm
+from relay_fast.models.layer import Norm
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.readouts import NormAndHead
 from relay_fast.ops.dispatch import select
 from relay_fast.utils.numbers import as_int

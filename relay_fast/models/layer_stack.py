@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from relay_fast.config import ModelConfig
 from relay_fast.engine.block_weights import read_part
-from relay_fast.models.looped_block import Layer, LoopedBlock
+from relay_fast.models.layer import Layer
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.utils.numbers import as_float, as_int
 
 GROW_POSITIONS = ("middle", "last")

@@ -22,7 +22,8 @@ from relay_fast.engine.plain_modules import check_not_overridden, check_parts, r
 from relay_fast.engine.spec import LoopSpec, Readout
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.kernels.supports import require
-from relay_fast.models.looped_block import LoopedBlock, Norm
+from relay_fast.models.layer import Norm
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.readouts import NormAndHead, ReadoutWeights
 from relay_fast.ops.cross_entropy import weighted_losses
 from relay_fast.tasks.vocabulary import PAD
