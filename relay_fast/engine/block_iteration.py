@@ -20,6 +20,7 @@ from torch import Tensor
 
 from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.config import BlockConfig
+from relay_fast.engine.parameter_names import is_linear
 from relay_fast.engine.rope import block_rope_table
 from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
 from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref, upcast_dtype
@@ -397,34 +398,6 @@ class BlockIteration:
         self.dx[row_range.rows] += g
 
 
-def parameter_names(config: BlockConfig) -> list[str]:
-    """Returns the state-dict keys of a block's parameters."""
-    kinds = lambda part: ("weight", "bias") if config.has_bias(part) else ("weight",)
-    norm = kinds("norm")
-    layer = {"norm1": norm, "qkv": kinds("qkv")}
-    if config.qk_norm:
-        layer |= {"q_norm": ("weight",), "k_norm": ("weight",)}
-    layer["out"] = kinds("out")
-    if config.sandwich_norm:
-        layer["post_norm1"] = norm
-    layer |= {"norm2": norm, "up": kinds("up")}
-    if config.activation == "swiglu":
-        layer["gate"] = kinds("gate")
-    layer["down"] = kinds("down")
-    if config.sandwich_norm:
-        layer["post_norm2"] = norm
-    parts = {
-        f"layers.{i}.{name}": kinds for i in range(config.n_layers) for name, kinds in layer.items()
-    }
-    if config.loop_norm != "none":
-        parts["loop_norm"] = norm
-    if config.injection == "concat":
-        parts["injection"] = ("weight",)
-    if config.max_loops:
-        parts["loop_embedding"] = ("weight",)
-    return [f"{part}.{kind}" for part, kinds in parts.items() for kind in kinds]
-
-
 def dead_rows_reason(config: BlockConfig) -> str | None:
     """Returns why the kernels cannot skip dead rows in this block, or None if they can: biases,
     injection and the loop-index embedding are plain torch sums over all rows."""
@@ -435,8 +408,3 @@ def dead_rows_reason(config: BlockConfig) -> str | None:
     }
     found = " and ".join(name for name, there in parts.items() if there)
     return f"fixed-capacity batches do not support {found}" if found else None
-
-
-def is_linear(name: str) -> bool:
-    """Returns whether a parameter is a GEMM operand, which is cast to the compute dtype."""
-    return "norm" not in name and "embedding" not in name

@@ -21,9 +21,10 @@ from torch._C._dynamo import eval_frame
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_loops
 from relay_fast.config import BIASES, BlockConfig
-from relay_fast.engine.block_iteration import BlockIteration, parameter_names
+from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
 from relay_fast.engine.loop_flops import LoopFlops
+from relay_fast.engine.parameter_names import parameter_names
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.resumption import check_max_loops
 from relay_fast.engine.spec import LoopSpec

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from relay_fast.batch.plan import Plan, chosen_states
 from relay_fast.config import BlockConfig, tell_hub
 from relay_fast.engine.auto_policy import inside_row_bytes
-from relay_fast.engine.block_iteration import BlockIteration, parameter_names
+from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.block_weights import BlockWeights, PartTable, read_weights
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
+from relay_fast.engine.parameter_names import parameter_names
 from relay_fast.engine.plain_modules import reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.resumption import Entry, check_max_loops
