@@ -15,11 +15,18 @@ Above d = 256: linear_residual's backward, an elementwise kernel, norm_linear's 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, dot, rows_left
+from ._runtime import (
+    block_of,
+    cdiv,
+    contiguous_columns,
+    counted_rows,
+    dot,
+    jit_kernel,
+    rows_left,
+)
 from .activation import activate_grad, activation_bwd
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
@@ -40,7 +47,7 @@ from .norm_linear import norm_linear_bwd
 from .supports import mlp_is_fused
 
 
-@triton.jit
+@jit_kernel
 def _mlp_bwd_kernel(
     # pointers
     dout_ptr, x_ptr, up_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, up_weight_ptr,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, contiguous_columns, counted_rows
+from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, jit_kernel
 from .supports import norm_reason, require, row_count_reason, shapes_reason
 
 
@@ -72,7 +72,7 @@ def clear_norm_partials(dweight_ptr, dbias_ptr, program, columns, D: tl.constexp
         tl.store(dbias_ptr + program * D + columns, 0.0, mask=mask)
 
 
-@triton.jit
+@jit_kernel
 def _norm_fwd_kernel(
     # pointers
     x_ptr, weight_ptr, bias_ptr, y_ptr, count_ptr,
@@ -95,7 +95,7 @@ def _norm_fwd_kernel(
     tl.store(y_ptr + rows[:, None] * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit_kernel
 def _norm_bwd_kernel(
     # pointers
     dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, count_ptr,

@@ -32,6 +32,7 @@ from ._runtime import (
     contiguous_columns,
     counted_rows,
     dot,
+    jit_kernel,
     rows_left,
     split_columns,
 )
@@ -76,7 +77,7 @@ def _rope_tables(
     return cos, tl.load(sin_ptr + at, mask=mask, other=0.0)
 
 
-@triton.jit
+@jit_kernel
 def _norm_linear_fwd_kernel(
     # pointers
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr,
@@ -143,7 +144,7 @@ def _norm_linear_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@jit_kernel
 def _rope_kernel(
     # pointers
     z_ptr, cos_ptr, sin_ptr, count_ptr,
@@ -245,7 +246,7 @@ def norm_linear_fwd(
     return out
 
 
-@triton.jit
+@jit_kernel
 def _norm_linear_bwd_kernel(
     # pointers
     dout_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, cos_ptr, sin_ptr,
