@@ -71,9 +71,12 @@ class IterationCrossEntropy(nn.Module):
         self.norm = Norm(d_model, bias)
         self.head = nn.Linear(d_model, vocabulary_size, bias=False)
         self.options = {
-            "eps": eps, "norm": norm, "label_smoothing": label_smoothing, "z_loss": z_loss,
+            "eps": eps,
+            "norm": norm,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
             "impl": impl,
-        }  # fmt: skip
+        }
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""

@@ -172,11 +172,10 @@ def row_cross_entropy(
             states, rows, targets, norm_weight, norm_bias, head.to(dtype), *options.values(), impl
         )
         return loss, correct
-    refuse_transforms(states, norm_weight, norm_bias, head)
-    return _RowCrossEntropy.apply(
-        select(impl, states.device), options, dtype, rows, targets, states, norm_weight, norm_bias,
-        head,
-    )  # fmt: skip
+    differentiable = (states, norm_weight, norm_bias, head)
+    refuse_transforms(*differentiable)
+    ops = select(impl, states.device)
+    return _RowCrossEntropy.apply(ops, options, dtype, rows, targets, *differentiable)
 
 
 def iteration_cross_entropy(
@@ -223,22 +222,21 @@ def iteration_cross_entropy(
         raise ValueError(
             f"weights {tuple(weights.shape)} must be (R,) like rows {tuple(rows.shape)}"
         )
+    differentiable = (states, norm_weight, norm_bias, head)
     wanted = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (states, norm_weight, norm_bias, head)
+        t is not None and t.requires_grad for t in differentiable
     )
     if not wanted or head.shape[0] <= SMALL_VOCABULARY or torch.compiler.is_compiling():
+        constants = {"label_smoothing": label_smoothing, "z_loss": z_loss, "impl": impl}
         loss, _ = row_cross_entropy(
-            states, rows, targets, norm_weight, head, norm_bias, eps=eps, norm=norm,
-            label_smoothing=label_smoothing, z_loss=z_loss, impl=impl,
-        )  # fmt: skip
+            states, rows, targets, norm_weight, head, norm_bias, eps=eps, norm=norm, **constants
+        )
         return weighted_losses(loss, weights, targets).sum()
     _check_rows(states, rows, targets, head)
-    options = _options(eps, norm, label_smoothing, z_loss)
-    refuse_transforms(states, weights, norm_weight, norm_bias, head)
-    return _WeightedCrossEntropy.apply(
-        select(impl, states.device), options, compute_dtype(head), rows, targets, weights, states,
-        norm_weight, norm_bias, head,
-    )  # fmt: skip
+    options, dtype = _options(eps, norm, label_smoothing, z_loss), compute_dtype(head)
+    refuse_transforms(weights, *differentiable)
+    ops = select(impl, states.device)
+    return _WeightedCrossEntropy.apply(ops, options, dtype, rows, targets, weights, *differentiable)
 
 
 def _options(eps: float, kind: str, label_smoothing: float, z_loss: float) -> dict:

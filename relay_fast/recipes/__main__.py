@@ -66,8 +66,11 @@ def run_recipe(
         recipe.prove(settings)
     refuse_foreign(out, recipe=True)
     config = {
-        "recipe": name, "preset": preset, "seed": seed, "settings": dataclasses.asdict(settings)
-    }  # fmt: skip
+        "recipe": name,
+        "preset": preset,
+        "seed": seed,
+        "settings": dataclasses.asdict(settings),
+    }
     folder = RunFolder(out, config)
     if not folder.stage_done(name) or "results" not in folder.results():
         _run(recipe, settings, folder, seed, device)

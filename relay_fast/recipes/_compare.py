@@ -96,8 +96,13 @@ def comparison_rows(
     """
     sizes = list(next(iter(models.values()))["accuracy"])
     shown = [s for s in sizes if any(int(s) in by_size for by_size in published.values())]
-    header = ["model", "parameters", *(f"{size} = {s}" for s in sizes),
-              *(f"paper {s}" for s in shown), "seconds"]  # fmt: skip
+    header = [
+        "model",
+        "parameters",
+        *(f"{size} = {s}" for s in sizes),
+        *(f"paper {s}" for s in shown),
+        "seconds",
+    ]
     lines = [
         [name.replace("x", "⊗"), m["parameters"], *(100 * m["accuracy"][s] for s in sizes)]
         + [published.get(name, {}).get(int(s)) for s in shown]
@@ -130,5 +135,5 @@ def comparison_plot(
     panels = [
         Panel(shown, size, "correct (%)", correct, dashed, y_range=(-3, 103)),
         Panel("training", "step", "loss", losses, log_y=True),
-    ]  # fmt: skip
+    ]
     return draw_panels(path, panels, title)

@@ -104,12 +104,14 @@ def run(
     with torch.no_grad():
         eye = torch.eye(d, dtype=torch.float64, device=device)
         return {
-            "d": d, "n": n, "thoughts": c.thoughts,
+            "d": d,
+            "n": n,
+            "thoughts": c.thoughts,
             "step_error": (chain.step_matrix() + c.rate * eye).abs().max().item(),
             "chain": _compare(chain, c, seed, device, ()),
             "other_covariance": _compare(chain, c, seed, device, c.other_deviations),
             "answers": answers,
-        }  # fmt: skip
+        }
 
 
 def _prompts(c: Settings, seed: int, device: str, part: int, deviations=()):
@@ -143,8 +145,9 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         part = results[key]
         for t in shown_steps(results):
             beyond = " (beyond training)" if t > results["thoughts"] else ""
-            lines.append([f"{name}, step {t}{beyond}", part["rollout"][t],
-                          part["gradient_descent"][t]])  # fmt: skip
+            lines.append(
+                [f"{name}, step {t}{beyond}", part["rollout"][t], part["gradient_descent"][t]]
+            )
     theory = one_step_error(results["n"], results["d"])
     for loops, error in results["answers"].items():
         name = "no chain, one layer" if loops == "1" else f"looped {loops} times, no chain"

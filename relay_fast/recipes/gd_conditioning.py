@@ -77,10 +77,16 @@ def run(
         bound = torch.exp(-steps / kappa[:, None])
         # 1e-12 allows for the rounding of eigenvalues and steps.
         held = (errors <= bound * (1 + 1e-12)).all(1).double().mean()
-        results.append({
-            "ratio": ratio, "n": n, "kappa": kappa.median().item(), "held": held.item(),
-            "error": errors.median(0).values.tolist(), "bound": bound.median(0).values.tolist(),
-        })  # fmt: skip
+        results.append(
+            {
+                "ratio": ratio,
+                "n": n,
+                "kappa": kappa.median().item(),
+                "held": held.item(),
+                "error": errors.median(0).values.tolist(),
+                "bound": bound.median(0).values.tolist(),
+            }
+        )
     return {"d": d, "shown": list(settings.shown), "ratios": results}
 
 

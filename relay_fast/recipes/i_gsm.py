@@ -45,15 +45,37 @@ from relay_fast.utils.settings import Count, Share, says, settings
 
 LEVELS, MODULUS = 4, 7
 ASKED, NAMES = ("last", "every"), ("letters", "whole")
-SYMBOLS = ("0", "1", "2", "3", "4", "5", "6", "#", ":=", "+", "*", ".", "?",
-           *"ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # fmt: skip
+SYMBOLS = (
+    "0",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "#",
+    ":=",
+    "+",
+    "*",
+    ".",
+    "?",
+    *"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+)
 HASH, IS, PLUS, TIMES, STOP, ASK, LETTERS = range(7, 14)
 
 # Table 3 of the paper, % correct, for graphs of unknown sizes.
 PUBLISHED: dict[str, float] = {
-    "8x1": 73.2, "1x1": 24.5, "1x2": 52.3, "1x4": 69.9, "1x8": 73.2,
-    "2x1": 54.0, "2x2": 66.9, "2x4": 73.6, "4x1": 71.3, "4x2": 71.6,
-}  # fmt: skip
+    "8x1": 73.2,
+    "1x1": 24.5,
+    "1x2": 52.3,
+    "1x4": 69.9,
+    "1x8": 73.2,
+    "2x1": 54.0,
+    "2x2": 66.9,
+    "2x4": 73.6,
+    "4x1": 71.3,
+    "4x2": 71.6,
+}
 
 
 @settings
@@ -185,11 +207,14 @@ def _draw_names(rng: np.random.Generator, settings: Settings, batch: int, v: int
     else:
         letters = rng.permuted(np.tile(np.arange(len(SYMBOLS) - LETTERS), (batch, 1)), axis=1)
         level, upper, lower = edges // width**2, edges // width % width, edges % width
-        name = np.stack([
-            letters[every, level * width + upper] + LETTERS,
-            np.full((batch, v), HASH),
-            letters[every, (level + 1) * width + lower] + LETTERS,
-        ], axis=2)  # fmt: skip
+        name = np.stack(
+            [
+                letters[every, level * width + upper] + LETTERS,
+                np.full((batch, v), HASH),
+                letters[every, (level + 1) * width + lower] + LETTERS,
+            ],
+            axis=2,
+        )
     return name
 
 
@@ -249,9 +274,12 @@ def draw_problems(
     tokens = np.concatenate([tokens, question], axis=1)
     present = np.concatenate([present, np.ones_like(question, bool)], axis=1)
     return Problems(
-        tokens[present], np.flatnonzero(read[present]), graph.value[every, asked].ravel(),
-        graph.depth[every, asked].ravel(), [0, *present.sum(1).cumsum().tolist()],
-    )  # fmt: skip
+        tokens[present],
+        np.flatnonzero(read[present]),
+        graph.value[every, asked].ravel(),
+        graph.depth[every, asked].ravel(),
+        [0, *present.sum(1).cumsum().tolist()],
+    )
 
 
 def accuracy(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str, float]:

@@ -213,11 +213,19 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         theory = [
             f(m["n"], m["d"]) if m["loops"] == 1 else None for f in (one_step_error, one_step_rate)
         ]
-        lines.append([
-            m["form"], m["n"], m["loops"], m["loss"], theory[0], m["step"], theory[1],
-            m["edge"] if m["form"] == "restricted" else None,
-            f"{last} loops: " + ("infinite" if after is None else f"{after:.3g}"),
-        ])  # fmt: skip
+        lines.append(
+            [
+                m["form"],
+                m["n"],
+                m["loops"],
+                m["loss"],
+                theory[0],
+                m["step"],
+                theory[1],
+                m["edge"] if m["form"] == "restricted" else None,
+                f"{last} loops: " + ("infinite" if after is None else f"{after:.3g}"),
+            ]
+        )
     return header, lines
 
 

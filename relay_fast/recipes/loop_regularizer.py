@@ -138,10 +138,19 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         cosines = list(m["cosines"].values())
         paper = {0: "≈ 0", 10: "≥ 0.98"}.get(m["weight"], "–")
         tied = [100 * accuracy[p] for accuracy in m["tied"].values()]
-        lines.append([
-            f"{m['weight']:g}", m["parameters"], min(cosines), sum(cosines) / len(cosines), paper,
-            100 * m["accuracy"][p], *tied, m["tied_parameters"], m["seconds"],
-        ])  # fmt: skip
+        lines.append(
+            [
+                f"{m['weight']:g}",
+                m["parameters"],
+                min(cosines),
+                sum(cosines) / len(cosines),
+                paper,
+                100 * m["accuracy"][p],
+                *tied,
+                m["tied_parameters"],
+                m["seconds"],
+            ]
+        )
     tied = [f"tied, {name} (%)" for name in _tied_names(results)]
     return [*header, *tied, "tied parameters", "seconds"], lines
 

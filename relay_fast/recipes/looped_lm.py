@@ -163,9 +163,12 @@ def load_corpus(path: str = "") -> Corpus:
         train_texts, test = [whole[:cut]], [whole[cut:]]
     parts = [np.frombuffer(b"".join(part), np.uint8) for part in (train_texts, test)]
     about |= {
-        "folder": str(place), "files": len(texts), "sha256": hashlib.sha256(b"".join(texts))
-        .hexdigest(), "train_bytes": len(parts[0]), "test_bytes": len(parts[1]),
-    }  # fmt: skip
+        "folder": str(place),
+        "files": len(texts),
+        "sha256": hashlib.sha256(b"".join(texts)).hexdigest(),
+        "train_bytes": len(parts[0]),
+        "test_bytes": len(parts[1]),
+    }
     return Corpus(*parts, about)
 
 

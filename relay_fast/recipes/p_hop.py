@@ -268,7 +268,7 @@ PRESETS = {
             betas=(0.9, 0.98),
             weight_decay=0.01,
             clip=1.0,
-        )  # fmt: skip
+        )
     ),
     "paper": Settings(
         Training(steps=200_000, batch_size=256, lr=1e-3, optimizer="adafactor"),

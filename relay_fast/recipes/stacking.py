@@ -301,20 +301,34 @@ def _timed_step(task: _Task, depth: int) -> Callable[[], float]:
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Makes the table: a row for each task and method; speed-ups are over the whole stack."""
-    header = ["task", "method", "correct (%)", "next-layer cosine", "speed-up, ideal", "measured",
-              "paper, at most", "seconds"]  # fmt: skip
+    header = [
+        "task",
+        "method",
+        "correct (%)",
+        "next-layer cosine",
+        "speed-up, ideal",
+        "measured",
+        "paper, at most",
+        "seconds",
+    ]
     lines = []
     for task, found in results["tasks"].items():
         for method, m in found["models"].items():
             correct = 100 * sum(m["accuracy"].values()) / len(m["accuracy"])
             next_to = [c for _, c in _next_layer(m)]
             grown = method != "full"
-            lines.append([
-                task, method, correct, sum(next_to) / max(1, len(next_to)),
-                1 / found["ideal_work"] if grown else 1.0,
-                1 / found["measured_work"] if grown else 1.0,
-                PUBLISHED["speed_up"] if grown else None, m["seconds"],
-            ])  # fmt: skip
+            lines.append(
+                [
+                    task,
+                    method,
+                    correct,
+                    sum(next_to) / max(1, len(next_to)),
+                    1 / found["ideal_work"] if grown else 1.0,
+                    1 / found["measured_work"] if grown else 1.0,
+                    PUBLISHED["speed_up"] if grown else None,
+                    m["seconds"],
+                ]
+            )
     return header, lines
 
 
@@ -333,8 +347,9 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
             cosines[method] = tuple(zip(*_next_layer(m), strict=True)) or ((), ())
             losses[method] = tuple([e[k] for e in m["history"]] for k in ("step", "loss"))
         panels += [
-            Panel(f"{task}: similarity", "layer and the next", "cosine", cosines,
-                  y_range=(-0.1, 1.05)),
+            Panel(
+                f"{task}: similarity", "layer and the next", "cosine", cosines, y_range=(-0.1, 1.05)
+            ),
             Panel(f"{task}: training", "step", "loss", losses, log_y=True),
-        ]  # fmt: skip
+        ]
     return draw_panels(path, panels, "Stacking: similarity of grown layers, and training")

@@ -131,8 +131,16 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
     """Trains a fresh model on true chains."""
     settings = recipe(context.config, name)
     size = settings.get("dataset_size")
-    names = ("batch_size", "lengths", "lengths_per_batch", "dataset_size", "curriculum",
-             "pad_probability", "pad_to", "truth")  # fmt: skip
+    names = (
+        "batch_size",
+        "lengths",
+        "lengths_per_batch",
+        "dataset_size",
+        "curriculum",
+        "pad_probability",
+        "pad_to",
+        "truth",
+    )
     form = replace(
         context.form(settings, kind),
         feedback=model.config.feedback != "none",
