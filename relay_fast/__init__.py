@@ -30,6 +30,7 @@ _PUBLIC = {
     "grow": "relay_fast.models.layer_stack",
     "GrowthSchedule": "relay_fast.models.layer_stack",
     "explain": "relay_fast.functional",
+    "warmup": "relay_fast.training.warmup",
     "engine": "relay_fast.engine",
     "functional": "relay_fast.functional",
 }
