@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast.batch.transfer import picklable, upload
 from relay_fast.kernels.attention_ref import Group, PaddedLayout
 from relay_fast.utils.numbers import as_int, is_bool
 
 GROUP_COST = 16_000  # cost of another attention group in score elements, measured on a CPU
 MAX_GROUPS = 6
+_INDICES = ("positions", "cu_seqlens", "last_rows")
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,26 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """Returns the plan on another device; its sorted order counts as the caller's."""
+        return self.with_indices(device, upload(self.indices(), device))
+
+    def indices(self) -> list[Tensor]:
+        """Returns the index tensors that every pass reads, for `with_indices`."""
+        return [getattr(self, name) for name in _INDICES]
+
+    def with_indices(self, device: torch.device | str, indices: Sequence[Tensor]) -> Plan:
+        """Returns the plan on a device; its sorted order counts as the caller's.
+
+        Args:
+            device: where the plan is wanted.
+            indices: what `indices` returned, on that device.
+        """
         positions = None if self._caller_positions is None else self.positions.cpu().numpy()
-        return Plan(self.lengths, self.loops, device, positions)
+        plan = Plan(self.lengths, self.loops, device, positions)
+        vars(plan).update(zip(_INDICES, indices, strict=True))  # cached properties
+        return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        return picklable(vars(self))
 
     def part(self, first: int, last: int) -> Plan:
         """Returns the plan of sequences first..last − 1."""
@@ -200,8 +221,10 @@ class Plan:
     @cached_property
     def tokens(self) -> Tensor:
         """(rows,) int64: the caller's token index of each row, a counter of the dropout masks."""
-        rows = np.arange(self.rows) if self.row_order is None else self.row_order
-        return self._tensor(rows, torch.int64)
+        if self.row_order is None:
+            with torch.inference_mode(False):
+                return torch.arange(self.rows, device=self.device)
+        return self._tensor(self.row_order, torch.int64)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -313,7 +336,7 @@ class _Paddings:
 
 @torch.inference_mode(False)
 def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
+    return upload([torch.from_numpy(np.ascontiguousarray(array)).to(dtype)], device)[0]
 
 
 def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:

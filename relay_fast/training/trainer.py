@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,7 +172,8 @@ class _Training:
         if graph:
             self.no_graph = graph_reason(self.model.device, self.optimizer)
         if self.no_graph:
-            return partial(take_step, self.model, self.optimizer, **options)
+            device = self.model.device
+            return lambda b: take_step(self.model, self.optimizer, b.to(device), **options)
         steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
         drawn = (self.stream[step].batch for step in sorted(set(steps.tolist())))
         capacity = Capacity.of(drawn, SLACK, SPREAD)
@@ -192,7 +192,7 @@ class _Training:
         try:
             for batch, longest_true in self._awaited(steps):
                 self.before_step(self.step, self.optimizer)
-                losses = self._train_step(batch.to(self.model.device))
+                losses = self._train_step(batch)
                 self.samples += len(batch)
                 _raise_to(self.longest_true, longest_true)
                 last = self.step == len(self.stream)
