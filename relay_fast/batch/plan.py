@@ -89,6 +89,7 @@ class Plan:
         self.state_offsets = (0, *np.cumsum(self.active_rows, dtype=np.int64).tolist())
         self._caller_positions = positions
         self._layouts: dict[tuple[int, int], PaddedLayout] = {}
+        self._active_to_caller: dict[int, Tensor] = {}
 
     def to(self, device: torch.device | str) -> Plan:
         """Returns the plan on another device; its sorted order counts as the caller's."""
@@ -214,9 +215,10 @@ class Plan:
     def active_to_caller(self, iteration: int) -> Tensor | None:
         """Returns (N_t,) int64 indices that put the rows of state t into the caller's relative
         order."""
-        if self.row_order is None:
-            return None
-        return self._tensor(np.argsort(self.row_order[: self.rows_at(iteration)]), torch.int64)
+        if self.row_order is not None and iteration not in self._active_to_caller:
+            index = np.argsort(self.row_order[: self.rows_at(iteration)])
+            self._active_to_caller[iteration] = self._tensor(index, torch.int64)
+        return self._active_to_caller.get(iteration)
 
     @cached_property
     def tokens(self) -> Tensor:

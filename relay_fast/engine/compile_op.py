@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
-from relay_fast.batch.plan import Plan, check_cu_seqlens, check_loops
+from relay_fast.batch.plan import check_cu_seqlens, check_loops
+from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.config import BlockConfig
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
@@ -49,12 +50,6 @@ def _parse(block: str) -> tuple[BlockConfig, list[str]]:
     return config, parameter_names(config)
 
 
-@lru_cache(maxsize=16)
-def _plan(lengths: bytes, loops: bytes, positions: bytes | None, device: torch.device) -> Plan:
-    array = lambda b: None if b is None else np.frombuffer(b, np.int64).copy()
-    return Plan(array(lengths), array(loops), device, array(positions))
-
-
 def _make_spec(
     x: Tensor,
     block: str,
@@ -76,10 +71,8 @@ def _make_spec(
     else:
         lengths = np.diff(check_cu_seqlens(cu_seqlens, len(x)))
     counts = check_loops(count if loops is None else loops, len(lengths))
-    where = None
-    if positions is not None:
-        where = np.ascontiguousarray(positions.cpu().numpy(), np.int64).tobytes()
-    plan = _plan(lengths.astype(np.int64).tobytes(), counts.tobytes(), where, x.device)
+    where = None if positions is None else positions.cpu().numpy()
+    plan = cached_plan(lengths, counts, x.device, where)
     check_max_loops(config, plan)
     ops = select(impl, x.device)
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import (
 )
 
 from relay_fast.batch.plan import Plan, RowRange, check_cu_seqlens, check_floating, check_loops
+from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.engine.loop import run_loop
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.retained_graphs import find_retained_graphs
@@ -116,9 +117,9 @@ def loop(
 def _make_plan(x: Tensor, loops, cu_seqlens) -> Plan:
     """Builds the plan; a whole sequence of a padded batch counts as one row."""
     if cu_seqlens is None:
-        return Plan(np.ones(len(x), np.int64), check_loops(loops, len(x)), x.device)
+        return cached_plan(np.ones(len(x), np.int64), check_loops(loops, len(x)), x.device)
     lengths = np.diff(check_cu_seqlens(cu_seqlens, len(x)))
-    return Plan(lengths, check_loops(loops, len(lengths)), x.device)
+    return cached_plan(lengths, check_loops(loops, len(lengths)), x.device)
 
 
 def _check_rows(per_row: Mapping[str, object], rows: int, device: torch.device) -> None:

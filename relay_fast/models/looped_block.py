@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
+from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.config import BlockConfig, tell_hub
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.compile_op import describe, skip_frame
@@ -308,7 +309,7 @@ class LoopedBlock(nn.Module):
         flat = _flat_positions(positions, x.shape)
         if flat is not None:
             flat = flat.cpu().numpy()
-        return Plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
+        return cached_plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
 
 
 def _check_devices(device: torch.device, named: dict[str, Tensor]) -> None:

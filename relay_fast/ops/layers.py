@@ -173,7 +173,7 @@ def attention(
         )
     if not isinstance(cu_seqlens, Tensor):
         cu_seqlens = torch.as_tensor(cu_seqlens, device="cpu")
-    tensors = {"qkv": qkv, "cu_seqlens": cu_seqlens}
+    tensors = {"qkv": qkv, "cu_seqlens": cu_seqlens.cpu()}  # read once, for both passes
     return _call("attention", tensors, impl, heads=heads, kv_heads=kv_heads, causal=causal)
 
 
