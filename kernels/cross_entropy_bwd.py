@@ -53,7 +53,7 @@ def _cross_entropy_bwd_kernel(
     base = program * BLOCK_M
     inside = tl.arange(0, BLOCK_D)
     if base >= M:
-        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, False)
         return
     at = base + tl.arange(0, BLOCK_M)
     row_mask = at < M
@@ -94,7 +94,7 @@ def _cross_entropy_bwd_kernel(
     x_hat, rstd = normalize(
         load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D), inside, D, EPS, IS_LAYER
     )
-    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, False)
     dh = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
     tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
 

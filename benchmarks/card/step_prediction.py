@@ -122,7 +122,7 @@ def again_from_l2(name: str, arguments: Mapping[str, Any]) -> float:
         return 0.0
     weights = [
         v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 2
-        and (k.endswith("weight_ptr") or k == "head_ptr")
+        and (k == "head_ptr" or k.endswith("weight_ptr") and not k.startswith(("dnorm", "dw")))
     ]  # fmt: skip
     read = (cdiv(a.M, a.BLOCK_M) - 1) * sum(w.nbytes for w in weights)
     if name.startswith("_linear_residual"):

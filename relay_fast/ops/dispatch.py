@@ -29,6 +29,7 @@ from relay_fast.kernels.cross_entropy_ref import (
 from relay_fast.kernels.linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
 from relay_fast.kernels.mlp_ref import mlp_bwd_ref, mlp_fwd_ref
 from relay_fast.kernels.norm_linear_ref import norm_linear_bwd_ref, norm_linear_fwd_ref
+from relay_fast.kernels.norm_ref import norm_fwd_ref, norm_grads_ref
 from relay_fast.kernels.supports import (
     Unsupported,
     activation_reason,
@@ -51,6 +52,8 @@ class Ops(NamedTuple):
     such kernel.
     """
 
+    norm_fwd: Callable
+    norm_bwd: Callable
     norm_linear_fwd: Callable
     norm_linear_bwd: Callable
     attention_fwd: Callable
@@ -68,6 +71,8 @@ class Ops(NamedTuple):
 
 
 REFERENCE = Ops(
+    norm_fwd_ref,
+    norm_grads_ref,
     norm_linear_fwd_ref,
     norm_linear_bwd_ref,
     attention_fwd_ref,
@@ -145,10 +150,13 @@ def _triton_ops() -> Ops:
     from relay_fast.kernels.loop import loop_fwd
     from relay_fast.kernels.mlp import mlp_fwd
     from relay_fast.kernels.mlp_bwd import mlp_bwd
+    from relay_fast.kernels.norm import norm_bwd, norm_fwd
     from relay_fast.kernels.norm_linear import norm_linear_bwd, norm_linear_fwd
     from relay_fast.kernels.weight_grad import weight_grad
 
     ops = Ops(
+        norm_fwd,
+        norm_bwd,
         norm_linear_fwd,
         norm_linear_bwd,
         attention_fwd,

@@ -43,8 +43,10 @@ def test_waves_and_the_share_of_the_ceiling() -> None:
 def test_what_is_read_again() -> None:
     new = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
     up = {"up_weight_ptr": new(32, 8), "norm_weight_ptr": new(8), "x_ptr": new(100, 8)}
+    up["down_weight_ptr"] = new(8, 32)
+    up["dnorm_weight_ptr"] = new(7, 8)  # written, not read
     # Seven blocks of 16 rows read the weight; the first read is not again.
-    assert again_from_l2("_mlp_fwd_kernel", up | {"M": 100, "BLOCK_M": 16}) == 6 * 2 * 32 * 8
+    assert again_from_l2("_mlp_fwd_kernel", up | {"M": 100, "BLOCK_M": 16}) == 6 * 2 * 2 * 32 * 8
     rows = {"a_ptr": new(100, 4), "weight_ptr": new(8, 4), "M": 100, "BLOCK_M": 64}
     found = again_from_l2("_linear_residual_fwd_kernel", rows | {"column_blocks": 3})
     assert found == 2 * 8 * 4 + 2 * 2 * 100 * 4
