@@ -274,5 +274,10 @@ def arguments(description: str, default_csv: str) -> argparse.ArgumentParser:
     return parser
 
 
+def comma_separated(kind: Callable[[str], object]) -> Callable[[str], list]:
+    """The type of a flag that takes several values, like 0,1,2."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
 def chosen_dtype(args: argparse.Namespace) -> torch.dtype:
     return DTYPES[args.dtype or ("bf16" if args.device == "cuda" else "fp32")]

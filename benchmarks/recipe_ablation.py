@@ -1,6 +1,6 @@
 """What each choice of a recipe is worth, at a small scale.
 
-The looped model of preset `cpu`, with one choice taken back at a time:
+The looped model of preset `cpu-latent`, noise on its state, with one choice taken back at a time:
 
     python benchmarks/recipe_ablation.py [--work 3e6] [--seeds 0 1] [--only base no_curriculum]
 
@@ -8,6 +8,12 @@ One row a training, written as it ends: the share of chains right at the longest
 beyond it, and the mean over all trained lengths. Every training gets the same work in
 token-iterations and never sees a problem longer than its range. The same command goes on with the
 trainings that the CSV does not hold yet, and draws all that it holds.
+
+With --task it is the search of the recipes for rounds fed back as tokens, one task at a time
+(`benchmarks/recipe_search.py`):
+
+    python benchmarks/recipe_ablation.py --task edit_distance [--variants base,no_cut] [--seeds 0,1]
+        [--scale 0.4]
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import common  # noqa: E402
+from benchmarks import common, recipe_search  # noqa: E402
 from relay_fast.relay.evaluation import evaluate_looped  # noqa: E402
 from relay_fast.relay.presets import load_preset, override  # noqa: E402
 from relay_fast.relay.stages import Context, run_stage  # noqa: E402
@@ -33,6 +39,8 @@ from relay_fast.reporting.plots import new_figure  # noqa: E402
 
 TASK, STAGE = "arithmetic", "looped_aligned"
 Config = dict[str, Any]
+# The base of the rows that the CSV holds, whatever the preset has learned from them.
+BASE = ["model.looped.state_noise=0.1"]
 
 
 def _without(*keys: str) -> Callable[[Config], None]:
@@ -88,7 +96,7 @@ CHANGES: dict[str, Callable[[Config], None]] = {
 
 def trained(name: str, work: float, seed: int, problems: int) -> dict[str, float]:
     """Chains right after the training `name`."""
-    config = override(load_preset("cpu"), seed=seed)
+    config = override(load_preset("cpu-latent"), seed=seed, values=BASE)
     config["stages"][STAGE]["token_iterations"] = work
     CHANGES[name](config)
     with tempfile.TemporaryDirectory() as folder:
@@ -140,16 +148,39 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: list[str] | None = None) -> list[dict[str, object]]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=float, default=3e6, help="token-iterations a training (3e6)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=common.comma_separated(int), nargs="+", default=[[0]])
     parser.add_argument("--only", nargs="+", choices=CHANGES, default=list(CHANGES))
     parser.add_argument("--problems", type=int, default=500, help="problems a length (500)")
-    parser.add_argument("--csv", type=Path, default=common.RESULTS / "recipe_ablation.csv")
+    parser.add_argument("--csv", type=Path, help="file of the rows, by default the one in results")
+    search = parser.add_argument_group("search of the recipes with feedback")
+    search.add_argument("--task", choices=recipe_search.PRESETS)
+    search.add_argument("--variants", type=common.comma_separated(str), help="default all")
+    search.add_argument("--scale", type=float, default=1.0, help="share of the preset's work (1)")
+    search.add_argument("--show", action="store_true", help="only print the variants' settings")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, object]]:
+    parser = _parser()
     args = parser.parse_args(argv)
+    seeds = [seed for several in args.seeds for seed in several]
+    if args.task is not None:
+        path = args.csv or recipe_search.ROWS
+        try:
+            if args.show:
+                print(recipe_search.shown(args.task, args.variants))
+                return []
+            return recipe_search.search(
+                args.task, args.variants, seeds, args.scale, args.problems, path
+            )
+        except ValueError as error:
+            parser.error(str(error))
+    args.csv = args.csv or common.RESULTS / "recipe_ablation.csv"
     rows = []
-    for seed in args.seeds:
+    for seed in seeds:
         for name in args.only:
             row = {"change": name, "seed": seed, "token_iterations": f"{args.work:g}",
                    "problems": args.problems}  # fmt: skip

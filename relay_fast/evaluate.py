@@ -70,6 +70,7 @@ def evaluate_run(
         "config": config,
         "seed": seed,
         "versions": versions(device),
+        "labels": {name: {"title": t.title, "unit": t.unit} for name, t in tasks.items()},
         "train_lengths": {name: config["tasks"][name]["train"] for name in tasks},
         "complete": False,
         "accuracy": {},
@@ -77,7 +78,7 @@ def evaluate_run(
     folder.check_writable()  # whatever can be refused comes before the lock, which is a file
     loaded = {name: load_run_model(run, name, device) for name in names}
     draw = partial(evaluation_problems, [*loaded.values()], number=number, seed=seed)
-    problems = {n: draw(task, lengths or _all_lengths(config, n)) for n, task in tasks.items()}
+    problems = {n: draw(task, lengths or _all_lengths(config, task)) for n, task in tasks.items()}
     folder = open_run(run, write=True)
     for name, model in loaded.items():
         started, options = time.monotonic(), {}
@@ -92,10 +93,10 @@ def evaluate_run(
     return results
 
 
-def _all_lengths(config: Mapping[str, Any], task: str) -> range:
+def _all_lengths(config: Mapping[str, Any], task: Task) -> list[int]:
     """Returns the lengths from the shortest trained to the longest tested one."""
-    entry = config["tasks"][task]
-    return range(entry["train"][0], entry["test"][1] + 1)
+    entry = config["tasks"][task.name]
+    return task.lengths_between(entry["train"][0], entry["test"][1]).tolist()
 
 
 def _trained_models(run: str) -> list[str]:
@@ -162,7 +163,7 @@ def _main(a: argparse.Namespace) -> int:
         return 130
     from relay_fast.reporting.tables import print_report
 
-    print_report(results, metrics=("answer", "chain", "bit"))
+    print_report(results, metrics=("answer", "chain", "bit", "answer_once"))
     print(f"results: {file}")
     return 0
 

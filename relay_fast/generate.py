@@ -1,13 +1,17 @@
 """Prints chains of a trained model, writes datasets of them and shows such datasets.
 
-Its three forms:
+Its four forms:
 
     python -m relay_fast.generate --out RUN --task arithmetic --length 12 --number 5
     python -m relay_fast.generate --out RUN --task arithmetic --lengths 1-25 --number 100000
         --dataset DIR
+    python -m relay_fast.generate --out RUN --task arithmetic --lengths 11-14 --number 1000
+        --export chains.jsonl --format sft
     python -m relay_fast.generate --show DIR
 
-The same command continues an interrupted dataset.
+The same command continues an interrupted dataset. An export is text for other programs; with
+--dataset beside it, it is made of that dataset (and need not begin anew), with --show of an old
+one.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from relay_fast.decoding.chains import (
     parse_chains,
 )
 from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.relay import filter_metrics
+from relay_fast.relay import export, filter_metrics
 from relay_fast.relay.chain_dataset import (
     SHARD_CHAINS,
     ChainDataset,
@@ -36,12 +40,16 @@ from relay_fast.relay.chain_dataset import (
     read_manifest,
     write_dataset,
 )
+from relay_fast.relay.chain_parts import chain_parts
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolderError
 from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
-from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
+from relay_fast.tasks import NO_ANSWER, Samples, Task
+from relay_fast.tasks.base import matches
+from relay_fast.tasks.samples import tasks_present
+from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import Model, load_run_model, run_tasks
 from relay_fast.utils.cores import limit_threads
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
@@ -55,7 +63,11 @@ CHECKS = {"self": "self", "task": "task", "none": None}
 
 
 def chain_text(
-    task: Task, problem: np.ndarray, rounds: Sequence[Sequence[int]] | None, answer: int
+    task: Task,
+    problem: np.ndarray,
+    rounds: Sequence[Sequence[int]] | None,
+    answer: int,
+    truth: tuple[Sequence[Sequence[int]], int] | None = None,
 ) -> str:
     """Formats a problem, its rounds with ✓ or ✗ at each, and its answer.
 
@@ -64,20 +76,25 @@ def chain_text(
         problem: Token ids of the problem.
         rounds: Token ids of each round; None for a model that writes answers only.
         answer: Token id of the answer, NO_ANSWER if none can be read.
+        truth: The true rounds and answer, by default those of the task's solver; a task without
+            one gets no marks.
     """
-    truth, true_answer = task.solve(problem)
-    lines = [task.decode(problem)]
+    lines, read = [task.decode(problem)], [] if rounds is None else rounds
+    given = "(none)" if answer == NO_ANSWER else task.answer_text(read, answer)
+    if truth is None and not task.solves:
+        lines += [f"    {task.decode(r) or '(nothing)'}" for r in read]
+        return "\n".join([*lines, f"  answer {given}"])
+    truth, true_answer = task.solve(problem) if truth is None else truth
     if rounds is not None:
         texts = [task.decode(r) or "(nothing)" for r in rounds]
         texts += ["(no round)"] * (len(truth) - len(rounds))
-        for k, correct in enumerate(task.check(problem, rounds)):
+        for k, correct in enumerate(matches(truth, rounds)):
             wanted = task.decode(truth[k]) if k < len(truth) else "no further round"
             lines.append(
                 f"  {_mark(correct)} {texts[k]}" + ("" if correct else f"   expected {wanted}")
             )
-    expected = task.decode([true_answer])
-    given = "(none)" if answer == NO_ANSWER else task.decode([answer])
-    correct = answer == true_answer
+    expected = task.answer_text(truth, true_answer) if rounds else task.decode([true_answer])
+    correct = answer == true_answer and (given == expected or not rounds)
     mark = _mark(correct)
     lines.append(f"  answer {given} {mark}" + ("" if correct else f" expected {expected}"))
     return "\n".join(lines)
@@ -98,13 +115,15 @@ def _print_chains(model: Model, task: Task, problems: Samples) -> None:
     writes_chains = not looped or model.supervise == "chain"
     for i in range(len(problems)):
         rounds = written.rounds_of(i) if writes_chains else None
-        print(chain_text(task, problems.problem_of(i), rounds, int(written.answer[i])) + "\n")
-    correct = int((written.answer == problems.answer).sum())
+        truth = problems.rounds_of(i), int(problems.answer[i])
+        answer = int(written.answer[i])
+        print(chain_text(task, problems.problem_of(i), rounds, answer, truth) + "\n")
+    same = written.answer == problems.answer
+    correct = int((same_answers(written, problems, tasks) if writes_chains else same).sum())
     parts = [f"{correct} of {len(problems)} answers right"]
     if writes_chains:
         chains = [
-            all(task.check(problems.problem_of(i), written.rounds_of(i)))
-            for i in range(len(problems))
+            all(matches(problems.rounds_of(i), written.rounds_of(i))) for i in range(len(problems))
         ]
         parts.insert(0, f"{sum(chains)} of {len(problems)} chains right")
     if unended:
@@ -123,7 +142,9 @@ def _print_some(a: argparse.Namespace) -> None:
 
 
 def _write(a: argparse.Namespace) -> None:
-    """Writes a dataset of chains (`--dataset`)."""
+    """Writes a dataset of chains (`--dataset`), text of chains (`--export`), or both."""
+    if a.export is not None:
+        export.check_export(a.export, a.format)
     model, tasks, _ = _load(a)
     limit = model.config.max_tokens
     chosen = parse_lengths(a.lengths)
@@ -136,28 +157,53 @@ def _write(a: argparse.Namespace) -> None:
     numbers = np.full(len(lengths), a.number // len(lengths))
     numbers[: a.number % len(lengths)] += 1
     counts = dict(zip(lengths.tolist(), numbers.tolist(), strict=True))
-    print(f"{a.model} writes {a.number} chains of {a.task} into {a.dataset}", flush=True)
+    print(
+        f"{a.model} writes {a.number} chains of {a.task} into {a.dataset or a.export}", flush=True
+    )
     started = time.monotonic()
     with Display() as display:
         display.start(a.model)
-        manifest = write_dataset(
-            a.dataset, model, tasks, {a.task: counts}, seed=a.seed, verify=CHECKS[a.verify],
-            shard_chains=a.shard, progress=lambda *done: display.progress(a.model, Problems(*done)),
-        )  # fmt: skip
+        options = {"seed": a.seed, "verify": CHECKS[a.verify]}
+        options["progress"] = lambda *done: display.progress(a.model, Problems(*done))
+        wanted = {a.task: counts}
+        if a.dataset is None:
+            parts = chain_parts(model, tasks, wanted, part_chains=a.shard, **options)
+            exported = export.export_chains(a.export, parts, tasks, a.format)
+        else:
+            manifest = write_dataset(
+                a.dataset, model, tasks, wanted, shard_chains=a.shard, **options
+            )
         display.finish(a.model, time.monotonic() - started)
-    print(_summary(a.dataset, manifest))
+    if a.dataset is None:
+        print(_exported(a, exported))
+    else:
+        print(_summary(a.dataset, manifest))
+        if a.export is not None:
+            _export_folder(a, a.dataset, tasks)
+
+
+def _export_folder(a: argparse.Namespace, folder: str, tasks: dict[str, Task]) -> None:
+    """Writes the chains of a dataset as text."""
+    parts = ChainDataset(folder, only_passed=False, unfinished=True).parts()
+    print(_exported(a, export.export_chains(a.export, parts, tasks, a.format)))
+
+
+def _exported(a: argparse.Namespace, counts: tuple[int, int]) -> str:
+    return f"{a.export}: {counts[0]} chains as {a.format}, {counts[1]} of them passed"
 
 
 def _show(a: argparse.Namespace) -> None:
     """Prints some chains of a dataset and its counts (`--show`)."""
     manifest = read_manifest(a.show)
     tasks = dataset_tasks(manifest)
+    if a.export is not None:
+        return _export_folder(a, a.show, tasks)
     chains = ChainDataset(a.show, only_passed=False, unfinished=True)
     rng = np.random.default_rng(a.seed)
     chosen = np.sort(rng.permutation(len(chains))[: a.number])
     for i in chosen.tolist():
         chain = chains[i]
-        task = tasks[TASK_NAMES[chain.task[0]]]
+        task = tasks_present(chain.task, tasks)[int(chain.task[0])]
         rounds, answer = chain.rounds_of(0), int(chain.answer[0])
         print(f"{task.name} of length {chain.length[0]}, chain {i}")
         print(chain_text(task, chain.problem_of(0), rounds, answer) + "\n")
@@ -199,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", metavar="A-B", help="complexities of the chains to write")
     parser.add_argument("--dataset", metavar="DIR", help="the folder to write chains into")
     parser.add_argument("--show", metavar="DIR", help="print what a folder of chains holds")
+    parser.add_argument("--export", metavar="FILE", help="write chains as text, one JSON a line")
+    parser.add_argument(
+        "--format",
+        choices=export.FORMATS,
+        default="rounds",
+        help="of --export: problem, rounds and answer (rounds), or prompt and completion (sft)",
+    )
     parser.add_argument("--number", type=int, default=5, help="how many chains, in all (5)")
     parser.add_argument(
         "--model", default="looped_aligned", help=f"one of {', '.join(MODEL_NAMES)}"
@@ -227,13 +280,14 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
         return _show
     if a.out is None or a.task is None:
         raise ValueError("give --out RUN and --task, or --show DIR.")
-    if a.dataset is not None:
+    if a.dataset is not None or a.export is not None:
         if a.number > MOST_WRITTEN:
             raise ValueError(
                 f"--number is {a.number}; at most {MOST_WRITTEN} chains go into a folder."
             )
         if a.lengths is None:
-            raise ValueError("--dataset needs --lengths, for example --lengths 1-25.")
+            option = "--export" if a.dataset is None else "--dataset"
+            raise ValueError(f"{option} needs --lengths, for example --lengths 1-25.")
         return _write
     if a.number > MOST_PRINTED:
         raise ValueError(

@@ -16,12 +16,15 @@ from typing import Any
 from relay_fast.ops.dispatch import select
 from relay_fast.relay.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.relay.presets import load_preset, override, preset_names
+from relay_fast.relay.presets.own import config_text, read_config, resolved
 from relay_fast.relay.presets.saved import refuse_foreign
 from relay_fast.relay.presets.schema import RunConfig
 from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
 from relay_fast.relay.stages import STAGE_DEPENDENCIES, Context
 from relay_fast.reporting.progress import Display
 from relay_fast.reporting.terminal import draw_all, lenient_output, refused
+from relay_fast.tasks import TextTask
+from relay_fast.tasks.references import refuse_while_loading
 from relay_fast.training.model_files import check_device
 from relay_fast.utils.deprecation import renamed_keywords
 from relay_fast.utils.errors import RunStopped
@@ -40,17 +43,19 @@ def train(
     impl: str = "auto",
     minutes: float | None = None,
     print_table: bool = True,
+    tasks: Sequence[TextTask] = (),
 ) -> dict[str, Any]:
     """Runs RELAY, or some of its stages, in the run folder `out`; continues an interrupted run.
 
     Args:
-        config: A preset of `relay_fast.relay.presets`, overridden or not.
+        config: A preset of `relay_fast.relay.presets`, overridden or not, or a config of one's own.
         out: The run folder.
         stages: The stages to run, with their dependencies; by default all.
         device: "cpu" or a CUDA device.
         impl: Implementation of the kernels: "auto", "triton" or "torch".
         minutes: Time limit, by default none.
         print_table: Print the table and draw the plots at the end.
+        tasks: Tasks of one's own, each named in `config["tasks"]`.
 
     Returns:
         The content of results.json.
@@ -63,12 +68,15 @@ def train(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
+    refuse_while_loading()
     names = with_needs(STAGE_DEPENDENCIES if stages is None else stages)
     check_device(device)
-    prove(config, device, impl)
+    config = resolved(config, tasks)
+    context = prove(config, device, impl)
     refuse_foreign(out)
     folder = RunFolder(out, config)
-    call = _Call(folder, device)
+    call = _Call(folder, device, context.labels)
+    _report_data(folder, context.data)
     try:
         with Display() as display:
             run_pipeline(
@@ -83,8 +91,17 @@ def train(
     return results
 
 
-def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") -> None:
-    """Checks a config before anything is written.
+def _report_data(folder: RunFolder, data: Mapping[str, Mapping[str, int]]) -> None:
+    """Prints counts of the records that tasks are trained and tested on, and keeps them."""
+    for name, counts in data.items():
+        shown = ", ".join(f"{key.replace('_', ' ')} {n:,}" for key, n in counts.items())
+        print(f"records of {name}: {shown}", flush=True)
+    if data:
+        folder.update_results({"data": {name: dict(counts) for name, counts in data.items()}})
+
+
+def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") -> Context:
+    """Checks a config before anything is written; returns the run as its stages see it.
 
     Args:
         config: The config of a run.
@@ -99,7 +116,9 @@ def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") ->
         select(impl, device)
     except RuntimeError as error:
         raise ValueError(f"impl = {impl!r} cannot run on device {device!r}: {error}") from error
-    Context(Path(), config, device, impl).prove()
+    context = Context(Path(), config, device, impl)
+    context.prove()
+    return context
 
 
 class _Call:
@@ -108,8 +127,8 @@ class _Call:
     A call that has nothing to do is not recorded.
     """
 
-    def __init__(self, folder: RunFolder, device: str):
-        self.folder, self.began = folder, time.monotonic()
+    def __init__(self, folder: RunFolder, device: str, labels: Mapping[str, Any]):
+        self.folder, self.labels, self.began = folder, labels, time.monotonic()
         self.versions = versions(device)
         self.before = folder.results().get("calls", [])
         self.call: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -138,6 +157,7 @@ class _Call:
                 "config": config,
                 "seed": config["seed"],
                 "versions": self.versions,
+                "labels": self.labels,
                 "train_lengths": {name: task["train"] for name, task in config["tasks"].items()},
                 "calls": calls,
                 "seconds": {"total": round(sum(call["seconds"] for call in calls), 1)},
@@ -163,8 +183,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"settings (--set KEY=VALUE), as in a preset:\n{described_text(RunConfig)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", default="cpu", help=f"one of {', '.join(preset_names())}")
-    parser.add_argument("--out", required=True, metavar="RUN", help="the run folder")
+    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (cpu)")
+    parser.add_argument("--config", metavar="FILE", help="a TOML file instead of a preset")
+    parser.add_argument("--out", metavar="RUN", help="the run folder")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print all settings of the run, as TOML"
+    )
     parser.add_argument("--tasks", help="comma-separated, default all of the preset")
     parser.add_argument("--stages", help="comma-separated, default all; with dependencies")
     parser.add_argument("--steps", type=int, help="steps of every training stage")
@@ -202,10 +226,23 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else text.split(",")
 
 
+def _chosen_config(a: argparse.Namespace) -> dict[str, Any]:
+    """Reads the preset or the file. Raises ValueError if both are given, or no run folder."""
+    if a.out is None and not a.print_config:
+        raise ValueError("give --out RUN, or --print-config")
+    if a.config is None:
+        return load_preset(a.preset or "cpu")
+    if a.preset is not None:
+        raise ValueError(
+            f"give --preset or --config; {a.config} names the preset that it changes as base"
+        )
+    return read_config(a.config)
+
+
 def _main(a: argparse.Namespace) -> int:
     try:
         config = override(
-            load_preset(a.preset),
+            _chosen_config(a),
             tasks=_names(a.tasks),
             steps=a.steps,
             batch_size=a.batch_size,
@@ -214,6 +251,9 @@ def _main(a: argparse.Namespace) -> int:
             scale=a.scale,
             values=a.values,
         )
+        if a.print_config:
+            print(config_text(resolved(config)), end="")
+            return 0
         stages = _names(a.stages)
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
         options["print_table"] = not a.no_report

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -27,15 +27,18 @@ import torch
 from torch import nn
 
 from benchmarks import common
-from benchmarks.card.profile import ARCH, traced
+from benchmarks.card.profile import ARCH, LAUNCH, traced
 from benchmarks.card.table import markdown
 from benchmarks.kernel_costs import CARDS
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
+from relay_fast.data.feedback import collate_next
 from relay_fast.data.streams import TruthStream
 from relay_fast.decoding.step import LENGTH_STEP
-from relay_fast.relay.presets import load_preset, recipe
+from relay_fast.relay.presets import load_preset, override, recipe
 from relay_fast.relay.stages import Context
+from relay_fast.tasks import Written
+from relay_fast.training.cuda_graph import PART_TOKENS
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import CAPACITY_BATCHES, SLACK, SPREAD
 from relay_fast.utils.files import replacing
@@ -50,6 +53,7 @@ BEGIN = 20.0  # seconds until a stage's first step: process, CUDA, compiled kern
 
 PLACES = 5  # of the curriculum that are traced
 EXAMPLES = 16  # problems a length that sizes are taken from
+ALIGNED = "looped_aligned"
 SCRATCH = {
     "looped_aligned": "looped", "looped_vanilla": "looped", "ar_baseline": "autoregressive",
 }  # fmt: skip
@@ -82,14 +86,24 @@ def stream_of(context: Context, stage: str) -> TruthStream:
     options = {name: settings[name] for name in names if name in settings}
     if stage not in SCRATCH:
         options["curriculum"] = 0.0
+    form = context.form(settings, KIND[stage])
+    if fed(context, stage):
+        form = replace(form, feedback=True, draws=context.draws(stage))
+        options.pop("pad_probability", None)
     return TruthStream(
         context.tasks,
         context.ranges,
-        context.form(settings, KIND[stage]),
+        form,
         Schedule.by_steps(settings["steps"]),
         seed=1,
         **options,
     )
+
+
+def fed(context: Context, stage: str) -> bool:
+    """Whether the stage's iterations are fed true rounds, so that they train side by side."""
+    config = context.model_config("looped", "chain" if stage == ALIGNED else "answer")
+    return stage == ALIGNED and config.feedback != "none" and not config.carry_state
 
 
 def training(context: Context, stage: str) -> Training:
@@ -98,32 +112,49 @@ def training(context: Context, stage: str) -> Training:
     for module in model.modules():
         if isinstance(module, nn.Linear):  # as autocast casts them, once a step
             module.to(torch.bfloat16)
-    model = model.to("meta")
+    model, side_by_side = model.to("meta"), stream.form.side_by_side
 
     def trace(batch: PackedBatch):
         with traced() as seen:
-            model.loss(batch.to("meta")).loss.backward()
+            for part in batch.parts(PART_TOKENS["cuda"]):
+                model.loss(part.to("meta")).loss.backward()
         return list(seen.parts.values())
 
-    drawn = np.linspace(0, steps - 1, CAPACITY_BATCHES).astype(int).tolist()
-    capacity = Capacity.of((stream[i].batch for i in drawn), SLACK, SPREAD)
-    with traced() as graph:
-        model.loss(CapacityBatch(capacity, "meta").batch).loss.backward()
-    nodes = sum(part.launches for part in graph.parts.values())
-    fixed, growth = NODE * nodes + HOST[KIND[stage]], stream.curriculum
-    fixed += MUON * ("muon_lr" in recipe(context.config, stage))
-    places = [growth * (k + 0.5) / PLACES for k in range(PLACES)] if growth else []
-    growing = [fixed + sum(p.waves for p in trace(stream[int(x * steps)].batch)) for x in places]
+    def seconds(parts) -> float:
+        """On the card; without a graph no sooner than the host has launched all of it."""
+        work = sum(part.waves for part in parts)
+        return max(work, LAUNCH * sum(part.launches for part in parts)) if side_by_side else work
+
+    fixed = HOST[KIND[stage]] + MUON * ("muon_lr" in recipe(context.config, stage))
     last = stream[steps - 1].batch
     parts = trace(last)
-    longest = fixed + sum(part.waves for part in parts)
+    if side_by_side:
+        nodes = sum(part.launches for part in parts)
+        held = min(last.plan.token_iterations, PART_TOKENS["cuda"])
+    else:
+        drawn = np.linspace(0, steps - 1, CAPACITY_BATCHES).astype(int).tolist()
+        capacity = Capacity.of((stream[i].batch for i in drawn), SLACK, SPREAD)
+        with traced() as graph:
+            model.loss(CapacityBatch(capacity, "meta").batch).loss.backward()
+        nodes = sum(part.launches for part in graph.parts.values())
+        fixed, held = fixed + NODE * nodes, capacity.token_iterations
+    growth = stream.curriculum
+    places = [growth * (k + 0.5) / PLACES for k in range(PLACES)] if growth else []
+    growing = [fixed + seconds(trace(stream[int(x * steps)].batch)) for x in places]
+    longest = fixed + seconds(parts)
     mean = growth * float(np.mean(growing or [0.0])) + (1 - growth) * longest
-    policy = context.config["training"]["recompute"]
-    memory = peak_bytes(policy) * capacity.token_iterations
+    memory = peak_bytes(context.config["training"]["recompute"]) * held
     flops = sum(part.flops for part in parts)
     return Training(
         stage, len(last), steps, last.plan.token_iterations, flops, longest, mean, nodes, memory
     )
+
+
+def latent(context: Context) -> Context:
+    """The same run with the latent loop, its iterations one after another, in one CUDA graph."""
+    values = ["model.looped.feedback=none", "stages.looped_aligned.graph=true"]
+    config = override(context.config, values=values)
+    return Context(Path("nowhere"), config, "cpu", "triton")
 
 
 def peak_bytes(policy: str) -> float:
@@ -154,15 +185,33 @@ class Writing:
     tokens: float = 0.0
     autoregressive: float = 0.0
     looped: float = 0.0
+    inputs: float = 0.0  # of a model that is fed its rounds: made on the host
+
+
+def inputs_per_second(context: Context, name: str) -> float:
+    """Tokens of what a model that is fed its rounds sees, made on one core of this machine."""
+    task, length = context.tasks[name], context.ranges[name][1]
+    problems = task.sample(np.full(8 * EXAMPLES, length), 7)
+    written, owner = Written.truth(problems), np.arange(len(problems))
+    tokens = 0
+    collate_next(written, context.tasks, owner, np.zeros_like(owner))
+    began = time.process_time()
+    for before in range(task.loops(length)):
+        batch = collate_next(written, context.tasks, owner, np.full_like(owner, before))
+        tokens += batch.plan.rows
+    return tokens / (time.process_time() - began)
 
 
 def writing(context: Context, wanted: Iterable[tuple[str, int, int]]) -> Writing:
     """Of so many chains (task, length, number).
 
     autoregressive: every step reads the cache, as long as the sequence's end, in fp32; looped:
-    forward FLOPs.
+    forward FLOPs; inputs: each token of each iteration is made on one core.
     """
-    c, card, total = context.new_model("looped").config.block, CARDS[ARCH], Writing()
+    c, card, total = context.model_config("looped").block, CARDS[ARCH], Writing()
+    rates = (
+        {n: inputs_per_second(context, n) for n in context.tasks} if fed(context, ALIGNED) else {}
+    )
     position = 2 * 4 * c.n_layers * c.kv_heads * c.head_dim  # bytes of the cache
     linear = 2 * c.n_layers * (c.d_model * (4 * c.d_model) + 2 * c.d_model * c.hidden)
     for name, length, number in wanted:
@@ -172,7 +221,9 @@ def writing(context: Context, wanted: Iterable[tuple[str, int, int]]) -> Writing
         )
         tokens, ends = sizes - prompts, -(-sizes // LENGTH_STEP) * LENGTH_STEP
         reads = float((tokens * ends).mean()) * position / (card.bandwidth * ROWS_AT_WORK)
-        work = float((prompts * problems.loops).mean()) * linear / (card.flops_fp32 * FP32_SHARE)
+        seen = float((prompts * problems.loops).mean())
+        work = seen * linear / (card.flops_fp32 * FP32_SHARE)
+        total.inputs += number * seen / rates[name] if rates else 0.0
         total.chains += number
         total.tokens += number * float(tokens.mean())
         total.autoregressive += number * reads
@@ -253,11 +304,11 @@ def training_table(context: Context, trained: dict[str, Training]) -> str:
 
 
 def writing_table(written: dict[str, Writing]) -> str:
-    columns = ("what", "chains", "tokens, M", "autoregressive, s", "looped, s")
+    columns = ("what", "chains", "tokens, M", "autoregressive, s", "looped, s", "its inputs, s")
     rows = [
         (
             what, f"{w.chains:,}", f"{w.tokens / 1e6:.0f}", f"{w.autoregressive:.0f}",
-            f"{w.looped:.0f}",
+            f"{w.looped:.0f}", f"{w.inputs:.0f}",
         )
         for what, w in written.items()
     ]  # fmt: skip
@@ -270,7 +321,7 @@ def page(results: dict | None = None) -> str:
     trained = {stage: training(context, stage) for stage in KIND}
     written, phases = sets(context), 5
     whole = stages(trained, written, phases)
-    card, t = CARDS[ARCH], trained["looped_aligned"]
+    card, t = CARDS[ARCH], trained[ALIGNED]
     return (
         "# What `paper-fast` should take on an H200\n\n"
         "**Predictions, none measured on a card.** Made by `python -m benchmarks.card.predict`. "
@@ -288,14 +339,34 @@ def page(results: dict | None = None) -> str:
         f"*headroom*: {context.config['data_workers']} workers over what the step takes.\n\n"
         f"The looped model's longest step does {t.flops / 1e12 / t.longest:.0f} TFLOP/s, "
         f"{t.flops / t.longest / card.flops_16_bit:.0%} of the peak.\n\n"
-        "## Writing chains\n\n"
+        + (side_by_side(context, t) if fed(context, ALIGNED) else "")
+        + "## Writing chains\n\n"
         + writing_table(written)
         + "\nAutoregressive: every step reads the keys and values of its rows in fp32, "
-        f"{ROWS_AT_WORK:.0%} of them at work. Looped: FLOPs at {FP32_SHARE:.0%} of the fp32 peak.\n"
+        f"{ROWS_AT_WORK:.0%} of them at work. Looped: FLOPs at {FP32_SHARE:.0%} of the fp32 peak; "
+        "its inputs: what a model that is fed its rounds sees is made on one core between the "
+        "iterations, at the speed measured here.\n"
         "\n## The whole\n\n"
         + markdown(("stages", "minutes"), [(k, f"{v / 60:.1f}") for k, v in whole.items()])
         + f"\n{BEGIN:.0f} s are counted for the start of each stage.\n"
         + (compared(trained, results) if results else "")
+    )
+
+
+def side_by_side(context: Context, t: Training) -> str:
+    """What it gives that the iterations of a sample are one batch: beside the latent loop."""
+    other = training(latent(context), ALIGNED)
+    rate = lambda one: one.token_iterations / one.longest / 1e6
+    busy = lambda one: one.flops / one.longest / CARDS[ARCH].flops_16_bit
+    return (
+        "**Iterations side by side.** The looped model is fed true rounds in training, so that all "
+        f"iterations of its {t.batch} samples are sequences of one batch, in parts of "
+        f"{PART_TOKENS['cuda']:,} tokens: {t.nodes:,} launches, made one by one at "
+        f"{1e6 * LAUNCH:.0f} µs each while the card works, and no iteration in which few samples "
+        f"are left. The latent loop on the same samples: {other.nodes:,} launches in a graph, the "
+        f"last iterations for a handful of samples. Step {1e3 * t.longest:.3g} ms against "
+        f"{1e3 * other.longest:.3g}, {rate(t):.1f} against {rate(other):.1f} M token-iterations/s, "
+        f"{busy(t):.0%} against {busy(other):.0%} of the peak.\n\n"
     )
 
 
@@ -308,8 +379,8 @@ def stages(
     autoregressive = evaluated.autoregressive + 2 * BEGIN
     own = phases * trained["ar_self"].seconds + written["self chains"].autoregressive
     result = {
-        "looped_aligned": trained["looped_aligned"].seconds + looped,
-        "chains": written["chains"].looped + BEGIN,
+        ALIGNED: trained[ALIGNED].seconds + looped + evaluated.inputs,
+        "chains": written["chains"].looped + written["chains"].inputs + BEGIN,
         "ar_baseline": trained["ar_baseline"].seconds + autoregressive,
         "ar_relay": trained["ar_relay"].seconds + autoregressive,
         "looped_vanilla": trained["looped_vanilla"].seconds + looped,

@@ -14,11 +14,11 @@ from relay_fast.batch.plan import Plan
 from relay_fast.data.feedback import check_numbers, iterations_of, true_rounds
 from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Samples, Task, Written
 from relay_fast.tasks.feedback import right_aligned
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
-_NO_ROOM = "a round does not fit into its input: raise the task's min_input_tokens"
 
 
 # Long: each array of the batch is computed from the ones before it.
@@ -52,11 +52,10 @@ def collate_looped(
     Raises:
         ValueError: for unknown weightings and tasks, and negative tokens.
     """
-    _check_weighting(weighting, task_weights)
+    _check_weighting(weighting, task_weights, tasks)
     order = np.argsort(-samples.loops, kind="stable")
     s = samples.take(order)
-    sizes = np.diff(s.problem_offsets)
-    width = np.maximum(sizes, [tasks[TASK_NAMES[k]].min_input_tokens for k in s.task])
+    sizes, width = np.diff(s.problem_offsets), input_widths(s, tasks)
     if extra_pad is not None:
         width = width + extra_pad[order]
     plan = Plan(width, s.loops, device)
@@ -73,8 +72,7 @@ def collate_looped(
     major = np.lexsort((owner, iteration))
     owner, iteration = owner[major], iteration[major]
     lengths = np.diff(s.round_offsets)[major]
-    if np.any(lengths >= width[owner]):
-        raise ValueError(_NO_ROOM)
+    _check_room(s, tasks, owner, lengths, width[owner])
     counts = lengths + 1
     rows = concat_ranges(ends[owner] - counts, counts)
     targets = np.full(len(rows), PAD, np.int64)
@@ -86,7 +84,7 @@ def collate_looped(
     feeder = None
     if carry_state:
         feeder = Feeder(torch.from_numpy(np.repeat(ends - 1, plan.lengths)).to(device), PAD)
-    task_weight = _task_weights(s, task_weights)
+    task_weight = _task_weights(s, task_weights, tasks)
     if weighting == "sequence":
         share = chain_weight * task_weight[owner] / (len(s) * s.loops[owner] * counts)
     else:
@@ -125,7 +123,7 @@ def collate_side_by_side(
         draws: random options of the inputs (`Task.inputs`), by task.
         rng: draws them for each iteration.
     """
-    _check_weighting(weighting, task_weights)
+    _check_weighting(weighting, task_weights, tasks)
     if np.any(samples.loops < 1):
         raise ValueError("a sample without rounds has no iteration to train: leave it out")
     owner = np.repeat(np.arange(len(samples)), samples.loops)
@@ -134,17 +132,16 @@ def collate_side_by_side(
     owner, before = owner[order], before[order]
     inputs, widths, shifts = iterations_of(Written.truth(samples), tasks, owner, before, draws, rng)
     rounds, lengths = true_rounds(samples, tasks, owner, before, shifts)
-    for k in np.unique(samples.task).tolist():
+    for k, task in tasks_present(samples.task, tasks).items():
         own = samples.task[owner] == k
-        check_numbers(tasks[TASK_NAMES[k]], inputs.fed[np.repeat(own, widths)])
-        check_numbers(tasks[TASK_NAMES[k]], rounds[np.repeat(own, lengths)])
-    if np.any(lengths >= widths):
-        raise ValueError(_NO_ROOM)
+        check_numbers(task, inputs.fed[np.repeat(own, widths)])
+        check_numbers(task, rounds[np.repeat(own, lengths)])
+    _check_room(samples, tasks, owner, lengths, widths)
     plan = Plan(widths, np.ones(len(owner), np.int64), device, inputs.positions)
     counts = lengths + 1
     rows = concat_ranges(plan.offsets[1:] - counts, counts)
     targets = right_aligned(counts, rounds, np.cumsum(lengths) - lengths, lengths)
-    task_weight = _task_weights(samples, task_weights)
+    task_weight = _task_weights(samples, task_weights, tasks)
     if weighting == "sequence":
         share = chain_weight * task_weight[owner] / (len(samples) * samples.loops[owner] * counts)
     else:
@@ -206,7 +203,7 @@ def collate_autoregressive(
         tasks, task_weights, weighting, device: as in `collate_looped`, which raises the same
             errors.
     """
-    _check_weighting(weighting, task_weights)
+    _check_weighting(weighting, task_weights, tasks)
     sequence, offsets, prompts = samples.sequences(tasks)
     sizes = np.diff(offsets)
     inputs = concat_ranges(offsets[:-1], sizes - 1)
@@ -214,7 +211,7 @@ def collate_autoregressive(
     counts = sizes - prompts
     rows = concat_ranges(plan.offsets[:-1] + prompts - 1, counts)
     targets = sequence[concat_ranges(offsets[:-1] + prompts, counts)]
-    task_weight = _task_weights(samples, task_weights)
+    task_weight = _task_weights(samples, task_weights, tasks)
     if weighting == "sequence":
         share = task_weight / (max(1, len(samples)) * counts)
     else:
@@ -233,11 +230,23 @@ def collate_autoregressive(
     )
 
 
-def _check_weighting(weighting: str, task_weights: Mapping[str, float] | None) -> None:
+def _check_weighting(
+    weighting: str, task_weights: Mapping[str, float] | None, tasks: Mapping[str, Task]
+) -> None:
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting = {weighting!r} is unknown: use one of {WEIGHTINGS}")
-    for name in set(task_weights or {}).difference(TASK_NAMES):
-        raise ValueError(f"task_weights names {name!r}: the tasks are {', '.join(TASK_NAMES)}")
+    known = dict.fromkeys((*TASK_NAMES, *tasks))
+    for name in set(task_weights or {}).difference(known):
+        raise ValueError(f"task_weights names {name!r}: the tasks are {', '.join(known)}")
+
+
+def input_widths(samples: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
+    """(S,) tokens of the looped model's input for each sample, padding of short ones included."""
+    widths = np.diff(samples.problem_offsets)
+    for k, task in tasks_present(samples.task, tasks).items():
+        own = samples.task == k
+        widths[own] = np.maximum(widths[own], task.min_widths(samples.length[own]))
+    return widths
 
 
 def _largest(*tokens: np.ndarray) -> int:
@@ -248,7 +257,30 @@ def _largest(*tokens: np.ndarray) -> int:
     return max(int(part.max(initial=0)) for part in tokens)
 
 
-def _task_weights(samples: Samples, task_weights: Mapping[str, float] | None) -> np.ndarray:
+def _task_weights(
+    samples: Samples, task_weights: Mapping[str, float] | None, tasks: Mapping[str, Task]
+) -> np.ndarray:
     """Returns each sample's task weight (S,)."""
-    table = np.array([(task_weights or {}).get(name, 1.0) for name in TASK_NAMES])
-    return table[samples.task]
+    weights = np.ones(len(samples))
+    for k, task in tasks_present(samples.task, tasks).items():
+        weights[samples.task == k] = (task_weights or {}).get(task.name, 1.0)
+    return weights
+
+
+def _check_room(
+    samples: Samples,
+    tasks: Mapping[str, Task],
+    owner: np.ndarray,
+    lengths: np.ndarray,
+    widths: np.ndarray,
+) -> None:
+    """Raises ValueError if a round of `lengths` tokens, of the sample `owner`, and its boundary
+    `<pad>` do not fit into an input of `widths` tokens."""
+    if np.any(lengths >= widths):
+        first = int(np.argmax(lengths >= widths))
+        task = tasks_present(samples.task, tasks)[int(samples.task[owner[first]])]
+        raise ValueError(
+            f"task {task.name!r}: a round of {lengths[first]} tokens "
+            f"and its boundary <pad> do not fit into its input of {widths[first]}: raise the "
+            f"task's min_input_tokens"
+        )

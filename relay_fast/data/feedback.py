@@ -15,7 +15,8 @@ import torch
 
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.plan import Plan
-from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Inputs, Samples, Task, Written
+from relay_fast.tasks import FeedbackDraws, Inputs, Samples, Task, Written
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.utils.ragged import concat_ranges
 
 
@@ -44,14 +45,13 @@ def iterations_of(
     for a task that does not say or has no such draws.
     """
     kinds = written.problems.task[owner]
-    present = np.unique(kinds).tolist()
     parts = {}
-    for k in present:
-        own, task = np.flatnonzero(kinds == k), tasks[TASK_NAMES[k]]
+    for k, task in tasks_present(kinds, tasks).items():
+        own = np.flatnonzero(kinds == k)
         chosen = (draws or {}).get(task.name, FeedbackDraws())
         parts[k] = own, _of_one_task(task, written, owner[own], before[own], chosen, rng)
-    if len(present) == 1:
-        return parts[present[0]][1]
+    if len(parts) == 1:
+        return next(iter(parts.values()))[1]
     widths, shifts = np.zeros(len(owner), np.int64), np.zeros(len(owner), np.int64)
     for own, part in parts.values():
         widths[own], shifts[own] = part.widths, part.shifts
@@ -98,8 +98,8 @@ def true_rounds(
     rounds = samples.rounds[concat_ranges(samples.round_offsets[r], sizes)].astype(np.int64)
     starts = np.cumsum(sizes) - sizes
     moved = shifts > 0
-    for k in np.unique(samples.task[owner[moved]]).tolist():
-        own, task = np.flatnonzero(moved & (samples.task[owner] == k)), tasks[TASK_NAMES[k]]
+    for k, task in tasks_present(samples.task[owner[moved]], tasks).items():
+        own = np.flatnonzero(moved & (samples.task[owner] == k))
         rounds[concat_ranges(starts[own], sizes[own])] = task.shifted_rounds(
             samples, owner[own], before[own], shifts[own]
         )
@@ -160,7 +160,9 @@ def check_draws(task: Task, draws: FeedbackDraws) -> None:
 
 def check_numbers(task: Task, tokens: np.ndarray) -> None:
     """Raises ValueError for numbers beyond the vocabulary."""
-    largest, limit = int(tokens.max(initial=0)), task.vocabulary.n_tokens - 1
+    if not task.takes_shift:
+        return
+    largest, limit = int(tokens.max(initial=0)), task.vocabulary.end_of_numbers - 1
     if largest > limit:
         last = task.vocabulary.max_number
         raise ValueError(

@@ -20,10 +20,11 @@ from relay_fast.data.collate import (
     collate_carried,
     collate_looped,
     collate_side_by_side,
+    input_widths,
 )
 from relay_fast.data.feedback import mean_iteration_tokens
 from relay_fast.data.workers import steps_ahead
-from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Samples, Task
+from relay_fast.tasks import FeedbackDraws, Samples, Task
 from relay_fast.utils.cores import usable_cores
 
 _FRESH = 0x5EED  # salt of the length draws, apart from the problems' own seed
@@ -100,8 +101,7 @@ class BatchFormat:
         if self.kind == "autoregressive":
             tokens = np.diff(samples.sequences(tasks)[1]) - 1
         else:
-            shortest = [tasks[TASK_NAMES[k]].min_input_tokens for k in samples.task]
-            tokens = np.maximum(np.diff(samples.problem_offsets), shortest)
+            tokens = input_widths(samples, tasks)
             tokens = tokens if extra_pad is None else tokens + extra_pad
         turn = np.empty(len(samples), np.int64)
         for k in np.unique(samples.task):
@@ -169,8 +169,7 @@ class TruthStream(Dataset):
         self.pad_probability, self.pad_to = pad_probability, pad_to
         self.truth = truth
         for name, task in tasks.items():
-            for length in ranges[name]:
-                task.check_length(length)
+            task.check_range(*ranges[name])
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -181,7 +180,7 @@ class TruthStream(Dataset):
         for name, task in self.tasks.items():
             rng = np.random.default_rng([_FRESH, self.seed, task.index, block])
             longest = self._longest(name, step)
-            draws = self._draws(rng, self.ranges[name][0], longest)
+            draws = self._draws(rng, task.lengths_between(self.ranges[name][0], longest))
             repeat = -(-self.share // len(draws))
             lengths = np.repeat(draws, repeat)[: self.share]
             pads.append(np.repeat(self._extra_pad(rng, task, draws), repeat)[: self.share])
@@ -208,15 +207,14 @@ class TruthStream(Dataset):
         progress = float(self.schedule.progress[step])
         return curriculum_length(progress, *self.ranges[name], self.curriculum)
 
-    def _draws(self, rng: np.random.Generator, shortest: int, longest: int) -> np.ndarray:
-        choices = np.arange(shortest, longest + 1)
+    def _draws(self, rng: np.random.Generator, choices: np.ndarray) -> np.ndarray:
         weights = choices if self.lengths == "proportional" else np.ones(len(choices))
         count = self.lengths_per_batch or self.share
         return rng.choice(choices, size=count, p=weights / weights.sum())
 
     def _extra_pad(self, rng: np.random.Generator, task: Task, draws: np.ndarray) -> np.ndarray:
         longest = np.array([task.max_problem_tokens(n) for n in draws.tolist()])
-        room = self.pad_to - np.maximum(longest, task.min_input_tokens)
+        room = self.pad_to - np.maximum(longest, task.min_widths(draws))
         extra = rng.integers(0, np.maximum(room, 0) + 1)
         return np.where(rng.random(len(draws)) < self.pad_probability, extra, 0)
 
@@ -318,7 +316,7 @@ def mean_cost(
             return task.max_problem_tokens(length) * task.loops(length)
         return task.max_sequence_tokens(length)
 
-    choices = {name: np.arange(ranges[name][0], ranges[name][1] + 1) for name in tasks}
+    choices = {name: task.lengths_between(*ranges[name]) for name, task in tasks.items()}
     costs = {
         name: np.array([cost_of(task, n) for n in choices[name].tolist()])
         for name, task in tasks.items()

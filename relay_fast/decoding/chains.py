@@ -17,11 +17,11 @@ from relay_fast.decoding.autoregressive import Decoded, check_prompts, decode
 from relay_fast.decoding.fed_rounds import find_rounds, read_fed_rounds
 from relay_fast.decoding.scores import read_scored
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
-from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
+from relay_fast.tasks import NO_ANSWER, Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import lengths_to_offsets
-from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 
 # Problem tokens per batch: what fits into a CPU's caches (measured), what fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
@@ -50,10 +50,10 @@ def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
     Args:
         task: draws the problems.
         length: their length.
-        number: how many; a larger number extends a smaller one.
+        number: how many; a larger number extends a smaller one. A file may hold fewer.
         seed: of the stream.
     """
-    return task.sample(np.full(number, length), as_int("seed", seed) + EVAL_SEED_OFFSET)
+    return task.unseen(length, number, seed)
 
 
 def fitting_problems(
@@ -189,9 +189,10 @@ def _stream(
             raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
     sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)
     placed = np.ones(len(problems), bool)
-    for name, task in _present(problems, tasks).items():
-        of_task = problems.task == TASK_NAMES.index(name)
-        widths[of_task] = np.maximum(sizes[of_task], task.min_input_tokens)
+    for k, task in tasks_present(problems.task, tasks).items():
+        of_task = problems.task == k
+        least = task.min_widths(problems.length[of_task])
+        widths[of_task] = np.maximum(sizes[of_task], least)
         placed[of_task] = model.config.carry_state or not task.clips_positions
     check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
     _warn_beyond(model, int(widths[placed].max(initial=0)))
@@ -313,8 +314,8 @@ def decode_chains(
         **options: those of `relay_fast.decoding.autoregressive.decode`.
     """
     limits = np.zeros(len(problems), np.int64)
-    for name, task in _present(problems, tasks).items():
-        of_task = problems.task == TASK_NAMES.index(name)
+    for k, task in tasks_present(problems.task, tasks).items():
+        of_task = problems.task == k
         for length in np.unique(problems.length[of_task]).tolist():
             limit = task.max_sequence_tokens(length) - task.max_problem_tokens(length)
             limits[of_task & (problems.length == length)] = limit
@@ -364,9 +365,12 @@ def _read_texts(
     decoded: Decoded, problems: Samples, tasks: Mapping[str, Task]
 ) -> Iterator[tuple[list[list[int]], int]]:
     """Yields the rounds and the answer of every decoded sequence."""
-    bounds = decoded.offsets.tolist()
-    for k, begin, end in zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True):
-        rounds, answer = tasks[TASK_NAMES[k]].split(decoded.tokens[begin:end].tolist())
+    bounds, of_index = decoded.offsets.tolist(), tasks_present(problems.task, tasks)
+    sizes = np.diff(problems.problem_offsets).tolist()
+    for i, (k, begin, end) in enumerate(
+        zip(problems.task.tolist(), bounds[:-1], bounds[1:], strict=True)
+    ):
+        rounds, answer = of_index[k].split_for(decoded.tokens[begin:end].tolist(), sizes[i])
         yield rounds, NO_ANSWER if answer is None else answer
 
 
@@ -378,14 +382,3 @@ def read_answers(decoded: Decoded, problems: Samples, tasks: Mapping[str, Task])
     """
     texts = _read_texts(decoded, problems, tasks)
     return np.fromiter((answer for _, answer in texts), np.int32, len(problems))
-
-
-def _present(problems: Samples, tasks: Mapping[str, Task]) -> dict[str, Task]:
-    """Returns the tasks of the problems; raises ValueError if one is not among those given."""
-    names = [TASK_NAMES[k] for k in np.unique(problems.task)]
-    if missing := [name for name in names if name not in tasks]:
-        raise ValueError(
-            f"the problems hold {missing[0]!r}, which is not among the given tasks: add it to the "
-            f"mapping"
-        )
-    return {name: tasks[name] for name in names}

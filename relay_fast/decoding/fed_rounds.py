@@ -11,7 +11,8 @@ from relay_fast.batch.plan import Plan
 from relay_fast.data.feedback import collate_next
 from relay_fast.decoding.scores import read_scored
 from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task, Written
+from relay_fast.tasks import NO_ANSWER, Samples, Task, Written
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
@@ -54,9 +55,9 @@ def read_fed_rounds(
 
 def _implied_answers(chains: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
     answers = np.full(len(chains), NO_ANSWER, np.int32)
-    for k in np.unique(chains.task).tolist():
+    for k, task in tasks_present(chains.task, tasks).items():
         own = chains.task == k
-        answers[own] = tasks[TASK_NAMES[k]].answers_of(chains.take(own))
+        answers[own] = task.answers_of(chains.take(own))
     return answers
 
 

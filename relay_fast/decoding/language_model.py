@@ -233,11 +233,11 @@ class _CachedBlock:
 
     def __init__(self, block: LoopedBlock, loops: int, batch: int, length: int):
         c = self._config = block.config
-        weight = block.layers[0].qkv.weight
-        self._device, self._loops = weight.device, loops
-        run = block.run(Plan([], [], self._device))
+        weights = block.weights().refuse_called("decoding with a cache")
+        self._device, self._loops = weights.of_gemms.device, loops
+        run = block.run(Plan([], [], self._device), weights)
         self._ops, self._dtype = run.ops, run.compute_dtype
-        self._parameters = dict(block.named_parameters())
+        self._parameters = weights.named
         shape = (loops * c.n_layers, batch, c.kv_heads, length, c.head_dim)
         self._cache = KVCache(shape, self._dtype, self._device)
 

@@ -18,9 +18,10 @@ from relay_fast.decoding.cached_block import CachedBlock, TorchCachedBlock, lean
 from relay_fast.decoding.kv_cache import CacheSlice, KVCache, gather_rows
 from relay_fast.decoding.sampling import sample_tokens
 from relay_fast.engine.block_iteration import BlockIteration
-from relay_fast.engine.plain_modules import check_not_overridden
+from relay_fast.engine.plain_modules import check_not_overridden, check_parts
 from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.kernels.norm_ref import upcast
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.ops.dispatch import TORCH
 from relay_fast.utils.ragged import pieces
@@ -59,16 +60,18 @@ class Stepper:
         scored: bool = False,
     ):
         check_not_overridden(model, AutoregressiveTransformer, "forward", "loss", "_pass", "embed")
-        model.check_parts()
+        check_parts(model, block=LoopedBlock)
         c = self.config = model.config.block
         self.model, self.batch, self.loops = model, batch, loops
         self.temperature, self.scored = temperature, scored
         self.device = model.device
         self.captures = self.device.type == "cuda"
-        run = model.block.run(Plan([], [], self.device))
+        weights = model.block.weights().refuse_called("decoding with a cache")
+        run = model.block.run(Plan([], [], self.device), weights)
         self._ops, self._dtype = run.ops, run.compute_dtype
-        self._parameters = dict(model.block.named_parameters())
-        self._head = model.chain_head.weight.to(self._dtype)
+        self._parameters = weights.named
+        readout = model.readout().weights_only("decoding with a cache")
+        self._readout = (readout.norm, readout.bias, readout.head.to(self._dtype), c.eps, c.norm)
         of_step = (c, self._parameters, length, self._ops, self._dtype, self.device)
         if self._ops is TORCH:
             self._body, self._argmax = TorchCachedBlock(*of_step), lean_argmax
@@ -187,8 +190,7 @@ class Stepper:
 
     def _sample_next(self, state: Tensor, slices: Sequence[CacheSlice]) -> None:
         """Chooses the next token of every row from its last state, (rows, d)."""
-        c, norm = self.config, self.model.norm
-        readout = (state, norm.weight, norm.bias, self._head, c.eps, c.norm)
+        readout = (state, *self._readout)
         sizes = [cache_slice.last - cache_slice.first for cache_slice in slices]
         scores = None
         if self.temperature or self.scored:

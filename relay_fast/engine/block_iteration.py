@@ -43,8 +43,8 @@ class LayerSaved(NamedTuple):
 class BlockIteration:
     """The loop body of a block, bound to its parameters, a plan and a batch's input.
 
-    The modules that own the parameters are not called, so their hooks do not run. Nothing here
-    depends on the recompute policy.
+    The modules that own the weights are not called (`relay_fast.engine.called_parts` calls those
+    that are more than their weights). Nothing here depends on the recompute policy.
 
     Args:
         config: the block.
@@ -72,7 +72,7 @@ class BlockIteration:
         self.config, self.plan, self.x, self.ops = config, plan, x, ops
         self.index = {name: i for i, name in enumerate(parameters)}
         self.cast = {
-            name: p.to(compute_dtype) if _is_linear(name) else p for name, p in parameters.items()
+            name: p.to(compute_dtype) if is_linear(name) else p for name, p in parameters.items()
         }
         self.seed = dropout_seed
         self.kernels = ops.loop_fwd is not None
@@ -155,11 +155,17 @@ class BlockIteration:
             h = h + self.x[row_range.rows]
         elif c.injection == "concat":
             joined = torch.cat((h, self.x[row_range.rows].to(h.dtype)), dim=-1)
-            weight = self._weight("injection.weight")
-            h = torch.nn.functional.linear(joined.to(weight.dtype), weight).to(h.dtype)
+            h = self._inject(joined).to(h.dtype)
         if c.max_loops:
-            h = h + self._weight("loop_embedding.weight")[row_range.iteration - 1].to(h.dtype)
+            h = h + self._loop_embedding(row_range.iteration).to(h.dtype)
         return h
+
+    def _inject(self, joined: Tensor) -> Tensor:
+        weight = self._weight("injection.weight")
+        return torch.nn.functional.linear(joined.to(weight.dtype), weight)
+
+    def _loop_embedding(self, iteration: int) -> Tensor:
+        return self._weight("loop_embedding.weight")[iteration - 1]
 
     def _layer(
         self, u: Tensor, i: int, row_range: RowRange, out: Tensor | None, keep: bool
@@ -376,6 +382,6 @@ def dead_rows_reason(config: BlockConfig) -> str | None:
     return f"fixed-capacity batches do not support {found}" if found else None
 
 
-def _is_linear(name: str) -> bool:
+def is_linear(name: str) -> bool:
     """Returns whether a parameter is a GEMM operand, which is cast to the compute dtype."""
     return "norm" not in name and "embedding" not in name

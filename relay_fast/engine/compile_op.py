@@ -1,16 +1,18 @@
 """The looped block as a pair of custom ops: torch.compile(fullgraph=True) sees one node.
 
 The forward op returns the kept states as one flat tensor in addition to its outputs; the backward
-is an op of its own. The plan is built inside the ops from host tensors, and cached. Recompute
+is an op of its own. Every option is a typed argument: the block's are the fields of BlockConfig, in
+their order. The plan is built inside the ops from host tensors, and cached. Recompute
 policy "none" keeps the same tensors as "state": the inside of an iteration cannot leave an op.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +24,11 @@ from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.config import BlockConfig
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
+from relay_fast.engine.loop_flops import LoopFlops
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.ops.dispatch import launch_context, select
+from relay_fast.ops.flops import count_flops, is_fake
 
 
 def skip_frame(function: Callable) -> Callable:
@@ -38,51 +42,85 @@ def skip_frame(function: Callable) -> Callable:
     return function
 
 
-def describe(config: BlockConfig) -> str:
-    """Serialises a block's configuration to the string that the ops take."""
-    return json.dumps(config.to_dict())
+# Types of the fields of BlockConfig, and of the ops' arguments for them.
+_TYPES = {
+    "int": "int",
+    "int | None": "int?",
+    "float": "float",
+    "float | None": "float?",
+    "bool": "bool",
+    "str": "str",
+}
+_FIELDS = [(field.name, _TYPES[field.type]) for field in fields(BlockConfig)]
+_BLOCK = ", ".join(f"{kind} {name}" for name, kind in _FIELDS)
+# Of both ops, behind the tensors that they compute with.
+_OPTIONS = (
+    f"{_BLOCK}, str recompute, str impl, int gather_rows, "
+    "ScalarType dtype, "  # of the GEMMs
+    "SymInt batch, "  # number of sequences of a padded batch
+    "Tensor? cu_seqlens, "  # of a packed batch
+    "SymInt count, "  # loops of every sequence if `loops` is None
+    "Tensor? loops, "  # (sequences,)
+    "Tensor? positions, "  # (rows,)
+    "Tensor? seed, "  # () of the dropout masks and the state noise
+    "SymInt[] states, SymInt truncate"  # 0: no truncation
+)
+
+
+class _Call(NamedTuple):
+    """The arguments behind the block's."""
+
+    recompute: str
+    impl: str
+    gather_rows: int
+    dtype: torch.dtype
+    batch: int
+    cu_seqlens: Tensor | None
+    count: int
+    loops: Tensor | None
+    positions: Tensor | None
+    seed: Tensor | None
+    states: list[int]
+    truncate: int
+
+
+def describe(config: BlockConfig) -> tuple:
+    """Returns a block's configuration as arguments of the ops."""
+    return tuple(getattr(config, name) for name, _ in _FIELDS)
 
 
 @lru_cache
-def _parse(block: str) -> tuple[BlockConfig, list[str]]:
-    """Returns the configuration and its parameter names."""
-    config = BlockConfig(**json.loads(block))
+def _block(values: tuple) -> tuple[BlockConfig, list[str]]:
+    """Returns the configuration and its parameter names, from the result of `describe`."""
+    config = BlockConfig(**dict(zip((name for name, _ in _FIELDS), values, strict=True)))
     return config, parameter_names(config)
 
 
-def _make_spec(
-    x: Tensor,
-    block: str,
-    options: str,
-    dtype: torch.dtype,
-    batch: int,
-    cu_seqlens: Tensor | None,
-    count: int,
-    loops: Tensor | None,
-    positions: Tensor | None,
-    seed: Tensor | None,
-    states: list[int],
-    truncate: int,
-) -> LoopSpec:
-    config, names = _parse(block)
-    recompute, impl, gather_rows = json.loads(options)
-    if cu_seqlens is None:
-        lengths = np.full(batch, len(x) // max(1, batch))
+def _parse(options: Sequence) -> tuple[BlockConfig, list[str], _Call]:
+    """Returns the block, its parameter names and the other options of a call."""
+    count = len(_FIELDS)
+    return *_block(tuple(options[:count])), _Call(*options[count:])
+
+
+def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
+    config, names, call = _parse(options)
+    if call.cu_seqlens is None:
+        lengths = np.full(call.batch, len(x) // max(1, call.batch))
     else:
-        lengths = np.diff(check_cu_seqlens(cu_seqlens, len(x)))
-    counts = check_loops(count if loops is None else loops, len(lengths))
-    where = None if positions is None else positions.cpu().numpy()
+        lengths = np.diff(check_cu_seqlens(call.cu_seqlens, len(x)))
+    counts = check_loops(call.count if call.loops is None else call.loops, len(lengths))
+    where = None if call.positions is None else call.positions.cpu().numpy()
     plan = cached_plan(lengths, counts, x.device, where)
     check_max_loops(config, plan)
-    ops = select(impl, x.device)
+    ops = select(call.impl, x.device)
 
     def make_iteration(x: Tensor, parameters) -> BlockIteration:
         named = dict(zip(names, parameters, strict=True))
-        return BlockIteration(config, named, plan, x, ops, dtype, seed)
+        return BlockIteration(config, named, plan, x, ops, call.dtype, call.seed)
 
     return LoopSpec(
-        plan, make_iteration, ops, _policy(recompute), tuple(states), truncate or None,
-        gather_rows=gather_rows, compute_dtype=dtype,
+        plan, make_iteration, ops, _policy(call.recompute), tuple(call.states),
+        call.truncate or None, gather_rows=call.gather_rows, compute_dtype=call.dtype,
     )  # fmt: skip
 
 
@@ -105,38 +143,18 @@ def _reordered(spec: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:
     return result
 
 
-@torch.library.custom_op("relay_fast::loop_fwd", mutates_args=())
-def loop_fwd(
-    x: Tensor,  # (rows, d), caller's order
-    parameters: list[Tensor],  # ordered as `parameter_names`
-    block: str,  # result of `describe`
-    options: str,  # JSON: recompute, impl, gather_rows
-    dtype: torch.dtype,  # of the GEMMs
-    batch: int,  # number of sequences of a padded batch
-    cu_seqlens: Tensor | None,  # of a packed batch
-    count: int,  # loops of every sequence if `loops` is None
-    loops: Tensor | None,  # (sequences,)
-    positions: Tensor | None,  # (rows,)
-    seed: Tensor | None,  # () of the dropout masks and the state noise
-    states: list[int],
-    truncate: int,  # 0: no truncation
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns final (rows, d), the chosen states end to end, and the kept states end to end."""
-    spec = _make_spec(
-        x,
-        block,
-        options,
-        dtype,
-        batch,
-        cu_seqlens,
-        count,
-        loops,
-        positions,
-        seed,
-        states,
-        truncate,
-    )
+@torch.library.custom_op(
+    "relay_fast::loop_fwd",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor[] parameters, {_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)",
+)
+def loop_fwd(x: Tensor, parameters: list[Tensor], *options) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns final (rows, d), the chosen states end to end, and the kept states end to end.
+
+    x (rows, d) is in the caller's order, the parameters in that of `parameter_names`.
+    """
+    *options, keep = options
+    spec = _make_spec(x, options)
     plan = spec.plan
     with torch.no_grad(), launch_context(x):
         h = x if plan.to_sorted is None else x[plan.to_sorted]
@@ -148,21 +166,20 @@ def loop_fwd(
 
 
 @loop_fwd.register_fake
-def _(
-    x, parameters, block, options, dtype, batch, cu_seqlens, count, loops, positions, seed, states,
-    truncate, keep,
-):  # fmt: skip
-    rows = x.shape[0]
-    if loops is not None:  # LoopedBlock then refuses return_states
+def _(x, parameters, *options):
+    *options, keep = options
+    _, _, call = _parse(options)
+    rows, states, count = x.shape[0], call.states, call.count
+    if call.loops is not None:  # LoopedBlock then refuses return_states
         size = lambda: torch.library.get_ctx().new_dynamic_size()
         return x.new_empty(x.shape), x.new_empty(0, *x.shape[1:]), x.new_empty(size(), *x.shape[1:])
-    policy = _policy(json.loads(options)[0])
+    policy = _policy(call.recompute)
     kept = 0
     if keep and (policy.kind == "budget" or isinstance(count, torch.SymInt)):
         kept_rows = torch.library.get_ctx().new_dynamic_size()  # avoids a guard on `count`
     else:
         if keep:
-            between = policy.kept(count, [0] * count)
+            between, truncate = policy.kept(count, [0] * count), call.truncate
             kept = sum(
                 t not in states and (not truncate or t + 1 > count - truncate) for t in between
             )
@@ -174,7 +191,12 @@ def _(
     )
 
 
-@torch.library.custom_op("relay_fast::loop_bwd", mutates_args=())
+@torch.library.custom_op(
+    "relay_fast::loop_bwd",
+    mutates_args=(),
+    schema="(Tensor g_final, Tensor g_states, Tensor x, Tensor chosen, Tensor kept, "
+    f"Tensor[] parameters, bool[] needed, {_OPTIONS}) -> Tensor[]",
+)
 def loop_bwd(
     g_final: Tensor,
     g_states: Tensor,
@@ -182,34 +204,12 @@ def loop_bwd(
     chosen: Tensor,
     kept: Tensor,
     parameters: list[Tensor],
-    needed: list[bool],  # of x and each parameter
-    block: str,
-    options: str,
-    dtype: torch.dtype,
-    batch: int,
-    cu_seqlens: Tensor | None,
-    count: int,
-    loops: Tensor | None,
-    positions: Tensor | None,
-    seed: Tensor | None,
-    states: list[int],
-    truncate: int,
+    needed: list[bool],
+    *options,
 ) -> list[Tensor]:
-    """Returns the gradients of x and the parameters, for those that need one."""
-    spec = _make_spec(
-        x,
-        block,
-        options,
-        dtype,
-        batch,
-        cu_seqlens,
-        count,
-        loops,
-        positions,
-        seed,
-        states,
-        truncate,
-    )
+    """Returns the gradients of x and the parameters, for those that are `needed`."""
+    spec = _make_spec(x, options)
+    states = spec.states
     plan = spec.plan
     names = sorted(kept_states(spec, x[:1].nbytes))
     parts = kept.split([plan.rows_at(t) for t in names]) if names else ()
@@ -270,3 +270,32 @@ def _backward(ctx, g_final, g_states, _):
 
 
 loop_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+# FLOPs
+
+
+def _flops(x: Tensor, parameters: list[Tensor], options: Sequence) -> LoopFlops:
+    config, names, call = _parse(options)
+    given = (call.loops, call.cu_seqlens, call.positions)
+    if any(is_fake(t) for t in given if t is not None):  # no values: every sequence loops once
+        sequences = len(call.loops) if call.loops is not None else call.batch
+        rest = {"cu_seqlens": None, "loops": None, "positions": None}
+        call = call._replace(batch=sequences, count=call.count or 1, **rest)
+    spec = _make_spec(x, (*options[: len(_FIELDS)], *call))
+    return LoopFlops(config, spec, dict(zip(names, parameters, strict=True)))
+
+
+def _forward_flops(x, parameters, *options, out_val=None, **_) -> int:
+    return _flops(x, parameters, options[:-1]).forward()
+
+
+def _backward_flops(
+    g_final, g_states, x, chosen, kept, parameters, needed, *options, out_val=None, **_
+) -> int:
+    flops = _flops(x, parameters, options)
+    return flops.backward(x[:1].nbytes, any(needed[1:]))
+
+
+count_flops("loop_fwd", _forward_flops)
+count_flops("loop_bwd", _backward_flops)

@@ -29,7 +29,13 @@ from relay_fast.engine.loop import run_loop
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.retained_graphs import find_retained_graphs
 from relay_fast.engine.spec import LoopSpec
-from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
+from relay_fast.engine.wrappers import (
+    gathered,
+    kept_gathered,
+    refuse_flattened,
+    refuse_replicas,
+    shards,
+)
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import refuse_transforms, select
 from relay_fast.ops.gradients import GradientBuffers
@@ -87,7 +93,7 @@ def loop(
     check_floating(x)
     arguments = (t for t in tree_leaves((per_row, shared)) if isinstance(t, Tensor))
     refuse_transforms(x, *arguments, module=module)
-    refuse_wrapped(module)
+    refuse_replicas(module)
     refuse_flattened(module)
     _refuse_batch_norm(module)
     plan = _make_plan(x, loops, cu_seqlens)
@@ -99,16 +105,22 @@ def loop(
     policy = RecomputePolicy.parse(recompute)
     if policy.kind == "none" and _has_saved_tensor_hooks():  # hooks cannot save graphs
         policy = RecomputePolicy("state")
-    call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
-    call.replays_rng = torch.is_grad_enabled() and policy.kind != "none"
-    call.checked = not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in (x, *call.tensors))
-    )
     return_states = bool(return_states) if is_bool(return_states) else return_states
     wanted = plan.chosen_states(return_states)
     inner = tuple(t for t in wanted if t < plan.max_loops)
-    spec = LoopSpec(plan, call.body, select("torch"), policy, inner, truncate)
-    final, states, _, _ = run_loop(spec, x, call.tensors)
+
+    def run(x: Tensor) -> tuple[LoopSpec, tuple[Tensor, ...]]:
+        call = _Call(module, plan, per_row, dict(shared or {}), cu_seqlens is not None, x)
+        call.replays_rng = torch.is_grad_enabled() and policy.kind != "none"
+        call.checked = not (
+            torch.is_grad_enabled() and any(t.requires_grad for t in (x, *call.tensors))
+        )
+        spec = LoopSpec(plan, call.body, select("torch"), policy, inner, truncate)
+        return spec, run_loop(spec, x, call.tensors)
+
+    sharded = shards(module.modules())
+    root = [m for m in sharded if m is module]
+    spec, (final, states, _, _) = gathered(x, run, root, sharded[len(root) :])
     if return_states is False:
         return final if plan.to_caller is None else final[plan.to_caller]
     return spec.collect(wanted, final, states)
@@ -155,6 +167,7 @@ class _Call:
 
     def __init__(self, module: nn.Module, plan: Plan, per_row, shared, packed: bool, x: Tensor):
         self.module, self.plan = module, plan
+        self.shards = shards(module.modules())
         self.parameters = dict(module.named_parameters())
         self.per_row, self.per_row_tree = tree_flatten(per_row)
         held = [t for t in tree_leaves(shared) if isinstance(t, Tensor)]
@@ -304,7 +317,11 @@ class _ModuleIteration:
             arguments["cu_seqlens"] = cu - row_range.first_row if row_range.first_row else cu
         buffers = [(name, b, b._version) for name, b in call.module.named_buffers()]
         kind, dtype, enabled = call.autocast
-        with torch.set_grad_enabled(keep), torch.autocast(kind, dtype, enabled=enabled):
+        with (
+            torch.set_grad_enabled(keep),
+            torch.autocast(kind, dtype, enabled=enabled),
+            kept_gathered(call.shards),
+        ):
             new = torch.func.functional_call(call.module, call.weights, (state,), arguments)
         if not isinstance(new, Tensor):
             raise TypeError(

@@ -1,29 +1,76 @@
-"""Checks of modules whose weights are read without calling them.
+"""Which modules are no more than their weights say.
 
-The loop, the readouts and decoding compute with weights taken from modules. A custom forward or a
-hook on such a module would be ignored, so it raises an error that names the module.
+The loop, the readouts and decoding compute with weights taken from modules. A forward of its own or
+a hook on such a module would be ignored, so the module is called instead
+(`relay_fast.engine.called_parts`), or an error names it.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from relay_fast.engine.wrappers import is_shard_hook
+
+T = TypeVar("T")
+
+CUSTOM_FORWARD = "has a custom forward"
+# Hooks that compute an attribute from parameters before each call.
+REPARAMETRIZATIONS = (BasePruningMethod, SpectralNorm, WeightNorm)
+
+
+class Holder(nn.Module):
+    """A module that holds parameters for the engine; it is called only for its hooks to run."""
+
+    def forward(self, x: Tensor, compute: Callable[[Tensor], T]) -> T:
+        return compute(x)
+
 
 # Forwards that are determined by the module's weights; containers have the first.
-_FORWARDS = frozenset({nn.Module.forward, nn.Linear.forward, nn.Embedding.forward})
+FORWARDS = frozenset({nn.Module.forward, nn.Linear.forward, nn.Embedding.forward, Holder.forward})
 
 
-def check_submodules(module: nn.Module, what: str) -> None:
-    """Raises RuntimeError that names the first submodule of `module` (a `what`) with a custom
-    forward or a hook."""
-    if _all_plain(module):
-        return
-    for name, part in module.named_modules():
-        if part is not module and (reason := _reason(part)):
-            raise RuntimeError(
-                f"{name} ({type(part).__name__}) {reason}, which the {what} would ignore because "
-                "it reads the weights of its submodules without calling them: use a plain "
-                f"torch.nn module, or wrap the {what} instead"
-            )
+def is_plain(part: nn.Module) -> bool:
+    """Returns whether a module has no hooks and no forward of its own; fast, since every pass asks
+    it of each part."""
+    return not (
+        type(part).forward not in FORWARDS
+        or part._forward_pre_hooks
+        or part._forward_hooks
+        or part._backward_pre_hooks
+        or part._backward_hooks
+        or "forward" in part.__dict__
+    )
+
+
+def call_reason(part: nn.Module, kind: type[nn.Module] | None = None) -> str | None:
+    """Returns why a part does more than its weights say, or None.
+
+    Hooks that compute the part's weights, and those of `fully_shard`, are no reason.
+
+    Args:
+        part: the module.
+        kind: the class whose forward it should have; None: any of `FORWARDS`.
+    """
+    known = FORWARDS if kind is None else {kind.forward}
+    if type(part).forward not in known or "forward" in part.__dict__:
+        return CUSTOM_FORWARD
+    for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
+        if not (isinstance(hook, REPARAMETRIZATIONS) or is_shard_hook(hook)):
+            return "has a forward hook"
+    if part._backward_pre_hooks or part._backward_hooks:
+        return "has a backward hook"
+    return None
+
+
+def unwrapped(part: nn.Module) -> nn.Module:
+    """Returns the module inside torch.compile's wrapper."""
+    return getattr(part, "_orig_mod", part)
 
 
 def check_parts(owner: nn.Module, **kinds: type[nn.Module]) -> None:
@@ -38,7 +85,7 @@ def check_parts(owner: nn.Module, **kinds: type[nn.Module]) -> None:
         part = getattr(owner, name)
         if part is None:
             continue
-        reason = _reason(part, kind)
+        reason = call_reason(unwrapped(part), kind)
         if reason is None and kind is nn.Linear and part.bias is not None:
             reason = "has a bias"
         if reason:
@@ -74,35 +121,3 @@ def reset_submodules(module: nn.Module) -> None:
     for part in module.modules():
         if part is not module and part._parameters and hasattr(part, "reset_parameters"):
             part.reset_parameters()
-
-
-def _all_plain(module: nn.Module) -> bool:
-    """Returns whether all submodules are plain; fast, since every pass calls it."""
-    for part in module._modules.values():
-        if part is None:
-            continue
-        if (
-            type(part).forward not in _FORWARDS
-            or part._forward_pre_hooks
-            or part._forward_hooks
-            or part._backward_pre_hooks
-            or part._backward_hooks
-            or "forward" in part.__dict__
-        ):
-            return False
-        if part._modules and not _all_plain(part):
-            return False
-    return True
-
-
-def _reason(part: nn.Module, kind: type[nn.Module] | None = None) -> str | None:
-    """Returns why a part is not plain, or None if it is."""
-    part = getattr(part, "_orig_mod", part)  # torch.compile's wrapper
-    known = _FORWARDS if kind is None else {kind.forward}
-    if type(part).forward not in known or "forward" in part.__dict__:
-        return "has a custom forward"
-    if part._forward_pre_hooks or part._forward_hooks:
-        return "has a forward hook"
-    if part._backward_pre_hooks or part._backward_hooks:
-        return "has a backward hook"
-    return None

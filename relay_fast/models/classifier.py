@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.config import BlockConfig
-from relay_fast.engine.plain_modules import check_parts, reset_submodules
+from relay_fast.engine.plain_modules import reset_submodules
 from relay_fast.models.looped_block import LoopedBlock, Norm
-from relay_fast.ops.cross_entropy import row_cross_entropy
+from relay_fast.models.readouts import NormAndHead
 from relay_fast.ops.dispatch import select
 from relay_fast.utils.numbers import as_int
 
@@ -133,34 +133,24 @@ class LoopedClassifier(nn.Module):
         Args:
             tokens, rows, targets, options: as in `loss`.
         """
-        c = self.block.config
         states = self._states(tokens, **options)
-        loss, correct = row_cross_entropy(
-            states,
-            rows,
-            targets,
-            self.norm.weight,
-            self.head.weight,
-            self.norm.bias,
-            eps=c.eps,
-            norm=c.norm,
-            impl=self.block.impl,
-        )
+        loss, correct = self._readout().row_losses(states, rows, targets, self.block.impl)
         return loss, correct & (targets >= 0)
 
     @torch.no_grad()
     def predict(self, tokens: Tensor, rows: Tensor, **options) -> Tensor:
         """Predicts token ids (R,) at rows of the flat states; options: those of `forward`."""
-        c = self.block.config
         states = self._states(tokens, **options)[rows]
         ops = select(self.block.impl, states.device)
-        head = self.head.weight.to(states.dtype)
-        return ops.argmax(states, self.norm.weight, self.norm.bias, head, c.eps, c.norm)
+        return self._readout().argmax(states, ops, states.dtype)
 
     def _states(self, tokens: Tensor, **options) -> Tensor:
-        """Returns flat states (N, d); checks that norm and head may be read without a call."""
-        check_parts(self, norm=Norm, head=nn.Linear)
+        """Returns flat states (N, d)."""
         return self(tokens, **options).flatten(0, -2)
+
+    def _readout(self) -> NormAndHead:
+        c = self.block.config
+        return NormAndHead(self, "norm", "head", c.eps, c.norm)
 
     def parameter_count(self) -> int:
         """Counts all parameters, including embedding and head."""

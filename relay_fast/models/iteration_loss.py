@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from relay_fast.engine.plain_modules import check_parts, reset_submodules
+from relay_fast.engine.plain_modules import reset_submodules
 from relay_fast.kernels.norm_ref import NORMS
 from relay_fast.models.looped_block import Norm
-from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
+from relay_fast.models.readouts import NormAndHead
+from relay_fast.ops.cross_entropy import weighted_losses
 from relay_fast.utils.numbers import as_float, as_int
 
 
@@ -112,7 +113,6 @@ class IterationCrossEntropy(nn.Module):
         if iteration is not None and iterations is None:
             raise ValueError("iteration needs iterations: give their number too")
         iterations = 1 if iterations is None else as_int("iterations", iterations)
-        check_parts(self, norm=Norm, head=nn.Linear)
         if isinstance(states, list):
             states = torch.cat([s.flatten(0, -2) for s in states])
         if weights is None:
@@ -122,15 +122,9 @@ class IterationCrossEntropy(nn.Module):
                 f"weights {tuple(weights.shape)} must have one entry for each of the {len(rows)} "
                 "rows"
             )
-        loss, correct = row_cross_entropy(
-            states,
-            rows,
-            targets,
-            self.norm.weight,
-            self.head.weight,
-            self.norm.bias,
-            **self.options,
-        )
+        options = dict(self.options)
+        readout = NormAndHead(self, "norm", "head", options.pop("eps"), options.pop("norm"))
+        loss, correct = readout.row_losses(states, rows, targets, **options)
         weighted = weighted_losses(loss, weights, targets)
         if iteration is None:
             iteration = torch.zeros_like(rows)

@@ -5,8 +5,9 @@ Shapes: B sequences, n tokens of a padded batch, N rows of a packed one, d model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,18 +17,21 @@ from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_
 from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.config import BlockConfig, tell_hub
 from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
+from relay_fast.engine.block_weights import BlockWeights, PartTable, read_weights
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
-from relay_fast.engine.plain_modules import check_submodules, reset_submodules
+from relay_fast.engine.plain_modules import Holder, reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.spec import LoopSpec, check_truncate
-from relay_fast.engine.wrappers import refuse_flattened, refuse_wrapped
+from relay_fast.engine.wrappers import gathered, sharding_used, shards
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
 
+T = TypeVar("T")
 
-class Norm(nn.Module):
+
+class Norm(Holder):
     """Holds the weight of a norm, and the bias of a LayerNorm; the ops apply it."""
 
     def __init__(self, d: int, bias: bool):
@@ -61,7 +65,7 @@ class ZeroEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
 
-class Layer(nn.Module):
+class Layer(Holder):
     """Holds the parameters of one pre-norm layer; the rows of qkv are [q; k; v]."""
 
     def __init__(self, c: BlockConfig):
@@ -87,8 +91,11 @@ class Layer(nn.Module):
 class LoopedBlock(nn.Module):
     """A block of transformer layers applied `loops` times with shared weights.
 
-    The parameters are read by name; the modules inside are not called. Submodules whose forward,
-    hooks, parametrization or pruning would thus be ignored are refused. Hooks on the block work.
+    The weights are read as attributes of the modules inside, once a call, so that whatever computes
+    them works: parametrizations, pruning, weight norm, tied layers, `functional_call`, LoRA (peft),
+    `fully_shard`. The modules themselves are called only where they are more than their weights
+    (a forward or hooks of their own): these then run in torch ops, on packed rows, and again in a
+    recomputation.
 
     Args:
         d_model, n_heads, n_layers: sizes, as in `BlockConfig`.
@@ -132,8 +139,8 @@ class LoopedBlock(nn.Module):
         self._describe()
 
     def _describe(self) -> None:
-        """Updates what is derived from the config for torch.compile, `_named` and the Hub."""
-        self._spec, self._names = describe(self.config), parameter_names(self.config)
+        """Updates what is derived from the config for torch.compile, `weights` and the Hub."""
+        self._spec, self._table = describe(self.config), PartTable.of(parameter_names(self.config))
         tell_hub(self, recompute=self.recompute, gather_rows=self.gather_rows, impl=self.impl)
 
     def reset_parameters(self) -> None:
@@ -149,27 +156,12 @@ class LoopedBlock(nn.Module):
         self.config = replace(self.config, n_layers=len(self.layers))
         self._describe()
 
-    def _named(self) -> dict[str, Tensor]:
-        """Returns the parameters by name.
+    def weights(self) -> BlockWeights:
+        """Reads the weights of one pass from the modules.
 
-        Raises RuntimeError if they do not fit the config, or a submodule is not plain.
+        Raises RuntimeError if the parts do not fit the config.
         """
-        named = dict(self.named_parameters())
-        known = named.keys() == set(self._names)
-        if not (known and all(type(p) is nn.Parameter for p in named.values())):
-            refuse_wrapped(self)
-        if not known:
-            refuse_flattened(self)
-            missing = sorted(set(self._names).difference(named))
-            others = sorted(set(named).difference(self._names))
-            raise RuntimeError(
-                f"the block's parameters are not those of its config (missing: {missing}, unknown: "
-                f"{others}): it reads them by name, so parametrized, pruned, tied or exchanged "
-                "parts have to be made plain first (torch.nn.utils.parametrize."
-                "remove_parametrizations, torch.nn.utils.prune.remove)"
-            )
-        check_submodules(self, "block")
-        return named
+        return read_weights(self, self._table)
 
     @skip_frame
     def __call__(self, *args, **options):
@@ -210,24 +202,51 @@ class LoopedBlock(nn.Module):
         packed, shape = self._pack(x, cu_seqlens)
         return_states = bool(return_states) if is_bool(return_states) else return_states
         if torch.compiler.is_compiling():
-            return self._as_op(packed, shape, loops, cu_seqlens, positions, return_states, truncate)
+            return self._as_op(
+                packed, x, shape, loops, cu_seqlens, positions, return_states, truncate
+            )
         refuse_transforms(x, module=self)
         plan = self._plan(x, loops, cu_seqlens, positions)
         wanted = plan.chosen_states(return_states)
         if plan.to_sorted is not None:
             packed = packed[plan.to_sorted]
         inner = tuple(t for t in wanted if t < plan.max_loops)
-        named = self._named()
-        run = self._run(plan, named, states=inner, truncate=truncate)
-        final, states, _, _ = run_loop(run, packed, list(named.values()))
+
+        def pass_(packed: Tensor) -> tuple[LoopSpec, tuple[Tensor, ...]]:
+            weights = self.weights()
+            run = self.run(plan, weights, states=inner, truncate=truncate)
+            return run, run_loop(run, packed, weights.tensors)
+
+        run, (final, states, _, _) = self.gathered(packed, pass_)
         if return_states is False:
             final = final if plan.to_caller is None else final[plan.to_caller]
+            if (
+                sharding_used()
+            ):  # its hook on the output would be lost if a view is changed in place
+                return torch.ops.aten._unsafe_view(final, shape)
             return final.view(shape)
         result = run.collect(wanted, final, states)
         return result if len(shape) == 2 else [state.view(-1, *shape[1:]) for state in result]
 
+    def _called_forward(
+        self, x: Tensor, loops, cu_seqlens, positions, return_states, truncate
+    ) -> Tensor | list[Tensor]:
+        """`forward` with positional arguments."""
+        return self.forward(
+            x, loops, cu_seqlens=cu_seqlens, positions=positions, return_states=return_states,
+            truncate=truncate,
+        )  # fmt: skip
+
     def _as_op(
-        self, x: Tensor, shape: torch.Size, loops, cu_seqlens, positions, return_states, truncate
+        self,
+        x: Tensor,
+        given: Tensor,
+        shape: torch.Size,
+        loops,
+        cu_seqlens,
+        positions,
+        return_states,
+        truncate,
     ) -> Tensor | list[Tensor]:
         """Runs the forward under torch.compile as one op (`relay_fast.engine.compile_op`).
 
@@ -241,14 +260,19 @@ class LoopedBlock(nn.Module):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
         wanted = list(chosen_states(return_states, count))
         truncate = check_truncate(truncate)
-        named = self._named()
+        weights = self.weights()
+        if weights.called:  # an op cannot call modules
+            from relay_fast.ops.eager import eager
+
+            return eager(
+                self._called_forward, given, loops, cu_seqlens, positions, return_states, truncate
+            )
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=x.device)
         final, states, _ = torch.ops.relay_fast.loop_fwd(
-            x, [named[name] for name in self._names], self._spec,
-            f'["{self.recompute}", "{self.impl}", {self.gather_rows}]',
-            compute_dtype(self.layers[0].qkv.weight), 0 if cu_seqlens is not None else shape[0],
+            x, weights.tensors, *self._spec, self.recompute, self.impl, self.gather_rows,
+            compute_dtype(weights.of_gemms), 0 if cu_seqlens is not None else shape[0],
             tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
             _flat_positions(positions, shape), seed, wanted, truncate or 0, torch.is_grad_enabled(),
         )  # fmt: skip
@@ -256,40 +280,68 @@ class LoopedBlock(nn.Module):
             return final.view(shape)
         return [s.view(shape) for s in states.split(x.shape[0])] if wanted else []
 
-    def run(self, plan: Plan, **options) -> LoopSpec:
+    def run(self, plan: Plan, weights: BlockWeights | None = None, **options) -> LoopSpec:
         """Describes a pass of this block over a plan for the engine.
 
         Args:
             plan: the batch's sequences and loop counts.
+            weights: what `weights()` returned; the engine gets their tensors as parameters.
+                Default: read now, in the order of `parameters()` for plain parts.
             **options: further fields of `relay_fast.engine.spec.LoopSpec`.
         """
-        return self._run(plan, self._named(), **options)
-
-    def _run(self, plan: Plan, named: dict[str, Tensor], **options) -> LoopSpec:
-        """As `run`, with the parameters by name: collecting them costs as much as a small op."""
+        weights = self.weights() if weights is None else weights
         check_max_loops(self.config, plan)
-        _check_devices(plan.device, named)
-        names = list(named)
-        weight = self.layers[0].qkv.weight
+        _check_devices(plan.device, weights)
+        weight = weights.of_gemms
         dtype = compute_dtype(weight)
         ops = select(self.impl, weight.device)
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=weight.device)
+        policy = RecomputePolicy.parse(self.recompute)
+        if weights.called:
+            from relay_fast.engine.called_parts import iterations_with_calls
 
-        def make_iteration(x: Tensor, parameters: Sequence[Tensor | None]) -> BlockIteration:
-            named = dict(zip(names, parameters, strict=False))
-            return BlockIteration(self.config, named, plan, x, ops, dtype, seed)
+            policy, make_iteration = iterations_with_calls(
+                self.config, weights, plan, policy, ops, dtype, seed
+            )
+        else:
+
+            def make_iteration(x: Tensor, parameters: Sequence[Tensor | None]) -> BlockIteration:
+                named = dict(zip(weights.names, parameters, strict=False))
+                return BlockIteration(self.config, named, plan, x, ops, dtype, seed)
 
         return LoopSpec(
             plan,
             make_iteration,
             ops,
-            RecomputePolicy.parse(self.recompute),
+            policy,
             gather_rows=self.gather_rows,
             compute_dtype=dtype,
             **options,
         )
+
+    def gathered(
+        self,
+        x: Tensor,
+        compute: Callable[[Tensor], T],
+        called: bool = True,
+        beside: Sequence[nn.Module | None] = (),
+    ) -> T:
+        """Returns compute(x), computed while what `fully_shard` sharded holds whole weights.
+
+        Args:
+            x: the first state.
+            compute: reads the block's weights and runs the loop.
+            called: whether the block itself was called, and so is gathered already.
+            beside: other modules whose weights `compute` reads.
+        """
+        if not sharding_used():
+            return compute(x)
+        through = [*(() if called else (self,)), *self.layers]
+        parts = [m for root in (self, *beside) if root is not None for m in root.modules()]
+        others = [m for m in parts if m is not self and m not in through]
+        return gathered(x, compute, shards(through), shards(others))
 
     def _pack(self, x: Tensor, cu_seqlens) -> tuple[Tensor, torch.Size]:
         d = self.config.d_model
@@ -312,9 +364,9 @@ class LoopedBlock(nn.Module):
         return cached_plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
 
 
-def _check_devices(device: torch.device, named: dict[str, Tensor]) -> None:
+def _check_devices(device: torch.device, weights: BlockWeights) -> None:
     """Raises ValueError if a parameter is on another device than the rows."""
-    for name, p in named.items():
+    for name, p in zip(weights.names, weights.tensors, strict=True):
         if p.device.type != device.type or device.index not in (None, p.device.index):
             raise ValueError(
                 f"x is on {device} and the parameter {name} on {p.device}: move them to one device"

@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from relay_fast.batch.packed import PackedBatch
+from relay_fast.batch.plan import Plan
 from relay_fast.config import ModelConfig, tell_hub
+from relay_fast.engine.block_weights import BlockWeights
 from relay_fast.engine.fused_inference import feedback_reason, run_fused_loop
 from relay_fast.engine.loop import iterate, run_loop
 from relay_fast.engine.plain_modules import check_not_overridden, check_parts, reset_submodules
 from relay_fast.engine.spec import LoopSpec, Readout
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
+from relay_fast.kernels.supports import require
 from relay_fast.models.looped_block import LoopedBlock, Norm
-from relay_fast.ops.cross_entropy import row_cross_entropy, weighted_losses
+from relay_fast.models.readouts import NormAndHead, ReadoutWeights
+from relay_fast.ops.cross_entropy import weighted_losses
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.deprecation import renamed_method
 
@@ -99,29 +104,61 @@ class _Transformer(nn.Module):
                 f"max_tokens"
             )
 
-    def check_parts(self) -> None:
-        """Raises RuntimeError for a part whose forward or hooks would be ignored.
-
-        The weights of these parts are read directly; the parts are not called.
-        """
-        check_parts(self, block=LoopedBlock, norm=Norm, chain_head=nn.Linear)
-
-    def _readout_parameters(self) -> list[Tensor | None]:
-        return [self.norm.weight, self.norm.bias, self.chain_head.weight]
+    def readout(self, head: str = "chain_head") -> NormAndHead:
+        """Returns the final norm with one of the heads."""
+        c = self.config.block
+        return NormAndHead(self, "norm", head, c.eps, c.norm)
 
     def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the block; returns final states (N, d), row losses (R,) and correct (R,)."""
-        self.check_parts()
-        c = self.config.block
-        readout = None
-        if supervised and batch.targets.numel():
-            readout = Readout(batch.rows, batch.targets, batch.row_offsets, c.eps, c.norm)
-        run = self.block.run(batch.plan, readout=readout)
-        parameters = list(self.block.parameters())
-        if readout is not None:
-            parameters += self._readout_parameters()
-        final, _, loss, correct = run_loop(run, self.embed(batch), parameters)
-        return final, loss, correct
+        rows = (batch.rows, batch.targets, batch.row_offsets)
+        supervised = supervised and bool(batch.targets.numel())
+        return self._loop(batch.plan, self.embed(batch), rows if supervised else None)[:3]
+
+    def _loop(
+        self, plan: Plan, x: Tensor, rows: tuple[Tensor, Tensor, tuple[int, ...]] | None
+    ) -> tuple[Tensor, Tensor, Tensor, LoopSpec]:
+        """Runs the block over a plan.
+
+        Args:
+            plan: sequences and loop counts.
+            x: (N, d) the first state.
+            rows: `rows`, `targets` and `offsets` of a Readout of the chain head; None: no loss.
+
+        Returns:
+            What `_pass` does, and the description of the pass.
+        """
+        check_parts(self, block=LoopedBlock)
+        c, readout = self.config.block, self.readout()
+
+        def compute(x: Tensor) -> tuple[Tensor, Tensor, Tensor, LoopSpec]:
+            weights, options = self.block.weights(), {}
+            parameters = weights.tensors
+            head = readout.weights() if rows is not None else None
+            if isinstance(head, ReadoutWeights):
+                options["readout"] = Readout(*rows, c.eps, c.norm)
+                parameters = [*parameters, *head]
+            elif head is not None:
+                options["states"] = tuple(range(1, plan.max_loops + 1))
+            run = self.block.run(plan, weights, **options)
+            final, states, loss, correct = run_loop(run, x, parameters)
+            if isinstance(head, str):
+                flat = _flat_rows(plan, *rows[::2])
+                loss, correct = readout.called_losses(states, flat, rows[1])
+            return final, loss, correct, run
+
+        return self.block.gathered(x, compute, called=False, beside=readout.parts())
+
+
+def _flat_rows(plan: Plan, rows: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    """Returns where the readout's rows are in the states of all iterations, end to end."""
+    require(
+        "fixed-capacity batches do not support a head with a forward or hooks of its own"
+        if plan.fixed_capacity
+        else None
+    )
+    starts = np.repeat(plan.state_offsets[:-1], np.diff(offsets))
+    return rows + torch.from_numpy(starts).to(rows.device)
 
 
 class LoopedTransformer(_Transformer):
@@ -183,8 +220,7 @@ class LoopedTransformer(_Transformer):
     def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
         if not self.config.carry_state:
             return super()._pass(batch, supervised)
-        c, plan = self.config.block, batch.plan
-        parameters = [*self.block.parameters(), *self._readout_parameters()]
+        plan = batch.plan
         state, own = self.embed(batch), batch.feeder.start()
         final = [state[plan.rows_at(1) :]]
         losses, corrects = [state.new_empty(0)], [own.new_empty(0, dtype=torch.bool)]
@@ -197,42 +233,27 @@ class LoopedTransformer(_Transformer):
                 told = told.repeat_interleave(once.cu_seqlens.diff(), output_size=rows)
                 fed = torch.where(told, fed, own)
             offsets = (0, part.stop - part.start)
-            readout = Readout(batch.rows[part], batch.targets[part], offsets, c.eps, c.norm)
-            run = self.block.run(once, readout=readout)
             entered = state[:rows] + self._embed_fed(fed)
-            state, _, loss, correct = run_loop(run, entered, parameters)
+            supervised = (batch.rows[part], batch.targets[part], offsets)
+            state, loss, correct, run = self._loop(once, entered, supervised)
             final.append(state[later:])
             losses.append(loss)
             corrects.append(correct)
             if batch.truth < 1 and later:
-                own = batch.feeder.after(self._best(run, state, self.chain_head), later)
+                own = batch.feeder.after(self._best(run, state, self.readout()), later)
         return torch.cat(final[::-1]), torch.cat(losses), torch.cat(corrects)
-
-    def check_parts(self) -> None:
-        super().check_parts()
-        if self.has_answer_head:
-            check_parts(self, answer_head=nn.Linear)
 
     def loss(self, batch: PackedBatch) -> Losses:
         """Computes L = Σ weights · CE(rounds), plus Σ answer_weights · CE(answers) with an answer
         head."""
         self._check_training_batch(batch)
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
-        c = self.config.block
         if not self.has_answer_head:
             chain = _chain_loss(row_loss, batch) if row_loss.numel() else final[:0].sum()
             zero = chain.new_zeros(())
             return Losses(chain, chain.detach(), zero, _share(correct), zero)
-        answer_loss, answer_correct = row_cross_entropy(
-            final,
-            batch.answer_rows,
-            batch.answers,
-            self.norm.weight,
-            self.answer_head.weight,
-            self.norm.bias,
-            eps=c.eps,
-            norm=c.norm,
-            impl=self.block.impl,
+        answer_loss, answer_correct = self.readout("answer_head").row_losses(
+            final, batch.answer_rows, batch.answers, self.block.impl
         )
         chain = _chain_loss(row_loss, batch) if row_loss.numel() else final.new_zeros(())
         answer = weighted_losses(answer_loss, batch.answer_weights, batch.answers).sum()
@@ -263,43 +284,47 @@ class LoopedTransformer(_Transformer):
             TypeError: for a subclass that overrides forward or loss, which this pass does not call.
         """
         check_not_overridden(self, LoopedTransformer, "forward", "loss", "_pass", "read")
-        self.check_parts()
-        run = self.block.run(batch.plan)
+        check_parts(self, block=LoopedBlock)
+        weights = self.block.weights()
+        run = self.block.run(batch.plan, weights)
         x = self.embed(batch)
-        read = feedback_reason(self.config) or run_fused_loop(
-            self.config.block,
-            run,
-            x,
-            dict(self.block.named_parameters()),
-            self.norm.weight,
-            self.chain_head.weight,
-            self.training,
+        read = feedback_reason(self.config) or self._run_fused(run, weights, x)
+        final, rounds = (
+            self._read_iterations(run, weights, x, batch) if isinstance(read, str) else read
         )
-        final, rounds = self._read_iterations(run, x, batch) if isinstance(read, str) else read
         if not self.has_answer_head:
             return rounds, batch.tokens[:0]
-        return rounds, self._best(run, final[batch.plan.last_rows], self.answer_head)
+        return rounds, self._best(run, final[batch.plan.last_rows], self.readout("answer_head"))
 
     read = renamed_method("read", "predict_rounds")
 
+    def _run_fused(
+        self, run: LoopSpec, weights: BlockWeights, x: Tensor
+    ) -> tuple[Tensor, list[Tensor]] | str:
+        """Runs the loop and its readout in one launch, or returns why it cannot."""
+        head = self.readout().weights()
+        if weights.called or isinstance(head, str):
+            return "the whole-loop kernel cannot call parts"
+        config, training = self.config.block, self.training
+        return run_fused_loop(config, run, x, weights.named, head.norm, head.head, training)
+
     @torch.no_grad()
-    def _best(self, run: LoopSpec, states: Tensor, head: nn.Linear) -> Tensor:
+    def _best(self, run: LoopSpec, states: Tensor, head: NormAndHead) -> Tensor:
         """Returns the most likely token of each row, (rows,)."""
-        c, weight = self.config.block, head.weight.to(run.compute_dtype)
-        return run.ops.argmax(states, self.norm.weight, self.norm.bias, weight, c.eps, c.norm)
+        return head.argmax(states, run.ops, run.compute_dtype)
 
     def _read_iterations(
-        self, run: LoopSpec, x: Tensor, batch: PackedBatch
+        self, run: LoopSpec, weights: BlockWeights, x: Tensor, batch: PackedBatch
     ) -> tuple[Tensor, list[Tensor]]:
         """Returns final states (N, d), and the token ids (N_t,) of each iteration."""
         plan, final, rounds = run.plan, x.clone(), []
-        for t, state, ids in self.iterations(run, x, batch):
+        for t, state, ids in self.iterations(run, weights, x, batch):
             rounds.append(ids)
             final[plan.rows_at(t + 1) : len(state)] = state[plan.rows_at(t + 1) :]
         return final, rounds
 
     def iterations(
-        self, run: LoopSpec, x: Tensor, batch: PackedBatch
+        self, run: LoopSpec, weights: BlockWeights, x: Tensor, batch: PackedBatch
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields (t, state t of the active prefix, its token ids), without gradients.
 
@@ -308,22 +333,23 @@ class LoopedTransformer(_Transformer):
 
         Args:
             run: a pass of the block over the batch's plan.
+            weights: the block's weights, of that pass.
             x: (N, d) the batch's embeddings.
             batch: of `PackedBatch.looped`, or what a model with feedback reads.
         """
         self._check_readable(batch)
-        parameters, fed = list(self.block.parameters()), None
+        parameters, head, fed = weights.tensors, self.readout(), None
 
         def enter(state: Tensor, t: int) -> Tensor:
             return state[: run.plan.rows_at(t)] + self.fed_embedding(fed)
 
         if not self.config.carry_state:
             for t, state in iterate(run, x, parameters):
-                yield t, state, self._best(run, state, self.chain_head)
+                yield t, state, self._best(run, state, head)
             return
         fed = batch.feeder.start()
         for t, state in iterate(run, x, parameters, enter):
-            ids = self._best(run, state, self.chain_head)
+            ids = self._best(run, state, head)
             yield t, state, ids
             fed = batch.feeder.after(ids, run.plan.rows_at(t + 1))
 

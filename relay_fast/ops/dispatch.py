@@ -217,7 +217,8 @@ def _auto_ops() -> Ops:
             except Unsupported:
                 if kwargs.get("row_count") is not None:  # the reference cannot read it
                     raise
-                kwargs.pop("row_count", None)
+                for name in ("row_count", "partials"):  # returned instead of added up
+                    kwargs.pop(name, None)
                 return reference(*args, **kwargs)
 
         return op

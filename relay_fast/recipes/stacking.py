@@ -2,9 +2,9 @@
 
 This is MIDAS (Saunshi et al. 2024, arXiv 2409.19044). `relay_fast.models.layer_stack` has middle
 and gradual stacking and the Prop-α schedule. The tasks are p-hop (`relay_fast.recipes.p_hop`) and
-RELAY's autoregressive model on the arithmetic chains of the preset `cpu`. The results are accuracy,
-similarity of the layers, and the speed-up: ideal (from layer work) and measured (from the seconds
-of a step at each depth).
+RELAY's autoregressive model on the arithmetic chains of the preset `cpu-latent`. The results are
+accuracy, similarity of the layers, and the speed-up: ideal (from layer work) and measured (from the
+seconds of a step at each depth).
 
 The paper trains language models of up to 8 B parameters with UL2, and its tables are not available;
 `paper` takes the sizes of the p-hop experiment of Saunshi et al. 2025 instead.
@@ -172,7 +172,7 @@ class _Arithmetic:
     device: str
 
     def __post_init__(self) -> None:
-        config = load_preset("cpu")
+        config = load_preset("cpu-latent")
         config["tasks"] = {"arithmetic": config["tasks"]["arithmetic"]}
         t = self.training = self.settings.arithmetic
         self._vocabulary, self._tasks = run_tasks(config)

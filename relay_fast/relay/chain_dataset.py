@@ -27,11 +27,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from relay_fast.decoding.chains import decode_chains, generate_looped_chains, parse_chains
-from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.relay import filter_metrics
+from relay_fast.relay.chain_parts import (
+    Counts,
+    WrittenChains,
+    check_request,
+    draw_problems,
+    write_chains,
+)
 from relay_fast.tasks import Samples, Task, Vocabulary, make_task
-from relay_fast.tasks.verify import check_verify, correct_chains, verify_chains
 from relay_fast.training.model_files import Model, model_hash
 from relay_fast.utils.files import (
     cannot_write,
@@ -43,15 +47,12 @@ from relay_fast.utils.files import (
 )
 from relay_fast.utils.locks import LOCK, FolderInUse, lock_folder
 from relay_fast.utils.ragged import lengths_to_offsets
-from relay_fast.utils.seeds import DATASET_SEED_OFFSET
 from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
 
 KIND = "relay_fast chains"
 _MANIFEST = ("identity", "shards", "complete")
 _IDENTITY = ("model", "tasks", "vocabulary", "counts", "seed", "verify", "shard_chains")
 SHARD_CHAINS = 2048
-
-Counts = Mapping[str, Mapping[int, int]]
 
 
 class DatasetError(RuntimeError):
@@ -93,7 +94,7 @@ def write_dataset(
         CheckpointError: A file cannot be read or written.
     """
     folder = Path(folder)
-    _check(model, tasks, counts, seed, verify, shard_chains)
+    check_request(model, tasks, counts, seed, verify, shard_chains)
     identity = _identity(model, tasks, counts, seed, verify, shard_chains)
     chains = sum(sum(own.values()) for own in counts.values())
     shards = -(-chains // shard_chains)
@@ -107,7 +108,7 @@ def write_dataset(
                 tensors, metadata = _read_shard(path, fingerprint, index)
                 done += len(tensors["task"])
             else:
-                problems = _problems(tasks, counts, seed, index, shards)
+                problems = draw_problems(tasks, counts, seed, index, shards)
                 metadata = {"dataset": fingerprint, "index": index}
                 advance = progress and (lambda k, _, done=done: progress(done + k, chains))
                 _write_shard(path, model, problems, tasks, verify, metadata, advance)
@@ -219,6 +220,11 @@ class ChainDataset(Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def parts(self) -> Iterator[WrittenChains]:
+        """Yields all chains of each shard, those that did not pass included."""
+        for shard in self._shards:
+            yield WrittenChains(_samples(shard), shard["passed"].numpy(), None)
+
     def __getitem__(self, index: int | slice) -> Samples:
         """Returns the chain at an index, which may be negative, or the chains of a slice."""
         places = range(len(self))[index]
@@ -244,38 +250,6 @@ def _collate(chains: list[Samples], *, collate_fn_map: Any = None) -> Samples:
 
 
 default_collate_fn_map[Samples] = _collate
-
-
-def _check(
-    model: Model,
-    tasks: Mapping[str, Task],
-    counts: Counts,
-    seed: int,
-    verify: str | None,
-    shard_chains: int,
-) -> None:
-    check_verify(verify)
-    if seed < 0:
-        raise ValueError(f"seed = {seed}: give at least 0")
-    if shard_chains < 1:
-        raise ValueError(f"shard_chains = {shard_chains}: give at least 1")
-    if getattr(model, "supervise", "chain") == "answer":
-        raise ValueError("this looped model writes answers only: give one that was aligned")
-    written = isinstance(model, AutoregressiveTransformer)
-    limit = model.config.max_tokens
-    for name, own in counts.items():
-        task = tasks[name]
-        for length, number in own.items():
-            task.check_length(length)
-            if number < 0:
-                raise ValueError(f"{number} chains of {name} length {length}: give 0 or more")
-            need = task.max_problem_tokens(length)
-            need = task.max_sequence_tokens(length) - 1 if written else need
-            if need > limit:
-                raise ValueError(
-                    f"{name} length {length} can need {need} tokens, more than the model's limit "
-                    f"of {limit}: use a smaller length, or train a model with a larger test length."
-                )
 
 
 def _identity(
@@ -357,19 +331,6 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise DatasetError(cannot_write(path, error)) from error
 
 
-def _problems(
-    tasks: Mapping[str, Task], counts: Counts, seed: int, index: int, shards: int
-) -> Samples:
-    """Draws the solved problems of a shard: its share of each task, with shuffled lengths."""
-    parts = []
-    for name, own in counts.items():
-        lengths = np.repeat(list(own), list(own.values()))
-        lengths = np.random.default_rng([seed, tasks[name].index]).permutation(lengths)
-        a, b = (k * len(lengths) // shards for k in (index, index + 1))
-        parts.append(tasks[name].sample(lengths[a:b], seed + DATASET_SEED_OFFSET, a))
-    return Samples.concat(parts)
-
-
 def _write_shard(
     path: Path,
     model: Model,
@@ -380,16 +341,7 @@ def _write_shard(
     progress: Callable[[int, int], Any] | None,
 ) -> None:
     """Generates and writes a shard; adds the counts and the digest to `metadata`."""
-    ended = None
-    if isinstance(model, AutoregressiveTransformer):
-        decoded = decode_chains(model, problems, tasks, progress=progress)
-        written, ended = parse_chains(decoded, problems, tasks), decoded.ended
-    else:
-        written = generate_looped_chains(model, problems, tasks, progress=progress)
-    if verify == "task":  # the problems are solved already
-        passed = correct_chains(written, problems)
-    else:
-        passed = verify_chains(written, tasks, verify)
+    written, passed, ended = write_chains(model, problems, tasks, verify, progress)
     tensors = {f.name: torch.from_numpy(getattr(written, f.name)) for f in fields(written)}
     tensors["passed"] = torch.from_numpy(passed)
     counts = filter_metrics.count(written, problems, tasks, passed, ended)

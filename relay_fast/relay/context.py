@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
@@ -15,6 +16,7 @@ from relay_fast.data.feedback import check_draws
 from relay_fast.data.streams import BatchFormat
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay.presets import recipe
+from relay_fast.relay.presets.complete import used_lengths
 from relay_fast.tasks import FeedbackDraws
 from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
 from relay_fast.training.trainer import Trained
@@ -64,13 +66,30 @@ class Context:
             *entry["self_lengths"],
         )
 
+    @property
+    def data(self) -> dict[str, dict[str, int]]:
+        """Counts of the records of the tasks that read them."""
+        reports = {n: task.report(*self.ranges[n]) for n, task in self.tasks.items()}
+        return {name: report for name, report in reports.items() if report}
+
+    @property
+    def labels(self) -> dict[str, dict[str, str]]:
+        """Names of the tasks and of what their lengths count, for tables and plots."""
+        return {name: {"title": t.title, "unit": t.unit} for name, t in self.tasks.items()}
+
     def prove(self) -> None:
-        """Raises ValueError for lengths that a task does not support, for invalid model sizes and
-        for models that do not fit into this machine's memory."""
+        """Raises ValueError for lengths that a task does not support or cannot draw, for invalid
+        model sizes and for models that do not fit into this machine's memory."""
         for name, task in self.tasks.items():
+            task.check_range(*self.ranges[name])
             entry = self.task_config(name)
-            for length in (self.ranges[name][0], *entry["self_lengths"], *entry["hit_matrix"]):
-                task.check_length(length)
+            task.prove(used_lengths(entry))
+            for length in entry["self_lengths"]:
+                if task.most_problems(length) == 0:
+                    raise ValueError(
+                        f"tasks.{name}.self_lengths has {length}, of which no problem can be "
+                        f"drawn: give other lengths"
+                    )
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))
 
@@ -129,7 +148,9 @@ class Context:
             if carry_state or not task.clips_positions:
                 longest = task.max_problem_tokens(self.ranges[name][1])
                 padded = draws[name].pad_to if draws[name].pad_probability else 0
-                inputs.append(max(longest, task.min_input_tokens, padded) + draws[name].cut)
+                shortest, last = self.ranges[name]
+                least = int(task.min_widths(np.arange(shortest, last + 1)).max())
+                inputs.append(max(longest, least, padded) + draws[name].cut)
         return max(inputs)
 
     def draws(self, stage: str) -> dict[str, FeedbackDraws]:
@@ -168,7 +189,10 @@ class Context:
 
     def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
         """Saves the model `name` after training; returns the training's part of results.json."""
-        save_model(model_path(self.folder, name), model, {"seed": self.seed, "stage": name})
+        info = {"seed": self.seed, "stage": name}
+        if self.vocabulary.tokens:
+            info["vocabulary"] = self.vocabulary.to_dict()
+        save_model(model_path(self.folder, name), model, info)
         return {
             "history": {name: trained.history},
             "training": {name: trained.record()},

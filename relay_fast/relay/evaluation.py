@@ -6,15 +6,18 @@
 | `chain` | share of problems with every token of every round correct |
 | `bit` | token accuracy: share of the true chain's tokens that are correct |
 | `bit_forced` | token accuracy given the true tokens before (autoregressive models only) |
+| `answer_once` | `answer` of one iteration alone (looped models only) |
 
-All but the last are free-running. A looped model's round is compared right-aligned, as it is
-supervised; an autoregressive model's text is compared token by token from the end of the prompt
-on. A missing token is wrong.
+`answer_once` is a control: what one pass from the problem can tell. It has to fail where the
+rounds are needed. All but `bit_forced` are free-running. A looped model's round is compared
+right-aligned, as it is supervised; an autoregressive model's text is compared token by token from
+the end of the prompt on. A missing token is wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +28,12 @@ from relay_fast.decoding.chains import (
     decode_chains,
     fitting_problems,
     generate_looped_chains,
-    read_answers,
+    parse_chains,
     unseen_problems,
 )
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.verify import same_answers
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.training.model_files import Model
 from relay_fast.utils.ragged import concat_ranges
@@ -69,7 +73,9 @@ def grade_looped(
     wrong = (sizes != true_sizes) | (np.bincount(owner[~hits], minlength=len(sizes)) > 0)
     sample = np.repeat(np.arange(len(problems)), problems.loops)
     chain = np.bincount(sample[wrong], minlength=len(problems)) == 0
-    return Grades(written.answer == problems.answer, chain, hits)
+    answers_alone = model.supervise == "answer"  # what it has for rounds means nothing
+    same = written.answer == problems.answer
+    return Grades(same if answers_alone else same_answers(written, problems, tasks), chain, hits)
 
 
 def grade_autoregressive(
@@ -101,7 +107,7 @@ def grade_autoregressive(
     # A last round without a delimiter ends with <eos>: further tokens would change the round.
     decides = in_chain | ((place == chain_sizes) & (truth == EOS))
     chain = np.bincount(owner[decides & ~hits], minlength=len(problems)) == 0
-    answer = read_answers(decoded, problems, tasks) == problems.answer
+    answer = same_answers(parse_chains(decoded, problems, tasks), problems, tasks)
     return Grades(answer, chain, hits[in_chain], forced[in_chain])
 
 
@@ -117,6 +123,23 @@ def _forced(
             batch = collate_autoregressive(problems.take(chosen), tasks, device=model.device)
             parts.append(model.teacher_forced_correct(batch).cpu().numpy())
     return np.concatenate(parts)
+
+
+def answers_once(
+    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
+) -> np.ndarray:
+    """Returns (S,) bool: whether a looped model that is allowed one iteration has the answer.
+
+    Args:
+        model: The looped model.
+        problems: S solved problems.
+        tasks: The tasks by name.
+        options: Passed to `relay_fast.decoding.chains.generate_looped_chains`.
+    """
+    loops = np.minimum(problems.loops, 1)
+    none = np.zeros(int(loops.sum()) + 1, np.int64)
+    cut = replace(problems, loops=loops, rounds=problems.rounds[:0], round_offsets=none)
+    return generate_looped_chains(model, cut, tasks, **options).answer == problems.answer
 
 
 def evaluate_looped(
@@ -141,7 +164,7 @@ def evaluate_looped(
             `grade_looped`.
 
     Returns:
-        {length: {"answer", "bit", "chain", "n"}}.
+        {length: {"answer", "answer_once", "bit", "chain", "n"}}.
 
     Raises:
         ValueError: The task or the model does not support a length.
@@ -216,8 +239,11 @@ def evaluate_problems(
         {length: metrics}, as these functions do.
     """
     # All lengths at once, so that new sequences take the places of finished ones.
-    grade = grade_looped if isinstance(model, LoopedTransformer) else grade_autoregressive
+    looped = isinstance(model, LoopedTransformer)
+    grade = grade_looped if looped else grade_autoregressive
     grades = grade(model, problems, tasks, **options)
+    unseen = {k: v for k, v in options.items() if k != "progress"}  # a small part of the time
+    once = answers_once(model, problems, tasks, **unseen) if looped else None
     token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
     result = {}
     for length in np.unique(problems.length).tolist():
@@ -230,6 +256,8 @@ def evaluate_problems(
         }
         if grades.forced_tokens is not None:
             result[length]["bit_forced"] = float(grades.forced_tokens[tokens].mean())
+        if once is not None:
+            result[length]["answer_once"] = float(once[samples].mean())
     return result
 
 

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from relay_fast.reporting.text_table import text_table
-from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks import NO_ANSWER, TASK_NAMES, Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.verify import correct_chains, verify_chains
 
 Table = dict[str, dict[str, "Counts"]]  # by task and length (a string, as in JSON)
-_KEYS = ("written", "passed", "agreeing", "right", "both", "unended")  # of `Counts` in files
+_KEYS = ("written", "passed", "agreeing", "right", "both", "unended", "unjudged")  # in files
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Counts:
 
     written: all chains; passed: those that passed the dataset's check; kept: those that the
     label-free filter keeps; correct: those whose rounds and answer are all correct;
-    kept_and_correct: both; unended: without `<eos>` within the limit.
+    kept_and_correct: both; unended: without `<eos>` within the limit; unjudged: those of problems
+    whose truth is not known, which are not among the kept and the correct.
     """
 
     written: int = 0
@@ -35,6 +37,7 @@ class Counts:
     correct: int = 0
     kept_and_correct: int = 0
     unended: int = 0
+    unjudged: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
@@ -51,8 +54,9 @@ class Counts:
 
     @property
     def keep_rate(self) -> float | None:
-        """Share of all chains that are kept."""
-        return self.kept / self.written if self.written else None
+        """Share of the chains that are kept, where the truth is known."""
+        judged = self.written - self.unjudged
+        return self.kept / judged if judged else None
 
 
 def count(
@@ -66,7 +70,7 @@ def count(
 
     Args:
         written: S chains that a model wrote.
-        truth: The same problems, solved.
+        truth: The same problems, solved as far as they can be.
         tasks: The tasks by name.
         passed: (S,) bool, the chains that passed the dataset's check, by default all.
         ended: (S,) bool, the chains that ended within the limit, by default all.
@@ -76,10 +80,12 @@ def count(
     every = np.ones(len(written), bool)
     passed = every if passed is None else passed
     ended = every if ended is None else ended
-    columns = (every, passed, kept, correct, kept & correct, ~ended)
+    judged = truth.answer != NO_ANSWER
+    kept, correct = kept & judged, correct & judged
+    columns = (every, passed, kept, correct, kept & correct, ~ended, ~judged)
     table: Table = {}
-    for k in np.unique(truth.task):
-        own = table.setdefault(TASK_NAMES[k], {})
+    for k, task in tasks_present(truth.task, tasks).items():
+        own = table.setdefault(task.name, {})
         for length in np.unique(truth.length[truth.task == k]):
             here = (truth.task == k) & (truth.length == length)
             own[str(length)] = Counts(*(int(column[here].sum()) for column in columns))
@@ -94,26 +100,27 @@ def add(tables: list[Table]) -> Table:
             own = total.setdefault(task, {})
             for length, counts in by_length.items():
                 own[length] = own.get(length, Counts()) + counts
+    order = [*(n for n in TASK_NAMES if n in total), *sorted(set(total).difference(TASK_NAMES))]
     return {
-        task: dict(sorted(own.items(), key=lambda item: int(item[0])))
-        for task, own in sorted(total.items(), key=lambda item: TASK_NAMES.index(item[0]))
+        name: dict(sorted(total[name].items(), key=lambda item: int(item[0]))) for name in order
     }
 
 
 def to_json(table: Table) -> dict[str, dict[str, dict[str, int]]]:
-    """Converts a table for a JSON file."""
+    """Converts a table for a JSON file; `unjudged` is there where it is not 0."""
     return {
-        task: {n: dict(zip(_KEYS, _values(c), strict=True)) for n, c in own.items()}
+        task: {
+            n: {k: v for k, v in zip(_KEYS, _values(c), strict=True) if v or k != "unjudged"}
+            for n, c in own.items()
+        }
         for task, own in table.items()
     }
 
 
 def from_json(values: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Table:
     """Reads what `to_json` gave."""
-    return {
-        task: {n: Counts(*(c[key] for key in _KEYS)) for n, c in own.items()}
-        for task, own in values.items()
-    }
+    read = lambda c: Counts(*[c[key] for key in _KEYS[:-1]], c.get(_KEYS[-1], 0))
+    return {task: {n: read(c) for n, c in own.items()} for task, own in values.items()}
 
 
 def table_text(table: Table) -> str:

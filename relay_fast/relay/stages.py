@@ -26,6 +26,7 @@ from relay_fast.relay.presets import recipe
 from relay_fast.relay.resumable_chains import generate_in_parts
 from relay_fast.reporting.progress import Problems, Progress
 from relay_fast.tasks import NO_ANSWER, FeedbackDraws, Samples
+from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import model_path
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import LOG_EVERY, Trained, train_model
@@ -205,13 +206,32 @@ def _chains(context: Context, on_progress: OnProgress):
     for name, task in context.tasks.items():
         longest = context.ranges[name][1]
         counts = context.task_config(name)["merge_beyond"]
-        lengths = np.repeat(np.arange(longest + 1, longest + 1 + len(counts)), counts)
+        beyond = range(longest + 1, longest + 1 + len(counts))
+        most = [task.most_problems(length) for length in beyond]
+        counts = [c if m is None else min(c, m) for c, m in zip(counts, most, strict=True)]
+        lengths = np.repeat(beyond, counts)
         parts.append(task.sample(lengths, context.stream_seed(CHAINS_STREAM)))
     problems = Samples.concat(parts)
     stem = context.folder / "checkpoints" / "chains"
     written = generate_in_parts(model, problems, context.tasks, stem, _throttled(on_progress))
     save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
-    return {"trust": filter_metrics.to_json(filter_metrics.count(written, problems, context.tasks))}
+    counts = [filter_metrics.count(written, problems, context.tasks)]
+    if len(kept := _kept_problems(context, problems)):
+        written = generate_looped_chains(model, kept, context.tasks)
+        counts.append(filter_metrics.count(written, kept, context.tasks))
+    return {"trust": filter_metrics.to_json(filter_metrics.add(counts))}
+
+
+def _kept_problems(context: Context, problems: Samples) -> Samples:
+    """Returns what is kept for evaluation of the lengths whose problems have no truth, on which the
+    filter can be measured."""
+    parts = [problems.take(slice(0))]
+    for task in context.tasks.values():
+        unsolved = (problems.task == task.index) & (problems.answer == NO_ANSWER)
+        for length in np.unique(problems.length[unsolved]).tolist():
+            number = context.config["evaluation"]["problems"]
+            parts.append(task.unseen(length, number, context.seed))
+    return Samples.concat(parts)
 
 
 def _in_range_problems(context: Context) -> Samples:
@@ -220,7 +240,7 @@ def _in_range_problems(context: Context) -> Samples:
     for name, task in context.tasks.items():
         shortest, longest = context.ranges[name]
         rng = np.random.default_rng([IN_RANGE_STREAM, context.seed, task.index])
-        choices = np.arange(shortest, longest + 1)
+        choices = task.lengths_between(shortest, longest)
         size = context.task_config(name)["merge_inside"]
         lengths = rng.choice(choices, size=size, p=choices / choices.sum())
         parts.append(task.sample(lengths, context.stream_seed(IN_RANGE_STREAM)))
@@ -318,7 +338,7 @@ def _self_problems(context: Context, phase: int) -> Samples:
 
 def _ar_self_truth(context: Context, on_progress: OnProgress):
     def keep_filter(problems: Samples, written: Samples) -> np.ndarray:
-        return written.answer == problems.answer
+        return same_answers(written, problems, context.tasks)
 
     return _ar_self(context, "ar_self_truth", keep_filter, on_progress)
 
@@ -343,7 +363,7 @@ def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str,
     evaluate = evaluate_looped if looped else evaluate_autoregressive
     accuracy, matrices = {}, {}
     for task, entry in context.config["tasks"].items():
-        lengths = range(entry["train"][0], entry["test"][1] + 1)
+        lengths = context.tasks[task].lengths_between(entry["train"][0], entry["test"][1]).tolist()
         accuracy[task] = evaluate(
             model,
             context.tasks,
@@ -356,6 +376,8 @@ def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str,
         matrices[task] = {}
         for length in entry["hit_matrix"]:
             matrix = hit_matrix(model, context.tasks[task], length, min(problems, 200))
+            if not matrix.size:  # a file may hold no problem of this length
+                continue
             rows = np.where(np.isnan(matrix), None, matrix.round(4)).tolist()
             matrices[task][str(length)] = {name: rows}
     accuracy = {t: {str(n): row for n, row in by.items()} for t, by in accuracy.items()}

@@ -26,13 +26,13 @@ from relay_fast.reporting.palette import (
 )
 from relay_fast.reporting.tables import (
     ANSWER_ONLY,
-    LENGTH_NAMES,
     METRIC_NAMES,
     MODEL_NAMES,
-    TASK_NAMES,
     curve,
     in_order,
+    length_name,
     models_of,
+    task_title,
     tasks_of,
 )
 from relay_fast.utils.files import replacing
@@ -84,7 +84,7 @@ def pictures(
             if not matrices:
                 continue
             title = (
-                f"{TASK_NAMES.get(task, task)} {length}: share of problems with the token correct"
+                f"{task_title(results, task)} {length}: share of problems with the token correct"
             )
             path = folder / f"hits_{task}_{length}.png"
             yield path, partial(plot_hit_matrix, matrices, title, path)
@@ -275,8 +275,8 @@ def _draw_accuracy(
     panel.set_ylim(-2, 103)
     panel.set_yticks(range(0, 101, 20))
     panel.grid(alpha=0.3)
-    panel.set_title(TASK_NAMES.get(task, task), pad=18)
-    panel.set_xlabel(LENGTH_NAMES.get(task, "length"))
+    panel.set_title(task_title(results, task), pad=18)
+    panel.set_xlabel(length_name(results, task))
     return handles
 
 

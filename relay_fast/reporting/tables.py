@@ -32,6 +32,7 @@ METRIC_NAMES = {
     "chain": "whole chain correct",
     "bit": "chain tokens correct",
     "bit_forced": "chain tokens correct, teacher-forced",
+    "answer_once": "final answer correct after one iteration alone, a control",
 }
 _RULE = "│"
 _CELL = 4  # the width of "99.9"; all of them correct is "100"
@@ -55,6 +56,17 @@ def tasks_of(results: Mapping[str, Any]) -> list[str]:
         {task: None for by_task in results.get("accuracy", {}).values() for task in by_task},
         TASK_NAMES,
     )
+
+
+def task_title(results: Mapping[str, Any], task: str) -> str:
+    """Returns a task's name for tables and plots."""
+    return results.get("labels", {}).get(task, {}).get("title") or TASK_NAMES.get(task, task)
+
+
+def length_name(results: Mapping[str, Any], task: str) -> str:
+    """Returns what a task's length counts."""
+    own = results.get("labels", {}).get(task, {}).get("unit")
+    return own or LENGTH_NAMES.get(task, "length")
 
 
 def curve(
@@ -84,7 +96,7 @@ def curve(
 
 def print_report(
     results: Mapping[str, Any],
-    metrics: Sequence[str] = ("answer", "chain"),
+    metrics: Sequence[str] = ("answer", "chain", "answer_once"),
     file: TextIO | None = None,
     width: int | None = None,
 ) -> None:
@@ -147,12 +159,12 @@ def _print_table(
         cells = [_RULE if n is None else _percent(values.get(n)) for n in columns]
         table.add_row(name, *(Text(cell, style=_color(cell)) for cell in cells))
 
-    notes = [f"columns: {LENGTH_NAMES.get(task, 'length')}"]
+    notes = [f"columns: {length_name(results, task)}"]
     if longest is not None:
         notes.append(f"trained on {shortest} to {longest}")
     if len(shown) < len(lengths):
         notes.append(f"{len(shown)} of {len(lengths)} lengths fit, all are in results.json")
-    title = f"{TASK_NAMES.get(task, task)}: {METRIC_NAMES.get(metric, metric)} (%)"
+    title = f"{task_title(results, task)}: {METRIC_NAMES.get(metric, metric)} (%)"
     console = make_console(table, file, width)
     console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)

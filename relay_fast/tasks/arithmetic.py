@@ -14,7 +14,7 @@ import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
 from relay_fast.tasks.feedback import Inputs, Written, right_aligned
-from relay_fast.tasks.samples import Samples
+from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import (
     ARITHMETIC,
     DIVIDE,
@@ -48,6 +48,9 @@ class Arithmetic(Task):
     """
 
     name = "arithmetic"
+    index = TASK_NAMES.index(name)
+    title = "Arithmetic"
+    unit = "number of operators"
     token = ARITHMETIC
     end = EQUALS
     answer_suffix = None
@@ -141,32 +144,15 @@ class Arithmetic(Task):
         return answers
 
     def input_sizes(self, written: Written, owner: np.ndarray, before: np.ndarray) -> np.ndarray:
-        return self._left(written, owner, before)[1] + 1
+        return written.last_or_problem(owner, before)[2] + 1
 
     def inputs(
         self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
     ) -> Inputs:
         """The expression that is left, alone: the last round in the problem's place."""
-        starts, sizes = self._left(written, owner, before)
-        source = np.concatenate([written.problems.problem, written.tokens])
-        tokens = right_aligned(widths, source, starts, sizes)
+        tokens = right_aligned(widths, *written.last_or_problem(owner, before))
         tokens[np.cumsum(widths) - widths] = self.token
         return Inputs(tokens, np.full_like(tokens, PAD))
-
-    @staticmethod
-    def _left(
-        written: Written, owner: np.ndarray, before: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Where the expressions that are left start in the tokens of all problems and then of all
-        rounds, and their sizes."""
-        starts, sizes = (
-            written.problems.problem_offsets[owner] + 1,
-            written.problem_sizes(owner) - 1,
-        )
-        later = before > 0
-        own, sizes[later] = written.last_round(owner[later], before[later])
-        starts[later] = len(written.problems.problem) + own
-        return starts, sizes
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         rounds, tail = split_after(until_eos(ids), EQUALS)

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from relay_fast.tasks.feedback import Inputs, Written
-from relay_fast.tasks.samples import TASK_NAMES, Samples
-from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, Vocabulary
+from relay_fast.tasks.samples import Samples
+from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, SEP, Vocabulary
+from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import lengths_to_offsets
+from relay_fast.utils.seeds import EVAL_SEED_OFFSET
 
 Rounds = Sequence[Sequence[int]]
 NO_ANSWER = -1  # stands for an answer that cannot be read
@@ -25,12 +27,13 @@ class Task(ABC):
     invalid input.
 
     Attributes:
-        name, index: Name and position in `TASK_NAMES`.
+        name: Its name in a run.
+        index: What `Samples.task` holds for its samples, different in every task of a run.
+        title, unit: Its name in tables and plots, and what its length counts.
         token: Id of the task token, the first of every problem.
         end: Id of the last token of every problem.
         min_length: The smallest length.
-        min_input_tokens: The looped model pads shorter inputs on the left to this many tokens, so
-            that every round and its boundary `<pad>` fit.
+        min_input_tokens: What `min_widths` returns for all lengths.
         takes_shift: Whether there is a rule for shifted numbers (`shifted_rounds`).
         clips_positions: Whether `inputs` of any length hold the same positions.
         answer_suffix: Tokens between the last round and the answer in an autoregressive sequence;
@@ -38,6 +41,9 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    index: ClassVar[int]
+    title: ClassVar[str]
+    unit: ClassVar[str]
     token: ClassVar[int]
     end: ClassVar[int]
     answer_suffix: ClassVar[tuple[int, ...] | None]
@@ -49,14 +55,9 @@ class Task(ABC):
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
 
-    @property
-    def index(self) -> int:
-        """Returns the position in `TASK_NAMES`, the value of `Samples.task`."""
-        return TASK_NAMES.index(self.name)
-
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Returns name and parameters for `make_task(vocabulary=…, **task.to_dict())`."""
+        """Returns what `make_task(vocabulary=…, **task.to_dict())` builds it of, JSON-able."""
 
     @abstractmethod
     def loops(self, length: int) -> int:
@@ -74,6 +75,25 @@ class Task(ABC):
     def max_chain_tokens(self, length: int) -> int:
         """Returns the most tokens of all rounds together."""
 
+    def min_widths(self, lengths: np.ndarray) -> np.ndarray:
+        """(S,) the least tokens of the inputs of problems of these lengths; shorter ones are padded
+        on the left, so that every round and its boundary `<pad>` fit."""
+        return np.full(len(lengths), self.min_input_tokens, np.int64)
+
+    def report(self, shortest: int, longest: int) -> dict[str, int]:
+        """Returns counts of the data behind problems of a training range, where there is such."""
+        return {}
+
+    def prove(self, lengths: Iterable[int]) -> None:
+        """Raises ValueError if a run that uses these lengths cannot be trusted to go well."""
+        for length in lengths:
+            self.check_length(length)
+
+    @property
+    def solves(self) -> bool:
+        """Whether `solve` can be called: the task's rules tell the rounds of any problem."""
+        return True
+
     def max_sequence_tokens(self, length: int) -> int:
         """Returns the most tokens of an autoregressive sequence, including `<eos>`."""
         tail = 0 if self.answer_suffix is None else len(self.answer_suffix) + 1
@@ -85,6 +105,31 @@ class Task(ABC):
             raise ValueError(
                 f"{self.name} length {length} is too short; use at least {self.min_length}."
             )
+
+    def check_range(self, shortest: int, longest: int) -> None:
+        """Raises ValueError if a model cannot be trained on problems of these lengths."""
+        for length in (shortest, longest):
+            self.check_length(length)
+
+    def lengths_between(self, shortest: int, longest: int) -> np.ndarray:
+        """Returns the lengths from `shortest` to `longest` that there are problems of."""
+        return np.arange(shortest, longest + 1)
+
+    def most_problems(self, length: int) -> int | None:
+        """Returns how many different problems of a length can be drawn, None for any number."""
+        return None
+
+    def unseen(self, length: int, number: int, seed: int) -> Samples:
+        """Returns up to `number` solved problems that no training has seen, but for short ones.
+
+        A larger number extends a smaller one.
+
+        Args:
+            length: Of the problems.
+            number: How many; there may be fewer where they are not drawn at random.
+            seed: Selects them.
+        """
+        return self.sample(np.full(number, length), as_int("seed", seed) + EVAL_SEED_OFFSET)
 
     def sample(self, lengths: Sequence[int] | np.ndarray, seed: int, start: int = 0) -> Samples:
         """Draws solved problems.
@@ -100,15 +145,7 @@ class Task(ABC):
         Raises:
             ValueError: A length is not supported, or an argument is invalid.
         """
-        array = np.asarray(lengths)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ValueError(
-                f"lengths have shape {array.shape} and type {array.dtype}; "
-                f"give a flat list of integers."
-            )
-        if start < 0:
-            raise ValueError(f"start is {start}; give the index of the first sample, at least 0.")
-        array = np.ascontiguousarray(array, np.int64)
+        array = checked_lengths(lengths, start)
         unique, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
         for length in unique.tolist():
             self.check_length(length)
@@ -205,9 +242,20 @@ class Task(ABC):
         It never raises: malformed text becomes a round, an answer that cannot be read is None.
         """
 
+    def split_for(
+        self, ids: Iterable[int], problem_tokens: int
+    ) -> tuple[list[list[int]], int | None]:
+        """Does what `split` does, for a problem of so many tokens."""
+        return self.split(ids)
+
+    def same_answers(self, written: Samples, truth: Samples) -> np.ndarray:
+        """(S,) bool: chains of this task give the answers of the same problems, solved."""
+        return written.answer == truth.answer
+
     def input_sizes(self, written: Written, owner: np.ndarray, before: np.ndarray) -> np.ndarray:
         """(I,) tokens that `inputs` needs for each iteration; see there."""
-        return np.maximum(written.problem_sizes(owner), self.min_input_tokens)
+        least = self.min_widths(written.problems.length[owner])
+        return np.maximum(written.problem_sizes(owner), least)
 
     def inputs(
         self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
@@ -233,7 +281,7 @@ class Task(ABC):
 
     def largest_fed(self, length: int) -> int:
         """A bound on the numbers that `inputs` shows and rounds hold in problems of a length."""
-        return self.vocabulary.max_number
+        return self.vocabulary.max_number or 0
 
     def shifted_rounds(
         self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
@@ -250,10 +298,7 @@ class Task(ABC):
         The list is as long as the longer of the true and the given chain; missing and surplus
         rounds are False.
         """
-        truth, _ = self.solve(problem)
-        given = [[int(token) for token in tokens] for tokens in rounds]
-        right = [a == b for a, b in zip(truth, given, strict=False)]
-        return right + [False] * (max(len(truth), len(given)) - len(right))
+        return matches(self.solve(problem)[0], rounds)
 
     def encode(self, text: str) -> list[int]:
         """Converts a text to the ids of a problem; task token and end token may be left out.
@@ -272,8 +317,18 @@ class Task(ABC):
         """Returns a readable text of a problem or round, without task token and `<pad>`."""
         return self.vocabulary.decode(t for t in map(int, ids) if t not in (self.token, PAD))
 
+    def plain_text(self, ids: Iterable[int]) -> str:
+        """Returns a problem, round or answer for other programs: as `decode` does, but with a space
+        between all tokens, and without `<sep>` at the end."""
+        tokens = [token for token in map(int, ids) if token not in (self.token, PAD)]
+        return self.vocabulary.decode(tokens[:-1] if tokens[-1:] == [SEP] else tokens)
+
+    def answer_text(self, rounds: Rounds, answer: int) -> str:
+        """Returns a readable text of the answer that a chain of these rounds gives."""
+        return self.decode([answer])
+
     def are_numbers(self, tokens: np.ndarray) -> np.ndarray:
-        return (tokens >= NUMBER0) & (tokens < self.vocabulary.n_tokens)
+        return (tokens >= NUMBER0) & (tokens < self.vocabulary.end_of_numbers)
 
     def _spaced(self, text: str) -> str:
         """Puts spaces between the tokens of `text`."""
@@ -293,6 +348,26 @@ class Task(ABC):
                 f"begin with {first} and end with {last}."
             )
         return ids[1:-1]
+
+
+def matches(truth: Rounds, rounds: Rounds) -> list[bool]:
+    """Compares rounds with the true ones, see `Task.check`."""
+    wanted, given = ([[int(token) for token in r] for r in chain] for chain in (truth, rounds))
+    right = [a == b for a, b in zip(wanted, given, strict=False)]
+    return right + [False] * (max(len(wanted), len(given)) - len(right))
+
+
+def checked_lengths(lengths: Sequence[int] | np.ndarray, start: int) -> np.ndarray:
+    """Returns lengths as (S,) int64; raises ValueError for others, or a negative start."""
+    array = np.asarray(lengths)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"lengths have shape {array.shape} and type {array.dtype}; "
+            f"give a flat list of integers."
+        )
+    if start < 0:
+        raise ValueError(f"start is {start}; give the index of the first sample, at least 0.")
+    return np.ascontiguousarray(array, np.int64)
 
 
 def last_rounds(samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

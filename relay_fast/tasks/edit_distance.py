@@ -17,7 +17,7 @@ import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
 from relay_fast.tasks.feedback import Inputs, Written, problems_shown, right_aligned
-from relay_fast.tasks.samples import Samples
+from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import (
     BAR,
     COMMA,
@@ -52,6 +52,9 @@ class EditDistance(Task):
     """
 
     name = "edit_distance"
+    index = TASK_NAMES.index(name)
+    title = "Edit distance"
+    unit = "length of the shorter string"
     token = EDIT_DISTANCE
     end = SEP
     answer_suffix = (SEP,)

@@ -41,6 +41,18 @@ class Written:
         r = self.problems.first_round[owner] + before - 1
         return self.starts[r], self.sizes[r]
 
+    def last_or_problem(
+        self, owner: np.ndarray, before: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is left of problems `owner` where each round takes the problem's place: tokens, and
+        where the last of the `before` rounds, or the problem behind its task token, starts in them,
+        and its size."""
+        starts, sizes = self.problems.problem_offsets[owner] + 1, self.problem_sizes(owner) - 1
+        later = before > 0
+        own, sizes[later] = self.last_round(owner[later], before[later])
+        starts[later] = len(self.problems.problem) + own
+        return np.concatenate([self.problems.problem, self.tokens]), starts, sizes
+
 
 class Inputs(NamedTuple):
     """What iterations see, laid end to end, N tokens in all.

@@ -17,7 +17,7 @@ import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, split_after, until_eos
 from relay_fast.tasks.feedback import Inputs, Written, problems_shown
-from relay_fast.tasks.samples import Samples
+from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import LETTER0, N_LETTERS, NUMBER0, PAD, SEP, Vocabulary
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
 from relay_fast.utils.numbers import as_int
@@ -44,6 +44,9 @@ class LIS(Task):
     """
 
     name = "lis"
+    index = TASK_NAMES.index(name)
+    title = "LIS"
+    unit = "numbers in the sequence"
     token = LIS_TOKEN
     end = SEP
     answer_suffix = ()
@@ -227,7 +230,7 @@ class LIS(Task):
         body = self._body(problem)
         if not body:
             raise ValueError("lis problem has no values; give at least one number before <sep>.")
-        last = self.vocabulary.n_tokens
+        last = self.vocabulary.end_of_numbers
         for k, token in enumerate(body):
             if not NUMBER0 <= token < last:
                 raise ValueError(

@@ -5,29 +5,56 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
-TASK_NAMES = ("arithmetic", "edit_distance", "lis")
+TASK_NAMES = ("arithmetic", "edit_distance", "lis")  # built-in: their places are their indices
 
 
 class WritesAnswers(Protocol):
     """The part of a task that `Samples.sequences` needs."""
+
+    index: int
 
     @property
     def answer_suffix(self) -> tuple[int, ...] | None:
         """Tokens between the last round and the answer; None if no answer is written."""
 
 
+_Task = TypeVar("_Task", bound=WritesAnswers)
+
+
+def tasks_present(kinds: np.ndarray, tasks: Mapping[str, _Task]) -> dict[int, _Task]:
+    """Returns the tasks of samples by their index, ascending.
+
+    Args:
+        kinds: (S,) `Samples.task`.
+        tasks: At least the tasks that occur, by name.
+
+    Raises:
+        ValueError: A task is missing.
+    """
+    by_index = {task.index: task for task in tasks.values()}
+    present = np.unique(kinds).tolist()
+    for k in present:
+        if k not in by_index:
+            name = repr(TASK_NAMES[k]) if 0 <= k < len(TASK_NAMES) else f"a task of index {k}"
+            raise ValueError(
+                f"the samples hold {name}, which is not among the tasks given; add it to the "
+                f"mapping."
+            )
+    return {k: by_index[k] for k in present}
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
     """S samples, ragged parts laid end to end; R = sum of `loops` rounds in all.
 
-    task            (S,) int32, index into TASK_NAMES
+    task            (S,) int32, the `index` of each sample's task
     length          (S,) int32, the problem's complexity (see the tasks)
     problem         (tokens,) int32, task token first, `=` or `<sep>` last
     problem_offsets (S + 1,) int64
@@ -110,15 +137,10 @@ class Samples:
         Returns:
             Tokens (flat, int32), offsets (S + 1,) int64 and prompt lengths (S,) int32.
         """
-        present = [int(k) for k in np.unique(self.task)]
+        present = tasks_present(self.task, tasks)
         tails = np.zeros(len(self), np.int64)
-        for k in present:
-            if TASK_NAMES[k] not in tasks:
-                raise ValueError(
-                    f"the samples hold {TASK_NAMES[k]!r}, which is not among the tasks given; "
-                    f"add it to the mapping."
-                )
-            suffix = tasks[TASK_NAMES[k]].answer_suffix
+        for k, task in present.items():
+            suffix = task.answer_suffix
             tails[self.task == k] = 0 if suffix is None else len(suffix) + 1
         prompts = np.diff(self.problem_offsets)
         chains = np.diff(self.round_offsets[self.first_round])
@@ -130,8 +152,8 @@ class Samples:
         tokens[origin == 0] = self.problem
         tokens[origin == 1] = self.rounds
         ends = offsets[1:] - 1
-        for k in present:
-            suffix = tasks[TASK_NAMES[k]].answer_suffix
+        for k, task in present.items():
+            suffix = task.answer_suffix
             if suffix is None:
                 continue
             rows = np.flatnonzero(self.task == k)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from relay_fast.tasks import TASK_NAMES, Samples, Task
+from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.utils.ragged import concat_ranges
 
 CHECKS = ("task", "self", None)
@@ -35,8 +36,8 @@ def verify_chains(
     passed = np.ones(len(written), bool)
     if verify is None:
         return passed
-    for k in np.unique(written.task):
-        task, rows = tasks[TASK_NAMES[k]], np.flatnonzero(written.task == k)
+    for k, task in tasks_present(written.task, tasks).items():
+        rows = np.flatnonzero(written.task == k)
         own = _select(written, rows)
         implied = task.answers_of(own)
         passed[rows] = (implied >= 0) & (implied == own.answer)
@@ -45,6 +46,21 @@ def verify_chains(
             own = _select(written, rows)
             passed[rows] = correct_chains(own, task.solve_samples(own))
     return passed
+
+
+def same_answers(written: Samples, truth: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
+    """Returns (S,) bool: the answer is that of `truth`, the solved problems.
+
+    Args:
+        written: S chains that a model wrote.
+        truth: The same problems, solved.
+        tasks: The tasks by name.
+    """
+    same = np.zeros(len(written), bool)
+    for k, task in tasks_present(written.task, tasks).items():
+        rows = np.flatnonzero(written.task == k)
+        same[rows] = task.same_answers(_select(written, rows), _select(truth, rows))
+    return same
 
 
 def _select(samples: Samples, rows: np.ndarray) -> Samples:

@@ -14,7 +14,7 @@ import torch
 from relay_fast import __version__
 from relay_fast.config import ModelConfig
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
-from relay_fast.tasks import Task, Vocabulary, make_task
+from relay_fast.tasks import Task, Vocabulary, tasks_of_config
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
 from relay_fast.utils.numbers import plain_numbers
 from relay_fast.utils.tensor_files import CheckpointError, load_checkpoint, save_checkpoint
@@ -140,15 +140,11 @@ def load_run_model(
 def run_tasks(config: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Task]]:
     """Builds the vocabulary and the tasks, by name, of a run's config.
 
-    config["vocabulary"] holds the parameters of Vocabulary, config["tasks"][name]["parameters"]
-    those of a task. Raises ValueError as their constructors do.
+    config["vocabulary"] holds the parameters of Vocabulary, config["tasks"][name] the class and the
+    parameters of a task. Raises ValueError as their constructors do.
     """
     vocabulary = Vocabulary.from_dict(config["vocabulary"])
-    tasks = {
-        name: make_task(name, vocabulary, **entry["parameters"])
-        for name, entry in config["tasks"].items()
-    }
-    return vocabulary, tasks
+    return vocabulary, tasks_of_config(config["tasks"], vocabulary)
 
 
 def check_device(device: torch.device | str) -> None:

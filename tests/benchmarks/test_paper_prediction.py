@@ -49,14 +49,15 @@ def test_sets_are_those_of_the_preset() -> None:
 def test_the_whole_is_the_sum_of_its_stages() -> None:
     training = {name: Training(name, 8, 10, 1, 1.0, 1.0, 0.5, 1, 1.0) for name in predict.KIND}
     written = {
-        "evaluation": Writing(1, 1, 7.0, 3.0), "chains": Writing(1, 1, 0.0, 11.0),
+        "evaluation": Writing(1, 1, 7.0, 3.0, 2.0), "chains": Writing(1, 1, 0.0, 11.0, 4.0),
         "self chains": Writing(1, 1, 13.0, 17.0),
     }  # fmt: skip
     found = predict.stages(training, written, phases=5)
-    assert found["looped_aligned"] == found["looped_vanilla"] == 5 + 3 + 2 * predict.BEGIN
+    assert found["looped_vanilla"] == 5 + 3 + 2 * predict.BEGIN
+    assert found["looped_aligned"] == found["looped_vanilla"] + 2  # the inputs of its iterations
     assert found["ar_self_loop"] - found["ar_self_truth"] == 17
     assert found["ar_self_truth"] == 5 * 5 + 13 + 7 + 2 * predict.BEGIN
-    assert found["chains"] == 11 + predict.BEGIN
+    assert found["chains"] == 11 + 4 + predict.BEGIN
     second = found.pop("looped model, second seed")
     assert second == found["looped_aligned"]
     assert found.pop("all") == pytest.approx(sum(found.values()))
@@ -96,17 +97,32 @@ from pathlib import Path
 found = []
 for place in (0.0, 0.9):
     config = override(load_preset("paper-fast"), batch_size=6, tasks=["arithmetic"])
-    config["training"]["curriculum"] = place
-    own = predict.training(Context(Path("nowhere"), config, "cpu", "triton"), "looped_aligned")
-    found.append(own)
+    config["stages"]["looped_aligned"]["curriculum"] = place
+    own = Context(Path("nowhere"), config, "cpu", "triton")
+    found.append(predict.training(predict.latent(own), "looped_aligned"))
 whole, growing = found
 assert whole.mean == whole.longest > growing.mean > 0, found  # shorter problems are quicker
 assert whole.batch == 6 and whole.steps == config["stages"]["looped_aligned"]["steps"]
 assert whole.nodes > 1000 and whole.memory > 1e6 and whole.flops > 1e9, whole
+
+config["stages"]["looped_aligned"]["curriculum"] = 0.0
+own = Context(Path("nowhere"), config, "cpu", "triton")
+once = predict.training(own, "looped_aligned")
+assert predict.fed(own, "looped_aligned") and not predict.fed(own, "looped_vanilla")
+assert once.batch == 6 and once.mean == once.longest < whole.longest, once
+assert once.nodes < whole.nodes / 5, once  # one pass, whatever the number of iterations
+stream = predict.stream_of(own, "looped_aligned")
+step = stream[len(stream) - 1].batch
+assert once.token_iterations == step.plan.token_iterations == step.plan.rows
+predict.PART_TOKENS["cuda"] = step.plan.rows // 2 + 60  # two parts: every layer twice
+twice = predict.training(own, "looped_aligned")
+assert 2 <= twice.nodes / once.nodes < 2.2, (once, twice)  # and the gradients are added up
+assert 0.4 < twice.memory / once.memory < 0.6, (once, twice)
+assert twice.flops >= once.flops
 """
 
 
-def test_a_step_of_a_growing_curriculum_is_quicker() -> None:
+def test_steps_of_a_growing_curriculum_and_of_iterations_side_by_side_are_quicker() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SMALL], cwd=ROOT, capture_output=True, text=True,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -67,6 +67,7 @@ def test_command(run, capsys, model):
     [
         ({"--length": None}, "give --length to print chains, or --lengths and --dataset"),
         ({"--dataset": "d"}, "--dataset needs --lengths, for example --lengths 1-25"),
+        ({"--export": "e"}, "--export needs --lengths, for example --lengths 1-25"),
         ({"--dataset": "d", "--lengths": "3-x"}, "--lengths '3-x' is not understood"),
         ({"--dataset": "/dev/null/d", "--lengths": "3"}, "d cannot be used (Not a directory)"),
         ({"--out": None}, "give --out RUN and --task, or --show DIR"),
@@ -113,6 +114,26 @@ def test_command_writes_continues_and_shows_a_folder(run, capsys):
     text = capsys.readouterr().out
     assert text.count("edit_distance of length") == 2 and text.count("  answer ") == 2
     assert "passed: by the task's rules" in text and text.splitlines()[-1].split()[1] == "all"
+
+
+def test_command_exports_new_and_old_chains(run, capsys):
+    arguments = "--task edit_distance --lengths 1-3 --number 8 --shard 3".split()
+    arguments += ["--out", str(run)]
+    direct, both, old = (run / f"{name}.jsonl" for name in ("direct", "both", "old"))
+    assert main([*arguments, "--export", str(direct)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{direct}: 8 chains as rounds, ") and last.endswith("of them passed")
+    folder = str(run / "chains")
+    assert main([*arguments, "--dataset", folder, "--export", str(both)]) == 0
+    assert both.read_text() == direct.read_text()
+    assert main(["--show", folder, "--export", str(old), "--format", "sft"]) == 0
+    chains = [json.loads(line) for line in old.read_text().splitlines()]
+    assert [list(chain) for chain in chains] == 8 * [
+        ["task", "length", "prompt", "completion", "passed"]
+    ]
+    capsys.readouterr()
+    assert main(["--show", folder, "--export", str(old)]) == 2
+    assert "old.jsonl exists already: delete it" in capsys.readouterr().err
 
 
 def test_chains_that_never_end_are_reported(run, capsys):

@@ -57,7 +57,7 @@ def test_results_have_their_form(finished) -> None:
             assert [int(n) for n in by_length] == list(lengths)
             for row in by_length.values():
                 columns = {"answer", "bit", "chain", "n"}
-                columns |= {"bit_forced"} if model.startswith("ar_") else set()
+                columns |= {"bit_forced"} if model.startswith("ar_") else {"answer_once"}
                 assert set(row) == columns and row["n"] == 4
                 assert all(0 <= row[key] <= 1 for key in columns - {"n"})
     assert results["train_lengths"] == {t: e["train"] for t, e in config["tasks"].items()}

@@ -163,7 +163,7 @@ def test_another_kind_of_model_a_missing_task_and_no_batch():
         (generate_ar_chains, ar_model()),
     ):
         with pytest.raises(
-            ValueError, match="hold 'edit_distance', which is not among the given tasks"
+            ValueError, match="hold 'edit_distance', which is not among the tasks given"
         ):
             write(model, problems, {k: TASKS[k] for k in ("arithmetic", "lis")})
     with pytest.raises(ValueError, match="batch_tokens = 0: it must be 1 or more"):

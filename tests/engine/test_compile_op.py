@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 
 import pytest
@@ -11,9 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.numerics import assert_bitwise, assert_close
 from relay_fast import LoopedBlock
+from relay_fast.config import BlockConfig
 
 D = 16
 
@@ -65,12 +68,11 @@ def test_a_state_asked_for_twice_comes_once() -> None:
     assert len(got) == len(block(x, 2, return_states=[1, 1])) == 1
 
 
-def test_parameters_in_another_order() -> None:
+def test_computed_weights_and_parameters_in_another_order() -> None:
     block = LoopedBlock(D, 2, 1, bias=True)
     prune.identity(block.layers[0].up, "weight")
     x = torch.randn(2, 3, D)
-    with pytest.raises(Exception, match="are not those of its config"):
-        compiled(block)(x)
+    assert_bitwise("output", compiled(block)(x, 2), block(x, 2))
     prune.remove(block.layers[0].up, "weight")  # which puts it after the bias
     assert_bitwise("output", compiled(block)(x, 2), block(x, 2))
 
@@ -143,14 +145,53 @@ def test_inductor() -> None:
         assert_bitwise("output", compiled(block, "inductor")(x, loops), block(x, loops))
 
 
-def test_ops_keep_the_rules_of_custom_ops() -> None:
-    block = LoopedBlock(D, 2, 1)
+def op_arguments(block: LoopedBlock, x: Tensor, **changed) -> tuple:
+    """Of torch.ops.relay_fast.loop_fwd: two sequences, three loops."""
+    call = {
+        "recompute": "state", "impl": "torch", "gather_rows": 256, "dtype": torch.float32,
+        "batch": 2, "cu_seqlens": None, "count": 3, "loops": None, "positions": None, "seed": None,
+        "states": [], "truncate": 0, "keep": True,
+    } | changed  # fmt: skip
+    return (x, list(block.parameters()), *block._spec, *call.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"rope_base": None, "n_kv_heads": 1, "bias": True}])
+def test_ops_keep_the_rules_of_custom_ops(options) -> None:
+    block = LoopedBlock(D, 2, 1, **options)
     x = torch.randn(6, D, requires_grad=True)
-    arguments = (
-        x, list(block.parameters()), block._spec, '["state", "torch", 256]', torch.float32, 2,
-        None, 3, None, None, None, [1, 3], 0, True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.relay_fast.loop_fwd.default, arguments)
+    op = torch.ops.relay_fast.loop_fwd.default
+    torch.library.opcheck(op, op_arguments(block, x, states=[1, 3]))
+    assert len(op._schema.arguments) == len(dataclasses.fields(BlockConfig)) + 15
+
+
+MATRICES = 16 * 48 + 16 * 16 + 3 * 16 * 64  # qkv, out; up, gate, down
+
+
+@pytest.mark.parametrize(
+    ("changed", "iterations"),
+    [
+        ({}, ([2, 2, 2], [1, 1, 1], 0)),
+        ({"loops": torch.tensor([1, 3])}, ([2, 1, 1], [1, 1, 1], 0)),
+        ({"recompute": "last:1", "count": 4}, ([2, 2, 2, 2], [1, 1, 1, 1], 2)),
+        ({"truncate": 1}, ([2, 2, 2], [0, 0, 1], 0)),
+        ({"truncate": 1, "loops": torch.tensor([1, 3])}, ([2, 1, 1], [0.5, 0, 1], 0)),
+    ],
+)
+def test_flops_count_every_sequence_as_often_as_it_loops(changed, iterations) -> None:
+    """3 tokens each: 2 FLOPs a multiply-add, forward; the same again and twice as many products
+    (attention 5 for 2) in the backward of iterations that get a gradient."""
+    block = LoopedBlock(D, 2, 2, activation="swiglu")
+    x = torch.randn(6, D, requires_grad=True)
+    sequences, with_gradient, again = iterations
+    linears, attention = 2 * 2 * 3 * MATRICES, 2 * 4 * 3**2 * D  # of one sequence, two layers
+    with FlopCounterMode(display=False) as forward:
+        final, *_ = torch.ops.relay_fast.loop_fwd(*op_arguments(block, x, **changed))
+    assert forward.get_total_flops() == sum(sequences) * (linears + attention)
+    with FlopCounterMode(display=False) as backward:
+        final.sum().backward()
+    reached = sum(n * share for n, share in zip(sequences, with_gradient, strict=True))
+    recomputed = (reached + 2 * again) * (linears + attention)
+    assert backward.get_total_flops() == recomputed + reached * (2 * linears + 2.5 * attention)
 
 
 def test_bad_input_under_compile() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import interpreter
 from benchmarks.numerics import assert_close, describe, rms_ratio
 from relay_fast.kernels.supports import Unsupported
-from relay_fast.ops.dispatch import REFERENCE, Ops, select
+from relay_fast.ops.dispatch import REFERENCE, Ops, _auto_ops, select
 from tests.support.kernel_checks import DEVICE, guarded_outputs
 
 interpreter.mend()
@@ -114,3 +114,13 @@ def test_a_norm_into_a_buffer() -> None:
         assert made.data_ptr() == out.data_ptr()
         truth = torch.nn.functional.layer_norm(x, (20,), weight, bias, 1e-5)
         assert rms_ratio(out, truth) < 1e-6
+
+
+@CASES
+def test_auto_returns_what_it_cannot_add_up(case: Case) -> None:
+    """Partial sums that are too small stand for any reason to fall back to plain torch."""
+    sums = torch.zeros(1, 20, device=DEVICE), torch.zeros(1, 20, device=DEVICE)
+    value = case(_auto_ops(), 1, None, {"partials": sums}, 20, 300)
+    for v, t in zip(value, case(REFERENCE, 1, None, {}, 20, 300), strict=True):
+        assert torch.equal(v, t)
+    assert not any(part.any() for part in sums)

@@ -292,7 +292,9 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match="'arithmetic' does not say what an iter.*Silent.inp"):
             use()
     narrow = {"lis": TooNarrow(VOCABULARY, group=6, low=0, high=49)}
-    with pytest.raises(ValueError, match="a round does not fit into its input: raise"):
+    with pytest.raises(
+        ValueError, match="task 'lis': a round of .* fit into its input of 4: raise the task"
+    ):
         PackedBatch.side_by_side(narrow["lis"].sample([1], 0), narrow)
     with pytest.raises(ValueError, match="a sample without rounds has no iteration"):
         PackedBatch.side_by_side(_without_rounds(samples, loops=0), TASKS)

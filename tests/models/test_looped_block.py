@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 
 from benchmarks.baselines import EagerBlock, EagerTransformer, PaddedBatch
 from benchmarks.numerics import assert_bitwise, assert_close
@@ -202,30 +202,40 @@ def test_input_of_a_wrong_type() -> None:
             call()
 
 
-def test_parameters_must_be_those_of_the_config() -> None:
+def test_parts_must_be_those_of_the_config() -> None:
     x = torch.randn(2, 3, D)
     options = {"bias": True, "norm": "layer", "activation": "swiglu", "loop_norm": "pre",
                "injection": "concat", "max_loops": 3}  # fmt: skip
     for kept in ({}, options):
         block = LoopedBlock(D, 2, 2, **kept)
-        assert block._names == [name for name, _ in block.named_parameters()]
-    for name in ("weight", "bias"):
-        for change in (
-            lambda part, name: prune.l1_unstructured(part, name, amount=0.5),
-            lambda part, name: parametrize.register_parametrization(part, name, torch.nn.ReLU()),
-        ):
-            block = LoopedBlock(D, 2, 1, bias=True)
-            change(block.layers[0].up, name)
-            with pytest.raises(RuntimeError, match=rf"missing: .'layers.0.up.{name}'., unknown: "):
-                block(x)
-    block = LoopedBlock(D, 2, 1)
-    block.layers[0].qkv = torch.nn.Sequential(block.layers[0].qkv)
-    with pytest.raises(RuntimeError, match="missing: .'layers.0.qkv.weight'., unknown: "):
-        block(x)
+        named = dict(block.named_parameters())
+        assert list(block.weights().names) == list(named)
+        assert all(a is b for a, b in zip(block.weights().tensors, named.values(), strict=True))
+
+    def refused(change, missing: str, unknown: str, **options) -> None:
+        block = LoopedBlock(D, 2, 1, **options)
+        change(block)
+        message = rf"missing: \[{missing}\], unknown: \[{unknown}\]"
+        with pytest.raises(RuntimeError, match=message):
+            block(x)
+
+    linear = lambda **k: torch.nn.Linear(D, 3 * D, **k)
+    refused(lambda b: delattr(b.layers[0], "qkv"), "'layers.0.qkv'", "")
+    refused(lambda b: setattr(b.layers[0], "extra", linear()), "", "'layers.0.extra.weight', .*")
+    refused(lambda b: setattr(b, "extra", linear(bias=False)), "", "'extra.weight'")
+    refused(lambda b: setattr(b.layers[0], "qkv", linear()), "", "'layers.0.qkv.bias'")
+    refused(
+        lambda b: setattr(b.layers[0], "qkv", linear(bias=False)),
+        "'layers.0.qkv.bias'", "", bias=True,
+    )  # fmt: skip
+    own = lambda b: b.layers[0].register_parameter("own", torch.nn.Parameter(torch.ones(D)))
+    refused(own, "", "'layers.0.own'")
+    refused(lambda b: b.layers.pop(0), "'layers.0.*", "")
     block = LoopedBlock(D, 2, 1, bias=True)
     prune.l1_unstructured(block.layers[0].up, "weight", amount=0.5)
     prune.remove(block.layers[0].up, "weight")  # which puts it after the bias
-    assert [n for n, _ in block.named_parameters()] != block._names
+    named = [n for n, _ in block.named_parameters()]
+    assert named != list(block.weights().names) and set(named) == set(block.weights().names)
     block(x).sum().backward()
     assert all(p.grad is not None for p in block.parameters())
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import relay_fast
@@ -24,7 +22,6 @@ from relay_fast.batch.plan import Plan
 from relay_fast.decoding._inference import inference
 from relay_fast.engine import block_iteration as block_module
 from relay_fast.ops import dispatch
-from relay_fast.ops.layers import layer_op_fwd
 from relay_fast.training.cuda_graph import GraphedStep
 
 D, ROWS = 8, 6
@@ -163,10 +160,10 @@ def test_backward_inside_autocast_is_that_outside(name: str, dtype: torch.dtype 
 
 def test_the_ops_do_not_see_the_callers_autocast() -> None:
     qkv = torch.randn(ROWS, 2 * D)
-    spec = "attention torch qkv,cu_seqlens heads=2 kv_heads=1 causal=False"
-    truth = layer_op_fwd([qkv, CU], spec)[0]
+    arguments = ([qkv, CU], [True, True], 2, 1, False, "torch")
+    truth = torch.ops.relay_fast.attention_fwd(*arguments)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert_bitwise("attention", layer_op_fwd([qkv, CU], spec)[0], truth)
+        assert_bitwise("attention", torch.ops.relay_fast.attention_fwd(*arguments)[0], truth)
 
 
 def transforms(f: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[Callable]:
@@ -390,32 +387,6 @@ def replica(module: nn.Module) -> nn.Module:
     return copy
 
 
-def test_replicas_of_data_parallel_are_refused(x: Tensor) -> None:
-    with pytest.raises(RuntimeError, match=r"DataParallel.*use torch.*DistributedDataParallel"):
-        replica(relay_fast.LoopedBlock(D, 2, 1))(torch.randn(1, 2, D), 2)
+def test_replicas_of_data_parallel_are_refused_by_loop(x: Tensor) -> None:
     with pytest.raises(RuntimeError, match=r"DataParallel.*use torch.*DistributedDataParallel"):
         relay_fast.loop(replica(nn.Sequential(nn.Linear(D, D))), x.float(), 2)
-
-
-def test_fully_sharded_parameters_are_refused_or_gathered(tmp_path) -> None:
-    start = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
-    torch.distributed.init_process_group("gloo", **start)
-    try:
-        mesh, h = init_device_mesh("cpu", (1,)), torch.randn(1, 3, D)
-        block, module = relay_fast.LoopedBlock(D, 2, 1), nn.Sequential(nn.Linear(D, D))
-        truth = block(h, 2).detach()
-        fully_shard(block.layers[0], mesh=mesh)
-        with pytest.raises(RuntimeError, match=r"layers\.0 are still sharded .*the whole model"):
-            block(h, 2)
-        fully_shard(module[0], mesh=mesh)
-        with pytest.raises(RuntimeError, match="parameters of 0 are still sharded"):
-            relay_fast.loop(module, h, 2)
-        whole = relay_fast.LoopedBlock(D, 2, 1)
-        whole.load_state_dict({k: v.full_tensor() for k, v in block.state_dict().items()})
-        fully_shard(whole, mesh=mesh)
-        out = whole(h, 2)
-        out.sum().backward()
-        assert_close("output", out, truth, 1e-6)
-        assert all(p.grad is not None for p in whole.parameters())
-    finally:
-        torch.distributed.destroy_process_group()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import interpreter
 from benchmarks.numerics import assert_close, describe, rms_ratio
 from relay_fast.functional import attention, linear_residual, mlp, norm_linear
 
+COUNTER = "torch.utils.flop_counter"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreter.mend()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -125,19 +131,60 @@ def test_fullgraph_equals_eager(case, impl: str) -> None:
     assert all(torch.equal(t, compiled[n]) for n, t in eager.items())
 
 
+class Recorded(TorchDispatchMode):
+    """Lists the package's ops that run, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "relay_fast":
+            self.calls.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
 @cases
 def test_the_rules_of_custom_ops(case) -> None:
-    from relay_fast.ops import layers
-
-    calls = []
-    original = layers.layer_op_fwd
-    layers.layer_op_fwd = lambda *arguments: calls.append(arguments) or original(*arguments)
-    try:
-        inputs, op = case(torch.float32)
+    inputs, op = case(torch.float32)
+    with Recorded() as recorded:
         op("torch", **inputs)
-    finally:
-        layers.layer_op_fwd = original
-    torch.library.opcheck(original, calls[0])
+    ((called, arguments),) = recorded.calls
+    assert {str(a.type) for a in called._schema.arguments[2:]} <= {"int", "float", "bool", "str"}
+    torch.library.opcheck(called, arguments)
+
+
+PAIRS = 3**2 + 4**2  # of the rows of each sequence
+FLOPS = {  # forward, backward
+    norm_linear_case: (2 * ROWS * D * 24, 4 * ROWS * D * 24),
+    attention_case: (4 * PAIRS * 2 * 8, 10 * PAIRS * 2 * 8),
+    linear_residual_case: (2 * ROWS * D * 5, 4 * ROWS * D * 5),
+    mlp_case: (4 * ROWS * D * HIDDEN, 8 * ROWS * D * HIDDEN),
+    swiglu_case: (6 * ROWS * D * HIDDEN, 12 * ROWS * D * HIDDEN),
+}
+
+
+@cases
+def test_flops(case) -> None:
+    inputs, op = case(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        out = op("torch", **inputs)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert (counter.get_total_flops(), backward.get_total_flops()) == FLOPS[case]
+
+
+def test_flops_are_registered_whatever_is_imported_first() -> None:
+    """And nothing imports the counter, which imports triton, on its own."""
+    for first, second in itertools.permutations(("relay_fast.ops.layers", COUNTER)):
+        code = (
+            f"import sys, {first}; early = 'triton' in sys.modules; import {second}\n"
+            f"from {COUNTER} import flop_registry\n"
+            "names = {str(op) for op in flop_registry if 'relay_fast' in str(op)}\n"
+            "print(early, len(names))"
+        )
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert said.stdout.split() == [str(first == COUNTER), "8"], said.stderr
 
 
 def test_autocast() -> None:

@@ -153,7 +153,8 @@ class TestLooped:
         ]
         assert table[4]["chain"] == np.mean(chains)
         assert table[4]["answer"] == np.mean(written.answer == problems.answer)
-        assert table[4]["n"] == 40 and set(table[4]) == {"answer", "bit", "chain", "n"}
+        assert table[4]["n"] == 40
+        assert set(table[4]) == {"answer", "answer_once", "bit", "chain", "n"}
         assert all(0 < row["bit"] <= 1 for row in table.values())
 
 
@@ -222,6 +223,44 @@ class TestAutoregressive:
     def test_a_length_beyond_the_model(self):
         with pytest.raises(ValueError, match="arithmetic length 9 needs .* model's limit of 60"):
             evaluate_autoregressive(self.model, ONE, "arithmetic", [9], 2)
+
+
+def test_the_answer_after_one_iteration(trained):
+    """By hand: the answer head on the first state, whatever comes after it."""
+    model = trained["looped"].eval()
+    problems = Samples.concat([unseen_problems(ONE["arithmetic"], n, 40, 3) for n in (1, 2, 4)])
+    batch = PackedBatch.looped(problems, ONE)
+    run, x = model.block.run(batch.plan), model.embed(batch)
+    with torch.no_grad():
+        _, state, _ = next(iter(model.iterations(run, x, batch)))
+        last = torch.nn.functional.rms_norm(
+            state[batch.plan.last_rows], (32,), model.norm.weight, 1e-6
+        )
+        best = model.answer_head(last).argmax(-1).numpy()
+    expected = np.empty(len(problems), bool)
+    expected[batch.order] = best == problems.answer[batch.order]
+    assert evaluation.answers_once(model, problems, ONE).tolist() == expected.tolist()
+    assert 0 < expected.sum() < len(expected)
+    table = evaluate_problems(model, ONE, problems)
+    assert [table[n]["answer_once"] for n in (1, 2, 4)] == [
+        float(part.mean()) for part in np.split(expected, 3)
+    ]
+    assert table[1]["answer_once"] == table[1]["answer"] and set(table[4]) == {
+        "answer", "answer_once", "bit", "chain", "n",
+    }  # fmt: skip
+
+
+def test_one_iteration_of_a_model_that_is_fed_its_rounds():
+    """Its first round has to hold the answer, which it does for problems of one round only."""
+    torch.manual_seed(0)
+    config = ModelConfig(BlockConfig(16, 2, 1), VOCABULARY.size, max_tokens=60, feedback="tokens")
+    model = LoopedTransformer(config).eval()
+    for task in TASKS.values():
+        problems = Samples.concat([unseen_problems(task, n, 20, 0) for n in (1, 6)])
+        written = generate_looped_chains(model, problems, TASKS)
+        implied = [task.answer_of([written.rounds_of(i)[0]]) for i in range(len(written))]
+        expected = [a is not None and a == b for a, b in zip(implied, problems.answer, strict=True)]
+        assert evaluation.answers_once(model, problems, TASKS).tolist() == expected, task.name
 
 
 def test_hit_matrix(writes):

@@ -50,6 +50,26 @@ def test_the_draws_are_the_stage_s_and_the_task_s(tmp_path) -> None:
         Context(tmp_path, large, "cpu", "auto").prove()
 
 
+def test_three_tasks_in_one_model(tmp_path) -> None:
+    """Each task has the draws of its own preset, and all are in every batch."""
+    config = override(load_preset("cpu-multitask"), steps=2, batch_size=6)
+    context = Context(tmp_path, config, "cpu", "auto")
+    (tmp_path / "checkpoints").mkdir()
+    for task, preset in (
+        ("arithmetic", "cpu-arithmetic"),
+        ("edit_distance", "cpu-edit-distance"),
+        ("lis", "cpu-lis"),
+    ):
+        own = Context(tmp_path, load_preset(preset), "cpu", "auto")
+        assert context.draws("looped_aligned")[task] == own.draws("looped_aligned")[task]
+        for key in ("train", "test", "parameters", "hit_matrix"):
+            assert context.task_config(task)[key] == own.task_config(task)[key], (task, key)
+        assert context.tasks[task].to_dict() == own.tasks[task].to_dict()
+    result = run_stage(context, "looped_aligned", lambda progress: None)
+    assert set(result["longest_true_problem"]) == {"arithmetic", "edit_distance", "lis"}
+    assert context.load("looped_aligned").config.trained_tokens == 50 + 31
+
+
 def test_token_iterations_are_counted_as_they_come(tmp_path) -> None:
     config = override(load_preset("cpu-arithmetic"), scale=0.02)
     settings, draws = recipe(config, "looped_aligned"), {"arithmetic": FeedbackDraws(0.3, 42)}
@@ -66,7 +86,9 @@ def test_token_iterations_are_counted_as_they_come(tmp_path) -> None:
 
 def test_a_run_that_carries_the_state(tmp_path) -> None:
     values = ["model.feedback=tokens", "model.carry_state=true", "training.truth=0.2"]
-    config = override(load_preset("cpu"), steps=3, batch_size=8, eval_problems=2, values=values)
+    config = override(
+        load_preset("cpu-latent"), steps=3, batch_size=8, eval_problems=2, values=values
+    )
     context = Context(tmp_path, config, "cpu", "auto")
     (tmp_path / "checkpoints").mkdir()
     for stage in ("looped_aligned", "looped_vanilla", "ar_baseline"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from relay_fast.relay.presets.complete import completed
 from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, RunConfig
 from relay_fast.utils.settings import Count, Seed, changed, check, check_value
 
@@ -55,7 +56,7 @@ def override(
     Raises:
         ValueError: A setting is unknown or out of range.
     """
-    config = _with_values(config, values)
+    config = _with_values(completed(config), values)
     if tasks is not None:
         unknown = [name for name in tasks if name not in config["tasks"]]
         if unknown or not tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
 from relay_fast.config import FEEDBACKS, INJECTIONS, LOOP_NORMS
 from relay_fast.engine.recompute import RecomputePolicy
@@ -56,16 +56,32 @@ Lengths = Annotated[
 
 
 class VocabularyTable(Table):
-    max_number: Whole = Field(249, description="the numbers 0 to this are tokens")
+    max_number: Whole = Field(
+        ABSENT, description="the numbers 0 to this are tokens, default 249 with a built-in task"
+    )
     multiple: Count = Field(64, description="the embedding's rows are rounded up to this")
+    tokens: tuple[str, ...] = Field(
+        ABSENT, strict=False, description="of other tasks, default those of their samples"
+    )
 
 
-class SavedTask(Table):
+# Made by a call, because `class` is a keyword.
+_TaskSource = create_model(
+    "_TaskSource",
+    __base__=Table,
+    **{
+        "class": (str, Field(ABSENT, description="module:Class or file.py:Class of a TextTask")),
+        "data": (str, Field(ABSENT, description="or a file of chains")),
+    },
+)
+
+
+class SavedTask(_TaskSource):
     """The settings of a task that evaluation needs; runs of every version have them."""
 
     train: Lengths = Field(description="the shortest and the longest length in training")
     test: Lengths = Field(description="the same, in evaluation: from the shortest trained on")
-    parameters: dict[str, Any] = Field(description="the task's own, checked by the task")
+    parameters: dict[str, Any] = Field({}, description="the task's own, checked by the task")
 
 
 class FeedbackTable(Table):

@@ -1,0 +1,154 @@
+"""Parts of a large number of chains: which problems each has, and their chains with a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from relay_fast.decoding.chains import decode_chains, generate_looped_chains, parse_chains
+from relay_fast.models.transformers import AutoregressiveTransformer
+from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.verify import check_verify, correct_chains, verify_chains
+from relay_fast.training.model_files import Model
+from relay_fast.utils.seeds import DATASET_SEED_OFFSET
+
+Counts = Mapping[str, Mapping[int, int]]  # {task: {length: number of chains}}
+
+
+class WrittenChains(NamedTuple):
+    """Chains, (S,) bool which passed the check, and (S,) bool which ended, None for all."""
+
+    chains: Samples
+    passed: np.ndarray
+    ended: np.ndarray | None
+
+
+def check_request(
+    model: Model,
+    tasks: Mapping[str, Task],
+    counts: Counts,
+    seed: int,
+    verify: str | None,
+    shard_chains: int,
+) -> None:
+    """Raises ValueError for chains that the model or a task cannot write.
+
+    Args:
+        model: Writes the chains.
+        tasks: The tasks by name.
+        counts: {task: {length: number of chains}}.
+        seed, verify, shard_chains: As in `relay_fast.relay.chain_dataset.write_dataset`.
+    """
+    check_verify(verify)
+    if seed < 0:
+        raise ValueError(f"seed = {seed}: give at least 0")
+    if shard_chains < 1:
+        raise ValueError(f"shard_chains = {shard_chains}: give at least 1")
+    if getattr(model, "supervise", "chain") == "answer":
+        raise ValueError("this looped model writes answers only: give one that was aligned")
+    written = isinstance(model, AutoregressiveTransformer)
+    limit = model.config.max_tokens
+    for name, own in counts.items():
+        task = tasks[name]
+        for length, number in own.items():
+            task.check_length(length)
+            if number < 0:
+                raise ValueError(f"{number} chains of {name} length {length}: give 0 or more")
+            most = task.most_problems(length)
+            if most is not None and number > most:
+                raise ValueError(
+                    f"there are {most} problems of {name} length {length}: ask for no more than "
+                    f"these chains"
+                )
+            need = task.max_problem_tokens(length)
+            need = task.max_sequence_tokens(length) - 1 if written else need
+            if need > limit:
+                raise ValueError(
+                    f"{name} length {length} can need {need} tokens, more than the model's limit "
+                    f"of {limit}: use a smaller length, or train a model with a larger test length."
+                )
+
+
+def draw_problems(
+    tasks: Mapping[str, Task], counts: Counts, seed: int, index: int, shards: int
+) -> Samples:
+    """Draws the solved problems of a part: its share of each task, with shuffled lengths.
+
+    Args:
+        tasks: The tasks by name.
+        counts: {task: {length: number of chains}}.
+        seed: Selects the problems.
+        index, shards: Which part of how many.
+    """
+    parts = []
+    for name, own in counts.items():
+        lengths = np.repeat(list(own), list(own.values()))
+        lengths = np.random.default_rng([seed, tasks[name].index]).permutation(lengths)
+        a, b = (k * len(lengths) // shards for k in (index, index + 1))
+        parts.append(tasks[name].sample(lengths[a:b], seed + DATASET_SEED_OFFSET, a))
+    return Samples.concat(parts)
+
+
+def write_chains(
+    model: Model,
+    problems: Samples,
+    tasks: Mapping[str, Task],
+    verify: str | None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> WrittenChains:
+    """Generates the chains of solved problems and checks them.
+
+    Args:
+        model: Writes the chains.
+        problems: The problems with their truth.
+        tasks: Their tasks by name.
+        verify: The check, see `relay_fast.tasks.verify.verify_chains`.
+        progress: Called with (chains done, chains in all).
+    """
+    ended = None
+    if isinstance(model, AutoregressiveTransformer):
+        decoded = decode_chains(model, problems, tasks, progress=progress)
+        written, ended = parse_chains(decoded, problems, tasks), decoded.ended
+    else:
+        written = generate_looped_chains(model, problems, tasks, progress=progress)
+    if verify == "task":  # the problems are solved already
+        passed = correct_chains(written, problems)
+    else:
+        passed = verify_chains(written, tasks, verify)
+    return WrittenChains(written, passed, ended)
+
+
+def chain_parts(
+    model: Model,
+    tasks: Mapping[str, Task],
+    counts: Counts,
+    *,
+    seed: int,
+    verify: str | None,
+    part_chains: int,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Iterator[WrittenChains]:
+    """Yields the chains of a dataset part by part, so that only one is in memory.
+
+    Args:
+        model: Writes the chains.
+        tasks: The tasks by name, at least those in `counts`.
+        counts: {task: {length: number of chains}}.
+        seed: Selects the problems.
+        verify: The check, see `relay_fast.tasks.verify.verify_chains`.
+        part_chains: The most chains in a part.
+        progress: Called with (chains done, chains in all).
+
+    Raises:
+        ValueError: The model or a task does not support the arguments.
+    """
+    check_request(model, tasks, counts, seed, verify, part_chains)
+    chains = sum(sum(own.values()) for own in counts.values())
+    parts, done = -(-chains // part_chains), 0
+    for index in range(parts):
+        problems = draw_problems(tasks, counts, seed, index, parts)
+        advance = progress and (lambda k, _, done=done: progress(done + k, chains))
+        yield write_chains(model, problems, tasks, verify, advance)
+        done += len(problems)
