@@ -1,6 +1,8 @@
 # make demo   train and evaluate the `cpu` preset into runs/cpu
 # make test   lint and test
 # make test-interop   test beside Lightning, accelerate, transformers and the Hub (large installs)
+# make test-cards     compile and rehearse the kernels for the cards from sm_80 on, without one
+# make test-oldest    what depends on their versions, with the oldest torch and triton (large installs)
 # All make their own virtual environment in $(VENV) and need nothing but Python >= 3.11.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,10 +10,11 @@ ifneq ($(words $(VENV)),1)
 $(error VENV is '$(VENV)': make knows no names with spaces; give another folder)
 endif
 
-PIP_INSTALL = $(VENV)/bin/python -m pip install --no-input --disable-pip-version-check -q
+OLDEST_VENV = .venv-oldest
+OLDEST_TESTS = tests/kernels tests/ops tests/engine tests/batch tests/decoding tests/training
 SOURCES = setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-interop
+.PHONY: demo test test-interop test-cards test-oldest
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -26,6 +29,13 @@ test: $(VENV)/.with-test
 test-interop: $(VENV)/.with-interop
 	$(VENV)/bin/python -m pytest tests/interop -q
 
+test-cards: $(VENV)/.with-test
+	$(VENV)/bin/python -m pytest tests/cards -q
+
+test-oldest: $(OLDEST_VENV)/.with-oldest
+	$(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS) -n 2 -q
+	$(OLDEST_VENV)/bin/python benchmarks/compile_report.py --quick
+
 $(VENV)/.with-train: $(SOURCES)
 	$(call make_venv,train)
 
@@ -35,13 +45,18 @@ $(VENV)/.with-test: $(SOURCES)
 $(VENV)/.with-interop: $(SOURCES)
 	$(call make_venv,train$(comma)test$(comma)interop)
 
+# Versions that the environment of `test` does not have, so in one of its own.
+$(OLDEST_VENV)/.with-oldest: $(SOURCES) constraints-oldest.txt
+	$(call make_venv_in,$(OLDEST_VENV),train$(comma)test,constraints-oldest.txt)
+
 comma := ,
 
 # Stamped only after a finished install: an interrupted one is taken up again.
-define make_venv
+make_venv = $(call make_venv_in,$(VENV),$(1),constraints.txt)
+define make_venv_in
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "relay_fast needs Python 3.11 or newer; say which: make PYTHON=python3.12 ...")'
-@echo "installing relay_fast[$(1)] into $(VENV) (a few minutes the first time)"
-@$(PYTHON) -m venv $(VENV)
-@$(PIP_INSTALL) -c constraints.txt -e '.[$(1)]'
+@echo "installing relay_fast[$(2)] into $(1) (a few minutes the first time)"
+@$(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install --no-input --disable-pip-version-check -q -c $(3) -e '.[$(2)]'
 @touch $@
 endef

@@ -21,14 +21,14 @@ TRAINED, BEYOND = range(1, 11), range(11, 13)
 
 
 def digit_by_digit(first: str, second: str) -> list[str]:
-    """What is left to add, `=` or with a carry `=1`, and the digits so far; at last the sum."""
+    """What is left to add, `+1` for a carry, then `=` and the digits so far; at last the sum."""
     rounds, carry, total = [], 0, ""
     for left in reversed(range(len(first))):
         carry, digit = divmod(int(first[left]) + int(second[left]) + carry, 10)
         total = f"{digit} {total}".strip()
         if left:
             upper, lower = " ".join(first[:left]), " ".join(second[:left])
-            rounds.append(f"{upper} + {lower} {'=1' if carry else '='} {total}")
+            rounds.append(f"{upper} {'+1' if carry else '+'} {lower} = {total}")
     return [*rounds, f"1 {total}" if carry else total]
 
 
@@ -37,7 +37,7 @@ def records(lengths: range, number: int, seed: int, solved: bool = True) -> Iter
     for length in lengths:
         for _ in range(number):
             first, second = ("".join(rng.choices("0123456789", k=length)) for _ in range(2))
-            record = {"problem": f"{' '.join(first)} + {' '.join(second)}"}
+            record = {"problem": f"{' '.join(first)} + {' '.join(second)} ="}
             if solved:
                 rounds = digit_by_digit(first, second)
                 yield record | {"rounds": rounds, "answer": rounds[-1]}

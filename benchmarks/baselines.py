@@ -24,7 +24,7 @@ OVERHEAD = 16  # what another bucket costs in each iteration, in tokens
 def make_norm(c: BlockConfig) -> nn.Module:
     if c.norm == "rms":
         return nn.RMSNorm(c.d_model, eps=c.eps)
-    return nn.LayerNorm(c.d_model, eps=c.eps, bias=c.bias)
+    return nn.LayerNorm(c.d_model, eps=c.eps, bias=c.has_bias("norm"))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -38,18 +38,26 @@ class EagerLayer(nn.Module):
         super().__init__()
         self.config = c
         self.norm1 = make_norm(c)
-        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
+        columns = (c.n_heads + 2 * c.kv_heads) * c.head_dim
+        self.qkv = nn.Linear(c.d_model, columns, bias=c.has_bias("qkv"))
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.eps)
+        self.out = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.has_bias("out"))
         self.norm2 = make_norm(c)
-        self.up = nn.Linear(c.d_model, c.hidden, bias=c.bias)
+        self.up = nn.Linear(c.d_model, c.hidden, bias=c.has_bias("up"))
         if c.activation == "swiglu":
-            self.gate = nn.Linear(c.d_model, c.hidden, bias=c.bias)
-        self.down = nn.Linear(c.hidden, c.d_model, bias=c.bias)
+            self.gate = nn.Linear(c.d_model, c.hidden, bias=c.has_bias("gate"))
+        self.down = nn.Linear(c.hidden, c.d_model, bias=c.has_bias("down"))
+        if c.sandwich_norm:
+            self.post_norm1, self.post_norm2 = make_norm(c), make_norm(c)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
         c = self.config
         heads = self.qkv(self.norm1(x)).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
         q, k, v = heads.split((c.n_heads, c.kv_heads, c.kv_heads), dim=1)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         # Behind a causal mask no token sees the padding, which lies on the right.
@@ -61,7 +69,9 @@ class EagerLayer(nn.Module):
             is_causal=c.causal,
             enable_gqa=c.kv_heads != c.n_heads,
         )
-        x = x + F.dropout(self.out(o.transpose(1, 2).flatten(2)), c.dropout, self.training)
+        o = self.out(o.transpose(1, 2).flatten(2))
+        o = self.post_norm1(o) if c.sandwich_norm else o
+        x = x + F.dropout(o, c.dropout, self.training)
         y = self.norm2(x)
         if c.activation == "swiglu":
             hidden = F.silu(self.gate(y)) * self.up(y)
@@ -71,7 +81,9 @@ class EagerLayer(nn.Module):
             hidden = F.gelu(
                 self.up(y), approximate="tanh" if c.activation == "gelu_tanh" else "none"
             )
-        return x + F.dropout(self.down(hidden), c.dropout, self.training)
+        o = self.down(hidden)
+        o = self.post_norm2(o) if c.sandwich_norm else o
+        return x + F.dropout(o, c.dropout, self.training)
 
 
 class EagerBlock(nn.Module):
@@ -93,10 +105,17 @@ class EagerBlock(nn.Module):
         c = self.config
         if c.rope_base is None:
             return None
-        half = torch.arange(c.head_dim // 2, device=device, dtype=torch.float64)
+        pairs = c.rotary_dim // 2
+        half = torch.arange(pairs, device=device, dtype=torch.float64)
+        frequency = c.rope_base ** (-half / pairs)
+        if c.rope_frequencies is not None:
+            frequency = torch.tensor(c.rope_frequencies, device=device, dtype=torch.float64)
         positions = torch.arange(n, device=device, dtype=torch.float64)
-        angle = positions[:, None] * c.rope_base ** (-half / (c.head_dim // 2))
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        cos = torch.ones(n, c.head_dim // 2, device=device, dtype=torch.float64)
+        sin = torch.zeros_like(cos)  # of the pairs that are not rotated
+        cos[:, :pairs] = (positions[:, None] * frequency).cos() * c.rope_scale
+        sin[:, :pairs] = (positions[:, None] * frequency).sin() * c.rope_scale
+        return cos.to(dtype), sin.to(dtype)
 
     def iteration(self, h: Tensor, x: Tensor, t: int, rope, mask: Tensor | None) -> Tensor:
         c = self.config

@@ -122,9 +122,11 @@ def useful_flops(config: ModelConfig, batch: PackedBatch) -> float:
     rows only, recomputation excluded."""
     c, plan = config.block, batch.plan
     mlp = (3 if c.activation == "swiglu" else 2) * c.d_model * c.hidden
-    linear = c.d_model * (c.n_heads + 2 * c.kv_heads) * c.head_dim + c.d_model**2 + mlp
+    linear = 2 * c.d_model * (c.n_heads + c.kv_heads) * c.head_dim + mlp
     pairs = plan.lengths * (plan.lengths + 1) / 2 if c.causal else plan.lengths**2
-    layer = 2 * linear * plan.token_iterations + 4 * c.d_model * float(pairs @ plan.loops)
+    layer = 2 * linear * plan.token_iterations + 4 * c.n_heads * c.head_dim * float(
+        pairs @ plan.loops
+    )
     readout = 2 * c.d_model * config.vocabulary_size * (len(batch.targets) + len(batch))
     return 3 * (c.n_layers * layer + readout)
 

@@ -1,15 +1,20 @@
 """Compiles every Triton kernel ahead of time and reports what the compiler made of it. No GPU.
 
     python benchmarks/compile_report.py --quick          # RELAY's sizes, sm_90, within 50 s
-    python benchmarks/compile_report.py --csv report.csv # all presets, sm_80, sm_90, sm_100
+    python benchmarks/compile_report.py --csv report.csv # all sizes and architectures of ARCHS
+    python benchmarks/compile_report.py --arch 86 --dtype bf16
+
+Triton keeps what it compiled (TRITON_CACHE_DIR), so that a second run takes what has not changed
+from there.
 
 The launchers run on meta tensors, so that configurations, flags and specialisations are the ones a
 GPU would get; each launch is recorded instead of made, then compiled. A row of the report is ok if
-the kernel keeps its bound: shared memory within the architecture's, no more spilled bytes than
-SPILLS allows, matrix instructions of the operands' own dtype in every kernel with a dot (on sm_90
-warp-group ones from tiles of 64 rows on), and never TF32 for fp32. Beside it stand the FLOPs and
-bytes of that launch (`kernel_costs.py` has the formulas), the FLOPs a byte, and the time that a
-card needs at least, by what binds it.
+the kernel keeps its bound (`compile_bounds.py`): shared memory within its rule's and the
+architecture's, no more spilled bytes than SPILLS allows, matrix instructions of the operands' own
+dtype in every kernel with a dot (on sm_90 warp-group ones from tiles of 64 rows on), and never TF32
+for fp32; and if sm_80 runs the same size with the same kernels, or the row says why not. Beside it
+stand the FLOPs and bytes of that launch (`kernel_costs.py` has the formulas), the FLOPs a byte, and
+the time that a card needs at least, by what binds it.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +44,17 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from benchmarks.compile_bounds import APART, allowed_shared, allowed_spill  # noqa: E402
 from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
 from benchmarks.launches import recorded  # noqa: E402
 from relay_fast.functional import SMALL_VOCABULARY, select  # noqa: E402
+from relay_fast.kernels import tuning  # noqa: E402
 from relay_fast.kernels._runtime import DEVICE_PROPS  # noqa: E402
 from relay_fast.kernels.attention_ref import PaddedLayout  # noqa: E402
 from relay_fast.kernels.dropout_ref import Dropout  # noqa: E402
 from relay_fast.kernels.loop import loop_fwd  # noqa: E402
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights  # noqa: E402
+from relay_fast.kernels.tuning import Rule  # noqa: E402
 from relay_fast.utils.cores import usable_cores  # noqa: E402
 from relay_fast.utils.files import replacing  # noqa: E402
 
@@ -54,29 +62,7 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MANY_ROWS, FEW_ROWS = 24_000, 700  # first and last iteration of RELAY's mix at B = 512
 
-# Spilled bytes a thread that are allowed: kernel, part of its configuration, bytes, reason.
-_EPILOGUE = "values parked across the main loop and read once after it"
-SPILLS: tuple[tuple[str, str, int, str], ...] = (
-    ("_norm_linear_bwd_kernel", "D=256", 16, _EPILOGUE),
-    ("_mlp_bwd_kernel", "ACTIVATION=swiglu", 80, _EPILOGUE),
-    ("_cross_entropy_bwd_kernel", "IS_LAYER=True", 40, _EPILOGUE),
-    ("_attention_short_bwd_kernel", "HEAD_DIM=32", 8, _EPILOGUE),
-    ("_attention_short_bwd_kernel", "BLOCK_N=32", 8, "fp32 with shared keys; " + _EPILOGUE),
-    ("_attention_long_bwd_dq_kernel", "BLOCK_M=16", 176, "fp32 multiply-adds at head_dim 128"),
-    ("_attention_long_bwd_dkdv_kernel", "BLOCK_M=16", 16, "fp32 multiply-adds at head_dim 128"),
-    ("_loop_fwd_kernel", "D=128", 344, "addresses of weight tiles, hoisted out of every loop"),
-)
-
-
-# Configurations are picked for sm_90. On sm_80 both operands of a matrix instruction lie in
-# registers beside the accumulator; for sm_100 ptxas stops at 128 registers where two programs fit.
-SPILL_ELSEWHERE = 112
-
-
-def allowed_spill(kernel: str, config: str, arch: int) -> int:
-    """Bytes a thread that a kernel may spill in a configuration."""
-    fits = (size for name, part, size, _ in SPILLS if name == kernel and part in config.split())
-    return max(fits, default=0) if arch == 90 else max((SPILL_ELSEWHERE, *fits))
+ARCHS = (80, 86, 89, 90, 100, 120)  # sm_103 and sm_121 are their neighbours in code generation
 
 
 @dataclass(frozen=True)
@@ -95,6 +81,7 @@ class Sizes:
     kv_share: int = 1  # query heads of a key/value head
     causal: bool = False
     counted: bool = False  # with the number of rows on the device
+    normed: bool = False  # with QK-norm and sandwich norms
 
 
 RELAY = Sizes(256, 64, 1024, 320, 122)
@@ -111,6 +98,13 @@ ALL = (
     Sizes(128, 64, 384, 320, 30, "gelu", "layer", True, 0.1, 2, True),
     Sizes(256, 64, 1024, 320, 16, "relu2"),
     Sizes(256, 64, 1024, 320, 122, counted=True),
+    Sizes(256, 64, 1024, 320, 122, normed=True),
+    Sizes(1024, 128, 2816, 320, 122, "swiglu", "layer", True, 0.1, 4, True, normed=True),
+    Sizes(256, 128, 1024, 320, 122),
+    Sizes(256, 128, 1024, 320, 2048, causal=True),
+    Sizes(64, 32, 192, 320, 60, "swiglu"),
+    Sizes(32, 16, 128, 320, 60),
+    Sizes(32, 16, 96, 320, 60, "swiglu"),
 )
 
 
@@ -147,6 +141,8 @@ class Launch:
     dtype: str
     arch: int
     cost: Cost
+    rule: Rule | None  # of the table, that its configuration was picked by
+    apart: bool = False  # whether sm_80 runs this size with another kernel
 
     @property
     def key(self) -> str:
@@ -170,12 +166,18 @@ _NAMES = {
 def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
     """The launches that `calls` makes on meta tensors."""
     launches: list[Launch] = []
+    rule: Rule | None = None
 
     def add(kernel: JITFunction, values, options, grid) -> None:
+        nonlocal rule
+        rule = next(reversed(picked), rule)
+        picked.clear()
+        own = rule is not None and options == rule.config.launch
         signature, constexprs, attrs = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
             name, value = parameter.name, values[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            one = type(value) is int and value == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or one:
                 signature[name], constexprs[name] = "constexpr", value
                 continue
             if isinstance(value, Tensor):
@@ -186,12 +188,17 @@ def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
             else:
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
                 divisible = value % 16 == 0
-            if divisible:
+            if divisible and not (
+                parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            ):
                 attrs[(i,)] = [["tt.divisibility", 16]]
         cost = launch_cost(kernel.__name__, values)
-        launches.append(Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost))
+        launches.append(
+            Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost,
+                   rule if own else None)
+        )  # fmt: skip
 
-    with recorded(arch, add):
+    with tuning.watching() as picked, recorded(arch, add):
         calls()
     return launches
 
@@ -230,11 +237,9 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     up_weight, down_weight = new(s.hidden, d), new(d, s.hidden)
     gate_weight = new(s.hidden, d) if s.activation == "swiglu" else None
     gate_bias = biases[2] if gate_weight is not None else None
+    mlp = (x, *norm, up_weight, biases[2], gate_weight, gate_bias, down_weight, biases[3])
     for keep in (False, True):
-        _, up, gate, hidden = ops.mlp_fwd(
-            x, *norm, up_weight, biases[2], gate_weight, gate_bias, down_weight, biases[3],
-            s.activation, dropout=dropout, keep=keep, **common,
-        )  # fmt: skip
+        _, up, gate, hidden = ops.mlp_fwd(*mlp, s.activation, dropout=dropout, keep=keep, **common)
     g = new(rows, d, of=state)
     *_, y, dup, _, dbranch = ops.mlp_bwd(
         g, x, up, gate, *norm, up_weight, gate_weight, down_weight, s.activation,
@@ -246,6 +251,15 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal, **count)
     *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
     ops.weight_grad(new(columns, d, of=state), dz, y, **count)
+    if s.normed:
+        weights = (new(s.head_dim, of=state),) * 2
+        turned = (*weights, heads, kv_heads, cos, cos)
+        ops.qk_norm_fwd(qkv, *turned, **count)
+        ops.qk_norm_bwd(dqkv, qkv, *turned, **count)
+        branch = ops.linear_residual_fwd(o, out_weight, biases[1], None, **count)
+        ops.mlp_fwd(*mlp, s.activation, residual=False, **common)
+        ops.norm_residual_fwd(branch, *norm, x, dropout=dropout, **common)
+        ops.norm_residual_bwd(g, branch, *norm, dropout=dropout, **common)
     run_readout(s, dtype, rows)
     if d <= 128 and not s.counted:
         run_loop(s, dtype, rows)
@@ -316,8 +330,11 @@ def collect(quick: bool, archs: Sequence[int], dtypes: Sequence[str] | None = No
                 for rows in (MANY_ROWS,) if quick else (MANY_ROWS, FEW_ROWS):
                     op = run_loop if quick and s is LOOP else run_ops
                     calls = lambda op=op, s=s, d=dtype, r=rows: op(s, DTYPES[d], r)
+                    usual = {launch.function for launch in record(calls, dtype, 80)}
                     for launch in record(calls, dtype, arch):
-                        found.setdefault(launch.key, launch)
+                        launch = replace(launch, apart=launch.function not in usual)
+                        if launch.apart or launch.key not in found:
+                            found[launch.key] = launch
     return list(found.values())
 
 
@@ -342,8 +359,11 @@ def compile_row(launch: Launch) -> Row:
     )
     target = GPUTarget("cuda", launch.arch, 32)
     allowed = allowed_spill(launch.function.__name__, launch.config, launch.arch)
-    shared_limit = DEVICE_PROPS[launch.arch].shared_bytes
+    shared_limit = allowed_shared(launch.arch, launch.rule)
     bound = f"spill<={allowed} shared<={shared_limit}"
+    why = APART.get(launch.function.__name__, "") if launch.apart else "as sm_80"
+    if why != "as sm_80":
+        bound += f"; not as sm_80: {why}"
     head = (launch.function.__name__, launch.arch, launch.dtype, launch.config)
     seconds, binds = launch.cost.floor(launch.arch, launch.dtype)
     cost = (
@@ -363,7 +383,7 @@ def compile_row(launch: Launch) -> Row:
     registers, stack = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK"))
     shared = compiled.metadata.shared
     mma = matrix_instructions(compiled.asm["ptx"])
-    ok = shared <= shared_limit and stack <= allowed
+    ok = shared <= shared_limit and stack <= allowed and why != ""
     if "tt.dot" in compiled.asm["ttir"]:
         own = {"bf16": "bf16", "fp16": "f16"}.get(launch.dtype)
         tile = launch.constexprs.get("BLOCK_M", launch.constexprs.get("BLOCK_N"))
@@ -401,7 +421,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=min(8, usable_cores()))
     options = parser.parse_args()
     start = time.perf_counter()
-    archs = tuple(options.arch or ((90,) if options.quick else sorted(DEVICE_PROPS)))
+    archs = tuple(options.arch or ((90,) if options.quick else ARCHS))
     rows = []
     for r in report(collect(options.quick, archs, options.dtype), options.workers):
         rows.append(r)

@@ -28,13 +28,22 @@ class Card:
     flops_16_bit: float  # a second, tensor cores, fp32 accumulation
     flops_fp32: float  # a second, full fp32 (no TF32)
     bandwidth: float  # bytes a second, reads plus writes
+    l2_bytes: int
 
 
+# Of data sheets and architecture white papers, without sparsity. GeForce cards accumulate in fp32
+# at half the rate of fp16, and that half is listed.
 CARDS = {
-    80: Card("A100 80 GB (data sheet)", 312e12, 19.5e12, 2.04e12),
-    # 16-bit and bandwidth measured on random data (design.md), fp32 from the data sheet.
-    90: Card("H200 (measured)", 790e12, 67e12, 4.3e12),
-    100: Card("B200 (data sheet)", 2250e12, 75e12, 8e12),
+    80: Card("A100 80 GB", 312e12, 19.5e12, 2.04e12, 40 << 20),
+    86: Card("RTX 3090", 71e12, 35.6e12, 0.936e12, 6 << 20),
+    89: Card("RTX 4090", 165.2e12, 82.6e12, 1.008e12, 72 << 20),
+    # 16-bit and bandwidth measured on random data, the others from the data sheet.
+    90: Card("H200", 790e12, 67e12, 4.3e12, 50 << 20),
+    100: Card("B200", 2250e12, 75e12, 8e12, 126 << 20),
+    103: Card("B300", 2250e12, 75e12, 8e12, 126 << 20),
+    120: Card("RTX 5090", 209.5e12, 104.8e12, 1.792e12, 96 << 20),
+    # A petaflop of sparse fp4, scaled by the RTX 5090's ratio of 16-bit to that.
+    121: Card("GB10", 62.5e12, 31e12, 0.273e12, 24 << 20),
 }
 
 
@@ -111,6 +120,10 @@ FLOPS: Mapping[str, Callable[[Any], int]] = {
     "_norm_bwd_kernel": _elementwise(12),
     "_norm_linear_fwd_kernel": _gemm(1, "M", "N", "D"),
     "_norm_linear_bwd_kernel": _gemm(1, "M", "N", "D"),
+    "_qk_norm_fwd_kernel": _elementwise(8),
+    "_qk_norm_bwd_kernel": _elementwise(18),
+    "_norm_residual_fwd_kernel": _elementwise(7),
+    "_norm_residual_bwd_kernel": _elementwise(13),
     "_rope_kernel": lambda a: 3 * a.M * a.rotary,
     "_attention_short_fwd_kernel": _attention(2),
     "_attention_long_fwd_kernel": _attention(2),

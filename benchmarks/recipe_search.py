@@ -48,7 +48,8 @@ def _model(**values: Any) -> list[str]:
     return [f"model.{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-# RELAY's loop, its state carried and no round fed back, with what helped it in recipe_ablation.csv.
+# RELAY's loop, its state carried and no round fed back, with what helped it in recipe_ablation.csv;
+# "latent_cut" has the cut in the positions too that helps lengths beyond where rounds are fed back.
 LATENT = [
     *_looped(feedback="none", loop_norm="post"),
     *_stage(lengths="proportional", lengths_per_batch=4, curriculum=0.5, weighting="sequence"),
@@ -96,6 +97,7 @@ def variants(task: str) -> dict[str, list[str]]:
     found = {**_EVERY, "latent": [*LATENT, *padded], "latent_no_norm": [*LATENT, *padded]}
     found["latent_no_norm"] += _looped(loop_norm="none")
     found["latent_injected"] = [*found["latent"], *_looped(injection="add")]
+    found["latent_cut"] = [*found["latent"], *_stage(cut=31)]
     found["latent_noise"] = [*found["latent"], *_looped(state_noise=0.1)]
     preset = load_preset(PRESETS[task])["stages"][STAGE]
     batch = preset["batch_size"]

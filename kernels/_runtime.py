@@ -84,12 +84,25 @@ class DeviceProps:
     shared_bytes: int  # largest dynamic shared memory of one program
 
 
+# Processors: data sheet of the card named. Shared memory: CUDA C++ Programming Guide, table
+# "Technical Specifications per Compute Capability" (maximum per thread block).
 DEVICE_PROPS = {
-    80: DeviceProps(80, 108, 163 << 10),
-    90: DeviceProps(90, 132, 227 << 10),
-    100: DeviceProps(100, 148, 227 << 10),
+    80: DeviceProps(80, 108, 163 << 10),  # A100
+    86: DeviceProps(86, 82, 99 << 10),  # RTX 3090 (A40, A6000: 84)
+    89: DeviceProps(89, 128, 99 << 10),  # RTX 4090 (L40S: 142)
+    90: DeviceProps(90, 132, 227 << 10),  # H100, H200
+    100: DeviceProps(100, 148, 227 << 10),  # B200
+    103: DeviceProps(103, 148, 227 << 10),  # B300
+    120: DeviceProps(120, 170, 99 << 10),  # RTX 5090
+    121: DeviceProps(121, 48, 99 << 10),  # GB10
 }
+_SMALLEST = 99 << 10  # of every architecture from sm_80 on
 _assumed = DEVICE_PROPS[90]
+
+
+def facts(arch: int) -> DeviceProps:
+    """Returns what is known of an architecture without a device: little if it is not listed."""
+    return DEVICE_PROPS.get(arch) or DeviceProps(arch, 1, _SMALLEST)
 
 
 def assume_arch(arch: int) -> None:
@@ -101,8 +114,9 @@ def assume_arch(arch: int) -> None:
 @cache
 def _cuda_props(index: int) -> DeviceProps:
     p = torch.cuda.get_device_properties(index)
-    shared = getattr(p, "shared_memory_per_block_optin", DEVICE_PROPS[90].shared_bytes)
-    return DeviceProps(10 * p.major + p.minor, p.multi_processor_count, shared)
+    arch = 10 * p.major + p.minor
+    shared = getattr(p, "shared_memory_per_block_optin", facts(arch).shared_bytes)
+    return DeviceProps(arch, p.multi_processor_count, shared)
 
 
 def device_props(device: torch.device) -> DeviceProps:

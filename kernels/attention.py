@@ -5,9 +5,10 @@
 Shapes: qkv (rows, (heads + 2 · kv_heads) · head_dim), rows of sequence i from cu_seqlens[i] to
 cu_seqlens[i + 1], o (rows, heads · head_dim), lse (rows, heads) fp32. Saved: qkv, o, lse.
 
-*Short* (no sequence over 128 rows, fp32: 32): one program per (sequence, head) holds all keys, so
-softmax takes a single pass. *Long*: one program per (sequence, head, block of queries), with online
-softmax over blocks of keys. Nothing is padded in memory; programs without rows return at once.
+*Short* (no sequence over 128 rows, fp32: 32, and a tile that fits the device): one program per
+(sequence, head) holds all keys, so softmax takes a single pass. *Long*: one program per (sequence,
+head, block of queries), with online softmax over blocks of keys. Nothing is padded in memory;
+programs without rows return at once.
 
 FLOPs: 4 · n² · head_dim per head. Bytes: every row of q, k, v is read and of o written once (8 ·
 head_dim in 16 bits per row and head; later reads of key blocks hit L2). For n ≤ 128 this is at most
@@ -23,11 +24,17 @@ from torch import Tensor
 
 from ._runtime import Config, block_of, cdiv, contiguous_columns, dot, jit_kernel
 from .attention_ref import PaddedLayout
-from .supports import heads_reason, layout_reason, require, row_count_reason, rows_reason
-from .tuning import pick
+from .supports import (
+    SHORT,
+    heads_reason,
+    layout_reason,
+    require,
+    row_count_reason,
+    rows_reason,
+)
+from .tuning import pick, pick_or_none
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-SHORT = 128  # rows of the longest sequence that one tile holds
 
 
 @triton.jit
@@ -169,14 +176,14 @@ def _attention_long_fwd_kernel(
     tl.store(lse_ptr + q_at * HEADS + head, (top + tl.log2(total)) / LOG2_E, mask=q_mask)
 
 
-def is_short(layout: PaddedLayout, dtype: torch.dtype) -> bool:
-    """Returns whether one tile holds each sequence."""
-    return layout.max_length <= (32 if dtype == torch.float32 else SHORT)
-
-
-def long_config(head_dim: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Returns the blocks of the long kernels, forward and backward."""
-    return pick("attention_long", dtype, head_dim, 0, device)
+def short_config(layout: PaddedLayout, qkv: Tensor, head_dim: int, way: str) -> Config | None:
+    """Returns the configuration of the short kernel of `way` (fwd or bwd), or None for the long
+    ones: a sequence is too long for one tile, or the tile too large for the device."""
+    if layout.max_length > (32 if qkv.dtype == torch.float32 else SHORT):
+        return None
+    op = f"attention_{'short' if head_dim <= 64 else 'wide'}_{way}"
+    block = block_of(layout.max_length)
+    return pick_or_none(op, qkv.dtype, block, 0, qkv.device)
 
 
 def check(
@@ -222,14 +229,14 @@ def attention_fwd(
         "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "SCALE": head_dim**-0.5,
         "CAUSAL": causal, "BLOCK_H": block_of(head_dim),
     }  # fmt: skip
-    if is_short(layout, qkv.dtype):
-        block = block_of(layout.max_length)
-        config = pick("attention_short_fwd", qkv.dtype, block, 0, qkv.device)
+    config = short_config(layout, qkv, head_dim, "fwd")
+    if config is not None:
         _attention_short_fwd_kernel[(programs,)](
-            *tensors, stride_qm=qkv.stride(0), BLOCK_N=block, **shape, **config.launch,
+            *tensors, stride_qm=qkv.stride(0), BLOCK_N=block_of(layout.max_length), **shape,
+            **config.launch,
         )  # fmt: skip
     else:
-        config = long_config(head_dim, qkv.dtype, qkv.device)
+        config = pick("attention_long_fwd", qkv.dtype, head_dim, 0, qkv.device)
         _attention_long_fwd_kernel[(programs, cdiv(layout.max_length, config.block_m))](
             *tensors, stride_qm=qkv.stride(0), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             **shape, **config.launch,

@@ -25,11 +25,10 @@ from ._runtime import block_of, cdiv, contiguous_columns, dot, jit_kernel
 from .attention import (
     LOG2_E,
     check,
-    is_short,
     load_head,
-    long_config,
     masked_scores,
     sequence_rows,
+    short_config,
     store_head,
 )
 from .attention_ref import PaddedLayout
@@ -269,14 +268,14 @@ def attention_bwd(
         "HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim, "SCALE": head_dim**-0.5,
         "CAUSAL": causal, "BLOCK_H": block_of(head_dim),
     }  # fmt: skip
-    if is_short(layout, qkv.dtype):
+    config = short_config(layout, qkv, head_dim, "bwd")
+    if config is not None:
         block = block_of(layout.max_length)
-        config = pick("attention_short_bwd", qkv.dtype, block, 0, qkv.device)
         _attention_short_bwd_kernel[(sequences * kv_heads,)](
             *tensors, **shape, BLOCK_M=min(block, config.block_m), BLOCK_N=block, **config.launch,
         )  # fmt: skip
         return dqkv
-    config = long_config(head_dim, qkv.dtype, qkv.device)
+    config = pick("attention_long_bwd", qkv.dtype, head_dim, 0, qkv.device)
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.launch}
     row_blocks = cdiv(layout.max_length, config.block_m)
     key_blocks = cdiv(layout.max_length, config.block_n)

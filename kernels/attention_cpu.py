@@ -27,7 +27,8 @@ def _fused(qkv: Tensor, layout: PaddedLayout, heads: int, kv_heads: int) -> bool
             "layout on qkv's device"
         )
     there = _FORWARD is not None and _BACKWARD is not None
-    return there and qkv.is_cpu and heads == kv_heads and qkv.dtype in _DTYPES
+    # On meta tensors a pass is counted instead of run: as it would be on a CPU.
+    return there and (qkv.is_cpu or qkv.is_meta) and heads == kv_heads and qkv.dtype in _DTYPES
 
 
 def _by_rows(t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from . import tuning
-from ._runtime import Config, device_props
+from ._runtime import Config, device_props, facts
 from .tuning import Rule
 
 GAIN = 0.97  # a new configuration may take at most this share of the old one's time
@@ -65,7 +65,9 @@ def better(rule: Rule, times: dict[Config, float], arch: int, script: str) -> Ru
     if best == rule.config or times[best] > GAIN * times[rule.config]:
         return None
     today = datetime.now(UTC).strftime("%Y-%m-%d")
-    return rule._replace(config=best, arch=arch, measured=f"{today} {script}")
+    # All that is known of the shared memory: it was enough on this device.
+    shared = facts(arch).shared_bytes >> 10
+    return rule._replace(config=best, shared=shared, arch=arch, measured=f"{today} {script}")
 
 
 def _median(call: Callable[[], object]) -> float:

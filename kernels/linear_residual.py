@@ -71,13 +71,14 @@ def _linear_residual_fwd_kernel(
             seed_ptr, tokens_ptr, counter, rows, row_mask, columns, THRESHOLD, SCALE
         )
     mask = row_mask[:, None] & (columns < N)[None, :]
-    residual = tl.load(
-        residual_ptr + rows[:, None] * stride_rm + columns[None, :], mask=mask, other=0.0
-    )
-    out = residual.to(tl.float32) + branch
+    if residual_ptr is not None:
+        residual = tl.load(
+            residual_ptr + rows[:, None] * stride_rm + columns[None, :], mask=mask, other=0.0
+        )
+        branch += residual.to(tl.float32)
     tl.store(
         out_ptr + rows[:, None] * stride_om + columns[None, :],
-        out.to(out_ptr.dtype.element_ty), mask=mask,
+        branch.to(out_ptr.dtype.element_ty), mask=mask,
     )  # fmt: skip
 
 
@@ -93,13 +94,14 @@ def linear_residual_fwd(
     a: Tensor,  # (rows, columns), in the compute dtype
     weight: Tensor,  # (d, columns), in the compute dtype
     bias: Tensor | None,  # (d,)
-    residual: Tensor,  # (rows, d), in the state dtype
+    residual: Tensor | None,  # (rows, d), in the state dtype
     dropout: Dropout | None = None,
     out: Tensor | None = None,  # (rows, d), buffer of the result
     *,
     row_count: Tensor | None = None,
 ) -> Tensor:
-    """Returns residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype.
+    """Returns residual + drop(a · Wᵀ + b) (rows, d) in the residual's dtype; without a residual, in
+    a's.
 
     Args: as `linear_residual_fwd_ref`; row_count: see `_runtime`.
     """
@@ -118,16 +120,18 @@ def linear_residual_fwd(
     )
     if d > FUSED_WIDTH:
         return linear_residual_fwd_ref(a, weight, bias, residual, dropout, out)
-    a, residual = contiguous_columns(a), contiguous_columns(residual)
+    a, like = contiguous_columns(a), a if residual is None else residual
+    residual = None if residual is None else contiguous_columns(residual)
     if out is None:
-        out = torch.empty(rows, d, dtype=residual.dtype, device=a.device)
+        out = torch.empty(rows, d, dtype=like.dtype, device=a.device)
     require("out needs contiguous columns" if out.stride(-1) != 1 else None)
     if rows:
         config = _config(rows, d, weight.dtype, a.device)
         column_blocks = cdiv(d, config.block_n)
         _linear_residual_fwd_kernel[(column_blocks * cdiv(rows, config.block_m),)](
             a, weight, bias, residual, out, row_count, **dropout_arguments(dropout),
-            stride_am=a.stride(0), stride_wn=weight.stride(0), stride_rm=residual.stride(0),
+            stride_am=a.stride(0), stride_wn=weight.stride(0), 
+            stride_rm=0 if residual is None else residual.stride(0),
             stride_om=out.stride(0), M=rows, N=d, K=columns,
             column_blocks=column_blocks,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=_block_k(weight.dtype),

@@ -13,7 +13,7 @@ def linear_residual_fwd_ref(
     a: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None,
     dropout: Dropout | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -23,13 +23,16 @@ def linear_residual_fwd_ref(
         a: (rows, columns), in the compute dtype.
         weight: (d, columns), in the compute dtype.
         bias: (d,), or None.
-        residual: (rows, d), in the state dtype.
+        residual: (rows, d), in the state dtype; None: nothing is added, and dropout and out are
+            None too.
         dropout: the mask, or None.
         out: (rows, d), buffer of the result.
 
     Returns:
-        (rows, d) in the residual's dtype.
+        (rows, d) in the residual's dtype; without one, in a's.
     """
+    if residual is None:
+        return torch.nn.functional.linear(a, weight, bias)
     if dropout is None and bias is None and a.dtype == residual.dtype:
         return torch.addmm(residual, a, weight.t(), out=out)
     branch = torch.nn.functional.linear(a, weight, bias)

@@ -30,7 +30,8 @@ from .activation import activate
 from .attention import LOG2_E
 from .loop_ref import LoopLayout, LoopWeights
 from .norm import normalize, scale_shift
-from .supports import loop_reason, loop_tile, require
+from .supports import loop_reason, require
+from .tuning import pick
 
 
 @triton.jit
@@ -198,14 +199,17 @@ def loop_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Returns final (rows, d) in fp32, and the token ids int64 of all iterations end to end.
 
-    Args: as `loop_fwd_ref`; at most `loop_tile` rows per sequence.
+    Args: as `loop_fwd_ref`; at most 128 rows per sequence (fp32: 32).
     """
     require(loop_reason(x, layout, weights, cos, sin, heads, kv_heads, activation, kind))
     w, x = weights, contiguous_columns(x)
     d, head_dim = x.shape[1], w.qkv.shape[1] // (heads + 2 * kv_heads)
     final = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     ids = torch.empty(int(layout.state_offsets[-1]), dtype=torch.int64, device=x.device)
-    block = loop_tile(int(layout.lengths.max(initial=0)), w.qkv.dtype)
+    longest = int(layout.lengths.max(initial=1))
+    op = "loop" if w.gate is None else "loop_gated"
+    config = pick(op, w.qkv.dtype, longest, 0, x.device)
+    block = max(config.block_m, block_of(longest))
     bins = layout.bins(block)
     if x.shape[0] == 0:
         return final, ids
@@ -217,7 +221,6 @@ def loop_fwd(
         D=d, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, SCALE=head_dim**-0.5, EPS=eps,
         IS_LAYER=kind == "layer", ACTIVATION=activation, CAUSAL=causal,
         BLOCK_M=block, BLOCK_D=block_of(d), BLOCK_K=block_of(head_dim),
-        BLOCK_H={32: 16, 64: 64, 128: 32}[block], BLOCK_V=16 if block == 32 else 64,
-        num_warps=8, num_stages=1,
+        BLOCK_H=config.block_n, BLOCK_V=16 if w.qkv.dtype == torch.float32 else 64, **config.launch,
     )  # fmt: skip
     return final, ids

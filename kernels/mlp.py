@@ -66,7 +66,7 @@ def _mlp_fwd_kernel(
     M, H, counter,
     # flags
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, ACTIVATION: tl.constexpr,
-    THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    ADD_RESIDUAL: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -114,10 +114,11 @@ def _mlp_fwd_kernel(
         branch *= dropout_scale(
             seed_ptr, tokens_ptr, counter, rows, row_mask, inside, THRESHOLD, SCALE
         )
-    out = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + branch
+    if ADD_RESIDUAL:
+        branch += tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
     tl.store(
         out_ptr + rows[:, None] * stride_om + inside[None, :],
-        out.to(out_ptr.dtype.element_ty), mask=mask,
+        branch.to(out_ptr.dtype.element_ty), mask=mask,
     )  # fmt: skip
 
 
@@ -176,6 +177,7 @@ def mlp_fwd(
     dropout: Dropout | None = None,
     out: Tensor | None = None,
     keep: bool = True,
+    residual: bool = True,
     *,
     row_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -193,10 +195,10 @@ def mlp_fwd(
     if not mlp_is_fused(d, up_weight.dtype):
         return _mlp_wide_fwd(
             x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias, down_weight,
-            down_bias, activation, eps, kind, dropout, out, keep, row_count,
+            down_bias, activation, eps, kind, dropout, out, keep, residual, row_count,
         )  # fmt: skip
     if out is None:
-        out = torch.empty(rows, d, dtype=x.dtype, device=x.device)
+        out = torch.empty(rows, d, dtype=(x if residual else up_weight).dtype, device=x.device)
     require("out needs contiguous columns" if out.stride(-1) != 1 else None)
 
     def buffer(wanted: bool) -> Tensor | None:
@@ -214,7 +216,7 @@ def mlp_fwd(
             stride_xm=x.stride(0), stride_un=up_weight.stride(0),
             stride_gn=gate_weight.stride(0) if gated else 0, stride_dn=down_weight.stride(0),
             stride_om=out.stride(0), M=rows, H=hidden_size,
-            D=d, EPS=eps, IS_LAYER=kind == "layer", ACTIVATION=activation,
+            D=d, EPS=eps, IS_LAYER=kind == "layer", ACTIVATION=activation, ADD_RESIDUAL=residual,
             BLOCK_M=config.block_m, BLOCK_H=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
     return out, up, gate, hidden
@@ -222,7 +224,7 @@ def mlp_fwd(
 
 def _mlp_wide_fwd(
     x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias,
-    activation, eps, kind, dropout, out, keep, row_count,
+    activation, eps, kind, dropout, out, keep, residual, row_count,
 ):  # fmt: skip
     """The forward for wide d, with the hidden layer in memory."""
     norm = (norm_weight, norm_bias)
@@ -237,5 +239,7 @@ def _mlp_wide_fwd(
         if gate_weight is not None:
             gate = norm_linear_fwd(x, *norm, gate_weight, gate_bias, **options)
         hidden = activation_fwd(activation, up, gate)
-    out = linear_residual_fwd(hidden, down_weight, down_bias, x, dropout, out, row_count=row_count)
+    residue = x if residual else None
+    down = (down_weight, down_bias, residue, dropout, out)
+    out = linear_residual_fwd(hidden, *down, row_count=row_count)
     return (out, up, gate, hidden) if keep else (out, None, None, None)

@@ -65,6 +65,7 @@ def mlp_fwd_ref(
     dropout: Dropout | None = None,
     out: Tensor | None = None,
     keep: bool = True,
+    residual: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Computes x + drop(act(norm(x) · Wuᵀ + bu) · Wdᵀ + bd).
 
@@ -84,6 +85,8 @@ def mlp_fwd_ref(
         dropout: the mask, or None.
         out: (rows, d), buffer of the result.
         keep: whether a backward follows.
+        residual: whether x is added; if not, dropout and out are None, and the result has the
+            weights' dtype.
 
     Returns:
         out (rows, d); u, gate (SwiGLU only) and a, each (rows, hidden), for the backward.
@@ -92,7 +95,8 @@ def mlp_fwd_ref(
     up = torch.nn.functional.linear(y, up_weight, up_bias)
     gate = None if gate_weight is None else torch.nn.functional.linear(y, gate_weight, gate_bias)
     hidden = activation_fwd_ref(activation, up, gate)
-    out = linear_residual_fwd_ref(hidden, down_weight, down_bias, x, dropout, out)
+    residue = x if residual else None
+    out = linear_residual_fwd_ref(hidden, down_weight, down_bias, residue, dropout, out)
     return (out, up, gate, hidden) if keep else (out, None, None, None)
 
 

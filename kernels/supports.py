@@ -21,6 +21,7 @@ from .norm_ref import NORMS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (8, 128)
+SHORT = 128  # rows of the longest sequence that one tile of attention holds
 FUSED_WIDTH = 512  # above, cuBLAS runs the GEMMs
 MAX_WIDTH = 8192
 MAX_VOCABULARY = 1 << 18
@@ -68,13 +69,18 @@ def _has_triton() -> bool:
 @cache
 def _card_reason(index: int | None) -> str | None:
     """Returns why kernels cannot run on this GPU."""
+    if torch.version.hip is not None:
+        return "this is a GPU for ROCm, and the kernels are for NVIDIA's from sm_80 on"
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not cards:
         return "torch finds no CUDA device on this machine"
     if index is not None and index >= cards:
         return f"CUDA device {index} was requested, but this machine has {cards}"
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"the GPU is sm_{major}{minor}, older than sm_80"
+    if major >= 8:
+        return None
+    name = torch.cuda.get_device_name(index)
+    return f"the GPU {name} is sm_{major}{minor}, older than sm_80"
 
 
 def device_reason(device: torch.device | str) -> str | None:
@@ -236,12 +242,20 @@ def layout_reason(
     return None
 
 
-def heads_reason(columns: int, heads: int, kv_heads: int) -> str | None:
-    """Returns why these attention heads are not supported."""
+def heads_divide_reason(columns: int, heads: int, kv_heads: int) -> str | None:
+    """Returns why these columns are not whole heads, which fit each other."""
     if not 1 <= kv_heads <= heads or heads % kv_heads:
         return f"{heads} heads are not divisible by {kv_heads} key/value heads"
     if columns % (heads + 2 * kv_heads):
         return f"{columns} columns are not {heads} + 2 · {kv_heads} heads"
+    return None
+
+
+def heads_reason(columns: int, heads: int, kv_heads: int) -> str | None:
+    """Returns why these attention heads are not supported."""
+    reason = heads_divide_reason(columns, heads, kv_heads)
+    if reason:
+        return reason
     head_dim = columns // (heads + 2 * kv_heads)
     low, high = HEAD_DIMS
     if not low <= head_dim <= high:
@@ -264,13 +278,6 @@ def vocabulary_reason(vocabulary: int) -> str | None:
     if not 1 <= vocabulary <= MAX_VOCABULARY:
         return f"vocabulary {vocabulary} is not in 1..{MAX_VOCABULARY}"
     return None
-
-
-def loop_tile(longest: int, dtype: torch.dtype) -> int:
-    """Returns the rows per program of the whole-loop kernel, or 0 if the longest sequence does not
-    fit."""
-    sizes = (32,) if dtype == torch.float32 else (64, 128)
-    return next((size for size in sizes if longest <= size), 0)
 
 
 def loop_reason(
@@ -300,8 +307,8 @@ def loop_reason(
     if x.shape[1] > widest:
         return f"the whole-loop kernel supports widths up to {widest}, not {x.shape[1]}"
     longest = int(layout.lengths.max(initial=0))
-    if not loop_tile(longest, w.qkv.dtype):
-        most = 32 if w.qkv.dtype == torch.float32 else 128
+    most = 32 if w.qkv.dtype == torch.float32 else 128
+    if longest > most:
         return f"the whole-loop kernel supports sequences of up to {most} rows, not {longest}"
     if not all(t is None or t.is_contiguous() for t in (*w, cos, sin)):
         return "the whole-loop kernel needs contiguous weights and tables"

@@ -10,17 +10,35 @@ from typing import Any
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
 from relay_fast.utils.numbers import as_bool, as_float, as_int
+from relay_fast.utils.rope import scaled_frequencies
 
 LOOP_NORMS = ("none", "pre", "post")
 INJECTIONS = ("none", "add", "concat")
 FEEDBACKS = ("none", "tokens")
+BIASES = ("norm", "qkv", "out", "up", "gate", "down")  # the parts of a layer that can have one
 # Newer options: configs that leave them at their defaults are saved without them.
 _ADDED = ("feedback", "carry_state", "feedback_noise", "trained_tokens")
+_ADDED_TO_BLOCK = ("qk_norm", "sandwich_norm", "rotary_share", "rope_frequencies", "rope_scale")
 
 
 @dataclass(frozen=True)
 class BlockConfig:
     """Configuration of a block of pre-norm transformer layers.
+
+        u ← u + drop(post₁(out(attention(rope(qk_norm(qkv(norm₁(u))))))))
+        u ← u + drop(post₂(down(act(up(norm₂(u))))))
+
+    RoPE (Su et al. 2021, arXiv 2104.09864) turns the pair of columns j and j + head_dim / 2 of each
+    query and key head by the angle position · fⱼ, with fⱼ = rope_base^(−2j / r) for the first r / 2
+    pairs, r = rotary_share · head_dim, and 0 for the others. Where other code rotates the first r
+    columns of a head, or neighbouring columns (interleaved), the same function has the rows of qkv
+    in another order (`relay_fast.models.from_hf.rotary_order`).
+
+    Left out: soft-caps of attention scores and logits (Gemma 2, arXiv 2408.00118), because fused
+    attention outside of Triton has none, and QK-norm, which bounds the scores too, has taken their
+    place (Gemma 3, arXiv 2503.19786); a gate on each head's output (Qiu et al. 2025, arXiv
+    2505.06708), because it is a second projection of the layer's normed input, which the fused
+    projection does not keep: `relay_fast.loop` runs such layers as they are.
 
     Args:
         d_model: width of the state.
@@ -31,7 +49,8 @@ class BlockConfig:
         norm: "rms" or "layer".
         eps: epsilon of the norms.
         activation: "gelu_tanh", "gelu", "relu2" or "swiglu".
-        bias: whether linear layers and LayerNorms have biases.
+        bias: whether linear layers and LayerNorms have biases; or the parts that have one, of
+            "norm", "qkv", "out", "up", "gate" and "down".
         causal: whether a token attends to itself and earlier tokens only.
         rope_base: base of RoPE's frequencies; None: no positions (NoPE).
         dropout: rate after attention and MLP, in [0, 1).
@@ -40,6 +59,18 @@ class BlockConfig:
         max_loops: size of the loop-index embedding; 0: none.
         state_noise: noise added to the state before each iteration in training, relative to its
             RMS.
+        head_dim: columns of an attention head; default: d_model / n_heads.
+        qk_norm: whether each query and key head passes through an RMSNorm before RoPE, with one
+            weight (head_dim,) for all query heads and one for all key heads (Henry et al. 2020,
+            arXiv 2010.04245; as in Qwen 3).
+        sandwich_norm: whether the outputs of attention and MLP pass through a norm of their own
+            before they are added to the state (Ding et al. 2021, arXiv 2105.13290; as in Gemma 2
+            and Ouro). Dropout is behind it.
+        rotary_share: share of a head's columns that RoPE rotates, in (0, 1].
+        rope_frequencies: fⱼ of the rotated pairs, in place of rope_base's; or a dict of
+            transformers' `rope_parameters`, from which they and `rope_scale` are computed
+            (`relay_fast.utils.rope`: linear, llama3, yarn).
+        rope_scale: factor of cos and sin, YaRN's attention factor.
 
     Raises:
         ValueError: for values that are out of range or do not fit together.
@@ -53,7 +84,7 @@ class BlockConfig:
     norm: str = "rms"
     eps: float = 1e-6
     activation: str = "gelu_tanh"
-    bias: bool = False
+    bias: bool | tuple[str, ...] = False
     causal: bool = False
     rope_base: float | None = 10_000.0
     dropout: float = 0.0
@@ -61,14 +92,20 @@ class BlockConfig:
     injection: str = "none"
     max_loops: int = 0
     state_noise: float = 0.0
+    head_dim: int | None = None  # an int once constructed
+    qk_norm: bool = False
+    sandwich_norm: bool = False
+    rotary_share: float = 1.0
+    rope_frequencies: tuple[float, ...] | Mapping[str, Any] | None = None  # never a dict then
+    rope_scale: float = 1.0
 
     def __post_init__(self) -> None:
         # Numbers from numpy and tensors become Python's, since configs are saved as JSON.
-        for name in ("d_model", "n_heads", "n_layers", "n_kv_heads", "d_hidden"):
+        for name in ("d_model", "n_heads", "n_layers", "n_kv_heads", "d_hidden", "head_dim"):
             value = getattr(self, name)
             if value is not None:
                 self._set(name, as_int(name, value, least=1))
-            elif name not in ("n_kv_heads", "d_hidden"):
+            elif name not in ("n_kv_heads", "d_hidden", "head_dim"):
                 raise ValueError(f"{name} is missing: a block needs d_model, n_heads and n_layers")
         self._set("max_loops", as_int("max_loops", self.max_loops, least=0))
         for name in ("eps", "state_noise"):
@@ -76,13 +113,15 @@ class BlockConfig:
         self._set("dropout", as_float("dropout", self.dropout))
         if self.rope_base is not None:
             self._set("rope_base", as_float("rope_base", self.rope_base))
-        for name in ("bias", "causal"):
+        for name in ("causal", "qk_norm", "sandwich_norm"):
             self._set(name, as_bool(name, getattr(self, name)))
-        if self.d_model % self.n_heads:
+        self._set("bias", _biases(self.bias))
+        if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model = {self.d_model} is not divisible by n_heads = {self.n_heads}: "
-                "choose a multiple of n_heads"
+                "choose a multiple of n_heads, or give head_dim"
             )
+        self._set("head_dim", self.head_dim or self.d_model // self.n_heads)
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"n_heads = {self.n_heads} is not divisible by n_kv_heads = {self.kv_heads}: "
@@ -90,8 +129,8 @@ class BlockConfig:
             )
         if self.rope_base is not None and self.head_dim % 2:
             raise ValueError(
-                f"head_dim = d_model / n_heads = {self.head_dim} is odd, but RoPE rotates pairs: "
-                "choose an even head_dim, or rope_base=None"
+                f"head_dim = {self.head_dim} (default: d_model / n_heads) is odd, but RoPE rotates "
+                "pairs: choose an even head_dim, or rope_base=None"
             )
         for name, known in (
             ("norm", NORMS),
@@ -106,25 +145,78 @@ class BlockConfig:
                 f"rope_base = {self.rope_base}: give a positive number (10000 is common), or None "
                 f"for no positions"
             )
+        self._check_rope()
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps = {self.eps}: give a small positive number, such as 1e-6")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: it must be in [0, 1)")
+
+    def _check_rope(self) -> None:
+        """Checks what belongs to RoPE; turns a dict of frequencies into numbers."""
+        for name in ("rotary_share", "rope_scale"):
+            self._set(name, as_float(name, getattr(self, name)))
+        if self.rope_base is None:
+            for name in ("rotary_share", "rope_frequencies", "rope_scale"):
+                if (value := getattr(self, name)) != getattr(BlockConfig, name):
+                    raise ValueError(
+                        f"{name} = {value} needs RoPE: leave it out with rope_base = None"
+                    )
+            return
+        columns = self.rotary_dim
+        if columns % 2 or not 2 <= columns <= self.head_dim:
+            raise ValueError(
+                f"rotary_share = {self.rotary_share} rotates {columns} of a head's {self.head_dim} "
+                "columns: choose a share in (0, 1] that gives an even number of them"
+            )
+        if self.rope_scale <= 0:
+            raise ValueError(f"rope_scale = {self.rope_scale}: give a positive number, usually 1")
+        given = self.rope_frequencies
+        if given is None:
+            return
+        if isinstance(given, Mapping):
+            given, scale = scaled_frequencies(given, columns, self.rope_base)
+            self._set("rope_scale", scale if self.rope_scale == 1 else self.rope_scale)
+        elif isinstance(given, str):
+            raise ValueError(f"rope_frequencies = {given!r}: give a list of numbers, or a dict")
+        given = tuple(as_float("rope_frequencies", f, least=0) for f in given)
+        if len(given) != columns // 2:
+            raise ValueError(
+                f"rope_frequencies has {len(given)} numbers for {columns} rotated columns: give "
+                f"{columns // 2}"
+            )
+        self._set("rope_frequencies", given)
 
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
-
-    @property
     def hidden(self) -> int:
         return self.d_hidden or 4 * self.d_model
 
+    @property
+    def rotary_dim(self) -> int:
+        """Columns of a head that RoPE rotates; meaningless without RoPE."""
+        return round(self.head_dim * self.rotary_share)
+
+    def has_bias(self, part: str) -> bool:
+        """Returns whether a part of BIASES has a bias; norms only have one as LayerNorms."""
+        there = self.bias if isinstance(self.bias, bool) else part in self.bias
+        return there and (part != "norm" or self.norm == "layer")
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns the options as a dict, without newer options at their defaults, so that files and
+        hashes of older models stay the same."""
+        values = asdict(self)
+        for name in _ADDED_TO_BLOCK:
+            if values[name] == getattr(BlockConfig, name):
+                del values[name]
+        for name in ("bias", "rope_frequencies"):  # lists, as a file holds them
+            if isinstance(values.get(name), tuple):
+                values[name] = list(values[name])
+        if self.head_dim * self.n_heads == self.d_model:
+            del values["head_dim"]
+        return values
 
     @staticmethod
     def of(config: BlockConfig | Mapping[str, Any]) -> BlockConfig:
@@ -197,7 +289,7 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as a dict, without newer options at their defaults, so that files and
         hashes of older models stay the same."""
-        values = asdict(self)
+        values = asdict(self) | {"block": self.block.to_dict()}
         for name in _ADDED:
             if values[name] == getattr(ModelConfig, name):
                 del values[name]
@@ -218,6 +310,18 @@ class ModelConfig:
     def of(config: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         """Returns a config unchanged, and builds one from the result of `to_dict`."""
         return ModelConfig(**config) if isinstance(config, Mapping) else config
+
+
+def _biases(bias: Any) -> bool | tuple[str, ...]:
+    """Returns True for all parts of a layer, False for none, or the parts that have a bias, in the
+    order of BIASES. Raises ValueError for an unknown part."""
+    if not isinstance(bias, list | tuple | set | frozenset):
+        return as_bool("bias", bias)
+    for part in bias:
+        if part not in BIASES:
+            raise ValueError(f"bias = {bias!r}: {part!r} is unknown, use parts of {BIASES}")
+    parts = tuple(part for part in BIASES if part in bias)
+    return parts if 0 < len(parts) < len(BIASES) else bool(parts)
 
 
 def tell_hub(module: Any, **arguments: Any) -> None:

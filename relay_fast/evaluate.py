@@ -70,7 +70,7 @@ def evaluate_run(
         "config": config,
         "seed": seed,
         "versions": versions(device),
-        "labels": {name: {"title": t.title, "unit": t.unit} for name, t in tasks.items()},
+        "labels": {name: task.label for name, task in tasks.items()},
         "train_lengths": {name: config["tasks"][name]["train"] for name in tasks},
         "complete": False,
         "accuracy": {},

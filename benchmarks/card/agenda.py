@@ -18,6 +18,7 @@ from benchmarks.card import checks, profile, steps, table
 from benchmarks.card.cases import Case, check_cases, timed_cases
 from benchmarks.card.device import ROOT, Timer, ceilings, identity
 from benchmarks.card.kernels import time_case
+from benchmarks.card.option_cases import option_cases
 from benchmarks.card.session import Deadline, Later, Row, Session, Unit
 from benchmarks.card.sweep import sweep
 from benchmarks.common import machine
@@ -170,7 +171,7 @@ def units(
 
 def checked(dry: bool, quick: bool) -> list[tuple[Case, torch.dtype]]:
     """What is checked: odd shapes in every dtype, and what is timed, in its own."""
-    odd = check_cases(dry)
+    odd = check_cases(dry) + option_cases(dry)
     if dry:
         dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16)
         return [(case, dtype) for dtype in dtypes for case in odd]
@@ -214,7 +215,7 @@ def share(part: str) -> int:
 
 def sanitized_cases() -> int:
     """Every small case once on the card: what compute-sanitizer watches."""
-    for case in check_cases(True):
+    for case in check_cases(True) + option_cases(True):
         for row in checks.check(case, torch.bfloat16, 0, "cuda"):
             if row["status"] == "failed":
                 print(row["note"])

@@ -8,7 +8,6 @@ ints, and the index tensors on the device. Later no tensor is copied back to the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,32 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast.batch.paddings import Paddings, device_tensor
+from relay_fast.batch.row_range import RowRange, scattered
 from relay_fast.batch.transfer import picklable, upload
-from relay_fast.kernels.attention_ref import Group, PaddedLayout
+from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.utils.numbers import as_int, is_bool
 
-GROUP_COST = 16_000  # cost of another attention group in score elements, measured on a CPU
-MAX_GROUPS = 6
 _INDICES = ("positions", "cu_seqlens", "last_rows")
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """Consecutive sequences that are computed together in one iteration.
-
-    `grad` is False if truncated backpropagation stops the gradient there.
-    """
-
-    iteration: int  # 1-based
-    first_sequence: int
-    last_sequence: int  # exclusive
-    first_row: int
-    last_row: int  # exclusive
-    grad: bool = True
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.last_row)
 
 
 class Plan:
@@ -77,7 +57,7 @@ class Plan:
         lengths = np.asarray(lengths, dtype=np.int64)
         loops = np.asarray(loops, dtype=np.int64)
         self.device = torch.device(device)
-        self.sorted = bool(np.all(loops[:-1] >= loops[1:]))
+        self.sorted = bool((loops[:-1] >= loops[1:]).all())
         self.order = np.arange(len(loops)) if self.sorted else np.argsort(-loops, kind="stable")
         self.lengths, self.loops = lengths[self.order], loops[self.order]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -88,8 +68,26 @@ class Plan:
         self.active_rows = tuple(self.offsets[active].tolist())
         self.state_offsets = (0, *np.cumsum(self.active_rows, dtype=np.int64).tolist())
         self._caller_positions = positions
+        self._start_caches()
+
+    def _start_caches(self) -> None:
         self._layouts: dict[tuple[int, int], PaddedLayout] = {}
         self._active_to_caller: dict[int, Tensor] = {}
+        self._scattered: dict[tuple[int, bytes], tuple[RowRange, ...]] = {}
+
+    @classmethod
+    def of_rows(cls, rows: int, loops: int, device: torch.device) -> Plan:
+        """Makes the plan of sequences of one row that loop equally often: the constructor's, at a
+        fifth of its cost."""
+        plan = cls.__new__(cls)
+        plan.device, plan.sorted, plan.max_loops = device, True, loops if rows else 0
+        plan.order, plan.offsets = np.arange(rows), np.arange(rows + 1)
+        plan.lengths, plan.loops = np.ones(rows, np.int64), np.full(rows, loops)
+        plan.active_sequences = plan.active_rows = (rows,) * plan.max_loops
+        plan.state_offsets = tuple(range(0, rows * plan.max_loops + 1, max(1, rows)))
+        plan._caller_positions = None
+        plan._start_caches()
+        return plan
 
     def to(self, device: torch.device | str) -> Plan:
         """Returns the plan on another device; its sorted order counts as the caller's."""
@@ -136,6 +134,11 @@ class Plan:
         return len(self.lengths)
 
     @property
+    def limit(self) -> int:
+        """The largest number of iterations that the loop may take."""
+        return self.max_loops
+
+    @property
     def rows(self) -> int:
         return int(self.offsets[-1])
 
@@ -158,24 +161,66 @@ class Plan:
 
     def layout_of(self, row_range: RowRange) -> PaddedLayout:
         """Returns the attention layout of a row range."""
+        if row_range.members is not None:
+            return row_range.members.layout
         return self.layout(row_range.first_sequence, row_range.last_sequence)
+
+    def prefix(self, iteration: int) -> slice | Tensor:
+        """Returns where the rows of state t are among all rows."""
+        return slice(0, self.rows_at(iteration))
+
+    def rows_without_gradient(self, iteration: int, truncate: object) -> Tensor | None:
+        """Returns the rows inside ranges with a gradient that truncation stops; None: none."""
+        return None
+
+    def sequences_at(self, iteration: int) -> np.ndarray:
+        """Returns the caller's indices of the sequences that reach an iteration, ascending."""
+        return np.sort(self.order[: self.active_sequences[iteration - 1]])
 
     def rows_at(self, iteration: int) -> int:
         """Returns the number of rows of the active prefix at an iteration; 0 after the last."""
         return self.active_rows[iteration - 1] if 1 <= iteration <= self.max_loops else 0
 
-    def row_ranges(self, iteration: int, truncate: int | None = None) -> tuple[RowRange, ...]:
-        """Returns the row ranges of an iteration: one, or two if truncation (to each sequence's
-        last `truncate` iterations) stops the gradient in a part of the prefix."""
-        last = self.active_sequences[iteration - 1]
-        later = iteration + truncate if truncate else self.max_loops + 1
-        cut = self.active_sequences[later - 1] if later <= self.max_loops else 0
+    def row_ranges(
+        self, iteration: int, truncate: int | np.ndarray | None = None
+    ) -> tuple[RowRange, ...]:
+        """Returns the row ranges of an iteration.
+
+        Args:
+            iteration: 1-based.
+            truncate: number of last iterations of each sequence that gradients flow through: None
+                for all, an int, or (sequences,) in sorted order.
+
+        Returns:
+            One range, or two if truncation stops the gradient in a part of the prefix.
+        """
+        last, cut = self.active_sequences[iteration - 1], 0
+        if isinstance(truncate, np.ndarray):
+            learns = self.loops[:last] - iteration < truncate[:last]
+            cut = last - int(learns.sum())
+            if learns[:cut].any():
+                return self._two_scattered(iteration, truncate, learns)
+        elif truncate is not None:
+            later = iteration + truncate
+            cut = self.active_sequences[later - 1] if later <= self.max_loops else 0
         bounds = [(0, cut, False), (cut, last, True)]
         return tuple(
             RowRange(iteration, a, b, int(self.offsets[a]), int(self.offsets[b]), grad)
             for a, b, grad in bounds
             if self.offsets[b] > self.offsets[a]
         )
+
+    def _two_scattered(
+        self, iteration: int, truncate: np.ndarray, learns: np.ndarray
+    ) -> tuple[RowRange, ...]:
+        t, key = iteration, (iteration, truncate.tobytes())
+        if key not in self._scattered:
+            ranges = (
+                scattered(t, np.flatnonzero(learns == grad), self.offsets, self.device, grad)
+                for grad in (False, True)
+            )
+            self._scattered[key] = tuple(r for r in ranges if r.last_row)
+        return self._scattered[key]
 
     def chosen_states(self, return_states: bool | Sequence[int]) -> tuple[int, ...]:
         """Calls `chosen_states` for this plan's iterations."""
@@ -185,7 +230,7 @@ class Plan:
     # tensors: a batch may be evaluated under inference_mode first, and trained on later.
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return _tensor(array, dtype, self.device)
+        return device_tensor(array, dtype, self.device)
 
     @cached_property
     def row_order(self) -> np.ndarray | None:
@@ -215,10 +260,13 @@ class Plan:
     def active_to_caller(self, iteration: int) -> Tensor | None:
         """Returns (N_t,) int64 indices that put the rows of state t into the caller's relative
         order."""
-        if self.row_order is not None and iteration not in self._active_to_caller:
-            index = np.argsort(self.row_order[: self.rows_at(iteration)])
-            self._active_to_caller[iteration] = self._tensor(index, torch.int64)
-        return self._active_to_caller.get(iteration)
+        if self.row_order is None:
+            return None
+        rows = self.rows_at(iteration)
+        if rows not in self._active_to_caller:
+            index = np.argsort(self.row_order[:rows])
+            self._active_to_caller[rows] = self._tensor(index, torch.int64)
+        return self._active_to_caller[rows]
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -250,8 +298,8 @@ class Plan:
         return self._tensor(self.offsets[1:] - 1, torch.int64)
 
     @cached_property
-    def _paddings(self) -> _Paddings:
-        return _Paddings(self.lengths, self.device)
+    def _paddings(self) -> Paddings:
+        return Paddings(self.lengths, self.device)
 
     def layout(self, first: int, last: int) -> PaddedLayout:
         """Returns the row offsets of sequences first..last − 1, with their padding for torch's
@@ -269,76 +317,6 @@ class Plan:
                 int(lengths.sum()),
             )
         return self._layouts[key]
-
-
-class _Paddings:
-    """Pads sequences for torch's attention, the only op that needs padding; sequences of similar
-    length share a group.
-
-    Separate from the plan, which holds the layouts that refer to it: without a reference cycle a
-    dropped batch is freed at once, and a used one can be pickled.
-    """
-
-    def __init__(self, lengths: np.ndarray, device: torch.device):
-        self.lengths, self.device = lengths, device
-
-    @cached_property
-    def _group_bounds(self) -> np.ndarray:
-        """The largest length of each attention group, ascending, with minimal total cost."""
-        lengths, counts = np.unique(self.lengths[self.lengths > 0], return_counts=True)
-        if len(lengths) == 0:
-            return lengths
-        totals = np.concatenate([[0], np.cumsum(counts)])
-        best = np.full(len(lengths) + 1, np.inf)
-        best[0] = 0
-        chosen: list[np.ndarray] = []
-        costs = np.full((len(lengths) + 1, len(lengths) + 1), np.inf)
-        for end in range(1, len(lengths) + 1):
-            width = float(lengths[end - 1]) ** 2
-            costs[:end, end] = (totals[end] - totals[:end]) * width + GROUP_COST
-        table = best
-        finals = []
-        for _ in range(min(MAX_GROUPS, len(lengths))):
-            candidates = table[:, None] + costs
-            chosen.append(candidates.argmin(0))
-            table = candidates.min(0)
-            finals.append(table[-1])
-        end, bounds = len(lengths), []
-        for depth in range(int(np.argmin(finals)), -1, -1):
-            bounds.append(lengths[end - 1])
-            end = int(chosen[depth][end])
-        return np.array(bounds[::-1])
-
-    def make(self, first: int, last: int) -> tuple[int, Tensor | None, tuple[Group, ...]]:
-        """Returns slots, slot and groups (see `PaddedLayout`) of sequences first..last − 1."""
-        lengths = self.lengths[first:last]
-        rows = int(lengths.sum())
-        member = np.searchsorted(self._group_bounds, lengths)
-        base = np.zeros(len(lengths), dtype=np.int64)
-        groups, slot = [], 0
-        for g in range(len(self._group_bounds)):
-            inside = np.flatnonzero((member == g) & (lengths > 0))
-            if len(inside) == 0:
-                continue
-            inner = lengths[inside]
-            width = int(inner.max())
-            base[inside] = slot + np.arange(len(inside)) * width
-            mask = None
-            if inner.min() < width:
-                mask = np.arange(width)[None, :] >= inner[:, None]
-                mask = _tensor(mask[:, None], torch.bool, self.device)
-            groups.append(Group(slot, len(inside), width, mask))
-            slot += len(inside) * width
-        if len(groups) <= 1 and slot == rows:
-            return slot, None, tuple(groups)
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        slots = np.arange(rows) + np.repeat(base - starts, lengths)
-        return slot, _tensor(slots, torch.int64, self.device), tuple(groups)
-
-
-@torch.inference_mode(False)
-def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return upload([torch.from_numpy(np.ascontiguousarray(array)).to(dtype)], device)[0]
 
 
 def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:
@@ -367,10 +345,12 @@ def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int,
     return wanted
 
 
-def check_floating(x: Tensor) -> None:
+def check_floating(x: Tensor, name: str = "x") -> None:
     """Raises TypeError unless x is in floating point."""
     if not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}, but a state is in floating point: embed the tokens first")
+        raise TypeError(
+            f"{name} is {x.dtype}, but a state is in floating point: embed the tokens first"
+        )
 
 
 def check_cu_seqlens(
@@ -436,6 +416,11 @@ def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int
             )
     if counts.ndim == 0:
         counts = np.full(sequences, int(counts), dtype=np.int64)
+    if counts.ndim > 1:
+        raise ValueError(
+            f"loops has shape {tuple(counts.shape)}: tokens of a sequence attend to each other in "
+            "every iteration, so they loop equally often; give an int or one count per sequence"
+        )
     if counts.shape != (sequences,):
         raise ValueError(
             f"loops has shape {tuple(counts.shape)} but the batch holds {sequences} sequences: "

@@ -31,6 +31,8 @@ def collate_looped(
     weighting: str = "sequence",
     extra_pad: np.ndarray | None = None,
     carry_state: bool = False,
+    cut: FeedbackDraws | None = None,
+    rng: np.random.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
     """Makes the looped model's batch: problems, with each iteration's round right-aligned.
@@ -47,6 +49,8 @@ def collate_looped(
             gives all supervised rows the same weight.
         extra_pad: (S,) further padding tokens of each input.
         carry_state: whether the model gets its own rounds as tokens beside its state.
+        cut: moves positions on from a random place of an input on; None for 0..n − 1 in each.
+        rng: draws the cuts.
         device: of the batch.
 
     Raises:
@@ -58,7 +62,10 @@ def collate_looped(
     sizes, width = np.diff(s.problem_offsets), input_widths(s, tasks)
     if extra_pad is not None:
         width = width + extra_pad[order]
-    plan = Plan(width, s.loops, device)
+    positions = None
+    if cut is not None:
+        positions = concat_ranges(np.zeros_like(width), width) + cut.moves(width, None, rng)
+    plan = Plan(width, s.loops, device, positions)
     tokens = np.full(plan.rows, PAD, np.int64)
     ends = plan.offsets[1:]
     tokens[concat_ranges(ends - sizes + 1, sizes - 1)] = s.problem[

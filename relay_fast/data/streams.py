@@ -77,7 +77,7 @@ class BatchFormat:
             samples: S samples.
             tasks: their tasks by name.
             extra_pad: (S,) further padding tokens of each input, or None.
-            **more: `rng` and `truth` of the looped model's batches.
+            **more: `rng`, `cut` and `truth` of the looped model's batches.
         """
         if self.batch_tokens is not None:
             samples, extra_pad = self._limit_tokens(samples, tasks, extra_pad)
@@ -130,6 +130,8 @@ class TruthStream(Dataset):
         curriculum: share of the stage over which the longest length grows.
         pad_probability: share of the draws that get random extra padding, up to `pad_to` tokens.
         pad_to: tokens of the longest padded input.
+        cut: looped models: positions behind a random place are up to so many larger.
+        cut_probability: share of the inputs with such a cut.
         truth: with a carried state, share of the iterations that are fed true rounds at the end
             of the stage; the share falls from 1 at its start.
 
@@ -152,6 +154,8 @@ class TruthStream(Dataset):
         curriculum: float = 0.0,
         pad_probability: float = 0.0,
         pad_to: int = 0,
+        cut: int = 0,
+        cut_probability: float = 0.5,
         truth: float = 1.0,
     ):
         if lengths not in ("proportional", "uniform"):
@@ -161,12 +165,18 @@ class TruthStream(Dataset):
                 f"truth = {truth}: iterations that train side by side are fed true rounds alone; "
                 "use truth = 1, or a model with carry_state = true"
             )
+        if cut and form.side_by_side:
+            raise ValueError(
+                f"cut = {cut}: iterations that train side by side are cut each for itself, by the "
+                "draws of their form"
+            )
         self.tasks, self.ranges, self.form, self.schedule = tasks, ranges, form, schedule
         self.share = max(1, batch_size // len(tasks))
         self.seed, self.lengths = seed, lengths
         self.lengths_per_batch = lengths_per_batch
         self.dataset_size, self.curriculum = dataset_size, curriculum
         self.pad_probability, self.pad_to = pad_probability, pad_to
+        self.cut = FeedbackDraws(cut=cut, cut_probability=cut_probability) if cut else None
         self.truth = truth
         for name, task in tasks.items():
             task.check_range(*ranges[name])
@@ -189,8 +199,10 @@ class TruthStream(Dataset):
         samples = Samples.concat(parts)
         extra = np.concatenate(pads) if self.pad_probability else None
         options = {}
-        if self.form.side_by_side:
+        if self.form.side_by_side or self.cut:
             options["rng"] = np.random.default_rng([_FEEDBACK, self.seed, step])
+        if self.cut:
+            options["cut"] = self.cut
         if self.truth < 1:
             options["truth"] = 1 - (1 - self.truth) * float(self.schedule.progress[step])
         return Step(self.form.collate(samples, self.tasks, extra, **options), longest_true)

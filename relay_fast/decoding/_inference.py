@@ -63,7 +63,12 @@ def bytes_a_token(c: BlockConfig, longest: int, element: int) -> int:
     """
     qkv = (c.n_heads + 2 * c.kv_heads) * c.head_dim
     wide = 2 if c.activation == "swiglu" else 1
-    numbers = 8 * c.d_model + 3 * qkv + 2 * wide * c.hidden + 3 * c.n_heads * longest
+    numbers = (
+        (8 + 2 * c.sandwich_norm) * c.d_model
+        + (3 + c.qk_norm) * qkv
+        + 2 * wide * c.hidden
+        + 3 * c.n_heads * longest
+    )
     return numbers * element
 
 

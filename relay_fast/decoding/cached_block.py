@@ -108,23 +108,41 @@ class TorchCachedBlock(CachedBlock):
     ) -> tuple[Tensor, tuple]:
         c, w = self.config, self._layers[i]
         qkv = self._linear("qkv", self._normed("norm1", u, w), w)
+        if c.qk_norm:
+            self._norm_heads(qkv, w)
         if self.cos is not None:
             self._apply_rope(qkv)
         o, _ = self.ops.attention_fwd(qkv, None, c.n_heads, c.kv_heads, c.causal)
-        mid = linear_residual_fwd_ref(o, w["out.weight"], w.get("out.bias"), u)
+        if c.sandwich_norm:
+            mid = u + self._normed("post_norm1", self._linear("out", o, w), w, u.dtype)
+        else:
+            mid = linear_residual_fwd_ref(o, w["out.weight"], w.get("out.bias"), u)
         y = self._normed("norm2", mid, w)
         up = self._linear("up", y, w)
         gate = self._linear("gate", y, w) if c.activation == "swiglu" else None
         hidden = activation_fwd_ref(c.activation, up, gate)
+        if c.sandwich_norm:
+            branch = self._normed("post_norm2", self._linear("down", hidden, w), w, mid.dtype)
+            return torch.add(mid, branch, out=out), ()
         down = w["down.weight"], w.get("down.bias")
         return linear_residual_fwd_ref(hidden, *down, mid, None, out), ()
 
     def _linear(self, name: str, y: Tensor, w: Mapping[str, Tensor]) -> Tensor:
         return F.linear(y, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
-    def _normed(self, name: str, x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+    def _normed(
+        self, name: str, x: Tensor, w: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Returns the norm `name` of x, in `dtype`, by default that of the GEMMs."""
         c, weight, bias = self.config, w[f"{name}.weight"], w.get(f"{name}.bias")
-        return lean_norm(x, weight, bias, c.eps, c.norm, w["qkv.weight"].dtype)
+        return lean_norm(x, weight, bias, c.eps, c.norm, dtype or w["qkv.weight"].dtype)
+
+    def _norm_heads(self, qkv: Tensor, w: Mapping[str, Tensor]) -> None:
+        """Normalises the query and key heads, in place."""
+        c = self.config
+        parts = qkv.unflatten(1, (-1, c.head_dim)).split((c.n_heads, c.kv_heads, c.kv_heads), 1)
+        for part, name in zip(parts, ("q_norm", "k_norm"), strict=False):
+            part.copy_(lean_norm(part, w[f"{name}.weight"], None, c.eps, "rms", qkv.dtype))
 
     def _apply_rope(self, qkv: Tensor) -> None:
         """Applies RoPE to the queries and keys, in place."""

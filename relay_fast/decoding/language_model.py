@@ -29,7 +29,8 @@ from relay_fast.engine.plain_modules import check_not_overridden, check_parts
 from relay_fast.kernels.cross_entropy_ref import readout_ref
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.models.classifier import LoopedClassifier
-from relay_fast.models.looped_block import LoopedBlock, Norm
+from relay_fast.models.layer import Norm
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.utils.deprecation import renamed_keywords
 from relay_fast.utils.numbers import as_int
 

@@ -17,14 +17,20 @@ from relay_fast.kernels.norm_ref import upcast
 
 
 def chosen_module(part: nn.Module) -> nn.Module:
-    """Returns the module that stands for `part` now if peft trains a copy of it
-    (`modules_to_save`), else `part`."""
-    if not _is_peft(part, "peft.utils.other", "ModulesToSaveWrapper"):
+    """Returns the module that stands for `part` now if peft trains a copy of it (`modules_to_save`,
+    norm tuning), else `part`."""
+    if has_hooks(part):
         return part
-    for name in part.active_adapters:
-        if not part.disable_adapters and name in part.modules_to_save:
-            return part.modules_to_save[name]
-    return part.original_module
+    if _is_peft(part, "peft.utils.other", "ModulesToSaveWrapper"):
+        copies, original = part.modules_to_save, part.original_module
+    elif _is_peft(part, "peft.tuners.ln_tuning.layer", "LNTuningLayer"):
+        copies, original = part.ln_tuning_layers, part.base_layer
+        if part.merged:
+            return original
+    else:
+        return part
+    active = [] if part.disable_adapters else [n for n in part.active_adapters if n in copies]
+    return copies[active[0]] if active else original
 
 
 def lora_base(part: nn.Module) -> nn.Module | None:

@@ -1,6 +1,9 @@
 """One iteration of the block as explicit ops, forward and backward, as the engine runs it.
 
 A layer: qkv = norm_linear(u) → o = attention(qkv) → mid = linear_residual(o, u) → u' = mlp(mid).
+With `qk_norm`, RoPE moves from norm_linear into an op of its own, behind the norms of the heads.
+With `sandwich_norm`, the outputs of attention and MLP are not added to u at once, but by a
+norm_residual op each.
 Before the first layer the state may be normalised (`loop_norm="pre"`), combined with the input
 (injection) and added to the iteration's embedding; after the last layer it may be normalised
 (`loop_norm="post"`).
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.config import BlockConfig
+from relay_fast.engine.rope import block_rope_table
 from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
 from relay_fast.kernels.norm_ref import upcast_dtype
 from relay_fast.kernels.supports import require
@@ -24,6 +28,7 @@ from relay_fast.ops.dispatch import TORCH, Ops
 from relay_fast.ops.gradients import GradientBuffers
 
 NOISE_SITE = 0xFFFF
+NO_ROPE = None, None, 0
 _noise_table = functools.cache(torch.inference_mode(False)(noise_table))
 
 
@@ -38,6 +43,9 @@ class LayerSaved(NamedTuple):
     up: Tensor  # (rows, hidden)
     gate: Tensor | None
     hidden: Tensor  # (rows, hidden)
+    z: Tensor | None  # like qkv, before qk_norm and RoPE
+    attended: Tensor | None  # (rows, d) the output of attention, before its sandwich norm
+    expanded: Tensor | None  # (rows, d) the output of the MLP, before its sandwich norm
 
 
 class BlockIteration:
@@ -58,6 +66,10 @@ class BlockIteration:
     Raises:
         Unsupported: for a block that the kernels cannot run with a fixed-capacity plan.
     """
+
+    aux: Tensor | None = None
+    start = 0  # iterations before this pass
+    inject_index: int | None = None  # of the parameter that injection adds, if it is not the input
 
     def __init__(
         self,
@@ -85,9 +97,7 @@ class BlockIteration:
         if config.rope_base is not None:
             self.rotary = (config.n_heads + config.kv_heads) * config.head_dim
             dtype = upcast_dtype(*parameters.values())
-            self.cos, self.sin = rope_table(
-                plan.positions, config.head_dim, config.rope_base, dtype
-            )
+            self.cos, self.sin = block_rope_table(config, plan.positions, dtype)
 
     def _weight(self, name: str) -> Tensor | None:
         return self.cast.get(name)
@@ -99,7 +109,7 @@ class BlockIteration:
 
     def _dropout_key(self, p: float, site: int, row_range: RowRange) -> Dropout:
         tokens = self.plan.tokens[row_range.rows]
-        return Dropout(p, self.seed, site, row_range.iteration, tokens)
+        return Dropout(p, self.seed, site, self.start + row_range.iteration, tokens)
 
     def _row_count_kwargs(self, row_range: RowRange) -> dict[str, Tensor]:
         """Passes the number of live rows to the kernels under a fixed-capacity plan; the reference
@@ -110,7 +120,7 @@ class BlockIteration:
 
     def _rope(self, row_range: RowRange) -> tuple[Tensor | None, Tensor | None, int]:
         if self.cos is None:
-            return None, None, 0
+            return NO_ROPE
         return self.cos[row_range.rows], self.sin[row_range.rows], self.rotary
 
     # Forward
@@ -157,7 +167,7 @@ class BlockIteration:
             joined = torch.cat((h, self.x[row_range.rows].to(h.dtype)), dim=-1)
             h = self._inject(joined).to(h.dtype)
         if c.max_loops:
-            h = h + self._loop_embedding(row_range.iteration).to(h.dtype)
+            h = h + self._loop_embedding(self.start + row_range.iteration).to(h.dtype)
         return h
 
     def _inject(self, joined: Tensor) -> Tensor:
@@ -172,24 +182,55 @@ class BlockIteration:
     ) -> tuple[Tensor, LayerSaved]:
         c, ops, w = self.config, self.ops, self._weight
         p, count = f"layers.{i}.", self._row_count_kwargs(row_range)
+        rope = self._rope(row_range)
         qkv = ops.norm_linear_fwd(
             u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"), w(p + "qkv.bias"),
-            *self._rope(row_range), c.eps, c.norm, **count,
+            *(NO_ROPE if c.qk_norm else rope), c.eps, c.norm, **count,
         )  # fmt: skip
+        z = attended = expanded = None
+        if c.qk_norm:
+            z = qkv
+            qkv = ops.qk_norm_fwd(
+                z, w(p + "q_norm.weight"), w(p + "k_norm.weight"), c.n_heads, c.kv_heads,
+                *rope[:2], c.eps, **count,
+            )  # fmt: skip
         layout = self.plan.layout_of(row_range)
         o, lse = ops.attention_fwd(qkv, layout, c.n_heads, c.kv_heads, c.causal, **count)
-        mid = ops.linear_residual_fwd(
-            o, w(p + "out.weight"), w(p + "out.bias"), u, self._dropout(1 + 2 * i, row_range),
-            **count,
-        )  # fmt: skip
+        drops = [self._dropout(1 + 2 * i, row_range), self._dropout(2 + 2 * i, row_range)]
+        projection = o, w(p + "out.weight"), w(p + "out.bias")
+        if c.sandwich_norm:
+            attended = ops.linear_residual_fwd(*projection, None, **count)
+            mid = self._add_normed(attended, p + "post_norm1", u, drops[0], None, count)
+            ending, alone = (None, None), {"residual": False}
+        else:
+            mid = ops.linear_residual_fwd(*projection, u, drops[0], **count)
+            ending, alone = (drops[1], out), {}
         new, up, gate, hidden = ops.mlp_fwd(
             mid, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "up.bias"), w(p + "gate.weight"), w(p + "gate.bias"),
             w(p + "down.weight"), w(p + "down.bias"),
-            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, row_range), out, keep,
-            **count,
+            c.activation, c.eps, c.norm, *ending, keep, **alone, **count,
         )  # fmt: skip
-        return new, LayerSaved(u, qkv, o, lse, mid, up, gate, hidden)
+        if c.sandwich_norm:
+            expanded = new
+            new = self._add_normed(expanded, p + "post_norm2", mid, drops[1], out, count)
+        return new, LayerSaved(u, qkv, o, lse, mid, up, gate, hidden, z, attended, expanded)
+
+    def _add_normed(
+        self,
+        branch: Tensor,
+        name: str,
+        residual: Tensor,
+        dropout: Dropout | None,
+        out: Tensor | None,
+        count: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Returns residual + drop(norm(branch)), in `out` if given; `name`: the norm."""
+        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+        c = self.config
+        return self.ops.norm_residual_fwd(
+            branch, weight, bias, residual, c.eps, c.norm, dropout, out, **count
+        )
 
     # Backward
 
@@ -256,33 +297,78 @@ class BlockIteration:
                 grads.weight(self.index.get(f"{p}{name}.weight"), dy, x, **count)
                 grads.bias(self.index.get(f"{p}{name}.bias"), dy)
 
+        def norm(name: str, dweight: Tensor, dbias: Tensor | None) -> None:
+            self._add_norm_grads(f"{p}{name}", dweight, dbias, grads)
+
+        inner, dropout = self._enter_branch(
+            g, s.expanded, p + "post_norm2", 2 + 2 * i, row_range, grads
+        )
         g, dweight, dbias, y, dup, dgate, dbranch = ops.mlp_bwd(
-            g, s.mid, s.up, s.gate, w(p + "norm2.weight"), w(p + "norm2.bias"),
+            inner, s.mid, s.up, s.gate, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "gate.weight"), w(p + "down.weight"),
-            c.activation, c.eps, c.norm, self._dropout(2 + 2 * i, row_range), residual=g,
-            **count, **self._partials(p + "norm2", grads),
+            c.activation, c.eps, c.norm, dropout, residual=g, **count,
+            **self._partials(p + "norm2", grads),
         )  # fmt: skip
         linear("down", dbranch, s.hidden)
         linear("up", dup, y)
         linear("gate", dgate, y)
-        self._add_norm_grads(p + "norm2", dweight, dbias, grads)
+        norm("norm2", dweight, dbias)
 
-        do, dbranch = ops.linear_residual_bwd(
-            g, w(p + "out.weight"), self._dropout(1 + 2 * i, row_range), **count
+        inner, dropout = self._enter_branch(
+            g, s.attended, p + "post_norm1", 1 + 2 * i, row_range, grads
         )
+        do, dbranch = ops.linear_residual_bwd(inner, w(p + "out.weight"), dropout, **count)
         linear("out", dbranch, s.o)
         layout = self.plan.layout_of(row_range)
         dqkv = ops.attention_bwd(
             do, s.qkv, s.o, s.lse, layout, c.n_heads, c.kv_heads, c.causal, **count
         )
+        rope = self._rope(row_range)
+        if c.qk_norm:
+            dqkv, dq_weight, dk_weight = ops.qk_norm_bwd(
+                dqkv, s.z, w(p + "q_norm.weight"), w(p + "k_norm.weight"), c.n_heads, c.kv_heads,
+                *rope[:2], c.eps, **count,
+            )  # fmt: skip
+            norm("q_norm", dq_weight, None)
+            norm("k_norm", dk_weight, None)
         g, dweight, dbias, dz, y = ops.norm_linear_bwd(
             dqkv, s.u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"),
-            *self._rope(row_range), c.eps, c.norm, residual=g, **count,
+            *(NO_ROPE if c.qk_norm else rope), c.eps, c.norm, residual=g, **count,
             **self._partials(p + "norm1", grads),
         )  # fmt: skip
         linear("qkv", dz, y)
-        self._add_norm_grads(p + "norm1", dweight, dbias, grads)
+        norm("norm1", dweight, dbias)
         return g
+
+    def _enter_branch(
+        self,
+        g: Tensor,
+        branch: Tensor | None,
+        name: str,
+        site: int,
+        row_range: RowRange,
+        grads: GradientBuffers,
+    ) -> tuple[Tensor, Dropout | None]:
+        """Returns the gradient of a branch's output, and the dropout that is still to be applied.
+
+        Args:
+            g: (rows, d), the gradient of the residual stream behind the branch.
+            branch: (rows, d), its output before the sandwich norm; None: it has no such norm.
+            name: the sandwich norm.
+            site: site of the dropout.
+            row_range: the rows, and the iteration.
+            grads: accumulators of the parameters' gradients.
+        """
+        c, dropout = self.config, self._dropout(site, row_range)
+        if branch is None:
+            return g, dropout
+        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+        dbranch, dweight, dbias = self.ops.norm_residual_bwd(
+            g, branch, weight, bias, c.eps, c.norm, dropout, **self._row_count_kwargs(row_range)
+        )
+        grads.vector(self.index.get(f"{name}.weight"), dweight)
+        grads.vector(self.index.get(f"{name}.bias"), dbias)
+        return dbranch, None
 
     def _add_state_noise(self, h: Tensor, row_range: RowRange) -> Tensor:
         """Adds the training noise to h. Its scale counts as a constant, so the gradient of h passes
@@ -300,9 +386,9 @@ class BlockIteration:
         if c.loop_norm == "pre":
             h = self._add_state_noise(h, row_range)
         if c.max_loops and grads.needs(index := self.index["loop_embedding.weight"]):
-            grads.buffer(index)[row_range.iteration - 1].add_(g.sum(0))
+            grads.buffer(index)[self.start + row_range.iteration - 1].add_(g.sum(0))
         if c.injection == "add":
-            self._add_dx(g, row_range)
+            self._add_dx(g, row_range, grads)
         elif c.injection == "concat":
             entered = self._norm(h, "loop_norm", row_range) if c.loop_norm == "pre" else h
             weight = self._weight("injection.weight")
@@ -310,64 +396,30 @@ class BlockIteration:
             dy = g.to(weight.dtype)
             grads.weight(self.index["injection.weight"], dy, joined)
             g, dx = (dy @ weight).to(g.dtype).chunk(2, dim=-1)
-            self._add_dx(dx, row_range)
+            self._add_dx(dx, row_range, grads)
         if c.loop_norm == "pre":
             g = self._norm_backward(g, h, "loop_norm", row_range, grads)
         return g
 
-    def _add_dx(self, g: Tensor, row_range: RowRange) -> None:
+    def _add_dx(self, g: Tensor, row_range: RowRange, grads: GradientBuffers) -> None:
+        if self.inject_index is not None:
+            if grads.needs(self.inject_index):
+                grads.buffer(self.inject_index)[row_range.rows] += g
+            return
         if self.dx is None:
             self.dx = torch.zeros(self.x.shape, dtype=g.dtype, device=g.device)
         self.dx[row_range.rows] += g
 
 
-def check_max_loops(config: BlockConfig, plan: Plan) -> None:
-    """Raises ValueError if the plan loops more often than the loop-index embedding has entries."""
-    if config.max_loops and plan.max_loops > config.max_loops:
+def check_max_loops(config: BlockConfig, plan: Plan, start: int = 0) -> None:
+    """Raises ValueError if the plan, after `start` earlier iterations, loops more often than the
+    loop-index embedding has entries."""
+    if config.max_loops and start + plan.limit > config.max_loops:
+        asked = f"start + loops = {start} + {plan.limit}" if start else f"loops = {plan.limit}"
         raise ValueError(
-            f"loops = {plan.max_loops} is more than the {config.max_loops} iterations that the "
-            "loop-index embedding holds: build the block with a larger max_loops"
+            f"{asked} is more than the {config.max_loops} iterations that the loop-index embedding "
+            "holds: build the block with a larger max_loops"
         )
-
-
-def parameter_names(config: BlockConfig) -> list[str]:
-    """Returns the state-dict keys of a block's parameters."""
-    norm = ("weight", "bias") if config.bias and config.norm == "layer" else ("weight",)
-    linear = ("weight", "bias") if config.bias else ("weight",)
-    layer = {"norm1": norm, "qkv": linear, "out": linear, "norm2": norm, "up": linear}
-    if config.activation == "swiglu":
-        layer["gate"] = linear
-    layer["down"] = linear
-    parts = {
-        f"layers.{i}.{name}": kinds for i in range(config.n_layers) for name, kinds in layer.items()
-    }
-    if config.loop_norm != "none":
-        parts["loop_norm"] = norm
-    if config.injection == "concat":
-        parts["injection"] = ("weight",)
-    if config.max_loops:
-        parts["loop_embedding"] = ("weight",)
-    return [f"{part}.{kind}" for part, kinds in parts.items() for kind in kinds]
-
-
-def rope_table(
-    positions: Tensor, head_dim: int, base: float, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Computes the RoPE tables.
-
-    Args:
-        positions: (rows,) integers.
-        head_dim: columns of a head.
-        base: base of the frequencies.
-        dtype: dtype of the result.
-
-    Returns:
-        cos and sin, each (rows, head_dim / 2). The angles are computed in fp64: in fp32 the one of
-        position 1,000,000 is off by 0.03.
-    """
-    half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
-    angle = positions.double().unsqueeze(1) * base ** (-half / (head_dim // 2))
-    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def dead_rows_reason(config: BlockConfig) -> str | None:

@@ -147,7 +147,7 @@ def _read_with_care(block: nn.Module, table: PartTable) -> BlockWeights:
 
 
 def read_part(
-    name: str, part: nn.Module, kinds: tuple[str, ...], kind: type[nn.Module]
+    name: str, part: nn.Module, kinds: tuple[str, ...], kind: type[nn.Module] | None = None
 ) -> list[Tensor] | str:
     """Reads one part of a model.
 
@@ -155,7 +155,7 @@ def read_part(
         name: of the part, for messages.
         part: the module.
         kinds: names of the weights to read.
-        kind: the class whose forward the part should have.
+        kind: the class whose forward the part should have; None: any plain one.
 
     Returns:
         The weights, or a phrase that says why the part has to be called.

@@ -19,11 +19,8 @@ from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.config import BlockConfig
 from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.block_weights import BlockWeights
-from relay_fast.engine.module_loop import (
-    _has_saved_tensor_hooks,
-    _refuse_unregistered_tensors,
-    _RngState,
-)
+from relay_fast.engine.module_checks import refuse_unregistered_tensors
+from relay_fast.engine.module_iteration import RngState, has_saved_tensor_hooks
 from relay_fast.engine.plain_modules import Holder
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.wrappers import kept_gathered, shards
@@ -61,7 +58,7 @@ def iterations_with_calls(
         if plan.fixed_capacity
         else None
     )
-    if policy.kind == "none" and _has_saved_tensor_hooks():
+    if policy.kind == "none" and has_saved_tensor_hooks():
         policy = RecomputePolicy("state")
     parts = CalledParts(weights, recomputes=policy.kind != "none")
     return policy, lambda x, parameters: CalledIteration(
@@ -84,7 +81,7 @@ class CalledParts:
         trains = torch.is_grad_enabled()
         self.replays_rng = trains and recomputes
         self.checked = not (trains and any(t.requires_grad for t in weights.tensors))
-        self.rng_states: dict[tuple[int, int], _RngState] = {}
+        self.rng_states: dict[tuple[int, bool], RngState] = {}
         self.leaves: tuple[dict[str, Tensor], Tensor] | None = None
         self.shards = shards(m for part in self.parts.values() for m in part.modules())
         kind = weights.tensors[0].device.type
@@ -230,19 +227,19 @@ class CalledIteration(BlockIteration):
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
         """As BlockIteration's; with `keep`, returns the ends of the iteration's graph."""
-        parts, key = self.parts, (row_range.iteration, row_range.first_sequence)
+        parts, key = self.parts, (row_range.iteration, row_range.grad)
         context = nullcontext()
         if key in parts.rng_states:
             context = parts.rng_states[key].restored()
         elif parts.replays_rng:
-            parts.rng_states[key] = _RngState(h.device)
+            parts.rng_states[key] = RngState(h.device)
         recorded = keep or not parts.checked
         with context, torch.set_grad_enabled(recorded):
             state = h.data.requires_grad_(recorded)
             new = torch.empty_like(out)
             super().forward(state, row_range, new, keep=False)
         if not parts.checked:
-            _refuse_unregistered_tensors(new, [state, self.x, *self.cast.values()])
+            refuse_unregistered_tensors([new], [state, self.x, *self.cast.values()])
             parts.checked = True
         out.copy_(new.detach())
         return [state, new] if keep else []
@@ -270,7 +267,7 @@ class CalledIteration(BlockIteration):
             new, inputs, g.to(new.dtype), allow_unused=True, retain_graph=retain
         )
         if self.x.requires_grad and (dx := values.pop()) is not None:
-            self._add_dx(upcast(dx)[row_range.rows], row_range)
+            self._add_dx(upcast(dx)[row_range.rows], row_range, grads)
         for name, value in zip(needed, values, strict=True):
             if value is not None:
                 grads.vector(self.index[name], value)
@@ -302,25 +299,48 @@ def _norm_linear(
     return rotate_ref(out.clone(), cos, sin, rotary) if rotary else out
 
 
-def _linear_residual(
-    a, weight, bias, residual, dropout: Dropout | None = None, out: Tensor | None = None
-) -> Tensor:
-    branch = _linear(a, weight, bias)
+def _qk_norm(z, q_weight, k_weight, heads, kv_heads, cos=None, sin=None, eps=1e-6) -> Tensor:
+    width = z.shape[1] // (heads + 2 * kv_heads)
+    q, k, v = z.split((heads * width, kv_heads * width, kv_heads * width), dim=1)
+    normed = lambda part, weight: _norm(part.reshape(-1, width), weight, None, eps, "rms")
+    q, k = normed(q, q_weight).view(q.shape), normed(k, k_weight).view(k.shape)
+    turned = torch.cat((q, k), dim=1)
+    if cos is not None:
+        turned = rotate_ref(turned, cos, sin, turned.shape[1])
+    return torch.cat((turned.to(z.dtype), v), dim=1)
+
+
+def _add(residual: Tensor, branch: Tensor, dropout: Dropout | None, out: Tensor | None) -> Tensor:
     if dropout is not None:
         branch = branch * dropout_mask_ref(dropout, branch.shape[1], branch.dtype)
     new = residual + branch.to(residual.dtype)
     return new if out is None else out.copy_(new)
 
 
+def _linear_residual(
+    a, weight, bias, residual, dropout: Dropout | None = None, out: Tensor | None = None
+) -> Tensor:
+    branch = _linear(a, weight, bias)
+    return branch if residual is None else _add(residual, branch, dropout, out)
+
+
+def _norm_residual(
+    branch, norm_weight, norm_bias, residual, eps, kind="rms", dropout=None, out=None
+) -> Tensor:
+    return _add(residual, _norm(branch, norm_weight, norm_bias, eps, kind), dropout, out)
+
+
 def _mlp(
     x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias,
     activation="gelu_tanh", eps=1e-6, kind="rms", dropout=None, out=None, keep=True,
+    residual=True,
 ) -> tuple[Tensor, None, None, None]:  # fmt: skip
     y = _norm(x, norm_weight, norm_bias, eps, kind)
     up = _linear(y, up_weight, up_bias)
     gate = None if gate_weight is None else _linear(y, gate_weight, gate_bias)
     hidden = activation_fwd_ref(activation, up, gate)
-    new = _linear_residual(hidden, down_weight, down_bias, x, dropout, out)
+    residue = x if residual else None
+    new = _linear_residual(hidden, down_weight, down_bias, residue, dropout, out)
     return new, None, None, None
 
 
@@ -343,7 +363,9 @@ class _Attention(torch.autograd.Function):
 def _differentiable(ops: Ops) -> Ops:
     return REFERENCE._replace(
         norm_linear_fwd=_norm_linear,
+        qk_norm_fwd=_qk_norm,
         attention_fwd=lambda qkv, *arguments: (_Attention.apply(qkv, ops, *arguments), None),
         linear_residual_fwd=_linear_residual,
+        norm_residual_fwd=_norm_residual,
         mlp_fwd=_mlp,
     )

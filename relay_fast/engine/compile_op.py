@@ -21,8 +21,9 @@ from torch._C._dynamo import eval_frame
 
 from relay_fast.batch.plan import check_cu_seqlens, check_loops
 from relay_fast.batch.plan_cache import cached_plan
-from relay_fast.config import BlockConfig
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
+from relay_fast.config import BIASES, BlockConfig
+from relay_fast.engine.block_iteration import BlockIteration, check_max_loops
+from relay_fast.engine.block_parameters import parameter_names
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
 from relay_fast.engine.loop_flops import LoopFlops
 from relay_fast.engine.recompute import RecomputePolicy
@@ -50,6 +51,8 @@ _TYPES = {
     "float | None": "float?",
     "bool": "bool",
     "str": "str",
+    "bool | tuple[str, ...]": "str[]",  # the parts with a bias
+    "tuple[float, ...] | Mapping[str, Any] | None": "float[]?",
 }
 _FIELDS = [(field.name, _TYPES[field.type]) for field in fields(BlockConfig)]
 _BLOCK = ", ".join(f"{kind} {name}" for name, kind in _FIELDS)
@@ -63,7 +66,7 @@ _OPTIONS = (
     "Tensor? loops, "  # (sequences,)
     "Tensor? positions, "  # (rows,)
     "Tensor? seed, "  # () of the dropout masks and the state noise
-    "SymInt[] states, SymInt truncate"  # 0: no truncation
+    "SymInt[] states, SymInt truncate"  # -1: no truncation
 )
 
 
@@ -86,7 +89,9 @@ class _Call(NamedTuple):
 
 def describe(config: BlockConfig) -> tuple:
     """Returns a block's configuration as arguments of the ops."""
-    return tuple(getattr(config, name) for name, _ in _FIELDS)
+    parts = [part for part in BIASES if config.bias is True or part in (config.bias or ())]
+    values = {name: getattr(config, name) for name, _ in _FIELDS} | {"bias": parts}
+    return tuple(values.values())
 
 
 @lru_cache
@@ -99,7 +104,8 @@ def _block(values: tuple) -> tuple[BlockConfig, list[str]]:
 def _parse(options: Sequence) -> tuple[BlockConfig, list[str], _Call]:
     """Returns the block, its parameter names and the other options of a call."""
     count = len(_FIELDS)
-    return *_block(tuple(options[:count])), _Call(*options[count:])
+    block = (tuple(v) if isinstance(v, list | tuple) else v for v in options[:count])
+    return *_block(tuple(block)), _Call(*options[count:])
 
 
 def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
@@ -120,7 +126,8 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
     return LoopSpec(
         plan, make_iteration, ops, _policy(call.recompute), tuple(call.states),
-        call.truncate or None, gather_rows=call.gather_rows, compute_dtype=call.dtype,
+        None if call.truncate < 0 else call.truncate, gather_rows=call.gather_rows,
+        compute_dtype=call.dtype,
     )  # fmt: skip
 
 
@@ -181,7 +188,7 @@ def _(x, parameters, *options):
         if keep:
             between, truncate = policy.kept(count, [0] * count), call.truncate
             kept = sum(
-                t not in states and (not truncate or t + 1 > count - truncate) for t in between
+                t not in states and (truncate < 0 or t + 1 > count - truncate) for t in between
             )
         kept_rows = kept * rows
     return (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.engine.block_iteration import rope_table
+from relay_fast.engine.rope import block_rope_table
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights
 from relay_fast.kernels.supports import loop_reason
@@ -24,6 +24,8 @@ def block_reason(config: BlockConfig, training: bool = False) -> str | None:
         return "the whole-loop kernel does not support biases"
     if config.injection != "none" or config.max_loops:
         return "the whole-loop kernel supports neither input injection nor a loop-index embedding"
+    if config.qk_norm or config.sandwich_norm:
+        return "the whole-loop kernel supports neither qk_norm nor sandwich_norm"
     if config.loop_norm == "pre":
         return "the whole-loop kernel does not support loop_norm='pre'"
     if training and (config.dropout or config.state_noise):
@@ -109,7 +111,7 @@ def run_fused_loop(
         return reason
     cos = sin = None
     if config.rope_base is not None:
-        cos, sin = rope_table(plan.positions, config.head_dim, config.rope_base)
+        cos, sin = block_rope_table(config, plan.positions)
     layout = LoopLayout(plan.lengths, plan.loops, x.device)
     weights = stack_weights(config, block, norm, head, spec.compute_dtype)
     heads = (config.n_heads, config.kv_heads)

@@ -12,13 +12,14 @@ forward and backward (`relay_fast.engine.block_iteration.BlockIteration`, or a u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from relay_fast.batch.plan import RowRange
-from relay_fast.engine.spec import LoopSpec
+from relay_fast.engine.auto_policy import choose_policy
+from relay_fast.engine.spec import Iteration, LoopSpec, Pass
+from relay_fast.engine.stopping import forward_until
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import differentiable_once, launch_context, refuse_transforms
 from relay_fast.ops.gradients import GradientBuffers
@@ -42,11 +43,19 @@ def run_loop(
     Raises:
         RuntimeError: under forward-mode AD or a torch.func transform.
     """
+    return run_with_aux(spec, x, parameters)[:4]
+
+
+def run_with_aux(
+    spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `run_loop`; also returns the sum of the body's auxiliary values, (A,)."""
     refuse_transforms(x, *parameters)
     if torch.is_grad_enabled():
-        return _Loop.apply(spec, x, *parameters)
+        return _Loop.apply(choose_policy(spec, x, parameters), x, *parameters)
     with launch_context(x):
-        return forward_pass(spec, x, parameters, keep=False).outputs
+        done = forward_pass(spec, x, parameters, keep=False)
+    return *done.outputs, done.aux
 
 
 def iterate(
@@ -125,15 +134,6 @@ class _States:
             self.final[rows] = state[rows]
 
 
-class _Pass(NamedTuple):
-    """The result of one forward pass: its outputs, and the tensors that the backward needs."""
-
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor]  # final, states, loss, correct
-    lse: Tensor
-    kept: dict[int, Tensor]
-    saved: list[Tensor | None]
-
-
 def kept_states(spec: LoopSpec, row_bytes: int) -> set[int]:
     """Returns the iterations whose states are kept in addition to the returned ones."""
     plan = spec.plan
@@ -145,7 +145,7 @@ def kept_states(spec: LoopSpec, row_bytes: int) -> set[int]:
 
 def forward_pass(
     spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None], keep: bool
-) -> _Pass:
+) -> Pass:
     """Runs all iterations.
 
     Args:
@@ -154,6 +154,8 @@ def forward_pass(
         parameters: the loop body's parameters, then the readout's if there is one.
         keep: whether to keep the tensors that the backward needs.
     """
+    if spec.until is not None:
+        return forward_until(spec, x, parameters, keep)
     plan = spec.plan
     body = spec.make_iteration(x, parameters)
     states = _States(spec, x, kept_states(spec, x[:1].nbytes) if keep else ())
@@ -166,7 +168,7 @@ def forward_pass(
         out = states.slot(t)
         for row_range in plan.row_ranges(t, spec.truncate):
             wanted = keep and row_range.grad and spec.policy.kind == "none"
-            inside = body.forward(h[row_range.rows], row_range, out[row_range.rows], wanted)
+            inside = _run_range(body, h, row_range, out, wanted)
             if wanted:
                 saved.extend(inside)
             del inside
@@ -178,7 +180,21 @@ def forward_pass(
     loss, lse, correct = losses.outputs() if losses else (empty, empty, empty)
     # Aliases: autograd marks the returned tensors, and `saved` holds views of the same buffers.
     final, output = states.final.detach(), states.output.detach()
-    return _Pass((final, output, loss, correct), lse, states.kept, saved)
+    aux = empty if body.aux is None else body.aux
+    return Pass((final, output, loss, correct), lse, states.kept, saved, aux)
+
+
+def _run_range(
+    body: Iteration, h: Tensor, row_range: RowRange, out: Tensor, keep: bool
+) -> list[Tensor | None]:
+    """Runs one iteration of a row range, from state t − 1 in `h` to state t in `out`."""
+    source, target = row_range.source, row_range.target
+    if isinstance(target, slice):
+        return body.forward(h[source], row_range, out[target], keep)
+    part = out.new_empty(row_range.last_row, *out.shape[1:])
+    inside = body.forward(h[source], row_range, part, keep)
+    out[target] = part
+    return inside
 
 
 class _RowLosses:
@@ -239,15 +255,15 @@ class _Loop(torch.autograd.Function):
             *done.kept.values(),
             *done.saved,
         )
-        return done.outputs
+        return *done.outputs, done.aux
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, g_final, g_states, g_loss, _):
-        return backward_pass(ctx, g_final, g_states, g_loss)
+    def backward(ctx, g_final, g_states, g_loss, _, g_aux):
+        return backward_pass(ctx, g_final, g_states, g_loss, g_aux)
 
 
-def _outputs_for_backward(spec: LoopSpec, done: _Pass) -> tuple[Tensor | None, Tensor | None]:
+def _outputs_for_backward(spec: LoopSpec, done: Pass) -> tuple[Tensor | None, Tensor | None]:
     """Returns final and states if the backward reads them, else None: the caller may then change or
     free them. The last state is read only by the readout."""
     final, states, _, _ = done.outputs
@@ -257,7 +273,11 @@ def _outputs_for_backward(spec: LoopSpec, done: _Pass) -> tuple[Tensor | None, T
 
 
 def backward_pass(
-    ctx, g_final: Tensor | None, g_states: Tensor | None, g_loss: Tensor | None
+    ctx,
+    g_final: Tensor | None,
+    g_states: Tensor | None,
+    g_loss: Tensor | None,
+    g_aux: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Computes the gradients of `_Loop.apply`'s arguments.
 
@@ -266,16 +286,24 @@ def backward_pass(
         g_final: gradient of the final state, or None.
         g_states: gradient of the flat buffer of returned states, or None.
         g_loss: gradient of the row losses, or None.
+        g_aux: gradient of the sum of auxiliary values, or None.
     """
     saved = ctx.saved_tensors  # read once: hooks may allow unpacking only once
     with launch_context(saved[0]):
-        return _Backward(ctx, saved).run_all(g_final, g_states, g_loss)
+        return _Backward(ctx, saved, g_aux).run_all(g_final, g_states, g_loss)
+
+
+def _add_rows(g: Tensor, rows: slice | Tensor, value: Tensor) -> None:
+    if isinstance(rows, slice):
+        g[rows].add_(value)
+    else:
+        g.index_add_(0, rows, value.to(g.dtype))
 
 
 class _Backward:
     """One backward pass over the iterations, from the last to the first."""
 
-    def __init__(self, ctx, saved: Sequence[Tensor | None]):
+    def __init__(self, ctx, saved: Sequence[Tensor | None], g_aux: Tensor | None):
         self.spec: LoopSpec = ctx.spec
         self.plan = self.spec.plan
         x, final, output, lse, *rest = saved
@@ -284,6 +312,8 @@ class _Backward:
         self.x, self.lse, self.parameters = x, lse, parameters
         self.needed = ctx.needs_input_grad[2:]
         self.body = self.spec.make_iteration(x, parameters)
+        if g_aux is not None and g_aux.numel():
+            self.body.g_aux = g_aux
         self.grads = GradientBuffers(
             parameters, self.needed, self.spec.ops.weight_grad, self.spec.gather_rows
         )
@@ -302,11 +332,14 @@ class _Backward:
         g = upcast(self.x).new_zeros(self.x.shape) if g_final is None else upcast(g_final).clone()
         spans = spec.state_spans()
         for t in range(plan.max_loops, 0, -1):
-            g_t = g[: plan.rows_at(t)]
+            prefix = plan.prefix(t)
             if g_states is not None and t in spans:
-                g_t += g_states[spans[t]]
+                _add_rows(g, prefix, g_states[spans[t]])
             if g_loss is not None:
-                self._readout(t, g_t, g_loss)
+                self._readout(t, g[prefix], g_loss)
+            stopped = plan.rows_without_gradient(t, spec.truncate)
+            if stopped is not None:
+                g[stopped] = 0
             row_ranges = plan.row_ranges(t, spec.truncate)
             for row_range in row_ranges if self.body_needed else ():
                 if row_range.grad:
@@ -320,7 +353,7 @@ class _Backward:
         return None, g.to(self.x.dtype) if self.x_needed else None, *results
 
     def _iteration(self, t: int, row_range: RowRange, g: Tensor) -> Tensor:
-        h = self._state(t - 1)[row_range.rows]
+        h = self._state(t - 1)[row_range.source]
         if self.spec.policy.kind == "none":
             inside = self._pop_saved()
         else:
@@ -346,7 +379,7 @@ class _Backward:
             for s in range(start + 1, t + 1):
                 out = self.x.new_empty(self.plan.rows_at(s), *self.x.shape[1:])
                 for row_range in self.plan.row_ranges(s, self.spec.truncate):
-                    self.body.forward(h[row_range.rows], row_range, out[row_range.rows], keep=False)
+                    _run_range(self.body, h, row_range, out, keep=False)
                 self.states[s] = h = out
         return self.states[t]
 

@@ -55,7 +55,7 @@ class LoopFlops:
 
     def _range(self, row_range, backward: int = 0) -> int:
         """Counts one range of rows: the forward, or a backward with so many products a matrix."""
-        rows = row_range.rows.stop - row_range.rows.start
+        rows = row_range.last_row - row_range.first_row
         lengths = self._plan.lengths[row_range.first_sequence : row_range.last_sequence]
         c = self._config
         attention = attention_flops(lengths, c.n_heads * c.head_dim, bool(backward))

@@ -27,7 +27,12 @@ REPARAMETRIZATIONS = (BasePruningMethod, SpectralNorm, WeightNorm)
 class Holder(nn.Module):
     """A module that holds parameters for the engine; it is called only for its hooks to run."""
 
-    def forward(self, x: Tensor, compute: Callable[[Tensor], T]) -> T:
+    def forward(self, x: Tensor, compute: Callable[[Tensor], T] | None = None) -> T:
+        if compute is None:
+            raise TypeError(
+                f"{type(self).__name__} holds weights only, so a module around it cannot call it: "
+                "put a torch.nn module there instead (such as torch.nn.RMSNorm)"
+            )
         return compute(x)
 
 

@@ -7,9 +7,14 @@
 | `every:k` | every k-th state | k − 1 states of k, then each inside | < 2 × forward |
 | `sqrt` | `every:k` with k = ⌈√T⌉ | as `every:k` | < 2 × forward |
 | `last:m` | the m states before the last | the earlier ones, then each inside | < 2 × forward |
+| `auto` | the first that fits: `none`, `state`, `every:2`, `every:3`, `sqrt` | | as the chosen |
 | `budget:BYTES` | `every:k` with the smallest k that fits | as `every:k` | 1–2 × forward |
 
 h_0 is the caller's own input and h_T the output: neither is copied, and neither counts.
+
+`auto` looks at the free memory of the device at each pass (`relay_fast.engine.auto_policy`). The
+compiled op, and `relay_fast.loop` around any module, do not know what `none` would keep: for them
+it begins at `state`, where the compiled op stays.
 
 With T = 1, `state` keeps nothing and recomputes the inside of the block. This saves memory if other
 blocks run before the backward (prelude, loop, coda). For a model of one block, `none` is faster and
@@ -26,7 +31,7 @@ from dataclasses import dataclass
 class RecomputePolicy:
     """A parsed recompute policy."""
 
-    kind: str  # none | state | every | last | budget | sqrt
+    kind: str  # none | state | every | last | budget | sqrt | auto
     number: int = 0
 
     @staticmethod
@@ -35,13 +40,13 @@ class RecomputePolicy:
         if isinstance(text, RecomputePolicy):
             return text
         kind, colon, number = str(text).partition(":")
-        if kind in ("none", "state", "sqrt") and not colon:
+        if kind in ("none", "state", "sqrt", "auto") and not colon:
             return RecomputePolicy(kind)
         if kind in ("every", "last", "budget") and number.isdecimal() and int(number) > 0:
             return RecomputePolicy(kind, int(number))
         raise ValueError(
-            f"recompute policy {text!r} is unknown: use 'none', 'state', 'sqrt', 'every:k', "
-            "'last:m' or 'budget:BYTES' with a positive whole number"
+            f"recompute policy {text!r} is unknown: use 'none', 'state', 'sqrt', 'auto', "
+            "'every:k', 'last:m' or 'budget:BYTES' with a positive whole number"
         )
 
     def kept(self, loops: int, state_bytes: list[int]) -> frozenset[int]:

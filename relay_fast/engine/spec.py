@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.engine.recompute import RecomputePolicy
+from relay_fast.engine.states import States
 from relay_fast.ops.dispatch import Ops
 from relay_fast.ops.gradients import GATHER_ROWS, GradientBuffers
 from relay_fast.utils.numbers import as_int
@@ -28,9 +31,11 @@ class Iteration(Protocol):
         saved_width: number of tensors that `forward` returns.
         skips_dead_rows: True if the body leaves the dead rows of a fixed-capacity plan out by
             itself.
+        aux: sum of the auxiliary values of the iterations so far, (A,); None: the body has none.
     """
 
     dx: Tensor | None
+    aux: Tensor | None
     saved_width: int
     skips_dead_rows: bool
 
@@ -124,10 +129,15 @@ class LoopSpec:
         ops: the implementation of the ops.
         policy: the recompute policy.
         states: iterations whose states are returned, ascending.
-        truncate: number of last iterations of each sequence that gradients flow through; None: all.
+        truncate: number of last iterations of each sequence that gradients flow through: None for
+            all, an int, or one for each sequence in the caller's order.
+        until: (row range, state t, state t − 1 of the same rows) → which of its sequences stop, a
+            bool array; needs a `StoppingPlan`.
         readout: rows and options of the loss; None: no loss.
         gather_rows: see `GradientBuffers`.
         compute_dtype: dtype of the readout's head; None: the parameter's own.
+        inside_bytes: (x) → bytes of a row that the backward of one iteration needs beside the
+            state, for "auto"; None: unknown.
     """
 
     plan: Plan
@@ -135,15 +145,28 @@ class LoopSpec:
     ops: Ops
     policy: RecomputePolicy = RecomputePolicy("state")
     states: tuple[int, ...] = ()
-    truncate: int | None = None
+    truncate: int | np.ndarray | None = None
+    until: Callable[[RowRange, Tensor, Tensor], np.ndarray] | None = None
     readout: Readout | None = None
     gather_rows: int = GATHER_ROWS
     compute_dtype: torch.dtype | None = None
+    inside_bytes: Callable[[Tensor], int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "truncate", check_truncate(self.truncate))
+        truncate = check_truncate(self.truncate, self.plan.sequences)
+        if isinstance(truncate, np.ndarray):
+            truncate = truncate[self.plan.order]
+        object.__setattr__(self, "truncate", truncate)
 
-    def collect(self, wanted: Sequence[int], final: Tensor, states: Tensor) -> list[Tensor]:
+    def with_iterations(
+        self, make_iteration: Callable[[Tensor, Sequence[Tensor | None]], Iteration]
+    ) -> LoopSpec:
+        """Returns the same pass with another loop body."""
+        spec = copy.copy(self)  # not replace(), which would sort `truncate` again
+        object.__setattr__(spec, "make_iteration", make_iteration)
+        return spec
+
+    def collect(self, wanted: Sequence[int], final: Tensor, states: Tensor) -> States:
         """Selects states of a finished pass.
 
         Args:
@@ -159,7 +182,7 @@ class LoopSpec:
             state = states[spans[t]] if t in spans else final[: self.plan.rows_at(t)]
             index = self.plan.active_to_caller(t)
             result.append(state if index is None else state[index])
-        return result
+        return States.of(result, [self.plan.sequences_at(t) for t in wanted], self.plan.device)
 
     def state_spans(self) -> dict[int, slice]:
         """Returns the slice of each returned state in the flat buffer of returned states."""
@@ -171,13 +194,55 @@ class LoopSpec:
         return spans
 
 
-def check_truncate(truncate: int | None) -> int | None:
-    """Returns truncate as an int or None. Raises ValueError unless it is None or a whole number ≥
-    1."""
+def check_truncate(
+    truncate: int | Sequence[int] | Tensor | None, sequences: int | None = None
+) -> int | np.ndarray | None:
+    """Checks the number of iterations that gradients flow through.
+
+    Args:
+        truncate: None for all, an int of 0 or more, or one for each sequence.
+        sequences: the number of sequences; None: only an int or None is allowed.
+
+    Returns:
+        None, an int, or int64 (sequences,) if the counts differ.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if truncate is None:
+        return None
+    if isinstance(truncate, list | tuple | Tensor | np.ndarray) and np.ndim(truncate):
+        counts = truncate.cpu().numpy() if isinstance(truncate, Tensor) else np.asarray(truncate)
+        if sequences is None:
+            raise ValueError(
+                "truncate has one count for each sequence, which torch.compile does not support: "
+                "give one int"
+            )
+        if counts.shape != (sequences,) or not (
+            counts.size == 0 or np.issubdtype(counts.dtype, np.integer) and counts.min() >= 0
+        ):
+            raise ValueError(
+                f"truncate = {truncate}: give an int, or one of 0 or more for each of the "
+                f"{sequences} sequences"
+            )
+        counts = counts.astype(np.int64)
+        if not counts.size or (counts == counts[0]).all():
+            return int(counts[0]) if counts.size else None
+        return counts
     try:
-        return None if truncate is None else as_int("truncate", truncate, least=1)
+        return as_int("truncate", truncate, least=0)
     except ValueError:
         raise ValueError(
-            f"truncate = {truncate}: gradients flow through a whole number of iterations, at least "
-            "1; use None for all, or torch.no_grad() for none"
+            f"truncate = {truncate}: gradients flow through a whole number of iterations, 0 or "
+            "more; use None for all"
         ) from None
+
+
+class Pass(NamedTuple):
+    """The result of one forward pass: its outputs, and the tensors that the backward needs."""
+
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor]  # final, states, loss, correct
+    lse: Tensor
+    kept: dict[int, Tensor]
+    saved: list[Tensor | None]
+    aux: Tensor  # (A,), empty without auxiliary values

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from relay_fast.config import BlockConfig
 from relay_fast.engine.plain_modules import reset_submodules
-from relay_fast.models.looped_block import LoopedBlock, Norm
+from relay_fast.models.layer import Norm
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.readouts import NormAndHead
 from relay_fast.ops.dispatch import select
 from relay_fast.utils.numbers import as_int
@@ -64,7 +65,7 @@ class LoopedClassifier(nn.Module):
         self.prelude = stack(prelude) if prelude else None
         self.block = LoopedBlock(config=block, **options)
         self.coda = stack(coda) if coda else None
-        self.norm = Norm(block.d_model, block.bias and block.norm == "layer")
+        self.norm = Norm(block.d_model, block.has_bias("norm"))
         self.head = nn.Linear(block.d_model, vocabulary_size, bias=False)
 
     def reset_parameters(self) -> None:
@@ -78,6 +79,7 @@ class LoopedClassifier(nn.Module):
         targets: Tensor | None = None,
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
         loops: int | None = None,
         truncate: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -89,6 +91,7 @@ class LoopedClassifier(nn.Module):
                 DistributedDataParallel train a model through this argument.
             targets: (R,) token ids; needed with `rows`.
             cu_seqlens: (B + 1,) offsets of the packed sequences.
+            attention_mask: (B, n), 1 for tokens and 0 for padding, as in `LoopedBlock.forward`.
             loops: iterations of the block, default the model's.
             truncate: number of last iterations of the block that get gradients, default all.
 
@@ -98,17 +101,18 @@ class LoopedClassifier(nn.Module):
         Raises:
             TypeError: if only one of `rows` and `targets` is given.
         """
-        options = {"cu_seqlens": cu_seqlens, "loops": loops, "truncate": truncate}
+        ends = {"cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
+        options = {**ends, "loops": loops, "truncate": truncate}
         if (rows is None) != (targets is None):
             raise TypeError("rows and targets go together: give both for the loss, or neither")
         if rows is not None:
             return self.loss(tokens, rows, targets, **options)
         h = self.embedding(tokens)
         if self.prelude is not None:
-            h = self.prelude(h, 1, cu_seqlens=cu_seqlens)
+            h = self.prelude(h, 1, **ends)
         loops = self.loops if loops is None else loops
-        h = self.block(h, loops, cu_seqlens=cu_seqlens, truncate=truncate)
-        return h if self.coda is None else self.coda(h, 1, cu_seqlens=cu_seqlens)
+        h = self.block(h, loops, truncate=truncate, **ends)
+        return h if self.coda is None else self.coda(h, 1, **ends)
 
     def loss(
         self, tokens: Tensor, rows: Tensor, targets: Tensor, **options
@@ -119,7 +123,7 @@ class LoopedClassifier(nn.Module):
             tokens: (B, n) or packed (N,).
             rows: (R,) distinct rows of the flat states.
             targets: (R,) token ids; negative ones are ignored.
-            **options: `cu_seqlens`, `loops` and `truncate` of `forward`.
+            **options: the keyword arguments of `forward`.
         """
         loss, correct = self.row_losses(tokens, rows, targets, **options)
         count = (targets >= 0).sum().clamp(min=1)

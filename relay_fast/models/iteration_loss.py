@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from relay_fast.engine.plain_modules import reset_submodules
 from relay_fast.kernels.norm_ref import NORMS
-from relay_fast.models.looped_block import Norm
+from relay_fast.models.layer import Norm
 from relay_fast.models.readouts import NormAndHead
 from relay_fast.ops.cross_entropy import weighted_losses
 from relay_fast.utils.numbers import as_float, as_int

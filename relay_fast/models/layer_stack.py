@@ -29,7 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from relay_fast.config import ModelConfig
-from relay_fast.models.looped_block import Layer, LoopedBlock
+from relay_fast.engine.block_weights import read_part
+from relay_fast.models.layer import Layer
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.utils.numbers import as_float, as_int
 
 GROW_POSITIONS = ("middle", "last")
@@ -271,13 +273,21 @@ def _stacked(layers: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def _groups(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the layer's matrices by group name."""
-    for name, p in layer.named_parameters():
-        if p.ndim < 2:
-            continue
-        name = name.removesuffix(".weight")
-        if isinstance(layer, Layer) and name == "qkv":
-            keys = (p.shape[0] - layer.out.in_features) // 2
-            yield from zip("qkv", p.split((layer.out.in_features, keys, keys)), strict=True)
-        else:
-            yield name, p
+    """Yields the layer's matrices by group name; of a LoopedBlock's layer those that it computes
+    with, such as parametrized or merged ones."""
+    if not isinstance(layer, Layer):
+        for name, p in layer.named_parameters():
+            if p.ndim >= 2:
+                yield name.removesuffix(".weight"), p
+        return
+    for name, part in layer.named_children():
+        kinds = ("weight", "bias") if getattr(part, "bias", None) is not None else ("weight",)
+        read = read_part(name, part, kinds)
+        if isinstance(read, str):
+            raise RuntimeError(f"{read}, so its matrix is not known: regularize plain layers")
+        if name == "qkv":
+            queries = layer.out.in_features
+            keys = (len(read[0]) - queries) // 2
+            yield from zip("qkv", read[0].split((queries, keys, keys)), strict=True)
+        elif read[0].ndim >= 2:
+            yield name, read[0]

@@ -15,77 +15,31 @@ from torch import Tensor, nn
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
 from relay_fast.batch.plan_cache import cached_plan
+from relay_fast.batch.stopping import StoppingPlan
 from relay_fast.config import BlockConfig, tell_hub
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops, parameter_names
+from relay_fast.engine.auto_policy import inside_row_bytes
+from relay_fast.engine.block_iteration import BlockIteration, check_max_loops
+from relay_fast.engine.block_parameters import parameter_names
 from relay_fast.engine.block_weights import BlockWeights, PartTable, read_weights
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
-from relay_fast.engine.plain_modules import Holder, reset_submodules
+from relay_fast.engine.plain_modules import reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
+from relay_fast.engine.resumption import Entry
 from relay_fast.engine.spec import LoopSpec, check_truncate
+from relay_fast.engine.states import States
+from relay_fast.engine.stopping import loops_run, pass_options
 from relay_fast.engine.wrappers import gathered, sharding_used, shards
+from relay_fast.models.arguments import flat_positions, listed, refuse_compiled
+from relay_fast.models.from_hf import read_layers
+from relay_fast.models.layer import Layer, Norm, ZeroEmbedding
+from relay_fast.models.padding import forward_padded
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
 
 T = TypeVar("T")
-
-
-class Norm(Holder):
-    """Holds the weight of a norm, and the bias of a LayerNorm; the ops apply it."""
-
-    def __init__(self, d: int, bias: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d))
-        self.bias = nn.Parameter(torch.empty(d)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-class ResidualLinear(nn.Linear):
-    """The last linear of a residual branch; `std`, where set, scales the initial weight."""
-
-    std: float | None = None
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.std is not None:
-            nn.init.normal_(self.weight, std=self.std)
-
-
-class ZeroEmbedding(nn.Embedding):
-    """An embedding that starts at zero, and so has no effect before training."""
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()  # keeps the random stream, so that seeds give the same models
-        nn.init.zeros_(self.weight)
-
-
-class Layer(Holder):
-    """Holds the parameters of one pre-norm layer; the rows of qkv are [q; k; v]."""
-
-    def __init__(self, c: BlockConfig):
-        super().__init__()
-        norm_bias = c.bias and c.norm == "layer"
-        self.norm1 = Norm(c.d_model, norm_bias)
-        self.qkv = nn.Linear(c.d_model, (c.n_heads + 2 * c.kv_heads) * c.head_dim, bias=c.bias)
-        self.out = ResidualLinear(c.d_model, c.d_model, bias=c.bias)
-        self.norm2 = Norm(c.d_model, norm_bias)
-        self.up = nn.Linear(c.d_model, c.hidden, bias=c.bias)
-        if c.activation == "swiglu":
-            self.gate = nn.Linear(c.d_model, c.hidden, bias=c.bias)
-        self.down = ResidualLinear(c.hidden, c.d_model, bias=c.bias)
-        for linear in (self.out, self.down):  # residual branches start small
-            linear.std = (2 * c.n_layers * linear.in_features) ** -0.5
-            nn.init.normal_(linear.weight, std=linear.std)
-
-    def reset_parameters(self) -> None:
-        """Draws all parameters anew, as the constructor does."""
-        reset_submodules(self)
+OF_THE_LOOP = ("loop_norm", "injection", "loop_embedding")  # modules beside the layers
 
 
 class LoopedBlock(nn.Module):
@@ -131,7 +85,7 @@ class LoopedBlock(nn.Module):
         RecomputePolicy.parse(recompute)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         if c.loop_norm != "none":
-            self.loop_norm = Norm(c.d_model, c.bias and c.norm == "layer")
+            self.loop_norm = Norm(c.d_model, c.has_bias("norm"))
         if c.injection == "concat":
             self.injection = nn.Linear(2 * c.d_model, c.d_model, bias=False)
         if c.max_loops:
@@ -146,6 +100,42 @@ class LoopedBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does."""
         reset_submodules(self)
+
+    @classmethod
+    def from_hf(
+        cls,
+        layers: nn.Module | Sequence[nn.Module],
+        rotary: nn.Module | None = None,
+        *,
+        recompute: str = "state",
+        gather_rows: int = GATHER_ROWS,
+        impl: str = "auto",
+        **options,
+    ) -> LoopedBlock:
+        """Builds a block from decoder layers of Hugging Face's transformers, with copies of their
+        weights, in their dtype and on their device.
+
+        Llama, Mistral, Qwen 2 and 3, GPT-2, Ouro, Helium and GLM layers are known; others are
+        refused with the part that a block does not have (`relay_fast.models.from_hf`).
+
+        Args:
+            layers: the layers, such as `model.model.layers`, or one of them.
+            rotary: the model's rotary embedding, such as `model.model.rotary_emb`, to rotate by its
+                own frequencies in fp32; by default they are computed from the config in fp64.
+            recompute, gather_rows, impl: as in the constructor.
+            **options: causal (default True), dropout, loop_norm, injection, max_loops, state_noise.
+        """
+        config, weights = read_layers(layers, rotary, **options)
+        own = {"recompute": recompute, "gather_rows": gather_rows, "impl": impl}
+        like = weights["layers.0.qkv.weight"]
+        with torch.device("meta"):
+            block = cls(config=config, **own)
+        block.to(like.dtype).to_empty(device=like.device)
+        block.load_state_dict(weights, strict=False)
+        for part in (block._modules.get(name) for name in OF_THE_LOOP):
+            if part is not None:
+                part.reset_parameters()
+        return block
 
     def extra_repr(self) -> str:
         return f"{self.config}, recompute={self.recompute!r}, impl={self.impl!r}"
@@ -171,34 +161,72 @@ class LoopedBlock(nn.Module):
         """
         for name in ("loops", "cu_seqlens"):
             if name in options:
-                options[name] = _listed(options[name])
-        return super().__call__(*map(_listed, args), **options)
+                options[name] = listed(options[name])
+        return super().__call__(*map(listed, args), **options)
 
+    # Long: the signature and its description are most of it.
     def forward(
         self,
         x: Tensor,
         loops: int | Sequence[int] | Tensor = 1,
         *,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        inject: Tensor | None = None,
+        start: int = 0,
+        seed: int | Tensor | None = None,
+        until: Callable[..., Tensor] | None = None,
         return_states: bool | Sequence[int] = False,
-        truncate: int | None = None,
-    ) -> Tensor | list[Tensor]:
+        return_loops: bool = False,
+        truncate: int | Sequence[int] | Tensor | None = None,
+    ) -> Tensor | States | tuple[Tensor | States, Tensor]:
         """Applies the block `loops` times.
 
         Args:
             x: (B, n, d) padded or, with `cu_seqlens`, (N, d) packed.
-            loops: an int, or one count per sequence, (B,), each 0 or more.
+            loops: an int, or one count per sequence, (B,), each 0 or more; with `until`, the
+                largest number.
             cu_seqlens: (B + 1,) offsets of the packed sequences.
-            positions: (N,), (B, n) or (n,) int, default 0..n − 1.
+            attention_mask: (B, n), 1 or True for tokens and 0 or False for padding, on the left,
+                on the right, or both. The tokens are packed, and computed as each sequence alone;
+                padding is 0 in what is returned. The host waits for the mask.
+            positions: (N,), (B, n) or (n,) int, default 0..n − 1, from a sequence's first token.
+            inject: what injection adds or joins in each iteration, shaped as x; default: x.
+            start: number of iterations that x has been through, for the loop-index embedding and
+                the random numbers: block(block(x, s), t, inject=x, start=s) is block(x, s + t),
+                in training with the same `seed`.
+            seed: of the dropout masks and the state noise; default: drawn from torch's generator.
+            until: (t, state t, state t − 1) → (active sequences,) bool: which of them stop. It sees
+                the sequences that still loop in the caller's order, as (active, n, d), or as packed
+                rows with `cu_seqlens` or a mask; with arguments `cu_seqlens` or `sequences` it also
+                gets their row offsets or their indices. The host waits for its answer, once an
+                iteration. See `relay_fast.engine.criteria`.
             return_states: True for the states of all iterations 1..T, or the iterations to return.
-            truncate: number of last iterations of each sequence that get gradients, default all.
+            return_loops: also return how many iterations each sequence ran, (B,) int64.
+            truncate: number of last iterations of each sequence that get gradients, an int or one
+                per sequence, each 0 or more; default: all.
 
         Returns:
             The states after each sequence's last iteration, in the shape of x. With
             `return_states`, a list with the states of each iteration, which hold the sequences
-            that are still looping then, in the caller's order.
+            that are still looping then, in the caller's order; `list.sequences` has their indices.
+            With `return_loops`, a tuple of that and the loops.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit together.
+            RuntimeError: under torch.compile, for attention_mask, inject, start, seed, until and
+                return_loops.
         """
+        options = {"inject": inject, "start": start, "seed": seed, "until": until,
+                   "return_loops": return_loops}  # fmt: skip
+        if torch.compiler.is_compiling():
+            refuse_compiled(attention_mask=attention_mask, **options)
+        if attention_mask is not None:
+            return forward_padded(
+                self.forward, x, attention_mask, loops=loops, cu_seqlens=cu_seqlens,
+                positions=positions, return_states=return_states, truncate=truncate, **options,
+            )  # fmt: skip
         packed, shape = self._pack(x, cu_seqlens)
         return_states = bool(return_states) if is_bool(return_states) else return_states
         if torch.compiler.is_compiling():
@@ -206,27 +234,32 @@ class LoopedBlock(nn.Module):
                 packed, x, shape, loops, cu_seqlens, positions, return_states, truncate
             )
         refuse_transforms(x, module=self)
-        plan = self._plan(x, loops, cu_seqlens, positions)
+        plan = self._plan(x, loops, cu_seqlens, positions, stops=until is not None)
         wanted = plan.chosen_states(return_states)
+        entry = Entry.of(self.config, x, inject, start, seed)
         if plan.to_sorted is not None:
-            packed = packed[plan.to_sorted]
-        inner = tuple(t for t in wanted if t < plan.max_loops)
+            packed, entry = packed[plan.to_sorted], entry.sorted(plan)
+        is_packed = len(shape) == 2
+        view = (lambda h, _: h) if is_packed else lambda h, n: h.view(n, *shape[1:])
+        passes = pass_options(until, plan, wanted, view, is_packed, entry.start)
 
         def pass_(packed: Tensor) -> tuple[LoopSpec, tuple[Tensor, ...]]:
             weights = self.weights()
-            run = self.run(plan, weights, states=inner, truncate=truncate)
-            return run, run_loop(run, packed, weights.tensors)
+            run = entry.enter(self.run(plan, weights, truncate=truncate, **passes), self.config)
+            return run, run_loop(run, packed, [*weights.tensors, *entry.parameters])
 
         run, (final, states, _, _) = self.gathered(packed, pass_)
         if return_states is False:
             final = final if plan.to_caller is None else final[plan.to_caller]
-            if (
-                sharding_used()
-            ):  # its hook on the output would be lost if a view is changed in place
-                return torch.ops.aten._unsafe_view(final, shape)
-            return final.view(shape)
-        result = run.collect(wanted, final, states)
-        return result if len(shape) == 2 else [state.view(-1, *shape[1:]) for state in result]
+            if sharding_used():  # its hook on a view would be lost if that is changed in place
+                result = torch.ops.aten._unsafe_view(final, shape)
+            else:
+                result = final.view(shape)
+        else:
+            result = run.collect(wanted, final, states).map(lambda h, ids: view(h, len(ids)))
+            if until is not None and return_states is True:
+                result = result.first(plan.max_loops)
+        return (result, loops_run(plan)) if return_loops else result
 
     def _called_forward(
         self, x: Tensor, loops, cu_seqlens, positions, return_states, truncate
@@ -274,7 +307,8 @@ class LoopedBlock(nn.Module):
             x, weights.tensors, *self._spec, self.recompute, self.impl, self.gather_rows,
             compute_dtype(weights.of_gemms), 0 if cu_seqlens is not None else shape[0],
             tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
-            _flat_positions(positions, shape), seed, wanted, truncate or 0, torch.is_grad_enabled(),
+            flat_positions(positions, shape), seed, wanted, -1 if truncate is None else truncate,
+            torch.is_grad_enabled(),
         )  # fmt: skip
         if return_states is False:
             return final.view(shape)
@@ -318,6 +352,7 @@ class LoopedBlock(nn.Module):
             policy,
             gather_rows=self.gather_rows,
             compute_dtype=dtype,
+            inside_bytes=lambda x: inside_row_bytes(self.config, x.dtype, dtype),
             **options,
         )
 
@@ -353,15 +388,16 @@ class LoopedBlock(nn.Module):
         check_floating(x)
         return x.reshape(-1, d), x.shape
 
-    def _plan(self, x: Tensor, loops, cu_seqlens, positions) -> Plan:
+    def _plan(self, x: Tensor, loops, cu_seqlens, positions, stops: bool = False) -> Plan:
         if cu_seqlens is None:
             lengths = np.full(x.shape[0], x.shape[1])
         else:
             lengths = np.diff(check_cu_seqlens(cu_seqlens, x.shape[0]))
-        flat = _flat_positions(positions, x.shape)
+        flat = flat_positions(positions, x.shape)
         if flat is not None:
             flat = flat.cpu().numpy()
-        return cached_plan(lengths, check_loops(loops, len(lengths)), x.device, flat)
+        kind = StoppingPlan if stops else cached_plan
+        return kind(lengths, check_loops(loops, len(lengths)), x.device, flat)
 
 
 def _check_devices(device: torch.device, weights: BlockWeights) -> None:
@@ -371,26 +407,3 @@ def _check_devices(device: torch.device, weights: BlockWeights) -> None:
             raise ValueError(
                 f"x is on {device} and the parameter {name} on {p.device}: move them to one device"
             )
-
-
-@skip_frame
-def _listed(values):
-    """Returns a list of ints as a tensor on the CPU; anything else as it is."""
-    if isinstance(values, list | tuple) and set(map(type, values)) == {int}:
-        return torch.tensor(values, dtype=torch.int64, device="cpu")
-    return values
-
-
-def _flat_positions(positions: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Returns the positions (N,) of all rows of an x of `shape`."""
-    if positions is None:
-        return None
-    positions = torch.as_tensor(positions)
-    if positions.is_floating_point():
-        raise TypeError(f"positions must be integers, got {positions.dtype}")
-    if positions.shape not in (shape[:-1], shape[-2:-1]):
-        raise ValueError(
-            f"positions has shape {tuple(positions.shape)} but x has {tuple(shape)}: pass "
-            f"{tuple(shape[:-1])} or {tuple(shape[-2:-1])}"
-        )
-    return positions.expand(shape[:-1]).reshape(-1)

@@ -17,7 +17,7 @@ from relay_fast.engine.block_weights import read_part
 from relay_fast.engine.plain_modules import Holder, unwrapped
 from relay_fast.engine.wrappers import gathered, shards
 from relay_fast.kernels.norm_ref import upcast
-from relay_fast.models.looped_block import Norm
+from relay_fast.models.layer import Norm
 from relay_fast.ops.cross_entropy import row_cross_entropy
 from relay_fast.ops.dispatch import Ops
 

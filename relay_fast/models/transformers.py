@@ -22,7 +22,8 @@ from relay_fast.engine.plain_modules import check_not_overridden, check_parts, r
 from relay_fast.engine.spec import LoopSpec, Readout
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
 from relay_fast.kernels.supports import require
-from relay_fast.models.looped_block import LoopedBlock, Norm
+from relay_fast.models.layer import Norm
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.readouts import NormAndHead, ReadoutWeights
 from relay_fast.ops.cross_entropy import weighted_losses
 from relay_fast.tasks.vocabulary import PAD
@@ -48,7 +49,7 @@ class _Transformer(nn.Module):
         self.embedding = nn.Embedding(c.vocabulary_size, c.block.d_model)
         nn.init.normal_(self.embedding.weight, std=1.0)
         self.block = LoopedBlock(config=c.block, recompute=recompute, impl=impl)
-        self.norm = Norm(c.block.d_model, c.block.bias and c.block.norm == "layer")
+        self.norm = Norm(c.block.d_model, c.block.has_bias("norm"))
         self.chain_head = nn.Linear(c.block.d_model, c.vocabulary_size, bias=False)
         tell_hub(self, recompute=recompute, impl=impl)
 

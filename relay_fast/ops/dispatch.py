@@ -20,6 +20,15 @@ from torch.autograd import forward_ad
 
 from relay_fast.kernels.attention_cpu import attention_bwd_cpu, attention_fwd_cpu
 from relay_fast.kernels.attention_ref import attention_bwd_ref, attention_fwd_ref
+from relay_fast.kernels.attention_varlen import (
+    FLASH_ATTN,
+    LIBRARIES,
+    attention_bwd_varlen,
+    attention_fwd_varlen,
+    choose_library,
+    is_installed,
+    library_reason,
+)
 from relay_fast.kernels.cross_entropy_ref import (
     argmax_ref,
     cross_entropy_bwd_ref,
@@ -30,7 +39,10 @@ from relay_fast.kernels.linear_residual_ref import linear_residual_bwd_ref, line
 from relay_fast.kernels.mlp_ref import mlp_bwd_ref, mlp_fwd_ref
 from relay_fast.kernels.norm_linear_ref import norm_linear_bwd_ref, norm_linear_fwd_ref
 from relay_fast.kernels.norm_ref import norm_fwd_ref, norm_grads_ref
+from relay_fast.kernels.norm_residual_ref import norm_residual_bwd_ref, norm_residual_fwd_ref
+from relay_fast.kernels.qk_norm_ref import qk_norm_bwd_ref, qk_norm_fwd_ref
 from relay_fast.kernels.supports import (
+    SHORT,
     Unsupported,
     activation_reason,
     device_reason,
@@ -43,6 +55,8 @@ from relay_fast.kernels.supports import (
 from relay_fast.kernels.weight_grad_ref import weight_grad_ref
 
 IMPLS = ("auto", "triton", "torch")
+# Kinds of device with autocast, so not meta. Asked once: torch 2.11 cannot trace the question.
+AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu")))
 
 
 class Ops(NamedTuple):
@@ -56,10 +70,14 @@ class Ops(NamedTuple):
     norm_bwd: Callable
     norm_linear_fwd: Callable
     norm_linear_bwd: Callable
+    qk_norm_fwd: Callable
+    qk_norm_bwd: Callable
     attention_fwd: Callable
     attention_bwd: Callable
     linear_residual_fwd: Callable
     linear_residual_bwd: Callable
+    norm_residual_fwd: Callable
+    norm_residual_bwd: Callable
     mlp_fwd: Callable
     mlp_bwd: Callable
     cross_entropy_fwd: Callable
@@ -75,10 +93,14 @@ REFERENCE = Ops(
     norm_grads_ref,
     norm_linear_fwd_ref,
     norm_linear_bwd_ref,
+    qk_norm_fwd_ref,
+    qk_norm_bwd_ref,
     attention_fwd_ref,
     attention_bwd_ref,
     linear_residual_fwd_ref,
     linear_residual_bwd_ref,
+    norm_residual_fwd_ref,
+    norm_residual_bwd_ref,
     mlp_fwd_ref,
     mlp_bwd_ref,
     cross_entropy_fwd_ref,
@@ -134,7 +156,18 @@ def explain(device: torch.device | str = "cuda", **sizes) -> str:
     reason = supports(device, **sizes)
     if reason is None and torch.device(device).type != "cuda":
         reason = 'Triton\'s interpreter is for tests, and needs impl="triton"'
-    return f"torch: {reason}" if reason else "triton"
+    return f"torch: {reason}" if reason else "triton" + _explain_attention(torch.device(device))
+
+
+def _explain_attention(device: torch.device) -> str:
+    """Returns which library takes the attention over long sequences, and why flash-attn does not
+    if it is there."""
+    reasons = {library: library_reason(library, device) for library in LIBRARIES}
+    taken = next((library for library, reason in reasons.items() if reason is None), None)
+    said = f", and {taken.name} for sequences of over {SHORT} tokens" if taken else ""
+    if reasons[FLASH_ATTN] is not None and is_installed(FLASH_ATTN):
+        said += f" ({reasons[FLASH_ATTN]})"
+    return said
 
 
 @cache
@@ -152,6 +185,8 @@ def _triton_ops() -> Ops:
     from relay_fast.kernels.mlp_bwd import mlp_bwd
     from relay_fast.kernels.norm import norm_bwd, norm_fwd
     from relay_fast.kernels.norm_linear import norm_linear_bwd, norm_linear_fwd
+    from relay_fast.kernels.norm_residual import norm_residual_bwd, norm_residual_fwd
+    from relay_fast.kernels.qk_norm import qk_norm_bwd, qk_norm_fwd
     from relay_fast.kernels.weight_grad import weight_grad
 
     ops = Ops(
@@ -159,10 +194,14 @@ def _triton_ops() -> Ops:
         norm_bwd,
         norm_linear_fwd,
         norm_linear_bwd,
+        qk_norm_fwd,
+        qk_norm_bwd,
         attention_fwd,
         attention_bwd,
         linear_residual_fwd,
         linear_residual_bwd,
+        norm_residual_fwd,
+        norm_residual_bwd,
         mlp_fwd,
         mlp_bwd,
         cross_entropy_fwd,
@@ -180,16 +219,33 @@ def _triton_ops() -> Ops:
 
 
 def _with_device_guard(launcher: Callable) -> Callable:
-    """Wraps a launcher to make its first tensor's device the current one, where Triton launches."""
+    """Wraps a launcher to make its first tensor's device the current one, where Triton launches,
+    and to name what a launch lacks. That is no Unsupported: an op that has begun does not go on in
+    torch, so that a pass keeps to one implementation."""
+    from triton.runtime.errors import OutOfResources
 
     @wraps(launcher)
     def op(*args, **kwargs):
-        if _is_current(args[0].device):
-            return launcher(*args, **kwargs)
-        with torch.cuda.device(args[0].device):
-            return launcher(*args, **kwargs)
+        try:
+            if _is_current(args[0].device):
+                return launcher(*args, **kwargs)
+            with torch.cuda.device(args[0].device):
+                return launcher(*args, **kwargs)
+        except OutOfResources as error:
+            raise RuntimeError(
+                f"the kernel {launcher.__name__} needs {error.required} of {error.name}, and "
+                f'{_card_name(args[0].device)} has {error.limit}: use impl="torch", or set '
+                "RELAY_FAST_IMPL=torch in the environment"
+            ) from error
 
     return op
+
+
+def _card_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"the device {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
 
 
 def _is_current(device: torch.device) -> bool:
@@ -223,7 +279,40 @@ def _auto_ops() -> Ops:
 
         return op
 
-    return Ops(*(with_fallback(k, r) for k, r in zip(_triton_ops(), TORCH, strict=True)))
+    ops = Ops(*(with_fallback(k, r) for k, r in zip(_triton_ops(), TORCH, strict=True)))
+    return ops._replace(
+        attention_fwd=_long_attention_fwd(ops.attention_fwd),
+        attention_bwd=_long_attention_bwd(ops.attention_bwd),
+    )
+
+
+def _long_attention_fwd(otherwise: Callable) -> Callable:
+    """Wraps attention to leave long sequences to a library that serves them. The backward asks
+    about the same qkv and layout, so it decides alike."""
+
+    @wraps(otherwise)
+    def attention_fwd(qkv, layout, heads, kv_heads, causal, *, row_count=None):
+        library = choose_library(qkv, layout, heads, kv_heads, row_count)
+        if library is None:
+            return otherwise(qkv, layout, heads, kv_heads, causal, row_count=row_count)
+        with on_device(qkv.device):
+            return attention_fwd_varlen(library, qkv, layout, heads, kv_heads, causal)
+
+    return attention_fwd
+
+
+def _long_attention_bwd(otherwise: Callable) -> Callable:
+    """The backward of `_long_attention_fwd`."""
+
+    @wraps(otherwise)
+    def attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, causal, *, row_count=None):
+        library = choose_library(qkv, layout, heads, kv_heads, row_count)
+        if library is None:
+            return otherwise(do, qkv, o, lse, layout, heads, kv_heads, causal, row_count=row_count)
+        with on_device(qkv.device):
+            return attention_bwd_varlen(library, do, qkv, layout, heads, kv_heads, causal)
+
+    return attention_bwd
 
 
 def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
@@ -253,8 +342,7 @@ def launch_context(x: Tensor) -> AbstractContextManager:
     """Returns the context of all hand-written passes over x: x's device is the current one, and
     autocast is off, since a pass chooses the dtype of each product itself."""
     kind = x.device.type
-    known = torch.amp.is_autocast_available(kind)  # not for meta
-    if not (known and torch.is_autocast_enabled(kind)):
+    if kind not in AUTOCAST or not torch.is_autocast_enabled(kind):
         return on_device(x.device)
     stack = ExitStack()
     stack.enter_context(on_device(x.device))
@@ -301,7 +389,6 @@ def refuse_transforms(*tensors: Tensor | None, module: nn.Module | None = None) 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """Returns the dtype of GEMMs with a parameter: autocast's if enabled, else the parameter's."""
     kind = parameter.device.type
-    known = torch.amp.is_autocast_available(kind)  # not for meta
-    if known and parameter.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if kind in AUTOCAST and parameter.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return parameter.dtype

@@ -24,6 +24,8 @@ from relay_fast.utils.cores import machine_memory
 
 # Keys of the table `model` that only looped models have.
 _OF_LOOPED = ("feedback", "carry_state", "feedback_noise")
+# Settings of a stage that training inputs are drawn with; those of a task override them.
+_DRAWN = ("pad_probability", "pad_to", "cut", "cut_probability")
 
 
 class Context:
@@ -75,7 +77,7 @@ class Context:
     @property
     def labels(self) -> dict[str, dict[str, str]]:
         """Names of the tasks and of what their lengths count, for tables and plots."""
-        return {name: {"title": t.title, "unit": t.unit} for name, t in self.tasks.items()}
+        return {name: task.label for name, task in self.tasks.items()}
 
     def prove(self) -> None:
         """Raises ValueError for lengths that a task does not support or cannot draw, for invalid
@@ -103,7 +105,8 @@ class Context:
         Raises:
             ValueError: Sizes do not fit together.
         """
-        shared = {k: v for k, v in self.config["model"].items() if not isinstance(v, dict)}
+        kinds = ("looped", "autoregressive")
+        shared = {k: v for k, v in self.config["model"].items() if k not in kinds}
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
         bound = max(
@@ -140,7 +143,7 @@ class Context:
         """Returns the tokens of the longest training input of the aligned looped model, padding and
         cuts included; 0 where longer inputs hold no other positions."""
         settings = recipe(self.config, "looped_aligned")
-        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        shared = {k: settings[k] for k in _DRAWN if k in settings}
         plain = dict.fromkeys(self.tasks, FeedbackDraws(**shared))
         draws = plain if carry_state else self.draws("looped_aligned")
         inputs = [0]
@@ -159,10 +162,13 @@ class Context:
         Raises ValueError for draws that a task has not, and for a shift beyond the vocabulary.
         """
         settings = recipe(self.config, stage)
-        shared = {k: settings[k] for k in ("pad_probability", "pad_to") if k in settings}
+        shared = {k: settings[k] for k in _DRAWN if k in settings}
         draws = {}
         for name, task in self.tasks.items():
-            draws[name] = FeedbackDraws(**{**shared, **self.task_config(name).get("feedback", {})})
+            own = self.task_config(name).get("feedback", {})
+            if task.clips_positions:
+                own = {"cut": 0, **own}
+            draws[name] = FeedbackDraws(**{**shared, **own})
             check_draws(task, draws[name])
             shift, last = draws[name].shift, task.vocabulary.max_number
             largest = task.largest_fed(self.ranges[name][1]) + shift

@@ -33,13 +33,14 @@ from relay_fast.decoding.chains import (
 )
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import Samples, Task
+from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.verify import same_answers
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.training.model_files import Model
 from relay_fast.utils.ragged import concat_ranges
 
 FORCED_TOKENS = 16384  # tokens in a teacher-forced batch
-Metrics = dict[str, float | int]  # metric -> value, and n, the number of problems
+Metrics = dict[str, float | int | None]  # metric -> value, and n, the number of problems
 
 
 class Grades(NamedTuple):
@@ -73,9 +74,15 @@ def grade_looped(
     wrong = (sizes != true_sizes) | (np.bincount(owner[~hits], minlength=len(sizes)) > 0)
     sample = np.repeat(np.arange(len(problems)), problems.loops)
     chain = np.bincount(sample[wrong], minlength=len(problems)) == 0
-    answers_alone = model.supervise == "answer"  # what it has for rounds means nothing
-    same = written.answer == problems.answer
-    return Grades(same if answers_alone else same_answers(written, problems, tasks), chain, hits)
+    return Grades(_right_answers(model, written, problems, tasks), chain, hits)
+
+
+def _right_answers(
+    model: LoopedTransformer, written: Samples, problems: Samples, tasks: Mapping[str, Task]
+) -> np.ndarray:
+    if model.supervise == "answer":  # what it has for rounds means nothing
+        return written.answer == problems.answer
+    return same_answers(written, problems, tasks)
 
 
 def grade_autoregressive(
@@ -139,7 +146,8 @@ def answers_once(
     loops = np.minimum(problems.loops, 1)
     none = np.zeros(int(loops.sum()) + 1, np.int64)
     cut = replace(problems, loops=loops, rounds=problems.rounds[:0], round_offsets=none)
-    return generate_looped_chains(model, cut, tasks, **options).answer == problems.answer
+    written = generate_looped_chains(model, cut, tasks, **options)
+    return _right_answers(model, written, problems, tasks)
 
 
 def evaluate_looped(
@@ -236,12 +244,16 @@ def evaluate_problems(
         options: As in `evaluate_looped` or `evaluate_autoregressive`.
 
     Returns:
-        {length: metrics}, as these functions do.
+        {length: metrics}, as these functions do; the answer is None for a model that writes an
+        answer of one token where it has several.
     """
     # All lengths at once, so that new sequences take the places of finished ones.
     looped = isinstance(model, LoopedTransformer)
     grade = grade_looped if looped else grade_autoregressive
     grades = grade(model, problems, tasks, **options)
+    readable = getattr(model, "supervise", "chain") == "chain" or all(
+        task.one_token_answers for task in tasks_present(problems.task, tasks).values()
+    )
     unseen = {k: v for k, v in options.items() if k != "progress"}  # a small part of the time
     once = answers_once(model, problems, tasks, **unseen) if looped else None
     token_length = np.repeat(problems.length, np.diff(problems.round_offsets[problems.first_round]))
@@ -249,7 +261,7 @@ def evaluate_problems(
     for length in np.unique(problems.length).tolist():
         samples, tokens = problems.length == length, token_length == length
         result[length] = {
-            "answer": float(grades.answer[samples].mean()),
+            "answer": float(grades.answer[samples].mean()) if readable else None,
             "bit": float(grades.tokens[tokens].mean()),
             "chain": float(grades.chain[samples].mean()),
             "n": int(samples.sum()),
@@ -257,7 +269,7 @@ def evaluate_problems(
         if grades.forced_tokens is not None:
             result[length]["bit_forced"] = float(grades.forced_tokens[tokens].mean())
         if once is not None:
-            result[length]["answer_once"] = float(once[samples].mean())
+            result[length]["answer_once"] = float(once[samples].mean()) if readable else None
     return result
 
 

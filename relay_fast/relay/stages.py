@@ -140,6 +140,8 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
         "curriculum",
         "pad_probability",
         "pad_to",
+        "cut",
+        "cut_probability",
         "truth",
     )
     form = replace(
@@ -160,7 +162,8 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
     if not form.feedback:
         options.pop("truth", None)
     if form.side_by_side:
-        options.pop("pad_probability", None)  # each iteration is padded for itself
+        for key in ("pad_probability", "cut"):  # each iteration is drawn for itself
+            options.pop(key, None)
     stream = TruthStream(
         context.tasks,
         context.ranges,

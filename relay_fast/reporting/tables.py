@@ -21,6 +21,7 @@ MODEL_NAMES = {
     "ar_self_loop": "AR + self chains (loop)",
 }
 ANSWER_ONLY = frozenset({"looped_vanilla"})  # trained without chains, so it writes none
+# Of results without labels, as earlier versions wrote them.
 TASK_NAMES = {"arithmetic": "Arithmetic", "edit_distance": "Edit distance", "lis": "LIS"}
 LENGTH_NAMES = {
     "arithmetic": "number of operators",

@@ -36,6 +36,7 @@ class Task(ABC):
         min_input_tokens: What `min_widths` returns for all lengths.
         takes_shift: Whether there is a rule for shifted numbers (`shifted_rounds`).
         clips_positions: Whether `inputs` of any length hold the same positions.
+        one_token_answers: Whether an answer is one token, so that it can be read off one place.
         answer_suffix: Tokens between the last round and the answer in an autoregressive sequence;
             None if the last round is the answer, so that nothing is added.
     """
@@ -51,9 +52,15 @@ class Task(ABC):
     min_input_tokens: int = 0
     takes_shift: ClassVar[bool] = False
     clips_positions: ClassVar[bool] = False
+    one_token_answers: bool = True
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
+
+    @property
+    def label(self) -> dict[str, str]:
+        """Returns title and unit, as tables and plots read them from results."""
+        return {"title": self.title, "unit": self.unit}
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

@@ -45,9 +45,16 @@ class TokenizedTask(Task):
 
     def __init__(self, text: Any, vocabulary: Vocabulary, index: int) -> None:
         super().__init__(vocabulary)
+        for name, known in (("answer_is", ("token", "round")), ("shows", ("both", "round"))):
+            if (value := getattr(text, name)) not in known:
+                raise ValueError(
+                    f"task {text.name!r}: {name} = {value!r} is unknown; use one of "
+                    f"{', '.join(known)}"
+                )
         self.text, self.index = text, index
         self.name, self.title, self.unit = text.name, text.title or text.name, text.unit
         self.min_length = text.min_length
+        self.one_token_answers = not text.own_answers and text.answer_is == "token"
         self.token, self.end = (vocabulary.id_of(token) for token in text.special_tokens())
         self._reserved = {*RESERVED, *text.special_tokens()}
         texts = vocabulary.texts(range(vocabulary.n_tokens))
@@ -88,7 +95,9 @@ class TokenizedTask(Task):
             self._encoded(*self.text.draw(length, int(seed), start + i))
             for i, length in enumerate(array.tolist())
         ]
-        return self._samples(array, drawn)
+        samples = self._samples(array, drawn)
+        self._check_sizes(samples)
+        return samples
 
     def prove(self, lengths: Iterable[int]) -> None:
         """Raises ValueError for samples that cannot be encoded, that differ between two calls with
@@ -143,6 +152,26 @@ class TokenizedTask(Task):
             )
         return ids, chain, self._ids(answer)[-1]
 
+    def _check_sizes(self, samples: Samples) -> None:
+        """Raises ValueError for samples beyond the sizes that the task gives for their lengths."""
+        first = samples.first_round
+        rounds = np.diff(samples.round_offsets)
+        found = {
+            "max_problem_tokens": np.diff(samples.problem_offsets),
+            "max_round_tokens": np.maximum.reduceat(rounds, first[:-1]) if len(rounds) else rounds,
+            "max_chain_tokens": np.diff(samples.round_offsets[first]),
+            "loops": samples.loops,
+        }
+        for length in np.unique(samples.length).tolist():
+            own = samples.length == length
+            for name, sizes in found.items():
+                most, bound = int(sizes[own].max()), getattr(self, name)(length)
+                if most > bound:
+                    raise ValueError(
+                        f"task {self.name!r}: a sample of length {length} has {name} = {most}, "
+                        f"more than the {bound} expected; define {type(self.text).__name__}.sizes"
+                    )
+
     def _ids(self, text: str) -> list[int]:
         try:
             return [self._id_of[token] for token in self.text.tokenize(text)]
@@ -185,17 +214,12 @@ class TokenizedTask(Task):
     # Reading problems and chains
 
     def answer_text(self, rounds: Rounds, answer: int) -> str:
-        if not self._several:
+        if self.one_token_answers:
             return self.decode([answer])
         implied = self._implied(self._texts(rounds) or [])
         if implied is None or self._id_of.get(implied[-1]) != answer:
             return self.decode([answer])
         return self.text.detokenize(implied)
-
-    @property
-    def _several(self) -> bool:
-        """Whether answers may have several tokens."""
-        return self.text.own_answers or self.text.answer_is == "round"
 
     @property
     def solves(self) -> bool:
@@ -271,7 +295,7 @@ class TokenizedTask(Task):
 
     def same_answers(self, written: Samples, truth: Samples) -> np.ndarray:
         same = written.answer == truth.answer
-        if self._several:
+        if not self.one_token_answers:
             for i in np.flatnonzero(same).tolist():
                 given, wanted = (
                     self._implied(self._texts(samples.rounds_of(i)) or [])

@@ -40,7 +40,7 @@ class Vocabulary:
             keeps its id.
 
     Raises:
-        ValueError: A parameter is out of range, or a token is empty, twice there or holds a space.
+        ValueError: A parameter is out of range, or a token is empty or there twice.
     """
 
     max_number: int | None = 249

@@ -1,5 +1,7 @@
 """The plan: order, active prefix, row ranges under truncation, attention groups."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.numerics import assert_bitwise
-from relay_fast.batch.plan import MAX_GROUPS, Plan, check_loops
+from relay_fast.batch.paddings import MAX_GROUPS
+from relay_fast.batch.plan import Plan, check_loops
 
 LENGTHS, LOOPS = [3, 5, 1, 2], [2, 5, 0, 5]
 
@@ -132,3 +135,29 @@ def test_no_sequences() -> None:
 def test_loops_that_are_refused(loops, error, message) -> None:
     with pytest.raises(error, match=message):
         check_loops(loops, 3)
+
+
+@pytest.mark.parametrize(("rows", "loops"), [(3, 4), (1, 1), (0, 3), (5, 0)])
+def test_plan_of_rows_is_the_constructors(rows: int, loops: int) -> None:
+    quick = Plan.of_rows(rows, loops, torch.device("cpu"))
+    full = Plan(np.ones(rows), [loops] * rows)
+    assert vars(quick).keys() == vars(full).keys()
+    for name, value in vars(full).items():
+        np.testing.assert_array_equal(vars(quick)[name], value, err_msg=name)
+    assert quick.positions.tolist() == [0] * rows and quick.row_ranges is not None
+
+
+def test_truncation_by_sequence() -> None:
+    plan = Plan(LENGTHS, LOOPS)
+    for counts in itertools.product((0, 1, 3, 9), repeat=len(LOOPS)):
+        truncate = np.array(counts)
+        for t in range(1, plan.max_loops + 1):
+            rows = {True: [], False: []}
+            for part in plan.row_ranges(t, truncate):
+                index = np.arange(plan.rows)[part.rows]
+                rows[part.grad] += index.tolist()
+                assert part.members is None or plan.layout_of(part).rows == len(index)
+            owner = np.repeat(np.arange(plan.sequences), plan.lengths)
+            reaches, learns = plan.loops >= t, plan.loops - t < truncate
+            assert rows[True] == np.flatnonzero((reaches & learns)[owner]).tolist()
+            assert rows[False] == np.flatnonzero((reaches & ~learns)[owner]).tolist()

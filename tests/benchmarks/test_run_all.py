@@ -16,6 +16,7 @@ import torch
 from benchmarks import run_all
 from benchmarks.card import agenda, checks, device, kernels, steps, table
 from benchmarks.card.cases import Case, Draw, check_cases, linear_residual, timed_cases
+from benchmarks.card.option_cases import option_cases
 from benchmarks.card.session import Deadline, Session, Skip, Unit
 from relay_fast.functional import TORCH
 
@@ -170,7 +171,7 @@ def with_packed_inputs(case: Case, i: SimpleNamespace) -> tuple[SimpleNamespace,
     return SimpleNamespace(**vars(i) | {"qkv": packed(i.padded, mask)}), mask
 
 
-CASES = check_cases(True) + timed_cases(True)
+CASES = check_cases(True) + option_cases(True) + timed_cases(True)
 WITH_BACKWARD = [case for case in CASES if case.backward is not None]
 
 
@@ -286,7 +287,9 @@ def test_the_rehearsal_leaves_every_file(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert re.fullmatch(rf"ok {len(check_cases(True))} checks, \d+ rows", lines[-1])
+    assert re.fullmatch(
+        rf"ok {len(check_cases(True) + option_cases(True))} checks, \d+ rows", lines[-1]
+    )
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-interpreted")
     names = {path.name for path in folder.iterdir()}

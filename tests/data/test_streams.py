@@ -56,6 +56,29 @@ def sample_all() -> Samples:
 # Streams
 
 
+def test_cuts_move_positions_alone() -> None:
+    plain, cut = stream(batch_size=90), stream(batch_size=90, cut=7)
+    moved = []
+    for step in range(len(plain)):
+        a, b = plain[step].batch, cut[step].batch
+        assert_same(a, b)
+        assert torch.equal(cut[step].batch.plan.positions, b.plan.positions)
+        by = (b.plan.positions - a.plan.positions).split(a.plan.lengths.tolist())
+        for own in by:
+            rises = own.diff()
+            assert own[0] == 0 and (rises >= 0).all() and (rises > 0).sum() <= 1
+        moved += [int(own[-1]) for own in by]
+    assert set(moved) == set(range(8)) and 0.4 < np.mean(np.array(moved) > 0) < 0.6
+    always = stream(cut=1, cut_probability=1.0)[0].batch
+    assert (always.plan.positions[always.plan.last_rows] == torch.tensor(always.plan.lengths)).all()
+    carried = stream(form=BatchFormat("looped", feedback=True, carry_state=True), cut=3)[0].batch
+    assert carried.plan.once(2).positions.tolist() == (
+        carried.plan.positions[: carried.plan.rows_at(2)].tolist()
+    )
+    with pytest.raises(ValueError, match="cut = 3: iterations that train side by side are cut"):
+        stream(form=BatchFormat("looped", feedback=True), cut=3)
+
+
 @pytest.mark.parametrize("form", [LOOPED, AUTOREGRESSIVE])
 def test_a_step_is_always_the_same_batch(form) -> None:
     options = {"form": form, "pad_probability": 0.5, "pad_to": 40, "lengths_per_batch": 2}

@@ -93,6 +93,17 @@ BLOCKS = [
     {"rope_base": None},
     {"injection": "add", "loop_norm": "pre", "max_loops": 2},
     {"injection": "concat", "loop_norm": "post"},
+    {
+        "head_dim": 12,
+        "n_kv_heads": 2,
+        "qk_norm": True,
+        "rotary_share": 0.5,
+        "rope_scale": 1.2,
+        "sandwich_norm": True,
+        "bias": ("qkv", "down"),
+        "activation": "swiglu",
+    },
+    {"qk_norm": True, "rope_base": None, "sandwich_norm": True, "norm": "layer", "bias": True},
 ]
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from relay_fast.config import BlockConfig
 from relay_fast.decoding.language_model import _Reader, generate, sample_loops, score
-from relay_fast.engine.block_iteration import rope_table
+from relay_fast.engine.rope import rope_table
 from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.models.looped_block import LoopedBlock
 
@@ -86,6 +86,18 @@ def test_writing_is_that_of_passes_without_a_cache(prelude, coda) -> None:
     assert written.tokens.shape == (3, 6) and np.all(written.loops == 4)
     for prompt, tokens in zip(prompts, written.tokens.tolist(), strict=True):
         text = list(prompt)
+        for token in tokens:
+            assert token == int(logits(model, torch.tensor([text]))[0, -1].argmax())
+            text.append(token)
+
+
+def test_writing_with_the_options_of_a_block() -> None:
+    config = BlockConfig(
+        16, 2, 1, causal=True, head_dim=12, qk_norm=True, sandwich_norm=True, rotary_share=0.5
+    )
+    model = LoopedClassifier(config, V, loops=2, prelude=1, coda=0).double().eval()
+    written = generate(model, [[1, 2, 3], [4]], 5)
+    for text, tokens in zip(([1, 2, 3], [4]), written.tokens.tolist(), strict=True):
         for token in tokens:
             assert token == int(logits(model, torch.tensor([text]))[0, -1].argmax())
             text.append(token)

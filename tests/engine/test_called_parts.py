@@ -208,6 +208,13 @@ def test_what_a_called_part_must_not_do() -> None:
         block(x, 2)
 
 
+def test_a_wrapper_around_a_norm_is_told_what_to_wrap() -> None:
+    block = LoopedBlock(16, 2, 1)
+    block.layers[0].norm1 = nn.Sequential(block.layers[0].norm1)
+    with pytest.raises(TypeError, match=r"Norm holds weights only.*torch.nn.RMSNorm"):
+        block(torch.randn(2, 3, 16), 2)
+
+
 def test_autocast_reaches_called_parts() -> None:
     block, x = LoopedBlock(16, 2, 1), torch.randn(2, 3, 16)
     seen = []

@@ -202,7 +202,7 @@ def test_bad_input_under_compile() -> None:
     for options, message in (
         ({"return_states": 1}, "return_states = 1: pass True"),
         ({"return_states": [3]}, "has iterations .3.: give iterations in 1..2"),
-        ({"truncate": 0}, "truncate = 0"),
+        ({"truncate": -1}, "truncate = -1"),
         ({"truncate": 1.5}, "truncate = 1.5"),
         ({"positions": torch.rand(3)}, "positions must be integers"),
         ({"positions": torch.arange(5)}, "positions has shape"),

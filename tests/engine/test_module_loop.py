@@ -279,7 +279,7 @@ def test_what_is_refused() -> None:
             "policy 'x' is unknown",
         ),
         (lambda: relay_fast.loop(Users(), x, 2, return_states=[3]), ValueError, "in 1..2"),
-        (lambda: relay_fast.loop(Users(), x, 2, truncate=0), ValueError, "truncate = 0"),
+        (lambda: relay_fast.loop(Users(), x, 2, truncate=-1), ValueError, "truncate = -1"),
         (
             lambda: relay_fast.loop(Users(), x, 2, per_row={"x0": x[:1]}),
             ValueError,

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.numerics import assert_close
 from relay_fast import LoopedBlock
-from relay_fast.engine.block_iteration import rope_table
+from relay_fast.engine.rope import rope_table
 
 POSITIONS = [0, 1, 1000, 123_457, 1_000_000, 2**31 - 1]
 

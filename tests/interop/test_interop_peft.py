@@ -190,6 +190,42 @@ def test_injection_embedding_and_copies() -> None:
         assert torch.allclose(merged(X, [4, 2]), got["out"], atol=1e-12, rtol=0)
 
 
+def test_norm_tuning() -> None:
+    """peft trains copies of the norms."""
+    c = peft.LNTuningConfig(target_modules=["norm1", "norm2"])
+    model = peft.get_peft_model(Net().double(), c)
+    for name, p in model.named_parameters():
+        if "ln_tuning_layers" in name:
+            p.data += torch.rand_like(p)
+    assert not block_of(model).weights().called
+    got = outcome(model)
+    assert sum("ln_tuning_layers" in name for name in got) == 4
+    with torch.no_grad():
+        plain, tuned = Net().double(), Net().double()
+        assert torch.equal(disabled(model), plain(X, [4, 2]))
+        model.merge_adapter()
+        assert torch.equal(model(X, [4, 2]), got["out"])
+        model.unmerge_adapter()
+        for layer, own in zip(tuned.block.layers, block_of(model).layers, strict=True):
+            for name in ("norm1", "norm2"):
+                copied = getattr(own, name).ln_tuning_layers["default"]
+                getattr(layer, name).weight.copy_(copied.weight)
+        assert torch.equal(tuned(X, [4, 2]), got["out"])
+
+
+def disabled(model: nn.Module) -> Tensor:
+    with model.disable_adapter():
+        return model(X, [4, 2])
+
+
+def test_around_a_bare_block(tmp_path) -> None:
+    block = LoopedBlock(D, 2, 2).double()
+    model = randomized(peft.get_peft_model(copy.deepcopy(block), config(target_modules=["qkv"])))
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(block, tmp_path)
+    assert torch.equal(model(X, loops=[4, 2]), again(X, loops=[4, 2]))
+
+
 def test_another_adapter_in_each_sample_is_refused() -> None:
     model = adapted()
     model.add_adapter("b", config())

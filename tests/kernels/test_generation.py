@@ -68,6 +68,7 @@ def launches(impl: str, **options) -> tuple[Samples, int]:
         ({"rope_base": None, "causal": True, "activation": "relu2"}, True),
         ({"injection": "add"}, False),
         ({"bias": True, "norm": "layer"}, False),
+        ({"head_dim": 12, "rotary_share": 0.5, "rope_scale": 1.5}, True),
     ],
 )
 def test_generation_writes_the_same_tokens(options: dict, served: bool) -> None:
@@ -85,13 +86,14 @@ def test_generation_writes_the_same_tokens(options: dict, served: bool) -> None:
     assert torch.equal(torch.cat([*read[0], read[1]]), torch.cat([*truth[0], truth[1]]))
 
 
-def test_decoding_writes_the_same_tokens() -> None:
+@pytest.mark.parametrize("options", [{}, {"head_dim": 12, "qk_norm": True, "sandwich_norm": True}])
+def test_decoding_writes_the_same_tokens(options: dict) -> None:
     """The step of the kernels, and the one of plain torch, which has ops of its own."""
     prompts = np.array([2, 45, 9, 46, 5, 2, 44]), np.array([0, 5, 7])
     written = []
     for impl in ("triton", "torch"):
         torch.manual_seed(0)
-        config = ModelConfig(BlockConfig(16, 2, 1, causal=True), 60, 64)
+        config = ModelConfig(BlockConfig(16, 2, 1, causal=True, **options), 60, 64)
         writer = AutoregressiveTransformer(config, impl=impl).to(DEVICE)
         written.append(decode(writer, *prompts, max_new=3).tokens.tolist())
     assert written[0] == written[1] and len(written[0]) == 6

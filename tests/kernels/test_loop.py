@@ -71,6 +71,18 @@ def test_loop_equals_torch(dtype: torch.dtype) -> None:
         {"activation": "relu2", "loop_norm": "post", "injection": "concat", "rope_base": None},
         {"dropout": 0.3, "recompute": "every:2"},
         {"activation": "gelu", "recompute": "none", "frozen": ("x", "layers.0.qkv.weight")},
+        {
+            "head_dim": 24,
+            "n_kv_heads": 1,
+            "qk_norm": True,
+            "rotary_share": 0.5,
+            "dropout": 0.2,
+            "sandwich_norm": True,
+            "activation": "swiglu",
+            "bias": ("qkv",),
+            "rope_scale": 1.3,
+            "rope_frequencies": (1.0, 0.5, 0.2, 0.1, 0.01, 0.001),
+        },
     ],
 )
 def test_options_equal_torch(options: dict) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from relay_fast.kernels import autotune, tuning
-from relay_fast.kernels._runtime import DEVICE_PROPS, Config
+from relay_fast.kernels._runtime import DEVICE_PROPS, Config, DeviceProps
 from relay_fast.kernels.tuning import ANY, Rule, pick
 from relay_fast.ops import dispatch
 from relay_fast.ops.dispatch import select
@@ -35,9 +35,19 @@ def assumed(monkeypatch, arch: int) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_every_call_finds_a_line(monkeypatch, arch: int, dtype: torch.dtype, op: str) -> None:
     assumed(monkeypatch, arch)
-    widths = (16, 32, 64, 128) if "short" in op else (8, 64, 65, 128, 256, 512, 1024)
+    widths = (8, 64, 65, 128, 256, 512, 1024)
+    if "short" in op:
+        widths = (16, 32, 64, 128)
+    elif "wide" in op:
+        widths = () if dtype == torch.float32 else (16, 32, 64, 128)
+    elif "loop" in op:
+        widths = (1, 32) if dtype == torch.float32 else (1, 32, 64, 128)
+    small = DEVICE_PROPS[arch].shared_bytes == 99 << 10
     for width in widths:
         for rows in (0, 700, 24_000):
+            if op == "attention_wide_bwd" and width > 64 and small:
+                assert tuning.pick_or_none(op, dtype, width, rows, CPU) is None  # the long kernels
+                continue
             config = pick(op, dtype, width, rows, CPU)
             for size in (config.block_m, config.block_n):
                 assert size == 0 or (size >= 16 and size & (size - 1) == 0)
@@ -53,6 +63,8 @@ def test_no_line_is_hidden_by_one_before_it() -> None:
                 and earlier.widest >= later.widest
                 and earlier.rows in ("any", later.rows)
                 and earlier.arch <= later.arch
+                and earlier.until >= later.until
+                and earlier.shared <= later.shared
             )
             assert not hides, (earlier, later)
 
@@ -66,13 +78,43 @@ def test_the_first_line_that_fits_is_taken(monkeypatch) -> None:
         assert pick("linear_residual", torch.bfloat16, 256, rows, CPU).block_m == block
     assert pick("readout", torch.float16, 257, 0, CPU) == Config(32, 32, 8, 2)
     assert pick("mlp_up_gated", torch.float16, 512, 0, CPU).block_m == 64
-    assumed(monkeypatch, 80)
-    assert pick("mlp_up_gated", torch.float16, 512, 0, CPU).block_m == 32
+    assumed(monkeypatch, 86)
+    assert pick("norm_linear_fwd", torch.float32, 256, 0, CPU) == Config(16, 16, 8, 1)
+    assumed(monkeypatch, 90)
+    assert pick("norm_linear_fwd", torch.float32, 256, 0, CPU) == Config(32, 16, 4, 1)
+
+
+def test_only_what_fits_the_devices_own_shared_memory_is_taken(monkeypatch) -> None:
+    """The architecture does not decide: a device of 99 KB gets small tiles whatever it is."""
+
+    def picked(arch: int, kilobytes: int, op: str, width: int) -> Config:
+        props = DeviceProps(arch, 80, kilobytes << 10)
+        monkeypatch.setattr(tuning, "device_props", lambda device: props)
+        return pick(op, torch.bfloat16, width, 128 * 80, CPU)
+
+    for arch in (80, 86, 90, 120):
+        for op, width, least, wide, narrow in (
+            ("norm_linear_fwd", 256, 104, Config(128, 32, 8, 2), Config(128, 16, 8, 2)),
+            ("mlp_up", 512, 100, Config(64, 32, 8, 2), Config(64, 16, 8, 2)),
+            ("mlp_up_gated", 512, 132, Config(64, 32, 8, 2), Config(64, 16, 8, 2)),
+        ):
+            assert picked(arch, least, op, width) == wide
+            assert picked(arch, least - 1, op, width) == narrow
+            assert picked(arch, 99, op, width) == narrow
+    with pytest.raises(KeyError, match="mlp_up for 16 bits, width 512, sm_86 with 64 KB"):
+        picked(86, 64, "mlp_up", 512)
+
+
+def test_a_line_found_by_a_search_is_for_cards_with_as_much_shared_memory() -> None:
+    rule = next(r for r in tuning.TABLE if r.op == "mlp_up")
+    best = Config(128, 32, 8, 2)
+    found = autotune.better(rule, {rule.config: 1.0, best: 0.5}, 80, "")
+    assert found.config == best and found.shared == 163 and found.arch == 80
 
 
 def test_a_call_that_no_line_serves_is_named() -> None:
     with pytest.raises(KeyError, match="attention_short_fwd for 16 bits, width 256, sm_90"):
-        tuning._rule("attention_short_fwd", 16, 256, True, 90)
+        pick("attention_short_fwd", torch.bfloat16, 256, 24_000, CPU)
 
 
 def test_candidates_are_few_and_the_lines_own_comes_first() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import relay_fast
 from relay_fast.config import BlockConfig, ModelConfig
@@ -129,3 +130,23 @@ def test_whole_models() -> None:
 def test_bad_input(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_computed_weights_are_what_counts() -> None:
+    """A parametrization that negates one layer's matrix turns its cosines around."""
+
+    class Negated(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return -w
+
+    layers = block(2, bias=True).layers
+    before = block_cosines(layers)
+    parametrize.register_parametrization(layers[1].up, "weight", Negated())
+    after = block_cosines(layers)
+    assert list(after) == GROUPS and torch.equal(after["up"], -before["up"])
+    assert all(torch.equal(after[name], before[name]) for name in GROUPS if name != "up")
+    loop_regularizer(layers).backward()
+    assert layers[1].up.parametrizations.weight.original.grad.abs().sum() > 0
+    layers[0].down.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"down \(ResidualLinear\) has a forward hook"):
+        block_cosines(layers)

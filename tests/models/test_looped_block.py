@@ -153,7 +153,7 @@ def test_bad_input_of_the_block() -> None:
         (lambda: block(x, 2, return_states=[3]), "has iterations .3.: give iterations in"),
         (lambda: block(x, 2, return_states=[0]), "has iterations .0.: give"),
         (lambda: block(x, 2, return_states=1), "return_states = 1: pass True for all states, or"),
-        (lambda: block(x, 2, truncate=0), "truncate = 0: .* at least 1; use None for all"),
+        (lambda: block(x, 2, truncate=-1), "truncate = -1: .* 0 or more; use None for all"),
         (lambda: block(x, 2, truncate=1.5), "truncate = 1.5: .* a whole number of iterations"),
         (
             lambda: block(x, 2, positions=torch.arange(5)),

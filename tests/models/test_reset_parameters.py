@@ -14,7 +14,7 @@ from relay_fast import (
     LoopedTransformer,
 )
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.models.looped_block import Layer, Norm
+from relay_fast.models.layer import Layer, Norm
 from relay_fast.recipes._linear_attention import LinearAttention
 
 # Many layers: what scales with their number differs from torch's own draw by far.

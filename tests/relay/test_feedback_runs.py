@@ -2,8 +2,10 @@
 
 import warnings
 
+import numpy as np
 import pytest
 
+from relay_fast.batch.plan import Plan
 from relay_fast.data.streams import BatchFormat, TruthStream, mean_cost
 from relay_fast.relay.presets import load_preset, override, recipe
 from relay_fast.relay.stages import Context, run_stage
@@ -48,6 +50,30 @@ def test_the_draws_are_the_stage_s_and_the_task_s(tmp_path) -> None:
     text = "feedback.shift = 50 can need numbers up to 76, the vocabulary ends at 63: use a smaller"
     with pytest.raises(ValueError, match=text):
         Context(tmp_path, large, "cpu", "auto").prove()
+
+
+def test_the_latent_loop_is_cut_by_its_stage(tmp_path) -> None:
+    values = ["stages.looped_aligned.cut=9", "stages.looped_aligned.cut_probability=1.0"]
+    config = override(load_preset("cpu-latent"), steps=1, batch_size=8, values=values)
+    context = Context(tmp_path, config, "cpu", "auto")
+    (tmp_path / "checkpoints").mkdir()
+    seen = []
+    original = Plan.__init__
+
+    def recorded(self, lengths, loops, device, positions=None, **more):
+        original(self, lengths, loops, device, positions, **more)
+        seen.append(None if positions is None else int(np.diff(positions).max()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "__init__", recorded)
+        for stage in ("looped_aligned", "looped_vanilla"):
+            run_stage(context, stage, lambda progress: None)
+    assert max(s for s in seen if s is not None) in range(2, 11) and None in seen
+    # With feedback it is what tasks have that say nothing else; LIS shows no distances.
+    values = ["stages.looped_aligned.cut=9", "tasks.arithmetic.feedback.cut=5"]
+    draws = Context(tmp_path, override(load_preset("cpu-multitask"), values=values), "cpu", "auto")
+    found = {name: own.cut for name, own in draws.draws("looped_aligned").items()}
+    assert found == {"arithmetic": 5, "edit_distance": 31, "lis": 0}
 
 
 def test_three_tasks_in_one_model(tmp_path) -> None:

@@ -1,12 +1,14 @@
 """`relay_fast.relay.presets.override`: values are checked before a run begins."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from relay_fast.config import BlockConfig
 from relay_fast.relay.presets import load_preset, override, preset_names, recipe
 from relay_fast.relay.presets.schema import RunConfig, SavedRun
+from relay_fast.relay.stages import Context
 from relay_fast.utils.settings import check, described
 
 
@@ -130,6 +132,30 @@ def test_every_setting_is_described() -> None:
     assert {"tasks.NAME.hit_matrix", "training.recompute", "vocabulary.multiple"} <= keys
     sizes = {field.name for field in fields(BlockConfig)} - {"causal"}
     assert {key.removeprefix("model.") for key in keys if key.count(".") == 1} >= sizes
+
+
+def test_options_of_a_block_can_be_set() -> None:
+    values = [
+        "model.head_dim=8", "model.qk_norm=true", "model.looped.sandwich_norm=true",
+        "model.bias=['qkv']", "model.rotary_share=0.5",
+        "model.rope_frequencies={rope_type='linear', factor=2.0}",
+    ]  # fmt: skip
+    context = Context(Path("nowhere"), override(load_preset("cpu"), values=values), "cpu", "auto")
+    for kind in ("looped", "autoregressive"):
+        block = context.model_config(kind).block
+        assert (block.head_dim, block.qk_norm, block.bias) == (8, True, ("qkv",))
+        assert block.rope_frequencies == pytest.approx((0.5, 0.5 * block.rope_base**-0.5))
+        assert block.sandwich_norm == (kind == "looped")
+    listed = override(load_preset("cpu"), values=["model.rope_frequencies=[1.0, 0.5]"])
+    assert listed["model"]["rope_frequencies"] == [1.0, 0.5]
+    for value, message in (
+        ("bias=['q']", "model.bias: 'q' has no bias: give parts of"),
+        ("bias=1", "model.bias = 1: give true or false"),
+        ("rope_frequencies=3", "model.rope_frequencies = 3: give a list"),
+        ("rotary_share=2.0", "model.rotary_share = 2.0: give 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            override(load_preset("cpu"), values=[f"model.{value}"])
 
 
 def test_a_test_below_the_training_range() -> None:

@@ -157,6 +157,30 @@ def test_sizes_are_measured_with_room_where_they_vary() -> None:
     assert task.max_problem_tokens(6) >= np.diff(samples.problem_offsets).max()
 
 
+class Rare(Parity):
+    """One sample in 250 has a problem of four times the size."""
+
+    def sample(self, length, rng):
+        rare = rng.random() < 0.004
+        return super().sample(4 * length if rare else length, rng)
+
+
+def test_samples_beyond_the_sizes_are_refused_with_the_remedy() -> None:
+    task = Rare().bound(VOCABULARY, 3)
+    with pytest.raises(
+        ValueError, match="length 3 has max_problem_tokens = 14, more than the 5 ex"
+    ):
+        task.sample(np.full(2000, 3), seed=0)
+
+
+def test_unknown_choices_are_refused() -> None:
+    for name, value in (("answer_is", "rounds"), ("shows", "all")):
+        task = Parity()
+        setattr(task, name, value)
+        with pytest.raises(ValueError, match=f"task 'parity': {name} = '{value}' is unknown; use"):
+            task.bound(VOCABULARY, 3)
+
+
 def test_tasks_go_to_other_processes() -> None:
     task = pickle.loads(pickle.dumps(bound(Total(base=7))))
     assert task.text.base == 7

@@ -66,6 +66,14 @@ def gradients(model: LoopedTransformer, batch: PackedBatch) -> dict[str, Tensor]
         {"recompute": "last:1", "causal": True, "n_kv_heads": 1, "norm": "layer", "bias": True},
         {"loop_norm": "pre", "injection": "concat", "max_loops": 9, "activation": "swiglu"},
         {"loop_norm": "post", "injection": "add", "dropout": 0.3, "state_noise": 0.1},
+        {
+            "head_dim": 12,
+            "sandwich_norm": True,
+            "rotary_share": 0.5,
+            "rope_frequencies": (1.0, 0.1, 0.01),
+            "bias": ("qkv",),
+            "dropout": 0.3,
+        },
     ],
 )
 def test_a_static_batch_computes_what_the_batch_does(options: dict) -> None:
@@ -95,11 +103,18 @@ def test_the_papers_mix_and_the_autoregressive_model() -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(
-    "options", [{}, {"loop_norm": "post", "state_noise": 0.1}, {"loop_norm": "pre"}], ids=str
+    "options",
+    [
+        {},
+        {"loop_norm": "post", "state_noise": 0.1},
+        {"loop_norm": "pre"},
+        {"head_dim": 24, "qk_norm": True, "sandwich_norm": True, "dropout": 0.3},
+    ],
+    ids=str,
 )
 def test_kernels_leave_dead_rows_out(options: dict) -> None:
     """What a kernel does not write stays NaN here, and none of it comes through."""
-    model = make_model("triton", d_model=16, n_heads=1, n_layers=1, **options)
+    model = make_model("triton", **{"d_model": 16, "n_heads": 1, "n_layers": 1, **options})
     static = CapacityBatch(Capacity.of([batch_of([3, 2], [2, 1]), batch_of([6], [1])], 0.5), "cpu")
     static.load(batch_of([6], [1]))
     batch = batch_of([3, 2], [2, 1], seed=3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, create_model, model_validator
+from pydantic import AfterValidator, Field, WrapValidator, create_model, model_validator
 
-from relay_fast.config import FEEDBACKS, INJECTIONS, LOOP_NORMS
+from relay_fast.config import BIASES, FEEDBACKS, INJECTIONS, LOOP_NORMS
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
@@ -45,6 +45,21 @@ def _ordered(lengths: tuple[int, ...]) -> tuple[int, ...]:
 def _recompute(text: str) -> str:
     RecomputePolicy.parse(text)
     return text
+
+
+def _or_parts(value: Any, inner: Any) -> Any:
+    """Takes true, false, or a list of the parts with a bias."""
+    if not isinstance(value, list | tuple):
+        return inner(value)
+    if unknown := [part for part in value if part not in BIASES]:
+        raise ValueError(f"{unknown[0]!r} has no bias: give parts of {list(BIASES)}")
+    return value
+
+
+def _or_table(value: Any, inner: Any) -> Any:
+    """Takes a list of frequencies, or the table that they are computed from (`BlockConfig` checks
+    it)."""
+    return value if isinstance(value, dict) else inner(value)
 
 
 Lengths = Annotated[
@@ -89,8 +104,8 @@ class FeedbackTable(Table):
 
     pad_probability: Share = Field(ABSENT, description="of padding an input, default the stage's")
     pad_to: Whole = Field(ABSENT, description="up to so many tokens, default the stage's")
-    cut: Whole = Field(0, description="most by which positions behind a place are moved on")
-    cut_probability: Share = Field(0.5, description="of moving them")
+    cut: Whole = Field(ABSENT, description="most by which positions are moved, default the stage's")
+    cut_probability: Share = Field(ABSENT, description="of moving them, default the stage's")
     shift: Whole = Field(0, description="most that is added to all numbers fed")
     shift_probability: Share = Field(0.5, description="of adding to them")
 
@@ -115,7 +130,9 @@ class BlockTable(Table):
     norm: Literal[*NORMS] = Field("rms", description="kind of norm")
     eps: Positive = Field(1e-6, description="added in the norm")
     activation: Literal[*ACTIVATIONS] = Field("gelu_tanh", description="of the MLP")
-    bias: bool = Field(False, description="whether linear layers have biases")
+    bias: Annotated[bool, WrapValidator(_or_parts)] = Field(
+        False, description="whether linear layers have biases, or a list of those that do"
+    )
     rope_base: Positive | None = Field(10_000.0, description="of RoPE; null: no positions")
     dropout: Below1 = Field(0.0, description="share of the states dropped in training")
     loop_norm: Literal[*LOOP_NORMS] = Field("none", description="norm between iterations")
@@ -124,6 +141,14 @@ class BlockTable(Table):
     )
     max_loops: Whole = Field(0, description="size of the loop-index embedding, 0 for none")
     state_noise: NotNegative = Field(0.0, description="noise on the state, relative to its RMS")
+    head_dim: Count | None = Field(None, description="columns of a head, default d_model / n_heads")
+    qk_norm: bool = Field(False, description="RMSNorm of each query and key head")
+    sandwich_norm: bool = Field(False, description="norms behind attention and MLP too")
+    rotary_share: Share = Field(1.0, description="share of a head's columns that RoPE rotates")
+    rope_frequencies: Annotated[
+        tuple[NotNegative, ...] | None, Field(strict=False), WrapValidator(_or_table)
+    ] = Field(None, description="RoPE's frequencies, or a table {rope_type = ..., factor = ...}")
+    rope_scale: Positive = Field(1.0, description="factor of RoPE's cosines and sines")
     feedback: Literal[*FEEDBACKS] = Field(
         "none", description="what is fed back to the next iteration"
     )
@@ -173,13 +198,16 @@ class FromScratch(FineTuning):
     curriculum: Share = Field(0.0, description="share of the stage in which lengths grow")
     pad_probability: Share = Field(0.0, description="of padding a problem on the left")
     pad_to: Whole = Field(0, description="up to so many tokens")
+    cut: Whole = Field(0, description="most by which positions behind a place are moved on")
+    cut_probability: Share = Field(0.5, description="of moving them")
     chain_weight: NotNegative = Field(1.0, description="of the chain's tokens in the loss")
     truth: Share = Field(1.0, description="carry_state: share of true rounds fed in the end")
 
 
 class TrainingTable(FromScratch):
     recompute: Annotated[str, AfterValidator(_recompute)] = Field(
-        "none", description="recompute policy: none, state, sqrt, every:k, last:m, budget:BYTES"
+        "none",
+        description="recompute policy: none, state, sqrt, auto, every:k, last:m, budget:BYTES",
     )
 
 

@@ -1,0 +1,30 @@
+"""Every kernel at every size compiles for the cards with the least shared memory, and keeps its
+bound. The others are in `tests/benchmarks/test_compile_report.py` and in the table of results."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
+
+
+@pytest.mark.parametrize(("arch", "dtypes"), [(86, ("bf16",)), (89, ("fp32",)), (120, ("bf16",))])
+def test_every_size_keeps_its_bound(tmp_path: Path, arch: int, dtypes: tuple[str, ...]) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    table = tmp_path / "report.csv"
+    command = [sys.executable, str(SCRIPT), "--arch", str(arch), "--dtype", *dtypes]
+    done = subprocess.run(
+        [*command, "--csv", str(table)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) > 150 and all(row["ok"] == "True" for row in rows)
+    assert {row["arch"] for row in rows} == {str(arch)}

@@ -1,0 +1,99 @@
+"""Criteria to stop at: their values by their formulas, padded and packed alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import relay_fast
+from relay_fast.engine.criteria import (
+    CosineChange,
+    HaltingGate,
+    ReadoutEntropy,
+    ReadoutKL,
+    StateChange,
+    sequence_mean,
+)
+
+D, CLASSES = 4, 5
+
+
+def pair() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(3, 2, D, dtype=torch.float64), torch.randn(3, 2, D, dtype=torch.float64)
+
+
+def values_of(kind: str, new: Tensor, old: Tensor, head: nn.Module) -> Tensor:
+    a, b = new.flatten(1), old.flatten(1)
+    p, q = (head(h).softmax(-1) for h in (new, old))
+    return {
+        "change": (a - b).norm(dim=1) / b.norm(dim=1),
+        "cosine": 1 - torch.cosine_similarity(a, b),
+        "entropy": torch.distributions.Categorical(p).entropy().mean(1),
+        "kl": (p * (p / q).log()).sum(-1).mean(1),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["change", "cosine", "entropy", "kl"])
+def test_stops_at_the_value_of_its_formula(kind: str) -> None:
+    new, old = pair()
+    head = nn.Linear(D, CLASSES).double()
+    make = {
+        "change": StateChange,
+        "cosine": CosineChange,
+        "entropy": lambda *a: ReadoutEntropy(head, *a),
+        "kl": lambda *a: ReadoutKL(head, *a),
+    }[kind]
+    values = values_of(kind, new, old, head)
+    cu = torch.tensor([0, 2, 4, 6])
+    for value in values.tolist():
+        for bound in (value * (1 - 1e-9), value * (1 + 1e-9)):
+            expected = values <= bound
+            assert torch.equal(make(bound)(1, new, old), expected)
+            flat = make(bound)(1, new.flatten(0, 1), old.flatten(0, 1), cu)
+            assert torch.equal(flat, expected)
+        assert not make(value * 2, 3)(2, new, old).any()  # min_loops
+    assert make(1e9, 3)(3, new, old).all()
+
+
+def test_gate_adds_its_probabilities_up_by_sequence() -> None:
+    new, old = pair()
+    gate = nn.Linear(D, 1).double()
+    p = gate(new).sigmoid().mean((1, 2)).detach()
+    stops = HaltingGate(gate, float(2 * p[1] - 1e-9))
+    everyone, some = torch.arange(3), torch.tensor([0, 1])
+    assert torch.equal(stops(1, new, old, sequences=everyone), p >= 2 * p[1])
+    assert stops(2, new[:2], old[:2], sequences=some).tolist() == [bool(p[0] >= p[1]), True]
+    assert torch.equal(stops(1, new, old, sequences=everyone), p >= 2 * p[1])  # starts anew
+    pooled = HaltingGate(lambda h: gate(h.mean(1))[:, 0], 0.5, accumulate=False)
+    assert torch.equal(pooled(1, new, old), gate(new.mean(1))[:, 0].sigmoid() >= 0.5)
+
+
+def test_criteria_serve_the_loop() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(D, D), nn.Tanh()), torch.randn(5, 2, D)
+    head = nn.Linear(D, CLASSES)
+    for until in (
+        StateChange(0.05),
+        CosineChange(0.01),
+        ReadoutEntropy(head, 1.5),
+        ReadoutKL(head, 1e-3),
+        HaltingGate(nn.Linear(D, 1), 2.5),
+    ):
+        out, loops = relay_fast.loop(module, x, 50, until=until, return_loops=True)
+        assert out.shape == x.shape and 1 <= int(loops.max()) < 50, until
+
+
+def test_sequence_mean_of_packed_rows() -> None:
+    values = torch.tensor([1.0, 3.0, 5.0])
+    assert sequence_mean(values, torch.tensor([0, 2, 3])).tolist() == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "min_loops", "message"),
+    [(-1, 1, "threshold = -1"), (float("nan"), 1, "threshold = nan"), (1, 0, "min_loops = 0")],
+)
+def test_bad_bounds(threshold: float, min_loops: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StateChange(threshold, min_loops)
