@@ -194,9 +194,8 @@ def mlp_bwd(
             stride_om=dout.stride(0), stride_xm=x.stride(0), stride_pm=up.stride(0),
             stride_qm=gate.stride(0) if gated else 0, stride_un=up_weight.stride(0),
             stride_gn=gate_weight.stride(0) if gated else 0, stride_dn=down_weight.stride(0),
-            stride_rm=0 if residual is None else residual.stride(0),
+            stride_rm=0 if residual is None else residual.stride(0), ADD=partials is not None,
             M=rows, H=hidden, D=d, EPS=eps, IS_LAYER=kind == "layer", ACTIVATION=activation,
-            ADD=partials is not None,
             BLOCK_M=config.block_m, BLOCK_H=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
     return dx, *sum_norm_partials(dnw, dnb, partials), y, dup, dgate, dbranch
