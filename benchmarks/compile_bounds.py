@@ -22,7 +22,11 @@ SPILLS: tuple[tuple[str, str, int, str], ...] = (
 SPILL_ELSEWHERE = 112
 # Kernels that a size gets although sm_80 runs it with others, and why.
 _TILE = "with head_dim 128 a whole sequence's tile needs 128 KB of shared memory"
-APART = {"_attention_long_bwd_dq_kernel": _TILE, "_attention_long_bwd_dkdv_kernel": _TILE}
+APART = {
+    "_attention_long_bwd_dq_kernel": _TILE,
+    "_attention_long_bwd_dkdv_kernel": _TILE,
+    "_weight_grad_sum_kernel": "with more processors than there are tiles, several share a tile",
+}
 # Their matrix instructions read registers, not shared memory.
 REGISTER_OPERANDS = (80, 86, 89, 120, 121)
 

@@ -1,6 +1,7 @@
 """What each choice of a recipe is worth, at a small scale.
 
-The looped model of preset `cpu-latent`, noise on its state, with one choice taken back at a time:
+The looped model of preset `cpu-latent`, with noise on its state and no cut in its positions, and
+one choice taken back at a time:
 
     python benchmarks/recipe_ablation.py [--work 3e6] [--seeds 0 1] [--only base no_curriculum]
 
@@ -40,7 +41,7 @@ from relay_fast.reporting.plots import new_figure  # noqa: E402
 TASK, STAGE = "arithmetic", "looped_aligned"
 Config = dict[str, Any]
 # The base of the rows that the CSV holds, whatever the preset has learned from them.
-BASE = ["model.looped.state_noise=0.1"]
+BASE = ["model.looped.state_noise=0.1", "stages.looped_aligned.cut=0"]
 
 
 def _without(*keys: str) -> Callable[[Config], None]:

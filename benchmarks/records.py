@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from relay_fast.data.streams import BatchFormat, TruthStream, prefetch  # noqa: E402
 from relay_fast.reporting.text_table import text_table  # noqa: E402
 from relay_fast.tasks import RecordsTask, Task, Vocabulary  # noqa: E402
-from relay_fast.tasks.record_index import texts_of  # noqa: E402
+from relay_fast.tasks.record_rules import texts_of  # noqa: E402
 
 ROUNDS, TOKENS, WORDS = 10, 10, 1000
 LEAST = 20_000  # records a second and core

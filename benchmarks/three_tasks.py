@@ -94,7 +94,8 @@ def rows_of(run: Run, least: int) -> list[dict[str, Any]]:
     for model, tasks in run.accuracy.items():
         if model not in names:
             continue
-        seconds = run.results.get("training", {}).get(model, {}).get("seconds")
+        record = run.results.get("training", {}).get(model, {})
+        seconds = record.get("cpu_seconds", record.get("seconds"))
         for task, by_length in tasks.items():
             longest = run.config["tasks"][task]["train"][1]
             for length, cell in sorted((int(n), cell) for n, cell in by_length.items()):
@@ -213,8 +214,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     commits = sorted({str(row["commit"])[:9] for row in rows})
     note = (
         f"Chains right in %, mean (lowest–highest seed); {counts[0]} problems a length or more; "
-        f"minutes of training, other work beside it; answers of one iteration: at the longest "
-        f"trained length, a control. Commit {', '.join(commits)}."
+        f"processor minutes of training (older runs: minutes, other work beside them); answers of "
+        f"one iteration: at the longest trained length, a control. Commit {', '.join(commits)}."
     )
     return markdown(columns, lines) + "\n" + note + "\n"
 

@@ -96,7 +96,7 @@ TABLE = (
     Rule("loop",                32,   32, "any",  Config( 32,  16, 8, 1), 16),
     Rule("loop_gated",          16,   64, "any",  Config( 64,  32, 8, 1), 40),
     Rule("loop_gated",          16,  128, "any",  Config(128,  32, 8, 1), 64),
-    Rule("loop_gated",          32,   32, "any",  Config( 32,  16, 8, 1), 16),
+    Rule("loop_gated",          32,   32, "any",  Config( 32,  16, 8, 1), 20),
     Rule("mlp",                 16,   64, "many", Config(128,  64, 8, 2), 64),
     Rule("mlp",                 16,   64, "few",  Config( 64,  64, 4, 2), 40),
     Rule("mlp",                 16,  128, "any",  Config( 64,  64, 8, 2), 72),

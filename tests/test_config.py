@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from relay_fast.config import BIASES, BlockConfig, ModelConfig
-from relay_fast.engine.block_parameters import parameter_names
+from relay_fast.engine.parameter_names import parameter_names
 from relay_fast.models.looped_block import LoopedBlock
 
 OLD = {

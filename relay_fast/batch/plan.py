@@ -20,6 +20,7 @@ from relay_fast.batch.row_range import RowRange, scattered
 from relay_fast.batch.transfer import picklable, upload
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.utils.numbers import as_int, is_bool
+from relay_fast.utils.ragged import concat_ranges
 
 _INDICES = ("positions", "cu_seqlens", "last_rows")
 
@@ -33,6 +34,8 @@ class Plan:
         device: where the index tensors are.
         positions: position of each token, in the caller's row order; default: 0..n − 1 in each
             sequence.
+        token_numbers: number of each token, in the caller's row order; default: 0..N − 1. Random
+            masks are drawn by these numbers, so a part of a batch keeps those of the whole.
 
     Attributes:
         lengths: int64 array (sequences,), in sorted order like the following ones.
@@ -53,6 +56,7 @@ class Plan:
         loops: Sequence[int] | np.ndarray,
         device: torch.device | str = "cpu",
         positions: np.ndarray | None = None,
+        token_numbers: np.ndarray | None = None,
     ):
         lengths = np.asarray(lengths, dtype=np.int64)
         loops = np.asarray(loops, dtype=np.int64)
@@ -68,6 +72,7 @@ class Plan:
         self.active_rows = tuple(self.offsets[active].tolist())
         self.state_offsets = (0, *np.cumsum(self.active_rows, dtype=np.int64).tolist())
         self._caller_positions = positions
+        self._caller_tokens = token_numbers
         self._start_caches()
 
     def _start_caches(self) -> None:
@@ -85,7 +90,7 @@ class Plan:
         plan.lengths, plan.loops = np.ones(rows, np.int64), np.full(rows, loops)
         plan.active_sequences = plan.active_rows = (rows,) * plan.max_loops
         plan.state_offsets = tuple(range(0, rows * plan.max_loops + 1, max(1, rows)))
-        plan._caller_positions = None
+        plan._caller_positions = plan._caller_tokens = None
         plan._start_caches()
         return plan
 
@@ -105,12 +110,28 @@ class Plan:
             indices: what `indices` returned, on that device.
         """
         positions = None if self._caller_positions is None else self.positions.cpu().numpy()
-        plan = Plan(self.lengths, self.loops, device, positions)
+        tokens = None if self._caller_tokens is None else self.token_numbers
+        plan = Plan(self.lengths, self.loops, device, positions, tokens)
         vars(plan).update(zip(_INDICES, indices, strict=True))  # cached properties
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
         return picklable(vars(self))
+
+    def take(self, sequences: np.ndarray) -> Plan:
+        """Returns the plan of some sequences, by ascending index; tokens keep their numbers."""
+        rows = concat_ranges(self.offsets[sequences], self.lengths[sequences])
+        positions = self._caller_positions
+        if positions is not None:
+            positions = positions if self.row_order is None else positions[self.row_order]
+            positions = positions[rows]
+        return Plan(
+            self.lengths[sequences],
+            self.loops[sequences],
+            self.device,
+            positions,
+            self.token_numbers[rows],
+        )
 
     def part(self, first: int, last: int) -> Plan:
         """Returns the plan of sequences first..last − 1."""
@@ -127,7 +148,8 @@ class Plan:
         if positions is not None:
             positions = positions if self.row_order is None else positions[self.row_order]
             positions = positions[self.offsets[first] : self.offsets[last]]
-        return Plan(self.lengths[first:last], loops, self.device, positions)
+        tokens = self.token_numbers[self.offsets[first] : self.offsets[last]]
+        return Plan(self.lengths[first:last], loops, self.device, positions, tokens)
 
     @property
     def sequences(self) -> int:
@@ -137,6 +159,11 @@ class Plan:
     def limit(self) -> int:
         """The largest number of iterations that the loop may take."""
         return self.max_loops
+
+    @property
+    def most_rows(self) -> tuple[int, ...]:
+        """The largest number of rows that each of these iterations may have."""
+        return self.active_rows
 
     @property
     def rows(self) -> int:
@@ -269,12 +296,20 @@ class Plan:
         return self._active_to_caller[rows]
 
     @cached_property
+    def token_numbers(self) -> np.ndarray:
+        """(rows,) int64: the number of the token in each row."""
+        numbers, order = self._caller_tokens, self.row_order
+        if numbers is None:
+            return np.arange(self.rows) if order is None else order
+        return numbers if order is None else numbers[order]
+
+    @cached_property
     def tokens(self) -> Tensor:
-        """(rows,) int64: the caller's token index of each row, a counter of the dropout masks."""
-        if self.row_order is None:
+        """(rows,) int64: the number of the token in each row, a counter of the dropout masks."""
+        if self._caller_tokens is None and self.row_order is None:
             with torch.inference_mode(False):
                 return torch.arange(self.rows, device=self.device)
-        return self._tensor(self.row_order, torch.int64)
+        return self._tensor(self.token_numbers, torch.int64)
 
     @cached_property
     def positions(self) -> Tensor:

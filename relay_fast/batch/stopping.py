@@ -46,6 +46,10 @@ class StoppingPlan(Plan):
         """The largest number of iterations that the loop may take."""
         return int(self.limits.max(initial=0))
 
+    @property
+    def most_rows(self) -> tuple[int, ...]:
+        return tuple(int(self.lengths[self.limits >= t].sum()) for t in range(1, self.limit + 1))
+
     def iterations(self) -> Iterator[RowRange]:
         """Yields the row range of each iteration, as long as a sequence with rows goes on; after
         each, `stop` may end sequences."""

@@ -68,9 +68,9 @@ def policy_bytes(policy: RecomputePolicy, plan: Plan, state: int, inside: int) -
         state: bytes of a row of the state.
         inside: bytes of a row that the backward of one iteration needs beside the state.
     """
-    rows = plan.active_rows
+    rows = plan.most_rows
     largest = max(rows, default=0)
-    kept = policy.kept(plan.max_loops, [n * state for n in rows])
+    kept = policy.kept(plan.limit, [n * state for n in rows])
     size = sum(rows[t - 1] for t in kept) * state
     size += (sum(rows) if policy.kind == "none" else largest) * inside
     if policy.kind not in ("none", "state") and kept:  # states between two kept ones, in backward

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.config import BlockConfig
+from relay_fast.engine.parameter_names import is_linear
 from relay_fast.engine.rope import block_rope_table
 from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
 from relay_fast.kernels.norm_ref import upcast_dtype
@@ -411,17 +412,6 @@ class BlockIteration:
         self.dx[row_range.rows] += g
 
 
-def check_max_loops(config: BlockConfig, plan: Plan, start: int = 0) -> None:
-    """Raises ValueError if the plan, after `start` earlier iterations, loops more often than the
-    loop-index embedding has entries."""
-    if config.max_loops and start + plan.limit > config.max_loops:
-        asked = f"start + loops = {start} + {plan.limit}" if start else f"loops = {plan.limit}"
-        raise ValueError(
-            f"{asked} is more than the {config.max_loops} iterations that the loop-index embedding "
-            "holds: build the block with a larger max_loops"
-        )
-
-
 def dead_rows_reason(config: BlockConfig) -> str | None:
     """Returns why the kernels cannot skip dead rows in this block, or None if they can: biases,
     injection and the loop-index embedding are plain torch sums over all rows."""
@@ -432,8 +422,3 @@ def dead_rows_reason(config: BlockConfig) -> str | None:
     }
     found = " and ".join(name for name, there in parts.items() if there)
     return f"fixed-capacity batches do not support {found}" if found else None
-
-
-def is_linear(name: str) -> bool:
-    """Returns whether a parameter is a GEMM operand, which is cast to the compute dtype."""
-    return "norm" not in name and "embedding" not in name

@@ -22,11 +22,12 @@ from torch._C._dynamo import eval_frame
 from relay_fast.batch.plan import check_cu_seqlens, check_loops
 from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.config import BIASES, BlockConfig
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops
-from relay_fast.engine.block_parameters import parameter_names
+from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
 from relay_fast.engine.loop_flops import LoopFlops
+from relay_fast.engine.parameter_names import parameter_names
 from relay_fast.engine.recompute import RecomputePolicy
+from relay_fast.engine.resumption import check_max_loops
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.ops.dispatch import launch_context, select
 from relay_fast.ops.flops import count_flops, is_fake
@@ -66,7 +67,7 @@ _OPTIONS = (
     "Tensor? loops, "  # (sequences,)
     "Tensor? positions, "  # (rows,)
     "Tensor? seed, "  # () of the dropout masks and the state noise
-    "SymInt[] states, SymInt truncate"  # -1: no truncation
+    "SymInt[] states, SymInt truncate"  # 0: no truncation; -1: to no iteration
 )
 
 
@@ -126,7 +127,7 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
     return LoopSpec(
         plan, make_iteration, ops, _policy(call.recompute), tuple(call.states),
-        None if call.truncate < 0 else call.truncate, gather_rows=call.gather_rows,
+        max(call.truncate, 0) if call.truncate else None, gather_rows=call.gather_rows,
         compute_dtype=call.dtype,
     )  # fmt: skip
 
@@ -188,7 +189,8 @@ def _(x, parameters, *options):
         if keep:
             between, truncate = policy.kept(count, [0] * count), call.truncate
             kept = sum(
-                t not in states and (truncate < 0 or t + 1 > count - truncate) for t in between
+                t not in states and (not truncate or t + 1 > count - max(truncate, 0))
+                for t in between
             )
         kept_rows = kept * rows
     return (

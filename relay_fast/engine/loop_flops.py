@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from relay_fast.config import BlockConfig
-from relay_fast.engine.block_iteration import is_linear
 from relay_fast.engine.loop import kept_states
+from relay_fast.engine.parameter_names import is_linear
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.ops.flops import attention_flops, linear_flops
 

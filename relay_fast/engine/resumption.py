@@ -10,7 +10,7 @@ from torch import Tensor
 
 from relay_fast.batch.plan import Plan, check_floating
 from relay_fast.config import BlockConfig
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops
+from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.utils.numbers import as_int
 
@@ -92,3 +92,14 @@ class Entry:
             return body
 
         return spec.with_iterations(make_iteration)
+
+
+def check_max_loops(config: BlockConfig, plan: Plan, start: int = 0) -> None:
+    """Raises ValueError if the plan, after `start` earlier iterations, loops more often than the
+    loop-index embedding has entries."""
+    if config.max_loops and start + plan.limit > config.max_loops:
+        asked = f"start + loops = {start} + {plan.limit}" if start else f"loops = {plan.limit}"
+        raise ValueError(
+            f"{asked} is more than the {config.max_loops} iterations that the loop-index embedding "
+            "holds: build the block with a larger max_loops"
+        )

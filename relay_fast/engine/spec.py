@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -118,6 +117,10 @@ class Readout:
         }
 
 
+class _Sorted(np.ndarray):
+    """One count per sequence in the plan's order, of a spec that may be copied by `replace`."""
+
+
 @dataclass(frozen=True)
 class LoopSpec:
     """Everything about one pass through the loop except the tensors that get a gradient.
@@ -153,18 +156,17 @@ class LoopSpec:
     inside_bytes: Callable[[Tensor], int] | None = None
 
     def __post_init__(self) -> None:
-        truncate = check_truncate(self.truncate, self.plan.sequences)
-        if isinstance(truncate, np.ndarray):
-            truncate = truncate[self.plan.order]
-        object.__setattr__(self, "truncate", truncate)
+        if not isinstance(self.truncate, _Sorted):
+            truncate = check_truncate(self.truncate, self.plan.sequences)
+            if isinstance(truncate, np.ndarray):
+                truncate = truncate[self.plan.order].view(_Sorted)
+            object.__setattr__(self, "truncate", truncate)
 
     def with_iterations(
         self, make_iteration: Callable[[Tensor, Sequence[Tensor | None]], Iteration]
     ) -> LoopSpec:
         """Returns the same pass with another loop body."""
-        spec = copy.copy(self)  # not replace(), which would sort `truncate` again
-        object.__setattr__(spec, "make_iteration", make_iteration)
-        return spec
+        return replace(self, make_iteration=make_iteration)
 
     def collect(self, wanted: Sequence[int], final: Tensor, states: Tensor) -> States:
         """Selects states of a finished pass.

@@ -36,7 +36,8 @@ def forward_until(
     body = spec.make_iteration(x, parameters)
     # The number of iterations is not known yet: a policy that counts from the end counts from the
     # largest possible number.
-    between = spec.policy.kept(plan.limit, [x.nbytes] * plan.limit) if keep else ()
+    sizes = [rows * x[:1].nbytes for rows in plan.most_rows]
+    between = spec.policy.kept(plan.limit, sizes) if keep else ()
     final, h = x.clone(), x
     chosen: dict[int, Tensor] = {}
     kept: dict[int, Tensor] = {}

@@ -2,10 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops
+from relay_fast.batch.plan_cache import cached_plan
+from relay_fast.batch.stopping import StoppingPlan
+from relay_fast.engine.block_weights import BlockWeights
 from relay_fast.engine.compile_op import skip_frame
+
+
+def packed_rows(x: Tensor, cu_seqlens: object, d: int) -> tuple[Tensor, torch.Size]:
+    """Returns x as rows (N, d), and its own shape.
+
+    Args:
+        x: (B, n, d), or (N, d) with row offsets.
+        cu_seqlens: row offsets, or None.
+        d: width of the block.
+
+    Raises:
+        ValueError, TypeError: for another shape or dtype.
+    """
+    if x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: pass (B, n, {d}), or (tokens, {d}) together with "
+            f"cu_seqlens"
+        )
+    check_floating(x)
+    return x.reshape(-1, d), x.shape
+
+
+def make_plan(
+    x: Tensor,
+    loops: int | Sequence[int] | Tensor,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    positions: Tensor | None,
+    stops: bool,
+) -> Plan:
+    """Makes the plan of a call.
+
+    Args:
+        x, loops, cu_seqlens, positions: as in `LoopedBlock.forward`.
+        stops: whether sequences stop on the way.
+    """
+    if cu_seqlens is None:
+        lengths = np.full(x.shape[0], x.shape[1])
+    else:
+        lengths = np.diff(check_cu_seqlens(cu_seqlens, x.shape[0]))
+    flat = flat_positions(positions, x.shape)
+    if flat is not None:
+        flat = flat.cpu().numpy()
+    kind = StoppingPlan if stops else cached_plan
+    return kind(lengths, check_loops(loops, len(lengths)), x.device, flat)
+
+
+def check_devices(device: torch.device, weights: BlockWeights) -> None:
+    """Raises ValueError if a parameter is on another device than the rows."""
+    for name, p in zip(weights.names, weights.tensors, strict=True):
+        if p.device.type != device.type or device.index not in (None, p.device.index):
+            raise ValueError(
+                f"x is on {device} and the parameter {name} on {p.device}: move them to one device"
+            )
 
 
 @skip_frame

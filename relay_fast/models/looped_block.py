@@ -9,28 +9,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops, chosen_states
-from relay_fast.batch.plan_cache import cached_plan
-from relay_fast.batch.stopping import StoppingPlan
+from relay_fast.batch.plan import Plan, chosen_states
 from relay_fast.config import BlockConfig, tell_hub
 from relay_fast.engine.auto_policy import inside_row_bytes
-from relay_fast.engine.block_iteration import BlockIteration, check_max_loops
-from relay_fast.engine.block_parameters import parameter_names
+from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.block_weights import BlockWeights, PartTable, read_weights
 from relay_fast.engine.compile_op import describe, skip_frame
 from relay_fast.engine.loop import run_loop
+from relay_fast.engine.parameter_names import parameter_names
 from relay_fast.engine.plain_modules import reset_submodules
 from relay_fast.engine.recompute import RecomputePolicy
-from relay_fast.engine.resumption import Entry
+from relay_fast.engine.resumption import Entry, check_max_loops
 from relay_fast.engine.spec import LoopSpec, check_truncate
 from relay_fast.engine.states import States
 from relay_fast.engine.stopping import loops_run, pass_options
 from relay_fast.engine.wrappers import gathered, sharding_used, shards
-from relay_fast.models.arguments import flat_positions, listed, refuse_compiled
+from relay_fast.models.arguments import (
+    check_devices,
+    flat_positions,
+    listed,
+    make_plan,
+    packed_rows,
+    refuse_compiled,
+)
 from relay_fast.models.from_hf import read_layers
 from relay_fast.models.layer import Layer, Norm, ZeroEmbedding
 from relay_fast.models.padding import forward_padded
@@ -227,14 +231,14 @@ class LoopedBlock(nn.Module):
                 self.forward, x, attention_mask, loops=loops, cu_seqlens=cu_seqlens,
                 positions=positions, return_states=return_states, truncate=truncate, **options,
             )  # fmt: skip
-        packed, shape = self._pack(x, cu_seqlens)
+        packed, shape = packed_rows(x, cu_seqlens, self.config.d_model)
         return_states = bool(return_states) if is_bool(return_states) else return_states
         if torch.compiler.is_compiling():
             return self._as_op(
                 packed, x, shape, loops, cu_seqlens, positions, return_states, truncate
             )
         refuse_transforms(x, module=self)
-        plan = self._plan(x, loops, cu_seqlens, positions, stops=until is not None)
+        plan = make_plan(x, loops, cu_seqlens, positions, stops=until is not None)
         wanted = plan.chosen_states(return_states)
         entry = Entry.of(self.config, x, inject, start, seed)
         if plan.to_sorted is not None:
@@ -292,7 +296,8 @@ class LoopedBlock(nn.Module):
         if return_states is not False and not isinstance(loops, int):
             raise ValueError("under torch.compile, return_states needs loops to be an int")
         wanted = list(chosen_states(return_states, count))
-        truncate = check_truncate(truncate)
+        last = check_truncate(truncate)
+        last = 0 if last is None else last or -1  # as the op counts
         weights = self.weights()
         if weights.called:  # an op cannot call modules
             from relay_fast.ops.eager import eager
@@ -307,8 +312,7 @@ class LoopedBlock(nn.Module):
             x, weights.tensors, *self._spec, self.recompute, self.impl, self.gather_rows,
             compute_dtype(weights.of_gemms), 0 if cu_seqlens is not None else shape[0],
             tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
-            flat_positions(positions, shape), seed, wanted, -1 if truncate is None else truncate,
-            torch.is_grad_enabled(),
+            flat_positions(positions, shape), seed, wanted, last, torch.is_grad_enabled(),
         )  # fmt: skip
         if return_states is False:
             return final.view(shape)
@@ -325,7 +329,7 @@ class LoopedBlock(nn.Module):
         """
         weights = self.weights() if weights is None else weights
         check_max_loops(self.config, plan)
-        _check_devices(plan.device, weights)
+        check_devices(plan.device, weights)
         weight = weights.of_gemms
         dtype = compute_dtype(weight)
         ops = select(self.impl, weight.device)
@@ -377,33 +381,3 @@ class LoopedBlock(nn.Module):
         parts = [m for root in (self, *beside) if root is not None for m in root.modules()]
         others = [m for m in parts if m is not self and m not in through]
         return gathered(x, compute, shards(through), shards(others))
-
-    def _pack(self, x: Tensor, cu_seqlens) -> tuple[Tensor, torch.Size]:
-        d = self.config.d_model
-        if x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}: pass (B, n, {d}), or (tokens, {d}) together with "
-                f"cu_seqlens"
-            )
-        check_floating(x)
-        return x.reshape(-1, d), x.shape
-
-    def _plan(self, x: Tensor, loops, cu_seqlens, positions, stops: bool = False) -> Plan:
-        if cu_seqlens is None:
-            lengths = np.full(x.shape[0], x.shape[1])
-        else:
-            lengths = np.diff(check_cu_seqlens(cu_seqlens, x.shape[0]))
-        flat = flat_positions(positions, x.shape)
-        if flat is not None:
-            flat = flat.cpu().numpy()
-        kind = StoppingPlan if stops else cached_plan
-        return kind(lengths, check_loops(loops, len(lengths)), x.device, flat)
-
-
-def _check_devices(device: torch.device, weights: BlockWeights) -> None:
-    """Raises ValueError if a parameter is on another device than the rows."""
-    for name, p in zip(weights.names, weights.tensors, strict=True):
-        if p.device.type != device.type or device.index not in (None, p.device.index):
-            raise ValueError(
-                f"x is on {device} and the parameter {name} on {p.device}: move them to one device"
-            )

@@ -11,9 +11,11 @@ import numpy as np
 
 from relay_fast.tasks.base import Task
 from relay_fast.tasks.record_files import Record, open_source
-from relay_fast.tasks.record_index import RecordIndex, Rules, open_index, place_of_token
-from relay_fast.tasks.record_index import Sizes as RecordSizes
+from relay_fast.tasks.record_index import RecordIndex, open_index
 from relay_fast.tasks.record_pools import RecordPools
+from relay_fast.tasks.record_rules import Rules
+from relay_fast.tasks.record_rules import Sizes as RecordSizes
+from relay_fast.tasks.record_survey import place_of_token
 from relay_fast.tasks.recorded import RecordedTask
 from relay_fast.tasks.text import Sample, Sizes, TextTask
 from relay_fast.tasks.tokenisers import make_tokeniser

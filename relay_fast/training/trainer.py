@@ -20,6 +20,7 @@ from relay_fast.reporting.progress import Progress
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason, take_step
 from relay_fast.training.optim import make_optimizer, set_lr_scale
+from relay_fast.training.ranks import Exchange, Ranks, Stopped
 from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
 from relay_fast.utils.interrupts import interrupts_deferred
@@ -47,6 +48,8 @@ class Trained(NamedTuple):
     samples: int
     data_wait_seconds: float  # spent waiting for batches, or making them without data workers
     cuda_graph: str  # "replayed", or why the last step did not replay a CUDA graph
+    cpu_seconds: float = 0.0  # of this process, all its threads; data workers not counted
+    rows: tuple[int, ...] = ()  # token-iterations of each rank in this call, if there are several
 
     @staticmethod
     def of_phases(phases: Sequence[Trained]) -> Trained:
@@ -62,16 +65,22 @@ class Trained(NamedTuple):
             seconds += phase.seconds
         samples = sum(phase.samples for phase in phases)
         waited = sum(phase.data_wait_seconds for phase in phases)
-        return Trained(history, longest_true, seconds, samples, waited, phases[-1].cuda_graph)
+        cpu = sum(phase.cpu_seconds for phase in phases)
+        rows = tuple(int(sum(own)) for own in zip(*(p.rows for p in phases), strict=False))
+        graph = phases[-1].cuda_graph
+        return Trained(history, longest_true, seconds, samples, waited, graph, cpu, rows)
 
-    def record(self) -> dict[str, float | str]:
+    def record(self) -> dict[str, Any]:
         """Returns the entries of results.json about the time that the training took."""
+        rows = {"token_iterations_by_rank": list(self.rows)} if self.rows else {}
         return {
             "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
             "samples": self.samples,
             "samples_per_s": round(self.samples / self.seconds, 1),
             "data_wait_share": round(self.data_wait_seconds / self.seconds, 4),
             "cuda_graph": self.cuda_graph,
+            **rows,
         }
 
 
@@ -91,6 +100,7 @@ def train_model(
     data_workers: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     before_step: BeforeStep | None = None,
+    ranks: Ranks | None = None,
 ) -> Trained:
     """Trains a model in place on all steps of a stream; continues a saved state if there is one.
 
@@ -110,14 +120,16 @@ def train_model(
         before_step: before_step(step, optimizer) may change model and optimizer, such as
             `relay_fast.models.layer_stack.grow` (without ema). A call that continues first repeats
             it for the steps taken before.
+        ranks: the processes that train together, each with the same model, stream and arguments;
+            default: this one alone. Their number changes nothing but rounding.
 
     Raises:
         KeyboardInterrupt: after an interruption, with the state saved.
         Diverged: if a loss or the state is not finite; checked where values are read back anyway.
-        WorkerDied: as `relay_fast.data.streams.prefetch`.
+        WorkerDied: as `relay_fast.data.streams.prefetch`, or if another rank died.
         CheckpointError: if the state cannot be read or written, or belongs to another recipe.
     """
-    training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
+    training = _Training(model, stream, recipe, Path(state_path), seed, before_step, ranks)
     with interrupts_deferred() as interrupted:
         return training.run(data_workers, on_progress, interrupted)
 
@@ -142,9 +154,13 @@ class _Training:
         path: Path,
         seed: int,
         before_step: BeforeStep | None,
+        ranks: Ranks | None = None,
     ):
         self.model, self.stream, self.path = model.train(), stream, path
         self.before_step = before_step or (lambda step, optimizer: None)
+        self.ranks = ranks or Ranks()
+        self.rows = np.zeros(self.ranks.size, np.int64)
+        self._told: Exchange | None = None  # of the last step: whether a rank was asked to stop
         self.name = path.name.removesuffix(".safetensors").removesuffix(".state")
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
         seed = as_int("seed", seed)
@@ -156,14 +172,15 @@ class _Training:
         if self.ema_decay:
             self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
         torch.manual_seed(seed)
-        self.step, self.samples, self.seconds, self.data_wait_seconds = 0, 0, 0.0, 0.0
+        self.step, self.samples = 0, 0
+        self.seconds = self.cpu_seconds = self.data_wait_seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.longest_true: dict[str, int] = {}
         self._generators = {"cpu": torch.default_generator}
         if model.device.type == "cuda":
             self._generators["cuda"] = torch.cuda.default_generators[model.device.index or 0]
         self.take = self._step_taker(DTYPES[recipe.get("autocast", "fp32")], recipe.get("graph"))
-        if path.exists():
+        if self.ranks.same(path.exists()):
             self._resume()
 
     def _step_taker(self, autocast: torch.dtype | None, graph: bool | None) -> Callable:
@@ -171,9 +188,13 @@ class _Training:
         self.no_graph: str | None = "not asked for"
         if graph:
             self.no_graph = graph_reason(self.model.device, self.optimizer)
+            if not self.no_graph and not self.ranks.alone:
+                self.no_graph = "the ranks add up their gradients in the middle of a step"
         if self.no_graph:
             device = self.model.device
-            return lambda b: take_step(self.model, self.optimizer, b.to(device), **options)
+            return lambda batch, **more: take_step(
+                self.model, self.optimizer, batch.to(device), **options, **more
+            )
         steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
         drawn = (self.stream[step].batch for step in sorted(set(steps.tolist())))
         capacity = Capacity.of(drawn, SLACK, SPREAD)
@@ -187,12 +208,13 @@ class _Training:
     ) -> Trained:
         """Takes the remaining steps; see `train_model`."""
         started, spent = time.monotonic(), self.seconds
+        cpu_spent = self.cpu_seconds - time.process_time()
         logged, saved, first, before = started, started, self.step, self.samples
         steps = prefetch(self.stream, self.step, data_workers, interrupted)
         try:
             for batch, longest_true in self._awaited(steps):
                 self.before_step(self.step, self.optimizer)
-                losses = self._train_step(batch)
+                losses = self._train_step(batch, interrupted)
                 self.samples += len(batch)
                 _raise_to(self.longest_true, longest_true)
                 last = self.step == len(self.stream)
@@ -203,11 +225,11 @@ class _Training:
                     self.seconds = spent + now - started
                     on_progress(self._log(losses, (self.samples - before) / (now - started)))
                 self.seconds = spent + now - started
+                self.cpu_seconds = cpu_spent + time.process_time()
                 if last or now - saved >= SAVE_EVERY:
                     self._save()
                     saved = now
-                if interrupted():
-                    raise KeyboardInterrupt
+                self._stop_if_asked(interrupted)
         except KeyboardInterrupt:
             self._save()
             raise
@@ -226,6 +248,8 @@ class _Training:
             self.samples,
             self.data_wait_seconds,
             graph,
+            self.cpu_seconds,
+            () if self.ranks.alone else tuple(self.rows.tolist()),
         )
 
     def _awaited(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -238,9 +262,16 @@ class _Training:
                 return
             yield step
 
-    def _train_step(self, batch):
+    def _train_step(self, batch, interrupted: Callable[[], bool]):
         set_lr_scale(self.optimizer, self.stream.schedule.lr_scale(self.step))
-        losses = self.take(batch)
+        if self.ranks.alone:
+            losses = self.take(batch)
+        else:
+            part, rows = self.ranks.share(batch)
+            self.rows += rows
+            exchange = Exchange(self.model, part, interrupted(), before=self._told)
+            losses = self.take(part, exchange=exchange)
+            self._told = exchange
         self.step += 1
         if self.ema is not None:
             with torch.no_grad():
@@ -249,6 +280,13 @@ class _Training:
                     list(self.ema.values()), list(self.model.parameters()), 1 - decay
                 )
         return losses
+
+    def _stop_if_asked(self, interrupted: Callable[[], bool]) -> None:
+        """Raises KeyboardInterrupt after an interruption; on all ranks after the same step."""
+        if self.ranks.alone and interrupted():
+            raise KeyboardInterrupt
+        if self._told is not None and self._told.stopped_before():
+            raise Stopped
 
     def _log(self, losses: Losses, samples_per_s: float) -> Progress:
         """Adds an entry to the history; raises Diverged if the loss is not finite."""
@@ -278,7 +316,7 @@ class _Training:
 
     def _save(self) -> None:
         """Saves the state; raises Diverged, and keeps the last one, if it is not finite."""
-        if not self.step:
+        if not self.step or not self.ranks.writes:
             return
         tensors = pack_training_state(self.model, self.optimizer, self.ema, self._generators)
         trained = {f"model.{name}" for name, _ in self.model.named_parameters()}
@@ -290,6 +328,7 @@ class _Training:
             "step": self.step,
             "samples": self.samples,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "data_wait_seconds": self.data_wait_seconds,
             "history": self.history,
             "longest_true": self.longest_true,
@@ -304,8 +343,9 @@ class _Training:
         generators = {k: g for k, g in self._generators.items() if f"rng.{k}" in tensors}
         unpack_training_state(tensors, self.model, self.optimizer, self.ema, generators, self.path)
         self.step, self.seconds = metadata["step"], metadata["seconds"]
-        # Older states lack these counts, or have the second under its old name.
+        # Older states lack these counts, or have the last under its old name.
         self.samples = metadata.get("samples", 0)
+        self.cpu_seconds = metadata.get("cpu_seconds", 0.0)
         waited = metadata.get("waited", 0.0)
         self.data_wait_seconds = metadata.get("data_wait_seconds", waited)
         self.history, self.longest_true = metadata["history"], metadata["longest_true"]

@@ -14,7 +14,9 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
 
 
-@pytest.mark.parametrize(("arch", "dtypes"), [(86, ("bf16",)), (89, ("fp32",)), (120, ("bf16",))])
+@pytest.mark.parametrize(
+    ("arch", "dtypes"), [(86, ("bf16", "fp32")), (89, ("bf16",)), (120, ("bf16",))]
+)
 def test_every_size_keeps_its_bound(tmp_path: Path, arch: int, dtypes: tuple[str, ...]) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")

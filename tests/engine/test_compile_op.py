@@ -194,6 +194,21 @@ def test_flops_count_every_sequence_as_often_as_it_loops(changed, iterations) ->
     assert backward.get_total_flops() == recomputed + reached * (2 * linears + 2.5 * attention)
 
 
+@pytest.mark.parametrize("recompute", ["state", "every:2"])
+def test_truncation_to_no_iteration(recompute: str) -> None:
+    block, x = LoopedBlock(D, 2, 1, recompute=recompute), torch.randn(2, 3, D, requires_grad=True)
+    for loops in (first := 3, torch.tensor([0, 2])):
+        found = []
+        for call in (block, compiled(block)):
+            out = call(x, loops, truncate=0)
+            found.append([out, *torch.autograd.grad(out.sum(), [x, *block.parameters()])])
+        for value, expected in zip(*found, strict=True):
+            assert_bitwise("result", value, expected)
+        _, dx, *others = found[0]
+        assert not any(g.any() for g in others) and not dx[1].any()
+        assert bool((dx[0] == (0 if loops is first else 1)).all())  # it may not loop at all
+
+
 def test_bad_input_under_compile() -> None:
     block = LoopedBlock(D, 2, 1, max_loops=2)
     x = torch.randn(2, 3, D)

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 import relay_fast
 from benchmarks.numerics import assert_bitwise, assert_close
+from relay_fast.batch.plan import Plan
+from relay_fast.batch.stopping import StoppingPlan
+from relay_fast.engine.auto_policy import policy_bytes
 from relay_fast.engine.criteria import StateChange
+from relay_fast.engine.recompute import RecomputePolicy
 
 POLICIES = ("none", "state", "every:2", "sqrt", "last:2", "budget:100000")
 D, STOPS = 6, torch.tensor([2, 5, 1, 3, 5, 9])
@@ -167,3 +171,22 @@ def test_what_until_may_not_be() -> None:
     for until, error, message in answers:
         with pytest.raises(error, match=message):
             relay_fast.loop(Rows(), x, 3, until=until)
+
+
+def test_policies_count_what_may_be_needed() -> None:
+    plan = StoppingPlan([3, 1, 2], [4, 0, 2])
+    assert plan.limit == 4 and plan.most_rows == (5, 5, 3, 3)
+    sizes = [policy_bytes(RecomputePolicy.parse(p), plan, 8, 100) for p in ("none", "state")]
+    same = [
+        policy_bytes(RecomputePolicy.parse(p), Plan([3, 1, 2], [4, 0, 2]), 8, 100)
+        for p in ("none", "state")
+    ]
+    assert sizes == same
+    module, x = Rows(), torch.randn(6, 3, D, requires_grad=True)
+    outs = [
+        relay_fast.loop(module, x, 7, until=at_stops, recompute=policy, truncate=[1, 2, 3, 0, 1, 2])
+        for policy in ("auto", "state")
+    ]
+    assert_bitwise("output", *outs)
+    for value, expected in zip(*(gradients(out, x) for out in outs), strict=True):
+        assert_bitwise("gradient", value, expected)

@@ -11,12 +11,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
 from relay_fast.batch.plan import Plan
+from relay_fast.kernels import supports as supports_module
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.kernels.supports import Unsupported, layout_reason
+from relay_fast.ops import dispatch
 from relay_fast.ops.dispatch import TORCH, _auto_ops, explain, select, supports
 from tests.support.kernel_checks import DEVICE
 
@@ -202,3 +205,33 @@ def test_without_interpreter_a_cpu_is_refused_and_triton_not_imported() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_launch_that_lacks_resources_names_kernel_card_and_remedy() -> None:
+    """And is no Unsupported, so `auto` does not go on in torch in the middle of a pass."""
+
+    def norm_linear_fwd(x):
+        raise OutOfResources(106_496, 101_376, "shared memory")
+
+    op = dispatch._with_device_guard(norm_linear_fwd)
+    message = (
+        "the kernel norm_linear_fwd needs 106496 of shared memory, and the device .* has 101376: "
+        'use impl="torch", or set RELAY_FAST_IMPL=torch'
+    )
+    with pytest.raises(RuntimeError, match=message) as raised:
+        op(X)
+    assert not isinstance(raised.value, Unsupported)
+
+
+def test_older_and_other_gpus_are_named(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    reason = supports_module._card_reason.__wrapped__
+    assert reason(0) == "the GPU Tesla T4 is sm_75, older than sm_80"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    assert reason(0) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert reason(0) == "this is a GPU for ROCm, and the kernels are for NVIDIA's from sm_80 on"
+    assert explain("mps") == "torch: Triton kernels run on CUDA devices, not on 'mps'"

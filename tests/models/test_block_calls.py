@@ -39,7 +39,7 @@ def compare(ours: list[Tensor], theirs: list[Tensor], inputs: list, block, eager
         assert_close("gradient", value, expected)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, "auto"])
 @pytest.mark.parametrize("injection", ["add", "concat"])
 def test_injection_start_and_truncation_by_sequence(injection: str, policy: str) -> None:
     block, eager = twins(injection=injection, max_loops=8, loop_norm="pre")

@@ -230,9 +230,10 @@ def test_the_answer_after_one_iteration(trained):
     model = trained["looped"].eval()
     problems = Samples.concat([unseen_problems(ONE["arithmetic"], n, 40, 3) for n in (1, 2, 4)])
     batch = PackedBatch.looped(problems, ONE)
-    run, x = model.block.run(batch.plan), model.embed(batch)
+    weights, x = model.block.weights(), model.embed(batch)
     with torch.no_grad():
-        _, state, _ = next(iter(model.iterations(run, x, batch)))
+        run = model.block.run(batch.plan, weights)
+        _, state, _ = next(iter(model.iterations(run, weights, x, batch)))
         last = torch.nn.functional.rms_norm(
             state[batch.plan.last_rows], (32,), model.norm.weight, 1e-6
         )

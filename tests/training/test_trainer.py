@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import signal
+import time
 
 import pytest
 import torch
@@ -247,16 +248,29 @@ def test_the_waiting_of_a_state_under_its_old_name_counts_on(tmp_path, monkeypat
     assert 1000 < trained.data_wait_seconds < 1000 + trained.seconds
 
 
+def test_processor_time_counts_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("relay_fast.training.trainer.LOG_EVERY", 0.0)
+    path = tmp_path / "state.safetensors"
+    assert run(path, stop_at=3) is None
+    tensors, metadata = load_checkpoint(path)
+    assert 0 < metadata["cpu_seconds"]
+    save_checkpoint(path, tensors, {**metadata, "cpu_seconds": 1000.0})
+    before = time.process_time()
+    _, trained = run(path)
+    assert 1000 < trained.cpu_seconds <= 1000 + time.process_time() - before
+    assert trained.record()["cpu_seconds"] == round(trained.cpu_seconds, 2)
+
+
 def test_what_phases_took_together() -> None:
     entry = lambda step, seconds: {"step": step, "seconds": seconds, "loss": 1.0}
-    first = Trained([entry(1, 0.5), entry(2, 1.0)], {"lis": 4}, 1.0, 20, 0.25, "not asked for")
-    second = Trained([entry(1, 0.5)], {"lis": 3, "arithmetic": 2}, 3.0, 20, 0.75, "replayed")
+    first = Trained([entry(1, 0.5), entry(2, 1.0)], {"lis": 4}, 1.0, 20, 0.25, "not asked for", 2.0)
+    second = Trained([entry(1, 0.5)], {"lis": 3, "arithmetic": 2}, 3.0, 20, 0.75, "replayed", 1.5)
     whole = Trained.of_phases([first, second])
     assert [(e["step"], e["seconds"]) for e in whole.history] == [(1, 0.5), (2, 1.0), (1, 1.5)]
     assert whole.longest_true == {"lis": 4, "arithmetic": 2}
     assert whole.record() == {
-        "seconds": 4.0, "samples": 40, "samples_per_s": 10.0, "data_wait_share": 0.25,
-        "cuda_graph": "replayed",
+        "seconds": 4.0, "cpu_seconds": 3.5, "samples": 40, "samples_per_s": 10.0,
+        "data_wait_share": 0.25, "cuda_graph": "replayed",
     }  # fmt: skip
 
 

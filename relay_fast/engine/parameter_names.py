@@ -1,4 +1,4 @@
-"""The names of a block's parameters."""
+"""Names of a block's parameters, the keys of its state dict."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def parameter_names(config: BlockConfig) -> list[str]:
     if config.max_loops:
         parts["loop_embedding"] = ("weight",)
     return [f"{part}.{kind}" for part, kinds in parts.items() for kind in kinds]
+
+
+def is_linear(name: str) -> bool:
+    """Returns whether a parameter is a GEMM operand, which is cast to the compute dtype."""
+    return "norm" not in name and "embedding" not in name
