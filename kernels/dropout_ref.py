@@ -46,6 +46,11 @@ def dropout_mask_ref(dropout: Dropout, columns: int, dtype: torch.dtype) -> Tens
     return keep.to(dtype).div_(1 - dropout.p)
 
 
+def row_uniform(seed: Tensor, tokens: Tensor) -> Tensor:
+    """(rows,) fp64 in [0, 1): a random number for each token's number, from a seed () int64."""
+    return _mix((tokens * 0x9E3779B1 + _mix(seed & _LOW)) & _LOW).double() / 2**32
+
+
 NOISE_ROWS = 8192
 
 

@@ -6,6 +6,7 @@ The same command continues an interrupted run. It writes results.json, plots and
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,19 +16,22 @@ from typing import Any
 
 from relay_fast.ops.dispatch import select
 from relay_fast.relay.pipeline import OutOfTime, run_pipeline, with_needs
-from relay_fast.relay.presets import load_preset, override, preset_names
+from relay_fast.relay.presets import load_preset, override, preset_names, recipe
 from relay_fast.relay.presets.own import config_text, read_config, resolved
 from relay_fast.relay.presets.saved import refuse_foreign
 from relay_fast.relay.presets.schema import RunConfig
-from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
+from relay_fast.relay.run_folder import MACHINE, RunFolder, RunFolderError, versions
 from relay_fast.relay.stages import STAGE_DEPENDENCIES, Context
+from relay_fast.relay.together import run_together
 from relay_fast.reporting.progress import Display
 from relay_fast.reporting.terminal import draw_all, lenient_output, refused
 from relay_fast.tasks import TextTask
 from relay_fast.tasks.references import refuse_while_loading
 from relay_fast.training.model_files import check_device
+from relay_fast.training.ranks import agree, first_rank, joined_ranks, speaks
 from relay_fast.utils.deprecation import renamed_keywords
-from relay_fast.utils.errors import RunStopped
+from relay_fast.utils.errors import RunStopped, WorkerDied
+from relay_fast.utils.files import json_text
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.settings import check, described_text
 from relay_fast.utils.tensor_files import CheckpointError
@@ -51,7 +55,7 @@ def train(
         config: A preset of `relay_fast.relay.presets`, overridden or not, or a config of one's own.
         out: The run folder.
         stages: The stages to run, with their dependencies; by default all.
-        device: "cpu" or a CUDA device.
+        device: "cpu" or a CUDA device; several, like "cuda:0,cuda:1", for stages side by side.
         impl: Implementation of the kernels: "auto", "triton" or "torch".
         minutes: Time limit, by default none.
         print_table: Print the table and draw the plots at the end.
@@ -70,25 +74,39 @@ def train(
         raise ValueError(f"minutes = {minutes:g}: give more than 0")
     refuse_while_loading()
     names = with_needs(STAGE_DEPENDENCIES if stages is None else stages)
-    check_device(device)
     config = resolved(config, tasks)
-    context = prove(config, device, impl)
-    refuse_foreign(out)
-    folder = RunFolder(out, config)
-    call = _Call(folder, device, context.labels)
-    _report_data(folder, context.data)
-    try:
-        with Display() as display:
-            run_pipeline(
-                folder, names, display, device=device, impl=impl, minutes=minutes, done=call.finish
-            )
-    except BaseException:
-        call.record()
-        raise
+    with joined_ranks(device) as (ranks, device):
+        agree(ranks, lambda: prove(config, device, impl, ranks.size), _identity(config, names))
+        options = {"device": device, "impl": impl, "minutes": minutes}
+        begin = lambda: _begin(config, out, device, impl)
+        folder, call = first_rank(ranks, begin) or (None, None)
+        try:
+            if ranks.alone:
+                with Display() as display:
+                    run_pipeline(folder, names, display, done=call.finish, **options)
+            else:
+                done = None if call is None else call.finish
+                run_together(Path(out), config, folder, names, ranks, done=done, **options)
+        except BaseException:
+            if call is not None:
+                call.record()
+            raise
+    if folder is None:
+        return {}
     results = folder.results()
     if print_table:
         _show(results, folder.path)
     return results
+
+
+def _begin(config: Mapping[str, Any], out: str | Path, device: str, impl: str):
+    """Makes or continues the folder of a run; returns it and the record of this call."""
+    refuse_foreign(out)
+    device = device.split(",")[0]
+    folder, context = RunFolder(out, config), Context(Path(), config, device, impl)
+    call = _Call(folder, device, context.labels)
+    _report_data(folder, context.data)
+    return folder, call
 
 
 def _report_data(folder: RunFolder, data: Mapping[str, Mapping[str, int]]) -> None:
@@ -100,23 +118,44 @@ def _report_data(folder: RunFolder, data: Mapping[str, Mapping[str, int]]) -> No
         folder.update_results({"data": {name: dict(counts) for name, counts in data.items()}})
 
 
-def prove(config: Mapping[str, Any], device: str = "cpu", impl: str = "auto") -> Context:
+def _identity(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Returns what must be the same on all ranks."""
+    shared = {key: value for key, value in config.items() if key not in MACHINE}
+    digest = hashlib.sha256(json_text(shared, sort_keys=True).encode()).hexdigest()[:16]
+    code = {key: versions()[key] for key in ("torch", "numpy", "relay_fast", "commit")}
+    return {"config": digest, "stages": ", ".join(names), **code}
+
+
+def prove(
+    config: Mapping[str, Any], device: str = "cpu", impl: str = "auto", ranks: int = 1
+) -> Context:
     """Checks a config before anything is written; returns the run as its stages see it.
 
     Args:
         config: The config of a run.
-        device: Where it will run.
+        device: Where it will run, as in `train`.
         impl: Implementation of the kernels.
+        ranks: How many processes will train together.
 
     Raises:
         ValueError: The tasks or models cannot be built, or the device does not support `impl`.
     """
     check(RunConfig, config)
-    try:
-        select(impl, device)
-    except RuntimeError as error:
-        raise ValueError(f"impl = {impl!r} cannot run on device {device!r}: {error}") from error
-    context = Context(Path(), config, device, impl)
+    devices = device.split(",")
+    for place in devices:
+        check_device(place)
+        try:
+            select(impl, place)
+        except RuntimeError as error:
+            raise ValueError(f"impl = {impl!r} cannot run on device {place!r}: {error}") from error
+    for stage in config["stages"]:
+        size = recipe(config, stage)["batch_size"]
+        if size < ranks:
+            raise ValueError(
+                f"{ranks} processes cannot share the {size} samples of a batch of {stage}: start "
+                f"at most {size}, or give a larger batch_size"
+            )
+    context = Context(Path(), config, devices[0], impl)
     context.prove()
     return context
 
@@ -206,7 +245,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--minutes", type=float, help="stop and save after so many minutes")
     parser.add_argument("--no-report", action="store_true", help="print no table and draw no plots")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, or several like cuda:0,cuda:1 for stages side by side",
+    )
     parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"))
     return parser
 
@@ -259,14 +302,17 @@ def _main(a: argparse.Namespace) -> int:
         options["print_table"] = not a.no_report
         train(config, a.out, stages=stages, **options)
     except (ValueError, RunFolderError, CheckpointError, OSError, MemoryError) as error:
-        return refused(error)
+        return refused(error) if speaks() else 2
     except RunStopped as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        if speaks() or isinstance(error, WorkerDied):
+            print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except OutOfTime:
-        print(f"\n{a.minutes:g} minutes are over; the same command continues this run")
+        if speaks():
+            print(f"\n{a.minutes:g} minutes are over; the same command continues this run")
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues this run", file=sys.stderr)
+        if speaks():
+            print("\ninterrupted; the same command continues this run", file=sys.stderr)
         return 130
     return 0
 

@@ -18,6 +18,7 @@ from relay_fast.batch.paddings import Paddings, device_tensor
 from relay_fast.batch.row_range import RowRange, scattered
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.utils.numbers import as_int, is_bool
+from relay_fast.utils.ragged import concat_ranges
 
 
 class Plan:
@@ -29,6 +30,8 @@ class Plan:
         device: where the index tensors are.
         positions: position of each token, in the caller's row order; default: 0..n − 1 in each
             sequence.
+        token_numbers: number of each token, in the caller's row order; default: 0..N − 1. Random
+            masks are drawn by these numbers, so a part of a batch keeps those of the whole.
 
     Attributes:
         lengths: int64 array (sequences,), in sorted order like the following ones.
@@ -49,6 +52,7 @@ class Plan:
         loops: Sequence[int] | np.ndarray,
         device: torch.device | str = "cpu",
         positions: np.ndarray | None = None,
+        token_numbers: np.ndarray | None = None,
     ):
         lengths = np.asarray(lengths, dtype=np.int64)
         loops = np.asarray(loops, dtype=np.int64)
@@ -64,6 +68,7 @@ class Plan:
         self.active_rows = tuple(self.offsets[active].tolist())
         self.state_offsets = (0, *np.cumsum(self.active_rows, dtype=np.int64).tolist())
         self._caller_positions = positions
+        self._caller_tokens = token_numbers
         self._start_caches()
 
     def _start_caches(self) -> None:
@@ -80,14 +85,30 @@ class Plan:
         plan.lengths, plan.loops = np.ones(rows, np.int64), np.full(rows, loops)
         plan.active_sequences = plan.active_rows = (rows,) * plan.max_loops
         plan.state_offsets = tuple(range(0, rows * plan.max_loops + 1, max(1, rows)))
-        plan._caller_positions = None
+        plan._caller_positions = plan._caller_tokens = None
         plan._start_caches()
         return plan
 
     def to(self, device: torch.device | str) -> Plan:
         """Returns the plan on another device; its sorted order counts as the caller's."""
         positions = None if self._caller_positions is None else self.positions.cpu().numpy()
-        return Plan(self.lengths, self.loops, device, positions)
+        tokens = None if self._caller_tokens is None else self.token_numbers
+        return Plan(self.lengths, self.loops, device, positions, tokens)
+
+    def take(self, sequences: np.ndarray) -> Plan:
+        """Returns the plan of some sequences, by ascending index; tokens keep their numbers."""
+        rows = concat_ranges(self.offsets[sequences], self.lengths[sequences])
+        positions = self._caller_positions
+        if positions is not None:
+            positions = positions if self.row_order is None else positions[self.row_order]
+            positions = positions[rows]
+        return Plan(
+            self.lengths[sequences],
+            self.loops[sequences],
+            self.device,
+            positions,
+            self.token_numbers[rows],
+        )
 
     def part(self, first: int, last: int) -> Plan:
         """Returns the plan of sequences first..last − 1."""
@@ -104,7 +125,8 @@ class Plan:
         if positions is not None:
             positions = positions if self.row_order is None else positions[self.row_order]
             positions = positions[self.offsets[first] : self.offsets[last]]
-        return Plan(self.lengths[first:last], loops, self.device, positions)
+        tokens = self.token_numbers[self.offsets[first] : self.offsets[last]]
+        return Plan(self.lengths[first:last], loops, self.device, positions, tokens)
 
     @property
     def sequences(self) -> int:
@@ -247,10 +269,17 @@ class Plan:
         return self._tensor(np.argsort(self.row_order[: self.rows_at(iteration)]), torch.int64)
 
     @cached_property
+    def token_numbers(self) -> np.ndarray:
+        """(rows,) int64: the number of the token in each row."""
+        numbers, order = self._caller_tokens, self.row_order
+        if numbers is None:
+            return np.arange(self.rows) if order is None else order
+        return numbers if order is None else numbers[order]
+
+    @cached_property
     def tokens(self) -> Tensor:
-        """(rows,) int64: the caller's token index of each row, a counter of the dropout masks."""
-        rows = np.arange(self.rows) if self.row_order is None else self.row_order
-        return self._tensor(rows, torch.int64)
+        """(rows,) int64: the number of the token in each row, a counter of the dropout masks."""
+        return self._tensor(self.token_numbers, torch.int64)
 
     @cached_property
     def positions(self) -> Tensor:

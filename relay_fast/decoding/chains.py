@@ -155,7 +155,8 @@ def stream_chains(
         problems: S samples.
         tasks: the problems' tasks by name.
         **options: `first`, how many problems of that order to skip, for a call that continues
-            another; others as in `generate_looped_chains`.
+            another; `shard`, (i, n) for every nth batch from the ith on; others as in
+            `generate_looped_chains`.
 
     Raises:
         ValueError: as `generate_looped_chains`, at the first batch.
@@ -177,6 +178,7 @@ def _stream(
     batch_tokens: int | None = None,
     progress: Progress | None = None,
     first: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[np.ndarray, Samples, ChainLogProbs | None]]:
     if isinstance(model, AutoregressiveTransformer):
         raise TypeError(
@@ -200,10 +202,14 @@ def _stream(
     order = stream_order(problems)
     ends = np.cumsum(sizes[order])
     questions = _without_truth(problems)
-    start = first
+    start, batches = first, 0
     while start < len(order):
         before = ends[start] - sizes[order[start]]
         stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
+        batches += 1
+        if (batches - 1) % shard[1] != shard[0]:
+            start = stop
+            continue
         attempt = partial(_read_first, model, questions, order[start:stop], tasks, scored)
         result, fitted = halve_on_oom(attempt, stop - start, model.device)
         if fitted < stop - start:  # the later batches, too, are as small

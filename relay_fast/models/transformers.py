@@ -20,7 +20,7 @@ from relay_fast.engine.fused_inference import feedback_reason, run_fused_loop
 from relay_fast.engine.loop import iterate, run_loop
 from relay_fast.engine.plain_modules import check_not_overridden, check_parts, reset_submodules
 from relay_fast.engine.spec import LoopSpec, Readout
-from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref
+from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref, row_uniform
 from relay_fast.kernels.supports import require
 from relay_fast.models.layer import Norm
 from relay_fast.models.looped_block import LoopedBlock
@@ -28,6 +28,7 @@ from relay_fast.models.readouts import NormAndHead, ReadoutWeights
 from relay_fast.ops.cross_entropy import weighted_losses
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.deprecation import renamed_method
+from relay_fast.utils.draws import one_draw
 
 
 class Losses(NamedTuple):
@@ -207,20 +208,31 @@ class LoopedTransformer(_Transformer):
         x = super()._embed_tokens(batch)
         if batch.fed is None:
             return x
-        return x + self._embed_fed(batch.fed)
+        return x + self._embed_fed(batch.fed, batch.plan)
 
-    def _embed_fed(self, fed: Tensor) -> Tensor:
-        """Returns the embeddings (N, d) of the fed tokens, with noise in training."""
+    def _embed_fed(self, fed: Tensor, plan: Plan) -> Tensor:
+        """Returns the embeddings (N, d) of the tokens fed to a plan's rows, with noise in
+        training: some become another token of the same input."""
         p = self.config.feedback_noise
-        if self.training and p and len(fed):
-            wrong = torch.rand(fed.shape, device=fed.device) < p
-            others = fed[torch.randint(len(fed), fed.shape, device=fed.device)]
-            fed = torch.where(wrong & (fed != PAD), others, fed)
+        if self.training and p:
+            wrong, other = (
+                row_uniform(torch.randint(2**31, (), device=fed.device), plan.tokens)
+                for _ in range(2)
+            )
+            offsets = plan.cu_seqlens.long()
+            sizes = offsets.diff().repeat_interleave(offsets.diff(), output_size=plan.rows)
+            starts = offsets[:-1].repeat_interleave(offsets.diff(), output_size=plan.rows)
+            others = fed[starts + (other * sizes).long()]
+            fed = torch.where((wrong < p) & (fed != PAD), others, fed)
         return self.fed_embedding(fed)
 
     def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
         if not self.config.carry_state:
             return super()._pass(batch, supervised)
+        with one_draw(self.device):  # however many iterations there are
+            return self._carried_pass(batch)
+
+    def _carried_pass(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         plan = batch.plan
         state, own = self.embed(batch), batch.feeder.start()
         final = [state[plan.rows_at(1) :]]
@@ -230,11 +242,12 @@ class LoopedTransformer(_Transformer):
             once, part = plan.once(t), slice(*batch.row_offsets[t - 1 : t + 1])
             fed = batch.true_feed[plan.state_offsets[t - 1] : plan.state_offsets[t]]
             if batch.truth < 1:
-                told = torch.rand(once.sequences, device=fed.device) < batch.truth
+                seed = torch.randint(2**31, (), device=fed.device)
+                told = row_uniform(seed, once.tokens[once.cu_seqlens[:-1]]) < batch.truth
                 told = told.repeat_interleave(once.cu_seqlens.diff(), output_size=rows)
                 fed = torch.where(told, fed, own)
             offsets = (0, part.stop - part.start)
-            entered = state[:rows] + self._embed_fed(fed)
+            entered = state[:rows] + self._embed_fed(fed, once)
             supervised = (batch.rows[part], batch.targets[part], offsets)
             state, loss, correct, run = self._loop(once, entered, supervised)
             final.append(state[later:])

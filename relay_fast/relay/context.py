@@ -19,6 +19,7 @@ from relay_fast.relay.presets import recipe
 from relay_fast.relay.presets.complete import used_lengths
 from relay_fast.tasks import FeedbackDraws
 from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
+from relay_fast.training.ranks import Ranks
 from relay_fast.training.trainer import Trained
 from relay_fast.utils.cores import machine_memory
 
@@ -34,10 +35,18 @@ class Context:
     Attributes:
         vocabulary, tasks: Built from the config.
         seed: The run's seed.
+        ranks: The processes that run the stage together, by default this one alone.
         ranges: {task: (shortest, longest)} lengths in training.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], device: str, impl: str):
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        device: str,
+        impl: str,
+        ranks: Ranks | None = None,
+    ):
         """Prepares a run.
 
         Args:
@@ -45,7 +54,9 @@ class Context:
             config: The run's config.
             device: Where models run.
             impl: Implementation of the kernels.
+            ranks: As the attribute.
         """
+        self.ranks = ranks or Ranks()
         self.folder, self.config, self.device, self.impl = folder, config, device, impl
         self.vocabulary, self.tasks = run_tasks(config)
         self.seed: int = config["seed"]
@@ -195,10 +206,14 @@ class Context:
 
     def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
         """Saves the model `name` after training; returns the training's part of results.json."""
+        if not self.ranks.writes:
+            self.ranks.same(None)  # the model is there when other stages read it
+            return {}
         info = {"seed": self.seed, "stage": name}
         if self.vocabulary.tokens:
             info["vocabulary"] = self.vocabulary.to_dict()
         save_model(model_path(self.folder, name), model, info)
+        self.ranks.same(None)
         return {
             "history": {name: trained.history},
             "training": {name: trained.record()},

@@ -74,7 +74,7 @@ def run_pipeline(
         folder: The run's folder.
         names: The stages to run.
         display: Shows the progress.
-        device: Where the stages run.
+        device: Where the stages run; of several, separated by commas, each worker takes the next.
         impl: Implementation of the kernels.
         minutes: Time limit, by default none.
         done: Called with (stage, result) when a stage has finished.
@@ -85,10 +85,7 @@ def run_pipeline(
         Diverged: A training diverged; its history goes into results.json.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    names = with_needs(names)
-    waiting = _unfinished(folder, names)
-    _warn_of_lost_results(folder, [name for name in names if name not in waiting])
-    _clear(folder, (name for name in names if name not in waiting and folder.stage_done(name)))
+    waiting = stages_to_run(folder, with_needs(names))
     team = _Team(folder, display, waiting, device, impl, done)
     with interrupts_deferred() as interrupted:
         try:
@@ -115,6 +112,14 @@ def run_pipeline(
         stop(team.workers, interrupt=False)
 
 
+def stages_to_run(folder: RunFolder, names: list[str]) -> list[str]:
+    """Returns the stages still to run; warns of lost results and clears what finished ones left."""
+    waiting = _unfinished(folder, names)
+    _warn_of_lost_results(folder, [name for name in names if name not in waiting])
+    clear(folder, (name for name in names if name not in waiting and folder.stage_done(name)))
+    return waiting
+
+
 def _initialize(threads: int) -> None:
     """Prepares a training process: at most `threads` threads, fewer if the environment says so."""
     limit_threads(threads)
@@ -136,7 +141,7 @@ class _Team:
         self._most = max(1, int(folder.config["workers"]))
         threads = usable_threads(self._most)  # for any number of stages: rounding depends on it
         self._initialize = partial(_initialize, threads)
-        self._task = (str(folder.path), folder.config, device, impl)
+        self._devices, self._impl = device.split(","), impl
 
     def running(self) -> list[str]:
         """Returns the stages that run."""
@@ -152,7 +157,9 @@ class _Team:
             if worker is None:
                 worker = Worker(self._initialize)
                 self.workers.append(worker)
-            worker.run(name, _run, *self._task, name)
+            device = self._devices[self.workers.index(worker) % len(self._devices)]
+            path, config = str(self._folder.path), self._folder.config
+            worker.run(name, _run, path, config, device, self._impl, name)
             self._display.start(name)
 
     def handle_messages(self) -> None:
@@ -166,7 +173,7 @@ class _Team:
                 else:
                     self._display.finish(self.handled, value["seconds"])
                     self._done(self.handled, value)
-                    _clear(self._folder, [self.handled])
+                    clear(self._folder, [self.handled])
 
 
 def _unfinished(folder: RunFolder, names: list[str]) -> list[str]:
@@ -206,7 +213,7 @@ def _warn_of_lost_results(folder: RunFolder, finished: list[str]) -> None:
         )
 
 
-def _clear(folder: RunFolder, done: Iterable[str]) -> None:
+def clear(folder: RunFolder, done: Iterable[str]) -> None:
     """Deletes the files that finished stages needed only to be continued."""
     for name in done:
         for file in scratch_files(folder.path, name):

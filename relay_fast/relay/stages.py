@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,12 @@ import numpy as np
 
 from relay_fast.data.sample_files import load_samples, save_samples
 from relay_fast.data.streams import SampleStream, TruthStream, mean_cost
-from relay_fast.decoding.chains import generate_ar_chains, generate_looped_chains
+from relay_fast.decoding.chains import (
+    generate_ar_chains,
+    generate_looped_chains,
+    in_callers_order,
+    stream_chains,
+)
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.relay import filter_metrics
 from relay_fast.relay.context import Context
@@ -180,6 +185,7 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
         seed=context.seed,
         data_workers=context.config["data_workers"],
         on_progress=on_progress,
+        ranks=context.ranks,
     )
     return context.finish(name, model, trained)
 
@@ -215,9 +221,10 @@ def _chains(context: Context, on_progress: OnProgress):
         lengths = np.repeat(beyond, counts)
         parts.append(task.sample(lengths, context.stream_seed(CHAINS_STREAM)))
     problems = Samples.concat(parts)
-    stem = context.folder / "checkpoints" / "chains"
-    written = generate_in_parts(model, problems, context.tasks, stem, _throttled(on_progress))
-    save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
+    written = _written_together(context, model, problems, on_progress)
+    if context.ranks.writes:
+        save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
+    context.ranks.same(None)
     counts = [filter_metrics.count(written, problems, context.tasks)]
     if len(kept := _kept_problems(context, problems)):
         written = generate_looped_chains(model, kept, context.tasks)
@@ -235,6 +242,17 @@ def _kept_problems(context: Context, problems: Samples) -> Samples:
             number = context.config["evaluation"]["problems"]
             parts.append(task.unseen(length, number, context.seed))
     return Samples.concat(parts)
+
+
+def _written_together(context: Context, model, problems: Samples, on_progress) -> Samples:
+    """Generates chains on all ranks; each takes every so manieth batch of those of one process."""
+    progress, ranks = _throttled(on_progress), context.ranks
+    if ranks.alone:
+        stem = context.folder / "checkpoints" / "chains"
+        return generate_in_parts(model, problems, context.tasks, stem, progress)
+    shard = (ranks.rank, ranks.size)
+    own = list(stream_chains(model, problems, context.tasks, progress=progress, shard=shard))
+    return in_callers_order([part for parts in ranks.gather(own) for part in parts], problems)
 
 
 def _in_range_problems(context: Context) -> Samples:
@@ -282,6 +300,7 @@ def _fine_tune(
         seed=context.seed,
         data_workers=context.config["data_workers"],
         on_progress=on_progress,
+        ranks=context.ranks,
     )
 
 
@@ -320,12 +339,12 @@ def _passed(
 ) -> Samples:
     """Generates the chains that `keep_filter` keeps, or reads those of an interrupted call."""
     path = context.folder / "checkpoints" / f"{name}.chains.safetensors"
-    if path.exists():
-        return load_samples(path)
-    written = generate_ar_chains(model, problems, context.tasks, progress=_throttled(on_progress))
-    passed = written.take(keep_filter(problems, written))
-    save_samples(path, passed, {"stage": name})
-    return passed
+    if context.ranks.writes and not path.exists():
+        progress = _throttled(on_progress)
+        written = generate_ar_chains(model, problems, context.tasks, progress=progress)
+        save_samples(path, written.take(keep_filter(problems, written)), {"stage": name})
+    context.ranks.same(None)
+    return load_samples(path)
 
 
 def _self_problems(context: Context, phase: int) -> Samples:
@@ -365,8 +384,11 @@ def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str,
     looped = isinstance(model, LoopedTransformer)
     evaluate = evaluate_looped if looped else evaluate_autoregressive
     accuracy, matrices = {}, {}
+    own = slice(context.ranks.rank, None, context.ranks.size)  # lengths are shared out
     for task, entry in context.config["tasks"].items():
-        lengths = context.tasks[task].lengths_between(entry["train"][0], entry["test"][1]).tolist()
+        lengths = (
+            context.tasks[task].lengths_between(entry["train"][0], entry["test"][1]).tolist()[own]
+        )
         accuracy[task] = evaluate(
             model,
             context.tasks,
@@ -377,14 +399,24 @@ def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str,
             progress=_throttled(on_progress),
         )
         matrices[task] = {}
-        for length in entry["hit_matrix"]:
+        for length in entry["hit_matrix"][own]:
             matrix = hit_matrix(model, context.tasks[task], length, min(problems, 200))
             if not matrix.size:  # a file may hold no problem of this length
                 continue
             rows = np.where(np.isnan(matrix), None, matrix.round(4)).tolist()
             matrices[task][str(length)] = {name: rows}
-    accuracy = {t: {str(n): row for n, row in by.items()} for t, by in accuracy.items()}
+    found = context.ranks.gather((accuracy, matrices))
+    accuracy = {
+        task: {str(n): row for n, row in sorted(_merged(a[task] for a, _ in found).items())}
+        for task in accuracy
+    }
+    matrices = {task: _merged(m[task] for _, m in found) for task in matrices}
     return {"accuracy": {name: accuracy}, "hit_matrix": matrices}
+
+
+def _merged(parts: Iterable[Mapping]) -> dict:
+    """Returns one dict of the entries of several."""
+    return {key: value for part in parts for key, value in part.items()}
 
 
 _STAGES: dict[str, Callable[[Context, OnProgress], dict[str, Any]]] = {

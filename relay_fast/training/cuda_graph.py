@@ -8,7 +8,7 @@ eagerly and `GraphedStep.reason` says why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.ops.dispatch import on_device
+from relay_fast.utils.draws import Rewind
 
 __all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
 
@@ -50,6 +51,7 @@ def take_step(
     *,
     clip: float | None = None,
     autocast: torch.dtype | None = None,
+    exchange: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Takes one eager training step.
 
@@ -59,23 +61,44 @@ def take_step(
         batch: on the model's device.
         clip: largest norm of all gradients, None for no clipping.
         autocast: dtype of the GEMMs, None for that of the parameters.
+        exchange: called between backward and clipping with what the model returned; adds up the
+            gradients of several processes and returns the losses of all.
 
     Returns:
-        What `model(batch)` returns.
+        What `model(batch)`, or `exchange`, returns.
     """
     optimizer.zero_grad()
-    if isinstance(batch, PackedBatch) and batch.fed is not None:
-        parts = list(batch.parts(PART_TOKENS[model.device.type]))
-        losses = _joined([_add_gradients(model, part, autocast) for part in parts], parts)
-    else:
-        losses = _add_gradients(model, batch, autocast)
+    losses = add_gradients(model, batch, autocast)
+    if exchange is not None:
+        losses = exchange(losses)
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return losses
 
 
-def _add_gradients(model: nn.Module, batch: Any, autocast: torch.dtype | None) -> Any:
+def add_gradients(
+    model: nn.Module, batch: Any, autocast: torch.dtype | None, part_tokens: int | None = None
+) -> Any:
+    """Computes the losses of a batch and adds their gradients to the parameters'.
+
+    Args:
+        model: called with the batch.
+        batch: on the model's device; one whose iterations train side by side goes in parts.
+        autocast: dtype of the GEMMs, None for that of the parameters.
+        part_tokens: tokens of a part, default PART_TOKENS.
+    """
+    if not isinstance(batch, PackedBatch) or batch.fed is None:
+        return _backward(model, batch, autocast)
+    parts = list(batch.parts(part_tokens or PART_TOKENS[model.device.type]))
+    rewind, losses = Rewind(model.device), []
+    for part in parts:
+        rewind()
+        losses.append(_backward(model, part, autocast))
+    return _joined(losses, parts)
+
+
+def _backward(model: nn.Module, batch: Any, autocast: torch.dtype | None) -> Any:
     # No cache: a captured graph would keep casts in memory that is freed after the capture.
     with torch.autocast(
         model.device.type, autocast, enabled=autocast is not None, cache_enabled=False

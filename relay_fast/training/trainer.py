@@ -21,6 +21,7 @@ from relay_fast.reporting.progress import Progress
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason, take_step
 from relay_fast.training.optim import make_optimizer, set_lr_scale
+from relay_fast.training.ranks import Exchange, Ranks, Stopped
 from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
 from relay_fast.utils.interrupts import interrupts_deferred
@@ -49,6 +50,7 @@ class Trained(NamedTuple):
     data_wait_seconds: float  # spent waiting for batches, or making them without data workers
     cuda_graph: str  # "replayed", or why the last step did not replay a CUDA graph
     cpu_seconds: float = 0.0  # of this process, all its threads; data workers not counted
+    rows: tuple[int, ...] = ()  # token-iterations of each rank in this call, if there are several
 
     @staticmethod
     def of_phases(phases: Sequence[Trained]) -> Trained:
@@ -65,10 +67,13 @@ class Trained(NamedTuple):
         samples = sum(phase.samples for phase in phases)
         waited = sum(phase.data_wait_seconds for phase in phases)
         cpu = sum(phase.cpu_seconds for phase in phases)
-        return Trained(history, longest_true, seconds, samples, waited, phases[-1].cuda_graph, cpu)
+        rows = tuple(int(sum(own)) for own in zip(*(p.rows for p in phases), strict=False))
+        graph = phases[-1].cuda_graph
+        return Trained(history, longest_true, seconds, samples, waited, graph, cpu, rows)
 
-    def record(self) -> dict[str, float | str]:
+    def record(self) -> dict[str, Any]:
         """Returns the entries of results.json about the time that the training took."""
+        rows = {"token_iterations_by_rank": list(self.rows)} if self.rows else {}
         return {
             "seconds": round(self.seconds, 2),
             "cpu_seconds": round(self.cpu_seconds, 2),
@@ -76,6 +81,7 @@ class Trained(NamedTuple):
             "samples_per_s": round(self.samples / self.seconds, 1),
             "data_wait_share": round(self.data_wait_seconds / self.seconds, 4),
             "cuda_graph": self.cuda_graph,
+            **rows,
         }
 
 
@@ -95,6 +101,7 @@ def train_model(
     data_workers: int = 0,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     before_step: BeforeStep | None = None,
+    ranks: Ranks | None = None,
 ) -> Trained:
     """Trains a model in place on all steps of a stream; continues a saved state if there is one.
 
@@ -114,14 +121,16 @@ def train_model(
         before_step: before_step(step, optimizer) may change model and optimizer, such as
             `relay_fast.models.layer_stack.grow` (without ema). A call that continues first repeats
             it for the steps taken before.
+        ranks: the processes that train together, each with the same model, stream and arguments;
+            default: this one alone. Their number changes nothing but rounding.
 
     Raises:
         KeyboardInterrupt: after an interruption, with the state saved.
         Diverged: if a loss or the state is not finite; checked where values are read back anyway.
-        WorkerDied: as `relay_fast.data.streams.prefetch`.
+        WorkerDied: as `relay_fast.data.streams.prefetch`, or if another rank died.
         CheckpointError: if the state cannot be read or written, or belongs to another recipe.
     """
-    training = _Training(model, stream, recipe, Path(state_path), seed, before_step)
+    training = _Training(model, stream, recipe, Path(state_path), seed, before_step, ranks)
     with interrupts_deferred() as interrupted:
         return training.run(data_workers, on_progress, interrupted)
 
@@ -146,9 +155,13 @@ class _Training:
         path: Path,
         seed: int,
         before_step: BeforeStep | None,
+        ranks: Ranks | None = None,
     ):
         self.model, self.stream, self.path = model.train(), stream, path
         self.before_step = before_step or (lambda step, optimizer: None)
+        self.ranks = ranks or Ranks()
+        self.rows = np.zeros(self.ranks.size, np.int64)
+        self._told: Exchange | None = None  # of the last step: whether a rank was asked to stop
         self.name = path.name.removesuffix(".safetensors").removesuffix(".state")
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
         seed = as_int("seed", seed)
@@ -168,7 +181,7 @@ class _Training:
         if model.device.type == "cuda":
             self._generators["cuda"] = torch.cuda.default_generators[model.device.index or 0]
         self.take = self._step_taker(DTYPES[recipe.get("autocast", "fp32")], recipe.get("graph"))
-        if path.exists():
+        if self.ranks.same(path.exists()):
             self._resume()
 
     def _step_taker(self, autocast: torch.dtype | None, graph: bool | None) -> Callable:
@@ -176,6 +189,8 @@ class _Training:
         self.no_graph: str | None = "not asked for"
         if graph:
             self.no_graph = graph_reason(self.model.device, self.optimizer)
+            if not self.no_graph and not self.ranks.alone:
+                self.no_graph = "the ranks add up their gradients in the middle of a step"
         if self.no_graph:
             return partial(take_step, self.model, self.optimizer, **options)
         steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
@@ -197,7 +212,7 @@ class _Training:
         try:
             for batch, longest_true in self._awaited(steps):
                 self.before_step(self.step, self.optimizer)
-                losses = self._train_step(batch.to(self.model.device))
+                losses = self._train_step(batch, interrupted)
                 self.samples += len(batch)
                 _raise_to(self.longest_true, longest_true)
                 last = self.step == len(self.stream)
@@ -212,8 +227,7 @@ class _Training:
                 if last or now - saved >= SAVE_EVERY:
                     self._save()
                     saved = now
-                if interrupted():
-                    raise KeyboardInterrupt
+                self._stop_if_asked(interrupted)
         except KeyboardInterrupt:
             self._save()
             raise
@@ -233,6 +247,7 @@ class _Training:
             self.data_wait_seconds,
             graph,
             self.cpu_seconds,
+            () if self.ranks.alone else tuple(self.rows.tolist()),
         )
 
     def _awaited(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -245,9 +260,16 @@ class _Training:
                 return
             yield step
 
-    def _train_step(self, batch):
+    def _train_step(self, batch, interrupted: Callable[[], bool]):
         set_lr_scale(self.optimizer, self.stream.schedule.lr_scale(self.step))
-        losses = self.take(batch)
+        if self.ranks.alone:
+            losses = self.take(batch.to(self.model.device))
+        else:
+            part, rows = self.ranks.share(batch)
+            self.rows += rows
+            exchange = Exchange(self.model, part, interrupted(), before=self._told)
+            losses = self.take(part.to(self.model.device), exchange=exchange)
+            self._told = exchange
         self.step += 1
         if self.ema is not None:
             with torch.no_grad():
@@ -256,6 +278,13 @@ class _Training:
                     list(self.ema.values()), list(self.model.parameters()), 1 - decay
                 )
         return losses
+
+    def _stop_if_asked(self, interrupted: Callable[[], bool]) -> None:
+        """Raises KeyboardInterrupt after an interruption; on all ranks after the same step."""
+        if self.ranks.alone and interrupted():
+            raise KeyboardInterrupt
+        if self._told is not None and self._told.stopped_before():
+            raise Stopped
 
     def _log(self, losses: Losses, samples_per_s: float) -> Progress:
         """Adds an entry to the history; raises Diverged if the loss is not finite."""
@@ -285,7 +314,7 @@ class _Training:
 
     def _save(self) -> None:
         """Saves the state; raises Diverged, and keeps the last one, if it is not finite."""
-        if not self.step:
+        if not self.step or not self.ranks.writes:
             return
         tensors = pack_training_state(self.model, self.optimizer, self.ema, self._generators)
         trained = {f"model.{name}" for name, _ in self.model.named_parameters()}

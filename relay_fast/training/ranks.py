@@ -1,0 +1,282 @@
+"""Data parallelism: the processes of a run (*ranks*), their shares of a batch, and what they sum.
+
+Every rank draws the whole batch, computes its share, and adds up gradients with the others in one
+all-reduce after the backward pass: the gradients of shared weights are complete only then. Weights,
+optimizer and random numbers are thus the same on all ranks, and rank 0 alone writes files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.batch.shares import deal, take_sequences
+from relay_fast.models.transformers import Losses
+from relay_fast.utils.errors import WorkerDied
+
+JOIN = 120.0  # seconds until all ranks must have started
+SILENT = 1800.0  # seconds that a rank may let the others wait, such as while one evaluates
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised on all ranks after the same step, when one of them was asked to stop."""
+
+
+class Ranks:
+    """The ranks of a run, seen from one of them; without torch.distributed there is a single one.
+
+    Attributes:
+        rank, size: this rank, 0 ≤ rank < size.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.rank == 0
+
+    def share(self, batch: PackedBatch) -> tuple[PackedBatch, np.ndarray]:
+        """Returns this rank's share of a batch, and the token-iterations (size,) of all shares."""
+        costs = batch.plan.lengths * batch.plan.loops
+        shares = deal(costs, self.size)
+        rows = np.array([costs[share].sum() for share in shares], np.int64)
+        return take_sequences(batch, shares[self.rank]), rows
+
+    def same(self, value: Any) -> Any:
+        """Returns rank 0's value on every rank; waits for it."""
+        if self.alone:
+            return value
+        box = [value]
+        with lost_ranks():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all ranks, by rank; waits for them."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with lost_ranks():
+            dist.all_gather_object(values, value)
+        return values
+
+
+class Exchange:
+    """Sums gradients and losses over all ranks, in one message; `take_step` calls it between
+    backward and clipping.
+
+    Args:
+        model: has the gradients of its share; a parameter without one counts as zero.
+        part: the share.
+        stop: whether this rank was asked to stop.
+        before: the exchange of the step before.
+    """
+
+    def __init__(
+        self, model: nn.Module, part: PackedBatch, stop: bool, before: Exchange | None = None
+    ):
+        self.part, self.stop = part, stop
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._stopping: Tensor | None = None
+        self._before = None if before is None else before._stopping
+
+    def stopped_before(self) -> bool:
+        """Tells whether a rank was asked to stop by the step before; the same on all ranks.
+
+        One step later than the request, so that no GPU is waited for.
+        """
+        return self._before is not None and bool(self._before)
+
+    @torch.no_grad()
+    def __call__(self, losses: Losses) -> Losses:
+        counts = (len(self.part.targets), len(self.part))
+        values = torch.stack([value.detach().to(losses.loss.dtype) for value in losses])
+        right = values[3:] * values.new_tensor(counts)
+        told = values.new_tensor((*counts, float(self.stop)))
+        small = torch.cat([values[:3], right, told])
+        pieces = [
+            p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel())
+            for p in self.parameters
+        ]
+        dtype = torch.promote_types(small.dtype, torch.float32)
+        flat = torch.cat([piece.to(dtype) for piece in (*pieces, small)])
+        with lost_ranks():
+            dist.all_reduce(flat)
+        *pieces, small = flat.split([*map(len, pieces), len(small)])
+        for p, piece in zip(self.parameters, pieces, strict=True):
+            p.grad = piece.view_as(p).to(p.dtype)
+        self._stopping = small[7]
+        shares = small[3:5] / small[5:7].clamp(min=1)
+        return Losses(*small[:3], *shares)
+
+
+@contextmanager
+def lost_ranks() -> Iterator[None]:
+    """Turns the error of a broken connection into WorkerDied."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise WorkerDied(
+            "another process of this run died or hangs; the same command continues the run, with "
+            "any number of processes."
+        ) from error
+
+
+def ranks_wanted(environment: Mapping[str, str] = os.environ) -> dict[str, str] | None:
+    """Returns the variables of torchrun, or what Slurm says instead; None for a single process.
+
+    Raises ValueError if some of them are missing or wrong.
+    """
+    found = {name: environment[name] for name in _TORCHRUN if name in environment}
+    if "RANK" not in found and "WORLD_SIZE" not in found:
+        if environment.get("SLURM_STEP_ID") is None or int(environment.get("SLURM_NTASKS", 1)) < 2:
+            return None
+        found |= {name: environment[slurm] for name, slurm in _SLURM.items()}
+        found.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", ""))
+        found.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    missing = [name for name in _TORCHRUN if not found.get(name)]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(sorted(set(found) - {'MASTER_ADDR', 'MASTER_PORT'}))} of torchrun is "
+            f"set but {missing[0]} is not: start with torchrun --nproc-per-node=N -m "
+            f"relay_fast.train, or unset them"
+        )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not found[name].isdigit():
+            raise ValueError(f"{name} = {found[name]!r} is no number: start with torchrun")
+    if not int(found["RANK"]) < int(found["WORLD_SIZE"]):
+        raise ValueError(
+            f"RANK = {found['RANK']} is not below WORLD_SIZE = {found['WORLD_SIZE']}: start with "
+            f"torchrun"
+        )
+    return found
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
+    """Joins the processes that torchrun or Slurm started; yields the `Ranks` and this one's device.
+
+    Args:
+        device: "cpu", or "cuda" for the GPU of this process's number on its machine.
+
+    Raises:
+        ValueError: the variables are incomplete, or the ranks do not come together in JOIN seconds.
+    """
+    found = ranks_wanted()
+    if found is None or int(found["WORLD_SIZE"]) == 1:
+        yield Ranks(), device
+        return
+    rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if "," in device:
+        raise ValueError(
+            f"device {device!r} names several, but each of the {size} processes has one: use cuda "
+            f"for the GPU of its number"
+        )
+    if device == "cuda":
+        device = f"cuda:{found['LOCAL_RANK']}"
+    where = f"{found['MASTER_ADDR']}:{found['MASTER_PORT']}"
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            found["MASTER_ADDR"],
+            int(found["MASTER_PORT"]),
+            None if agent else size,
+            is_master=rank == 0 and not agent,
+            timeout=timedelta(seconds=JOIN),
+            wait_for_workers=not agent,
+        )
+        # A restarted group must not read the keys of the one before it.
+        prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"relay_fast.{prefix}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=SILENT)
+        )
+    except (dist.DistError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        why = (
+            "the port is in use: give another with torchrun --master-port"
+            if "EADDRINUSE" in text or "address already in use" in text.lower()
+            else f"not all {size} processes came within {JOIN:.0f} s: start all of them with the "
+            f"same address and port"
+        )
+        raise ValueError(f"the processes of this run could not meet at {where}: {why}") from error
+    try:
+        yield Ranks(rank, size), device
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(ranks: Ranks, prove: Callable[[], None], identity: Mapping[str, Any]) -> None:
+    """Checks that all ranks can run the same thing; every rank raises the same error.
+
+    Args:
+        ranks: of the run.
+        prove: raises ValueError if this rank cannot run.
+        identity: JSON-able; must be equal on all ranks.
+
+    Raises:
+        ValueError: of the first rank that cannot run, or differs from rank 0.
+    """
+    reason = None
+    try:
+        prove()
+    except (ValueError, RuntimeError, OSError) as error:
+        if ranks.alone:
+            raise
+        reason = str(error)
+    told = ranks.gather((reason, dict(identity)))
+    for rank, (reason, theirs) in enumerate(told):
+        if reason is not None:
+            where = "" if all(other == reason for other, _ in told) else f"rank {rank}: "
+            raise ValueError(where + reason)
+        for key, value in told[0][1].items():
+            if theirs.get(key) != value:
+                raise ValueError(
+                    f"rank {rank} has another {key} than rank 0 ({theirs.get(key)!r}, not "
+                    f"{value!r}): start all with the same command and the same version"
+                )
+
+
+def first_rank(ranks: Ranks, body: Callable[[], Any]) -> Any:
+    """Returns what `body` returns on rank 0, and None on the others.
+
+    If it raises ValueError, RuntimeError or OSError, the other ranks raise ValueError.
+    """
+    value = error = None
+    if ranks.writes:
+        try:
+            value = body()
+        except (ValueError, RuntimeError, OSError) as caught:
+            error = caught
+    told = ranks.same(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise ValueError(told)
+    return value
+
+
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tells whether this process is rank 0, which prints what all have to say, or alone."""
+    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"

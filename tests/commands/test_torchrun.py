@@ -1,0 +1,125 @@
+"""`torchrun -m relay_fast.train`: the numbers of one process, killed ranks, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *("--preset", "cpu-edit-distance", "--scale", "0.004", "--eval-problems", "8"),
+    *("--stages", "looped_aligned,chains,evaluate.looped_aligned", "--no-report"),
+    *("--set", "model.d_model=16", "--set", "model.n_heads=2", "--set", "model.n_layers=1"),
+    *("--set", "tasks.edit_distance.merge_beyond=[24]"),
+]
+
+
+def train(out: Path, ranks: int, *more: str) -> list[subprocess.Popen]:
+    """Starts the ranks of a training, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {k: str(v) for k, v in own.items()} if ranks > 1 else os.environ
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "relay_fast.train", "--out", str(out), *SMALL, *more],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Waits for processes; returns exit status, output and errors of each."""
+    try:
+        texts = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+def numbers(out: Path) -> dict:
+    """Returns what must not depend on the number of processes."""
+    results = json.loads((out / "results.json").read_text())
+    last = results["history"]["looped_aligned"][-1]
+    return {
+        "loss": pytest.approx(last["loss"], rel=1e-4),
+        "step": last["step"],
+        "accuracy": results["accuracy"],
+        "trust": results["trust"],
+        "samples": results["training"]["looped_aligned"]["samples"],
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert ended(train(out, 1))[0][0] == 0
+    return numbers(out)
+
+
+def test_two_ranks_find_what_one_process_finds(alone, tmp_path) -> None:
+    found = ended(train(tmp_path / "run", 2))
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert found[1][1] == ""  # rank 0 speaks for all
+    assert numbers(tmp_path / "run") == alone
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = results["training"]["looped_aligned"]["token_iterations_by_rank"]
+    assert min(rows) >= 0.4 * sum(rows)
+
+
+def test_killed_ranks(alone, tmp_path) -> None:
+    """Whichever rank dies whenever: all end within seconds, and nothing is lost or doubled."""
+    draw = random.Random(os.environ.get("KILLS_SEED", "0"))
+    for _ in range(int(os.environ.get("KILLS", "2"))):
+        processes = train(tmp_path / "run", 2)
+        time.sleep(draw.uniform(0.5, 12))
+        victim = draw.randrange(2)
+        processes[victim].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        codes = [code for code, _, _ in ended(processes)]
+        assert codes[victim] in (-signal.SIGKILL, 0)
+        assert time.monotonic() - began < 60
+    found = ended(train(tmp_path / "run", 2))
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert numbers(tmp_path / "run") == alone
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more", "message"),
+    [
+        (2, ["--batch-size", "1"], "2 processes cannot share the 1 samples of a batch"),
+        (2, ["--device", "cpu,cpu"], "names several, but each of the 2 processes has one"),
+    ],
+)
+def test_bad_input_is_said_once(ranks, more, message, tmp_path) -> None:
+    found = ended(train(tmp_path / "run", ranks, *more))
+    assert [code for code, _, _ in found] == [2] * ranks
+    assert message in found[0][2]
+    assert found[0][2].count("\n") == 1
+    assert [errors for _, _, errors in found[1:]] == [""] * (ranks - 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stages_side_by_side_on_named_devices(tmp_path) -> None:
+    found = ended(train(tmp_path / "run", 1, "--device", "cpu,cuda:9"))
+    assert found[0][0] == 2
+    assert "cuda:9" in found[0][2]
