@@ -57,6 +57,11 @@ def check_request(
             task.check_length(length)
             if number < 0:
                 raise ValueError(f"{number} chains of {name} length {length}: give 0 or more")
+            if verify == "task" and not task.knows_truth(length):
+                raise ValueError(
+                    f"problems of {name} length {length} have no rounds or no answer, so that "
+                    f'chains cannot be checked by the task: verify them by "self"'
+                )
             most = task.most_problems(length)
             if most is not None and number > most:
                 raise ValueError(
