@@ -235,7 +235,9 @@ class Plan:
             cut = self.active_sequences[later - 1] if later <= self.max_loops else 0
         bounds = [(0, cut, False), (cut, last, True)]
         return tuple(
-            RowRange(iteration, a, b, int(self.offsets[a]), int(self.offsets[b]), grad)
+            RowRange(
+                iteration, a, b, int(self.offsets[a]), int(self.offsets[b]), grad, part=int(grad)
+            )
             for a, b, grad in bounds
             if self.offsets[b] > self.offsets[a]
         )

@@ -29,7 +29,8 @@ class RowRange:
     """Sequences that are computed together in one iteration: consecutive ones, or `members`.
 
     `grad` is False if truncated backpropagation stops the gradient there. Of a range with members,
-    the first sequence and row are 0, and the last ones their numbers.
+    the first sequence and row are 0, and the last ones their numbers. `part` tells the ranges of an
+    iteration apart, also where truncation is known in the backward only.
     """
 
     iteration: int  # 1-based
@@ -39,6 +40,7 @@ class RowRange:
     last_row: int  # exclusive
     grad: bool = True
     members: Members | None = field(default=None, compare=False)
+    part: int = field(default=1, compare=False)
 
     @property
     def rows(self) -> slice | Tensor:
@@ -90,4 +92,4 @@ def scattered(
     members = Members(
         rows, rows if source is None else source, rows if target is None else target, layout
     )
-    return RowRange(iteration, 0, len(sequences), 0, int(own[-1]), grad, members)
+    return RowRange(iteration, 0, len(sequences), 0, int(own[-1]), grad, members, int(grad))

@@ -25,8 +25,9 @@ from relay_fast.utils.memory import free_bytes
 
 ORDER = ("none", "state", "every:2", "every:3", "sqrt")
 SHARE = 0.9
-# A plan keeps its policy: a CUDA graph is captured as it was warmed up.
-_chosen: WeakKeyDictionary[Plan, RecomputePolicy] = WeakKeyDictionary()
+# A plan keeps its policies: a CUDA graph is captured as it was warmed up. By whether it is known
+# what an iteration keeps.
+_chosen: WeakKeyDictionary[Plan, dict[bool, RecomputePolicy]] = WeakKeyDictionary()
 
 
 def choose_policy(spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]) -> LoopSpec:
@@ -39,9 +40,10 @@ def choose_policy(spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]
     """
     if spec.policy.kind != "auto":
         return spec
-    if spec.plan not in _chosen:
-        _chosen[spec.plan] = _choose(spec, x, parameters)
-    return replace(spec, policy=_chosen[spec.plan])
+    known, chosen = spec.inside_bytes is not None, _chosen.setdefault(spec.plan, {})
+    if known not in chosen:
+        chosen[known] = _choose(spec, x, parameters)
+    return replace(spec, policy=chosen[known])
 
 
 def _choose(spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]) -> RecomputePolicy:
@@ -92,6 +94,10 @@ def inside_row_bytes(config: BlockConfig, state: torch.dtype, compute: torch.dty
     c = config
     narrow = (c.n_heads + 2 * c.kv_heads) * c.head_dim + c.n_heads * c.head_dim  # qkv, o
     narrow += c.hidden * (3 if c.activation == "swiglu" else 2)  # up, gate, hidden
+    if c.qk_norm:
+        narrow += (c.n_heads + 2 * c.kv_heads) * c.head_dim  # z
+    if c.sandwich_norm:
+        narrow += 2 * c.d_model  # attended, expanded
     wide = 2 * c.d_model  # the layer's input, the state between attention and MLP
     layer = narrow * compute.itemsize + wide * state.itemsize + 4 * c.n_heads  # lse
     own = c.loop_norm == "pre" or c.injection != "none" or c.max_loops or c.state_noise

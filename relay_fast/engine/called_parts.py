@@ -81,7 +81,7 @@ class CalledParts:
         trains = torch.is_grad_enabled()
         self.replays_rng = trains and recomputes
         self.checked = not (trains and any(t.requires_grad for t in weights.tensors))
-        self.rng_states: dict[tuple[int, bool], RngState] = {}
+        self.rng_states: dict[tuple[int, int], RngState] = {}
         self.leaves: tuple[dict[str, Tensor], Tensor] | None = None
         self.shards = shards(m for part in self.parts.values() for m in part.modules())
         kind = weights.tensors[0].device.type
@@ -227,7 +227,7 @@ class CalledIteration(BlockIteration):
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
         """As BlockIteration's; with `keep`, returns the ends of the iteration's graph."""
-        parts, key = self.parts, (row_range.iteration, row_range.grad)
+        parts, key = self.parts, (row_range.iteration, row_range.part)
         context = nullcontext()
         if key in parts.rng_states:
             context = parts.rng_states[key].restored()

@@ -64,7 +64,7 @@ class Call:
         self.shared = {k: _with_tensors(v, leaves) for k, v in shared.items()}
         self.replays_rng = False
         self.checked = True  # whether the module's graph was checked or needs no check
-        self.rng_states: dict[tuple[int, bool], RngState] = {}
+        self.rng_states: dict[tuple[int, int], RngState] = {}
         kind = x.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
@@ -126,7 +126,7 @@ class ModuleIteration:
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
         """Writes the next state into `out`; with `keep`, returns the iteration's graph."""
-        call, key = self.call, (row_range.iteration, row_range.grad)
+        call, key = self.call, (row_range.iteration, row_range.part)
         if key in call.rng_states:
             with call.rng_states[key].restored():
                 saved = self._call_module(h, row_range, keep)

@@ -13,8 +13,8 @@
 h_0 is the caller's own input and h_T the output: neither is copied, and neither counts.
 
 `auto` looks at the free memory of the device at each pass (`relay_fast.engine.auto_policy`). The
-compiled op, and `relay_fast.loop` around any module, do not know what `none` would keep: for them
-it begins at `state`, where the compiled op stays.
+compiled op, `relay_fast.loop` around any module, and blocks with parts that are called do not know
+what `none` would keep: for them it begins at `state`, where the compiled op stays.
 
 With T = 1, `state` keeps nothing and recomputes the inside of the block. This saves memory if other
 blocks run before the backward (prelude, loop, coda). For a model of one block, `none` is faster and

@@ -41,12 +41,12 @@ def forward_until(
     final, h = x.clone(), x
     chosen: dict[int, Tensor] = {}
     kept: dict[int, Tensor] = {}
-    saved: list[Tensor | None] = []
+    insides: list[list[Tensor | None]] = []
     for row_range in plan.iterations():
         t = row_range.iteration
         entering, out = h[row_range.source], x.new_empty(row_range.last_row, *x.shape[1:])
         inside = body.forward(entering, row_range, out, keep and spec.policy.kind == "none")
-        saved.extend(inside if keep and spec.policy.kind == "none" else ())
+        insides.append(inside if keep and spec.policy.kind == "none" else [])
         del inside
         ended = plan.stop(spec.until(row_range, out, entering))
         if ended is not None:
@@ -56,7 +56,11 @@ def forward_until(
         elif t in between:
             kept[t] = out
         h = out
-    kept.pop(plan.max_loops, None)  # read by nothing
+    # Which iterations truncation stops is known only now.
+    learning = [plan.row_ranges(t, spec.truncate)[0].grad for t in range(1, plan.max_loops + 1)]
+    saved = [value for some, learns in zip(insides, learning, strict=True) if learns
+             for value in some]  # fmt: skip
+    kept = {t: state for t, state in kept.items() if any(learning[t:])}
     empty = torch.empty(0, device=x.device)
     output = torch.cat([x[:0], *chosen.values()])
     aux = empty if body.aux is None else body.aux

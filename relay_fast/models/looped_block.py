@@ -337,7 +337,9 @@ class LoopedBlock(nn.Module):
         if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=weight.device)
         policy = RecomputePolicy.parse(self.recompute)
+        inside_bytes = lambda x: inside_row_bytes(self.config, x.dtype, dtype)
         if weights.called:
+            inside_bytes = None  # the graph of a called part is not known
             from relay_fast.engine.called_parts import iterations_with_calls
 
             policy, make_iteration = iterations_with_calls(
@@ -356,7 +358,7 @@ class LoopedBlock(nn.Module):
             policy,
             gather_rows=self.gather_rows,
             compute_dtype=dtype,
-            inside_bytes=lambda x: inside_row_bytes(self.config, x.dtype, dtype),
+            inside_bytes=inside_bytes,
             **options,
         )
 

@@ -11,7 +11,7 @@ from relay_fast.batch.plan import Plan
 from relay_fast.config import BlockConfig
 from relay_fast.engine import auto_policy
 from relay_fast.engine.auto_policy import ORDER, inside_row_bytes, policy_bytes
-from relay_fast.engine.loop import forward_pass
+from relay_fast.engine.loop import forward_pass, run_loop
 from relay_fast.engine.module_loop import loop
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.models.looped_block import LoopedBlock
@@ -23,6 +23,7 @@ CONFIGS = [
     BlockConfig(16, 2, 1, activation="swiglu", norm="layer", bias=True, loop_norm="post"),
     BlockConfig(16, 2, 2, loop_norm="pre"),
     BlockConfig(16, 4, 1, d_hidden=40, injection="add"),
+    BlockConfig(16, 4, 2, head_dim=6, qk_norm=True, sandwich_norm=True),
 ]
 
 
@@ -122,3 +123,20 @@ def test_around_any_module_it_begins_at_state(monkeypatch) -> None:
     monkeypatch.setattr("relay_fast.engine.loop.choose_policy", choose)
     loop(module, x, 4, recompute="auto").sum().backward()
     assert found == ["state"] and module.weight.grad is not None
+
+
+def test_parts_that_are_called_begin_at_state(monkeypatch) -> None:
+    """Also on a plan that another block has used."""
+    monkeypatch.setattr(auto_policy, "free_bytes", lambda device: 1 << 40)
+    results, plan, x = {}, Plan([5, 4, 3], [9, 6, 2]), torch.randn(12, 16, requires_grad=True)
+    for policy in ("none", "auto"):
+        torch.manual_seed(0)
+        block = LoopedBlock(config=CONFIGS[0], recompute=policy)
+        run_loop(block.run(plan), x, list(block.parameters()))  # its plain parts take "none"
+        block.layers[0].up.register_forward_hook(lambda part, given, out: 2 * out)
+        weights = block.weights()
+        final = run_loop(block.run(plan, weights), x, weights.tensors)[0]
+        inputs = [x, *block.parameters()]
+        results[policy] = [final.detach(), *torch.autograd.grad(final.sum(), inputs)]
+    for found, expected in zip(results["auto"], results["none"], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

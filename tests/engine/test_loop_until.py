@@ -119,13 +119,17 @@ def test_packed_equals_each_sequence_alone(policy: str) -> None:
         assert_close("gradient", value, expected)
 
 
+@pytest.mark.parametrize("truncate", [None, 1, [0, 1, 2, 3, 2, 1]], ids=str)
 @pytest.mark.parametrize("policy", POLICIES[1:])
-def test_dropout_draws_the_same_mask_in_recompute(policy: str) -> None:
+def test_dropout_draws_the_same_mask_in_recompute(policy: str, truncate) -> None:
+    """Truncation stops iterations that began with a gradient, and may stop whole ones."""
     module, x = Rows(dropout=0.5), torch.randn(6, 3, D, requires_grad=True)
+    stop = lambda t, new, old, sequences: t >= STOPS.flip(0)[sequences] + 1
     results = []
     for recompute in ("none", policy):
         torch.manual_seed(3)
-        out = relay_fast.loop(module, x, 7, until=at_stops, recompute=recompute)
+        options = {"until": stop, "recompute": recompute, "truncate": truncate}
+        out = relay_fast.loop(module, x, 7, **options)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
         torch.rand(7)
     for value, expected in zip(*results, strict=True):
