@@ -17,7 +17,7 @@ from typing import Any
 from relay_fast._moved_paths import forward
 from relay_fast.relay.evaluation import Metrics, evaluate_problems, evaluation_problems
 from relay_fast.relay.presets.saved import open_run
-from relay_fast.relay.run_folder import RunFolderError, versions
+from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
 from relay_fast.relay.shards import EvaluationShards, Share, share_lengths, share_wanted
 from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
@@ -60,12 +60,10 @@ def evaluate_run(
         seed: Selects the problems, by default the run's seed.
         device: "cpu" or a CUDA device.
         display: Shows the progress.
-        share: (i, n): evaluate the i-th of n shares of the lengths; shares may be evaluated at the
-            same time.
+        share: (i, n): evaluate the i-th of n shares of the lengths.
 
     Returns:
-        The content of evaluation.json; while shares are missing, that of this share, with their
-        names as "missing".
+        The content of evaluation.json; or this share's, with the names of those "missing".
 
     Raises:
         RunFolderError, CheckpointError: The folder or a model cannot be used.
@@ -91,13 +89,33 @@ def evaluate_run(
     wanted = {n: [*(lengths or _all_lengths(config, task))] for n, task in tasks.items()}
     shards = None
     if share[1] > 1:
-        identity = {k: results[k] for k in ("config", "seed")} | {"problems": number}
-        hashes = {name: model_hash(model) for name, model in loaded.items()}
-        shards = EvaluationShards(folder, share, identity | {"models": hashes, "lengths": wanted})
+        shards = EvaluationShards(folder, share, _identity(results, loaded, wanted, number))
         wanted = share_lengths(tasks, wanted, share)
     problems = {name: draw(tasks[name], own) for name, own in wanted.items()}
     if shards is None:
         folder = open_run(run, write=True)
+    _measure(loaded, tasks, problems, results, display, folder if shards is None else None)
+    if shards is None:
+        return results
+    return shards.write(results) or {**results, "missing": shards.missing()}
+
+
+def _measure(
+    loaded: Mapping[str, Model],
+    tasks: Mapping[str, Task],
+    problems: Mapping[str, Samples],
+    results: dict,
+    display: Display | None,
+    folder: RunFolder | None,
+) -> None:
+    """Adds the accuracy of each model to `results`, and writes them into `folder` if it is given.
+
+    Args:
+        loaded, tasks, problems: By name; the problems by task.
+        results: The content of evaluation.json.
+        display: Shows the progress.
+        folder: The run's.
+    """
     for name, model in loaded.items():
         started, options = time.monotonic(), {}
         if display is not None:
@@ -105,13 +123,17 @@ def evaluate_run(
             options["progress"] = lambda *done, name=name: display.progress(name, Problems(*done))
         results["accuracy"][name] = _accuracy(model, tasks, problems, options)
         results["complete"] = len(results["accuracy"]) == len(loaded)
-        if shards is None:
+        if folder is not None:
             folder.write("evaluation.json", results)
         if display is not None:
             display.finish(name, time.monotonic() - started)
-    if shards is None:
-        return results
-    return shards.write(results) or {**results, "missing": shards.missing()}
+
+
+def _identity(results: dict, loaded: Mapping[str, Model], lengths: dict, number: int) -> dict:
+    """Returns what all shards of an evaluation have in common."""
+    shared = {key: results[key] for key in ("config", "seed")}
+    hashes = {name: model_hash(model) for name, model in loaded.items()}
+    return shared | {"problems": number, "models": hashes, "lengths": lengths}
 
 
 def _all_lengths(config: Mapping[str, Any], task: Task) -> list[int]:

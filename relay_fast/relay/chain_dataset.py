@@ -86,9 +86,7 @@ def write_dataset(
         seed: Selects the problems.
         verify: The check, see `relay_fast.tasks.verify.verify_chains`.
         shard_chains: The most chains in a shard.
-        share: (i, n): write every n-th shard from shard i on; n writers with different i may work
-            at the same time, on different machines too if they see the same folder. The last of
-            them completes the manifest.
+        share: (i, n): write every n-th shard from shard i on; n writers may work side by side.
         progress: Called with (chains done, chains in all), those of the share.
 
     Returns:
@@ -121,13 +119,21 @@ def write_dataset(
             done += sizes[index]
             tables[index] = filter_metrics.from_json(metadata["counts"])
         if not missing_shards(folder, manifest):
-            for index in sorted(set(range(shards)) - set(own)):
-                _, metadata = _read_shard(shard_path(folder, index), fingerprint, index)
-                tables[index] = filter_metrics.from_json(metadata["counts"])
-            counted = filter_metrics.add([tables[index] for index in range(shards)])
-            manifest |= {"complete": True, "counts": filter_metrics.to_json(counted)}
-            _write_manifest(folder, manifest)
+            _complete(folder, fingerprint, manifest, tables)
     return manifest
+
+
+def _complete(
+    folder: Path, fingerprint: str, manifest: dict[str, Any], tables: dict[int, Any]
+) -> None:
+    """Completes and writes the manifest; reads the counts of shards that are not in `tables`."""
+    shards = manifest["shards"]
+    for index in sorted(set(range(shards)) - set(tables)):
+        _, metadata = _read_shard(shard_path(folder, index), fingerprint, index)
+        tables[index] = filter_metrics.from_json(metadata["counts"])
+    counted = filter_metrics.add([tables[index] for index in range(shards)])
+    manifest |= {"complete": True, "counts": filter_metrics.to_json(counted)}
+    _write_manifest(folder, manifest)
 
 
 def missing_shards(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[int]:
