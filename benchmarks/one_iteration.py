@@ -20,7 +20,7 @@ from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import train_model
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
-PROBE = 32  # batches that the mean number of tokens is taken from
+PROBE = 8  # batches that the mean number of tokens is taken from
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,27 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+# Arguments whose values change from launch to launch of one model. Triton compiles a kernel again
+# for each pattern of integers that are 1 or divisible by 16, and of pointers that are aligned.
+# Neither helps here: no column offset or column mask depends on these integers, and the pointers
+# hold one element a row, often from the middle of a list. Model sizes and strides stay
+# specialised, since the vector width of loads depends on them.
+_VARYING_INTEGERS = (
+    "M", "tiles_each", "column_blocks", "each", "rows_each", "splits", "offset", "counter",
+)  # fmt: skip
+_PER_ROW_POINTERS = (
+    "count_ptr", "cu_ptr", "index_ptr", "target_ptr", "grad_ptr", "loss_ptr", "lse_ptr",
+    "correct_ptr", "tokens_ptr", "seed_ptr",
+)  # fmt: skip
+
+
+def jit_kernel(function):
+    """Returns the Triton kernel of a function; `triton.jit` is for the functions that it calls."""
+    decorate = triton.jit(
+        do_not_specialize=_VARYING_INTEGERS, do_not_specialize_on_alignment=_PER_ROW_POINTERS
+    )
+    return decorate(function)
+
 
 @triton.jit
 def dot(a, b, acc):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import cdiv
+from ._runtime import cdiv, jit_kernel
 
 _GELU_C = tl.constexpr(0.7978845608028654)
 _GELU_K = tl.constexpr(0.044715)
@@ -58,7 +58,7 @@ def activate_grad(dhidden, up, gate, ACTIVATION: tl.constexpr):
         return dhidden * gate * s, dhidden * up * s * (1.0 + gate * (1.0 - s))
 
 
-@triton.jit
+@jit_kernel
 def _activation_fwd_kernel(
     up_ptr, gate_ptr, hidden_ptr, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _activation_fwd_kernel(
     tl.store(hidden_ptr + at, hidden.to(hidden_ptr.dtype.element_ty), mask=at < count)
 
 
-@triton.jit
+@jit_kernel
 def _activation_bwd_kernel(
     dhidden_ptr, up_ptr, gate_ptr, dup_ptr, dgate_ptr, count,
     ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, contiguous_columns, dot
+from ._runtime import Config, block_of, cdiv, contiguous_columns, dot, jit_kernel
 from .attention_ref import PaddedLayout
 from .supports import (
     SHORT,
@@ -85,7 +85,7 @@ def sequence_rows(cu_ptr, count_ptr, sequence):
     return start.to(tl.int64), n
 
 
-@triton.jit
+@jit_kernel
 def _attention_short_fwd_kernel(
     # pointers
     qkv_ptr, cu_ptr, o_ptr, lse_ptr, count_ptr,
@@ -122,7 +122,7 @@ def _attention_short_fwd_kernel(
     tl.store(lse_ptr + at * HEADS + head, (top + tl.log2(total)) / LOG2_E, mask=mask)
 
 
-@triton.jit
+@jit_kernel
 def _attention_long_fwd_kernel(
     # pointers
     qkv_ptr, cu_ptr, o_ptr, lse_ptr, count_ptr,

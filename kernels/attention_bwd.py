@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, contiguous_columns, dot
+from ._runtime import block_of, cdiv, contiguous_columns, dot, jit_kernel
 from .attention import (
     LOG2_E,
     check,
@@ -76,7 +76,7 @@ def _score_grads(
     return p.to(q.dtype), ds.to(q.dtype)
 
 
-@triton.jit
+@jit_kernel
 def _attention_short_bwd_kernel(
     # pointers
     qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, count_ptr,
@@ -127,7 +127,7 @@ def _attention_short_bwd_kernel(
     store_head(dqkv_ptr, dv, width, k_at, k_mask, v_column, HEAD_DIM, BLOCK_H)
 
 
-@triton.jit
+@jit_kernel
 def _attention_long_bwd_dq_kernel(
     # pointers
     qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, count_ptr,
@@ -178,7 +178,7 @@ def _attention_long_bwd_dq_kernel(
     store_head(dqkv_ptr, dq, width, q_at, mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
 
 
-@triton.jit
+@jit_kernel
 def _attention_long_bwd_dkdv_kernel(
     # pointers
     qkv_ptr, cu_ptr, o_ptr, do_ptr, lse_ptr, dqkv_ptr, count_ptr,

@@ -24,7 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, contiguous_columns, counted_rows, device_props, dot
+from ._runtime import (
+    Config,
+    block_of,
+    cdiv,
+    contiguous_columns,
+    counted_rows,
+    device_props,
+    dot,
+    jit_kernel,
+)
 from .cross_entropy_ref import argmax_ref, check_lists, cross_entropy_fwd_ref
 from .norm import normalize, scale_shift
 from .supports import (
@@ -53,7 +62,7 @@ def load_states(
     return h.to(tl.float32)
 
 
-@triton.jit
+@jit_kernel
 def _cross_entropy_fwd_kernel(
     # pointers
     h_ptr, index_ptr, target_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr,

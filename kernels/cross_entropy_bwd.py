@@ -13,11 +13,10 @@ Above d = 512 (fp32: 256) cuBLAS runs the GEMMs, through the reference.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, dot
+from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, dot, jit_kernel
 from .cross_entropy import check_readout, load_states, readout_config
 from .cross_entropy_ref import cross_entropy_bwd_ref
 from .norm import (
@@ -34,7 +33,7 @@ CHUNK_LOGITS = 1 << 26  # elements of dl in memory at a time
 CHUNK_ROWS = 256  # lower bound of the rows of a chunk
 
 
-@triton.jit
+@jit_kernel
 def _cross_entropy_bwd_kernel(
     # pointers
     grad_ptr, h_ptr, index_ptr, target_ptr, lse_ptr, norm_weight_ptr, norm_bias_ptr, head_ptr,
@@ -54,7 +53,7 @@ def _cross_entropy_bwd_kernel(
     base = program * BLOCK_M
     inside = tl.arange(0, BLOCK_D)
     if base >= M:
-        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, False)
         return
     at = base + tl.arange(0, BLOCK_M)
     row_mask = at < M
@@ -95,7 +94,7 @@ def _cross_entropy_bwd_kernel(
     x_hat, rstd = normalize(
         load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D), inside, D, EPS, IS_LAYER
     )
-    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, False)
     dh = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
     tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
 

@@ -19,11 +19,10 @@ The row kernel reads its logits twice and writes them once: 6 · V bytes per row
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, contiguous_columns
+from ._runtime import block_of, contiguous_columns, jit_kernel
 from .cross_entropy import check_readout
 from .cross_entropy_ref import UNIT, masked_states
 from .norm import norm_bwd, norm_fwd
@@ -32,7 +31,7 @@ from .weight_grad import weight_grad
 CHUNK_LOGITS = 1 << 26
 
 
-@triton.jit
+@jit_kernel
 def _logit_grad_kernel(
     # pointers
     logits_ptr, target_ptr, loss_ptr,

@@ -13,11 +13,10 @@ Above d = 512 cuBLAS runs the GEMM (`addmm`), which is the reference itself.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, cdiv, contiguous_columns, counted_rows, dot
+from ._runtime import Config, cdiv, contiguous_columns, counted_rows, dot, jit_kernel
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
@@ -32,7 +31,7 @@ from .supports import (
 from .tuning import pick
 
 
-@triton.jit
+@jit_kernel
 def _linear_residual_fwd_kernel(
     # pointers
     a_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, count_ptr, seed_ptr, tokens_ptr,
@@ -141,7 +140,7 @@ def linear_residual_fwd(
     return out
 
 
-@triton.jit
+@jit_kernel
 def _linear_residual_bwd_kernel(
     # pointers
     dout_ptr, weight_ptr, da_ptr, dbranch_ptr, count_ptr, seed_ptr, tokens_ptr,

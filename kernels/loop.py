@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, contiguous_columns, dot
+from ._runtime import block_of, contiguous_columns, dot, jit_kernel
 from .activation import activate
 from .attention import LOG2_E
 from .loop_ref import LoopLayout, LoopWeights
@@ -70,7 +70,7 @@ def _project_head(
     return z.to(y.dtype)
 
 
-@triton.jit
+@jit_kernel
 def _loop_fwd_kernel(
     # pointers
     x_ptr, final_ptr, ids_ptr, bin_ptr, sequence_ptr, loops_ptr, offset_ptr, cos_ptr, sin_ptr,

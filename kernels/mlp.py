@@ -21,7 +21,6 @@ Above d = 256 the hidden layer is in memory: `mlp_up` writes it, linear_residual
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from ._runtime import (
     contiguous_columns,
     counted_rows,
     dot,
+    jit_kernel,
     rows_left,
 )
 from .activation import activation_fwd
@@ -54,7 +54,7 @@ from .supports import (
 from .tuning import pick
 
 
-@triton.jit
+@jit_kernel
 def _mlp_fwd_kernel(
     # pointers
     x_ptr, norm_weight_ptr, norm_bias_ptr, up_weight_ptr, up_bias_ptr, gate_weight_ptr,

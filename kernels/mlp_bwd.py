@@ -15,11 +15,18 @@ Above d = 256: linear_residual's backward, an elementwise kernel, norm_linear's 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, dot, rows_left
+from ._runtime import (
+    block_of,
+    cdiv,
+    contiguous_columns,
+    counted_rows,
+    dot,
+    jit_kernel,
+    rows_left,
+)
 from .activation import activate_grad, activation_bwd
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
@@ -27,6 +34,8 @@ from .linear_residual import linear_residual_bwd
 from .mlp import check_mlp, mlp_config
 from .mlp_up import load_weight
 from .norm import (
+    NormPartials,
+    add_tile,
     clear_norm_partials,
     norm_bwd,
     norm_fwd,
@@ -35,24 +44,25 @@ from .norm import (
     normalize,
     scale_shift,
     store_norm_partials,
+    sum_norm_partials,
 )
 from .norm_linear import norm_linear_bwd
-from .supports import mlp_is_fused
+from .supports import mlp_is_fused, norm_reason, require, shapes_reason
 
 
-@triton.jit
+@jit_kernel
 def _mlp_bwd_kernel(
     # pointers
     dout_ptr, x_ptr, up_ptr, gate_ptr, norm_weight_ptr, norm_bias_ptr, up_weight_ptr,
     gate_weight_ptr, down_weight_ptr, dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr, y_ptr, dup_ptr,
-    dgate_ptr, dbranch_ptr, count_ptr, seed_ptr, tokens_ptr,
+    dgate_ptr, dbranch_ptr, residual_ptr, count_ptr, seed_ptr, tokens_ptr,
     # strides
-    stride_om, stride_xm, stride_pm, stride_qm, stride_un, stride_gn, stride_dn,
+    stride_om, stride_xm, stride_pm, stride_qm, stride_un, stride_gn, stride_dn, stride_rm,
     # sizes, scalars
     M, H, counter,
     # flags
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, ACTIVATION: tl.constexpr,
-    THRESHOLD: tl.constexpr, SCALE: tl.constexpr,
+    THRESHOLD: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -61,8 +71,10 @@ def _mlp_bwd_kernel(
     base = program * BLOCK_M
     inside = tl.arange(0, BLOCK_D)
     if base >= M:
-        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, ADD)
         return
+    if residual_ptr is not None:
+        residual_ptr += base * stride_rm
     dout_ptr += base * stride_om
     x_ptr += base * stride_xm
     up_ptr += base * stride_pm
@@ -121,8 +133,9 @@ def _mlp_bwd_kernel(
     x_hat, rstd = normalize(x.to(tl.float32), inside, D, EPS, IS_LAYER)
     y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
     tl.store(y_ptr + dense, y.to(y_ptr.dtype.element_ty), mask=mask)
-    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, ADD)
     dx = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
+    dx = add_tile(dx, residual_ptr, stride_rm, rows, inside, mask)
     tl.store(dx_ptr + dense, dx, mask=mask)
 
 
@@ -140,14 +153,18 @@ def mlp_bwd(
     eps: float = 1e-6,
     kind: str = "rms",
     dropout: Dropout | None = None,
+    residual: Tensor | None = None,  # (rows, d)
     *,
     row_count: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor]:
-    """Returns dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias (None without
-    a bias), and the weight gradients' operands y, dup, dgate, dbranch.
+    partials: NormPartials | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, Tensor]:
+    """Returns dx (rows, d) without the residual's own dout unless it is `residual`, dnorm_weight,
+    dnorm_bias (None without a bias), and the weight gradients' operands y, dup, dgate, dbranch.
 
-    Args: as `mlp_bwd_ref`; row_count: see `_runtime`.
+    Args: as `mlp_bwd_ref`; row_count: see `_runtime`; partials: see `norm_grad_buffers`.
     """
+    require(norm_reason(x, residual) or shapes_reason(("residual", residual, x.shape)))
+    residual = None if residual is None else contiguous_columns(residual)
     check_mlp(
         x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind,
         row_count, dout=dout, up=up, gate=gate,
@@ -156,7 +173,7 @@ def mlp_bwd(
     if not mlp_is_fused(x.shape[1], up_weight.dtype):
         return _mlp_wide_bwd(
             dout, x, up, gate, norm_weight, norm_bias, up_weight, gate_weight, down_weight,
-            activation, eps, kind, dropout, row_count,
+            activation, eps, kind, dropout, residual, row_count, partials,
         )  # fmt: skip
     (rows, d), hidden = x.shape, up_weight.shape[0]
     up, gated = contiguous_columns(up), gate is not None
@@ -168,35 +185,38 @@ def mlp_bwd(
     dbranch = dout if same else torch.empty_like(y)
     config = mlp_config(rows, d, up_weight.dtype, x.device, gated)
     programs = cdiv(rows, config.block_m)
-    dx, dnw, dnb = norm_grad_buffers(x, programs, norm_bias is not None)
+    dx, dnw, dnb = norm_grad_buffers(x, programs, norm_bias is not None, partials)
     if rows:
         _mlp_bwd_kernel[(programs,)](
             dout, x, up, gate, norm_weight, norm_bias, up_weight, gate_weight, down_weight,
-            dx, dnw, dnb, y, dup, dgate, None if same else dbranch, row_count,
+            dx, dnw, dnb, y, dup, dgate, None if same else dbranch, residual, row_count,
             **dropout_arguments(dropout),
             stride_om=dout.stride(0), stride_xm=x.stride(0), stride_pm=up.stride(0),
             stride_qm=gate.stride(0) if gated else 0, stride_un=up_weight.stride(0),
             stride_gn=gate_weight.stride(0) if gated else 0, stride_dn=down_weight.stride(0),
+            stride_rm=0 if residual is None else residual.stride(0), ADD=partials is not None,
             M=rows, H=hidden, D=d, EPS=eps, IS_LAYER=kind == "layer", ACTIVATION=activation,
             BLOCK_M=config.block_m, BLOCK_H=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
-    return dx, dnw.sum(0), None if dnb is None else dnb.sum(0), y, dup, dgate, dbranch
+    return dx, *sum_norm_partials(dnw, dnb, partials), y, dup, dgate, dbranch
 
 
 def _mlp_wide_bwd(
     dout, x, up, gate, norm_weight, norm_bias, up_weight, gate_weight, down_weight,
-    activation, eps, kind, dropout, row_count,
+    activation, eps, kind, dropout, residual, row_count, partials,
 ):  # fmt: skip
     """The backward for wide d, with the hidden layer's gradients in memory."""
     da, dbranch = linear_residual_bwd(dout, down_weight, dropout, row_count=row_count)
     dup, dgate = activation_bwd(activation, da, up.contiguous(), gate)
     norm = (norm_weight, norm_bias)
     if gate is None:
-        options = {"eps": eps, "kind": kind, "row_count": row_count}
-        dx, dnw, dnb, _, y = norm_linear_bwd(dup, x, *norm, up_weight, **options)
+        options = {"eps": eps, "kind": kind, "row_count": row_count, "partials": partials}
+        dx, dnw, dnb, _, y = norm_linear_bwd(dup, x, *norm, up_weight, residual=residual, **options)
         return dx, dnw, dnb, y, dup, None, dbranch
     # Two projections share one norm: their input gradients are summed before its backward.
     y = norm_fwd(x, *norm, eps, kind, up_weight.dtype, row_count)
     dy = torch.addmm(dup @ up_weight, dgate, gate_weight)
-    dx, dnw, dnb = norm_bwd(dy, x, norm_weight, eps, kind, norm_bias is not None, row_count)
-    return dx, dnw, dnb, y, dup, dgate, dbranch
+    dx, dnw, dnb = norm_bwd(
+        dy, x, norm_weight, eps, kind, norm_bias is not None, row_count, partials
+    )
+    return dx if residual is None else dx.add_(residual), dnw, dnb, y, dup, dgate, dbranch

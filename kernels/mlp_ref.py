@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .dropout_ref import Dropout
 from .linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
-from .norm_ref import norm_bwd_ref, norm_fwd_ref
+from .norm_ref import add_residual_ref, norm_bwd_ref, norm_fwd_ref
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")
 
@@ -114,6 +114,7 @@ def mlp_bwd_ref(
     eps: float = 1e-6,
     kind: str = "rms",
     dropout: Dropout | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Computes the backward of `mlp_fwd_ref`.
 
@@ -131,10 +132,11 @@ def mlp_bwd_ref(
         eps: epsilon of the norm.
         kind: "rms" or "layer".
         dropout: the mask, or None.
+        residual: (rows, d), added to dx: dout, where the gradient of x is wanted whole; or None.
 
     Returns:
-        dx (rows, d) without the residual's own dout, dnorm_weight, dnorm_bias, and the weight
-        gradients' operands y, dup, dgate, dbranch.
+        dx (rows, d) without the residual's own dout unless it is `residual`, dnorm_weight,
+        dnorm_bias, and the weight gradients' operands y, dup, dgate, dbranch.
     """
     da, dbranch = linear_residual_bwd_ref(dout, down_weight, dropout)
     dup, dgate = activation_bwd_ref(activation, da, up, gate)
@@ -144,4 +146,4 @@ def mlp_bwd_ref(
     dx, dnorm_weight, dnorm_bias, y = norm_bwd_ref(
         dy, x, norm_weight, norm_bias, eps, kind, up_weight.dtype
     )
-    return dx, dnorm_weight, dnorm_bias, y, dup, dgate, dbranch
+    return add_residual_ref(dx, residual), dnorm_weight, dnorm_bias, y, dup, dgate, dbranch

@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, block_of, cdiv, counted_rows, dot, rows_left, split_columns
+from ._runtime import (
+    Config,
+    block_of,
+    cdiv,
+    counted_rows,
+    dot,
+    jit_kernel,
+    rows_left,
+    split_columns,
+)
 from .activation import activate
 from .norm import normalize, scale_shift
 from .tuning import pick
@@ -72,7 +81,7 @@ def hidden_tile(
     return hidden
 
 
-@triton.jit
+@jit_kernel
 def _mlp_up_fwd_kernel(
     # pointers
     x_ptr, norm_weight_ptr, norm_bias_ptr, up_weight_ptr, up_bias_ptr, gate_weight_ptr,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, contiguous_columns, counted_rows
+from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, jit_kernel
 from .supports import norm_reason, require, row_count_reason, shapes_reason
 
 
@@ -55,29 +55,51 @@ def norm_input_grad(dy, x_hat, rstd, weight_ptr, columns, D: tl.constexpr, IS_LA
 
 
 @triton.jit
-def store_norm_partials(dy, x_hat, dweight_ptr, dbias_ptr, program, columns, D: tl.constexpr):
-    """Stores this program's part of dweight and dbias; dy must be zero in rows beyond M."""
+def _store_partial(ptr, value, program, columns, D: tl.constexpr, ADD: tl.constexpr):
     mask = columns < D
-    tl.store(dweight_ptr + program * D + columns, tl.sum(dy * x_hat, 0), mask=mask)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + program * D + columns, tl.sum(dy, 0), mask=mask)
+    if ADD:
+        value += tl.load(ptr + program * D + columns, mask=mask, other=0.0)
+    tl.store(ptr + program * D + columns, value, mask=mask)
 
 
 @triton.jit
-def clear_norm_partials(dweight_ptr, dbias_ptr, program, columns, D: tl.constexpr):
-    """Stores zeros as the part of a program without rows."""
-    mask = columns < D
-    tl.store(dweight_ptr + program * D + columns, 0.0, mask=mask)
+def store_norm_partials(
+    dy, x_hat, dweight_ptr, dbias_ptr, program, columns, D: tl.constexpr, ADD: tl.constexpr
+):
+    """Stores this program's part of dweight and dbias, or adds it to those of earlier launches; dy
+    must be zero in rows beyond M."""
+    _store_partial(dweight_ptr, tl.sum(dy * x_hat, 0), program, columns, D, ADD)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + program * D + columns, 0.0, mask=mask)
+        _store_partial(dbias_ptr, tl.sum(dy, 0), program, columns, D, ADD)
 
 
 @triton.jit
+def clear_norm_partials(
+    dweight_ptr, dbias_ptr, program, columns, D: tl.constexpr, ADD: tl.constexpr
+):
+    """Stores zeros as the part of a program without rows, unless parts are added up."""
+    if not ADD:
+        mask = columns < D
+        tl.store(dweight_ptr + program * D + columns, 0.0, mask=mask)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + program * D + columns, 0.0, mask=mask)
+
+
+@triton.jit
+def add_tile(value, ptr, stride, rows, columns, mask):
+    """Returns value + a tile of another tensor, if there is one."""
+    if ptr is not None:
+        other = tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+        value += other.to(tl.float32)
+    return value
+
+
+@jit_kernel
 def _norm_fwd_kernel(
     # pointers
     x_ptr, weight_ptr, bias_ptr, y_ptr, count_ptr,
     # strides, sizes
-    stride_xm, M,
+    stride_xm, stride_ym, M,
     # flags and blocks
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -92,17 +114,20 @@ def _norm_fwd_kernel(
     x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=mask, other=0.0)
     x_hat, _ = normalize(x.to(tl.float32), columns, D, EPS, IS_LAYER)
     y = scale_shift(x_hat, weight_ptr, bias_ptr, columns, D)
-    tl.store(y_ptr + rows[:, None] * D + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        y_ptr + rows[:, None] * stride_ym + columns[None, :],
+        y.to(y_ptr.dtype.element_ty), mask=mask,
+    )  # fmt: skip
 
 
-@triton.jit
+@jit_kernel
 def _norm_bwd_kernel(
     # pointers
     dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, count_ptr,
     # strides, sizes
     stride_dm, stride_xm, M,
     # flags and blocks
-    D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     M = counted_rows(M, count_ptr)
@@ -121,9 +146,13 @@ def _norm_bwd_kernel(
         tl.store(dx_ptr + rows[:, None] * D + columns[None, :], dx, mask=mask)
         dweight += tl.sum(dy * x_hat, 0)
         dbias += tl.sum(dy, 0)
-    tl.store(dweight_ptr + program * D + columns, dweight, mask=columns < D)
+    _store_partial(dweight_ptr, dweight, program, columns, D, ADD)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + program * D + columns, dbias, mask=columns < D)
+        _store_partial(dbias_ptr, dbias, program, columns, D, ADD)
+
+
+NormPartials = tuple[Tensor, Tensor | None]  # of dweight and dbias, (programs, d) fp32 each
+MOST_PROGRAMS = 256  # of the row kernel's backward
 
 
 def _block_rows(d: int) -> int:
@@ -138,28 +167,34 @@ def norm_fwd(
     kind: str = "rms",
     dtype: torch.dtype | None = None,
     row_count: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Returns y (rows, d) in `dtype` (default: x's).
+    """Returns y (rows, d) in `dtype` (default: x's), or in `out` if it is given.
 
     Args: as `norm_fwd_ref`; row_count: see `_runtime`.
     """
     require(
-        norm_reason(x, weight, bias, kind=kind)
+        norm_reason(x, weight, bias, out, kind=kind)
         or shapes_reason(
-            ("the norm's weight", weight, x.shape[1:]), ("its bias", bias, x.shape[1:])
-        )
+            ("the norm's weight", weight, x.shape[1:]),
+            ("its bias", bias, x.shape[1:]),
+            ("out", out, x.shape),
+        )  # fmt: skip
         or row_count_reason(row_count, x)
     )
     x = contiguous_columns(x)
     rows, d = x.shape
-    y = torch.empty(rows, d, dtype=dtype or x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(rows, d, dtype=dtype or x.dtype, device=x.device)
+    require("out needs contiguous columns" if out.stride(-1) != 1 else None)
     if rows:
         block = _block_rows(d)
         _norm_fwd_kernel[(cdiv(rows, block),)](
-            x, weight, bias, y, row_count, stride_xm=x.stride(0), M=rows, D=d, EPS=eps,
-            IS_LAYER=kind == "layer", BLOCK_M=block, BLOCK_D=block_of(d), num_warps=4,
+            x, weight, bias, out, row_count, stride_xm=x.stride(0), stride_ym=out.stride(0),
+            M=rows, D=d, EPS=eps, IS_LAYER=kind == "layer", BLOCK_M=block, BLOCK_D=block_of(d),
+            num_warps=4,
         )  # fmt: skip
-    return y
+    return out
 
 
 def norm_bwd(
@@ -170,10 +205,11 @@ def norm_bwd(
     kind: str = "rms",
     has_bias: bool = True,
     row_count: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    partials: NormPartials | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns dx (rows, d), dweight (d,) and dbias (d,) (None unless `has_bias`), all in fp32.
 
-    Args: as `norm_bwd_ref`; row_count: see `_runtime`.
+    Args: as `norm_bwd_ref`; row_count: see `_runtime`; partials: see `norm_grad_buffers`.
     """
     require(
         norm_reason(x, weight, dy, kind=kind)
@@ -183,23 +219,45 @@ def norm_bwd(
     x, dy = contiguous_columns(x), contiguous_columns(dy)
     rows, d = x.shape
     block = _block_rows(d)
-    programs = min(cdiv(rows, block), 256)
-    dx, dweight, dbias = norm_grad_buffers(x, programs, has_bias)
+    programs = min(cdiv(rows, block), MOST_PROGRAMS)
+    dx, dweight, dbias = norm_grad_buffers(x, programs, has_bias, partials)
     if rows:
         _norm_bwd_kernel[(programs,)](
             dy, x, weight, dx, dweight, dbias, row_count,
             stride_dm=dy.stride(0), stride_xm=x.stride(0), M=rows,
-            D=d, EPS=eps, IS_LAYER=kind == "layer",
+            D=d, EPS=eps, IS_LAYER=kind == "layer", ADD=partials is not None,
             BLOCK_M=block, BLOCK_D=block_of(d), num_warps=4,
         )  # fmt: skip
-    return dx, dweight.sum(0), None if dbias is None else dbias.sum(0)
+    return dx, *sum_norm_partials(dweight, dbias, partials)
 
 
 def norm_grad_buffers(
-    x: Tensor, programs: int, has_bias: bool
+    x: Tensor, programs: int, has_bias: bool, partials: NormPartials | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Allocates dx (rows, d) and the partials (programs, d) of dweight and dbias in fp32."""
+    """Allocates dx (rows, d) and the partials (programs, d) of dweight and dbias in fp32.
+
+    Args:
+        x: (rows, d).
+        programs: number of programs of the launch.
+        has_bias: whether there is a bias.
+        partials: sums (at least programs, d) of dweight and dbias over earlier launches, to which
+            the programs add their parts; None: the parts are stored, and summed by the launcher.
+    """
     d = x.shape[1]
     dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    partials = [torch.empty(programs, d, dtype=torch.float32, device=x.device) for _ in "wb"]
-    return dx, partials[0], partials[1] if has_bias else None
+    if partials is None:
+        own = [torch.empty(programs, d, dtype=torch.float32, device=x.device) for _ in "wb"]
+        return dx, own[0], own[1] if has_bias else None
+    for part in partials:
+        if part is not None and (part.shape[0] < programs or part.shape[1:] != (d,)):
+            require(f"partial sums of shape {tuple(part.shape)} do not hold {programs} × {d}")
+    return dx, partials[0][:programs], partials[1][:programs] if has_bias else None
+
+
+def sum_norm_partials(
+    dweight: Tensor, dbias: Tensor | None, partials: NormPartials | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns dweight (d,) and dbias (d,); None where later launches add to `partials`."""
+    if partials is not None:
+        return None, None
+    return dweight.sum(0), None if dbias is None else dbias.sum(0)

@@ -32,10 +32,13 @@ from ._runtime import (
     contiguous_columns,
     counted_rows,
     dot,
+    jit_kernel,
     rows_left,
     split_columns,
 )
 from .norm import (
+    NormPartials,
+    add_tile,
     clear_norm_partials,
     norm_bwd,
     norm_fwd,
@@ -44,6 +47,7 @@ from .norm import (
     normalize,
     scale_shift,
     store_norm_partials,
+    sum_norm_partials,
 )
 from .supports import (
     norm_is_fused,
@@ -76,7 +80,7 @@ def _rope_tables(
     return cos, tl.load(sin_ptr + at, mask=mask, other=0.0)
 
 
-@triton.jit
+@jit_kernel
 def _norm_linear_fwd_kernel(
     # pointers
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr,
@@ -143,7 +147,7 @@ def _norm_linear_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@jit_kernel
 def _rope_kernel(
     # pointers
     z_ptr, cos_ptr, sin_ptr, count_ptr,
@@ -245,17 +249,18 @@ def norm_linear_fwd(
     return out
 
 
-@triton.jit
+@jit_kernel
 def _norm_linear_bwd_kernel(
     # pointers
     dout_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, cos_ptr, sin_ptr,
-    dz_ptr, y_ptr, dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr, count_ptr,
+    dz_ptr, y_ptr, dx_ptr, dnorm_weight_ptr, dnorm_bias_ptr, residual_ptr, count_ptr,
     # strides
-    stride_dm, stride_xm, stride_wn, stride_cm, stride_zm,
+    stride_dm, stride_xm, stride_wn, stride_cm, stride_zm, stride_rm,
     # sizes, scalars
     M, N, rotary, tiles,
     # flags
     D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
+    ADD: tl.constexpr,
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -264,8 +269,10 @@ def _norm_linear_bwd_kernel(
     base = program * BLOCK_M
     inside = tl.arange(0, BLOCK_D)
     if base >= M:
-        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, ADD)
         return
+    if residual_ptr is not None:
+        residual_ptr += base * stride_rm
     dout_ptr += base * stride_dm
     x_ptr += base * stride_xm
     y_ptr += base * D
@@ -316,8 +323,9 @@ def _norm_linear_bwd_kernel(
     y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
     out = rows[:, None] * D + inside[None, :]
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
-    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D)
+    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, ADD)
     dx = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
+    dx = add_tile(dx, residual_ptr, stride_rm, rows, inside, mask)
     tl.store(dx_ptr + out, dx, mask=mask)
 
 
@@ -332,14 +340,18 @@ def norm_linear_bwd(
     rotary: int = 0,
     eps: float = 1e-6,
     kind: str = "rms",
+    residual: Tensor | None = None,  # (rows, d)
     *,
     row_count: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    partials: NormPartials | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """Returns dx, dnorm_weight, dnorm_bias (None without a bias), and the weight gradient's
     operands dz (rows, columns), y (rows, d).
 
-    Args: as `norm_linear_bwd_ref`; row_count: see `_runtime`.
+    Args: as `norm_linear_bwd_ref`; row_count: see `_runtime`; partials: see `norm_grad_buffers`.
     """
+    require(norm_reason(x, residual) or shapes_reason(("residual", residual, x.shape)))
+    residual = None if residual is None else contiguous_columns(residual)
     _check(x, norm_weight, norm_bias, weight, None, dout, cos, sin, rotary, kind, row_count)
     (rows, d), columns = x.shape, weight.shape[0]
     x, dout = contiguous_columns(x), contiguous_columns(dout)
@@ -347,23 +359,26 @@ def norm_linear_bwd(
         dz = _rope(dout.clone(), cos, sin, rotary, -1.0, row_count) if rotary else dout
         y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype, row_count)
         has_bias = norm_bias is not None
-        dx, dnw, dnb = norm_bwd(dz @ weight, x, norm_weight, eps, kind, has_bias, row_count)
-        return dx, dnw, dnb, dz, y
+        dx, dnw, dnb = norm_bwd(
+            dz @ weight, x, norm_weight, eps, kind, has_bias, row_count, partials
+        )
+        return dx if residual is None else dx.add_(residual), dnw, dnb, dz, y
     # Not in place: other threads may still read the same elements.
     dz = torch.empty(dout.shape, dtype=dout.dtype, device=x.device) if rotary else dout
     y = torch.empty(rows, d, dtype=weight.dtype, device=x.device)
     config = _config(rows, d, weight.dtype, x.device, back=True)
     programs = cdiv(rows, config.block_m)
-    dx, dnw, dnb = norm_grad_buffers(x, programs, norm_bias is not None)
+    dx, dnw, dnb = norm_grad_buffers(x, programs, norm_bias is not None, partials)
     if rows:
         _norm_linear_bwd_kernel[(programs,)](
             dout, x, norm_weight, norm_bias, weight, cos if rotary else None,
-            sin if rotary else None, dz if rotary else None, y, dx, dnw, dnb, row_count,
+            sin if rotary else None, dz if rotary else None, y, dx, dnw, dnb, residual, row_count,
             stride_dm=dout.stride(0), stride_xm=x.stride(0), stride_wn=weight.stride(0),
             stride_cm=cos.stride(0) if rotary else 0, stride_zm=dz.stride(0),
+            stride_rm=0 if residual is None else residual.stride(0),
             M=rows, N=columns, rotary=rotary, tiles=cdiv(columns, 2 * config.block_n),
             D=d, HALF=cos.shape[1] if rotary else config.block_n, EPS=eps,
-            IS_LAYER=kind == "layer",
+            IS_LAYER=kind == "layer", ADD=partials is not None,
             BLOCK_M=config.block_m, BLOCK_P=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
-    return dx, dnw.sum(0), None if dnb is None else dnb.sum(0), dz, y
+    return dx, *sum_norm_partials(dnw, dnb, partials), dz, y

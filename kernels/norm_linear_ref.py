@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .norm_ref import norm_bwd_ref, norm_fwd_ref
+from .norm_ref import add_residual_ref, norm_bwd_ref, norm_fwd_ref
 
 
 def rotate_ref(z: Tensor, cos: Tensor, sin: Tensor, rotary: int, sign: float = 1.0) -> Tensor:
@@ -83,6 +83,7 @@ def norm_linear_bwd_ref(
     rotary: int = 0,
     eps: float = 1e-6,
     kind: str = "rms",
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the backward of `norm_linear_fwd_ref`.
 
@@ -97,6 +98,7 @@ def norm_linear_bwd_ref(
         rotary: columns that RoPE rotates, (query heads + key heads) · head_dim.
         eps: epsilon of the norm.
         kind: "rms" or "layer".
+        residual: (rows, d), added to dx: the gradient of x on another way; or None.
 
     Returns:
         dx, dnorm_weight, dnorm_bias, and the weight gradient's operands dz (rows, columns), y
@@ -106,4 +108,4 @@ def norm_linear_bwd_ref(
     dx, dnorm_weight, dnorm_bias, y = norm_bwd_ref(
         dz @ weight, x, norm_weight, norm_bias, eps, kind, weight.dtype
     )
-    return dx, dnorm_weight, dnorm_bias, dz, y
+    return add_residual_ref(dx, residual), dnorm_weight, dnorm_bias, dz, y

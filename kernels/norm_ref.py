@@ -46,6 +46,7 @@ def norm_fwd_ref(
     eps: float,
     kind: str = "rms",
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Computes the norm.
 
@@ -56,17 +57,24 @@ def norm_fwd_ref(
         eps: epsilon of the norm.
         kind: "rms" or "layer".
         dtype: dtype of the result; default: x's.
+        out: (rows, d), buffer of the result.
 
     Returns:
         y (rows, d).
     """
     x_hat, _ = normalize(x, eps, kind)
-    return _scale(x_hat, weight, bias).to(dtype or x.dtype)
+    y = _scale(x_hat, weight, bias).to(dtype or x.dtype)
+    return y if out is None else out.copy_(y)
 
 
 def _scale(x_hat: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x_hat * upcast(weight)
     return y if bias is None else y.add_(upcast(bias))
+
+
+def add_residual_ref(dx: Tensor, residual: Tensor | None) -> Tensor:
+    """Returns dx + residual; dx itself without one."""
+    return dx if residual is None else residual + dx
 
 
 def norm_bwd_ref(
@@ -105,3 +113,12 @@ def norm_bwd_ref(
         g.sub_(g.mean(-1, keepdim=True))
     dx = g.addcmul_(x_hat, inner).mul_(rstd)
     return dx, dweight, torch.zeros_like(dweight) if bias is None else dy.sum(0), y
+
+
+def norm_grads_ref(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, kind: str = "rms", has_bias: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns dx, dweight and dbias (None unless `has_bias`) of `norm_bwd_ref`."""
+    bias = torch.zeros_like(weight) if has_bias else None
+    dx, dweight, dbias, _ = norm_bwd_ref(dy, x, weight, bias, eps, kind)
+    return dx, dweight, dbias if has_bias else None

@@ -10,11 +10,16 @@ The branch comes from a GEMM whose tiles hold a part of its columns only, hence 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, contiguous_columns, counted_rows
+from ._runtime import (
+    block_of,
+    cdiv,
+    contiguous_columns,
+    counted_rows,
+    jit_kernel,
+)
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
 from .norm import norm_grad_buffers, norm_input_grad, normalize, scale_shift
@@ -23,7 +28,7 @@ from .supports import norm_reason, require, row_count_reason, shapes_reason
 PROGRAMS = 256  # of the backward
 
 
-@triton.jit
+@jit_kernel
 def _norm_residual_fwd_kernel(
     # pointers
     branch_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, count_ptr, seed_ptr, tokens_ptr,
@@ -57,7 +62,7 @@ def _norm_residual_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@jit_kernel
 def _norm_residual_bwd_kernel(
     # pointers
     dout_ptr, branch_ptr, weight_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, count_ptr, seed_ptr,

@@ -20,7 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, cdiv, contiguous_columns, counted_rows
+from ._runtime import (
+    block_of,
+    cdiv,
+    contiguous_columns,
+    counted_rows,
+    jit_kernel,
+)
 from .supports import (
     heads_reason,
     require,
@@ -101,7 +107,7 @@ def _load_tables(cos_ptr, sin_ptr, stride_cm, rows, row_mask, column, HALF: tl.c
     return cos, tl.load(sin_ptr + at, mask=mask, other=0.0)
 
 
-@triton.jit
+@jit_kernel
 def _qk_norm_fwd_kernel(
     # pointers
     z_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, out_ptr, count_ptr,
@@ -137,7 +143,7 @@ def _qk_norm_fwd_kernel(
     _store_halves(out_at, first, second, row_mask, column, HALF, HEAD_DIM)
 
 
-@triton.jit
+@jit_kernel
 def _qk_norm_bwd_kernel(
     # pointers
     dqkv_ptr, z_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dz_ptr, dweight_ptr, count_ptr,

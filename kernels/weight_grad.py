@@ -12,16 +12,23 @@ partials (8.6 MB at 768 × 256 and 11 splits) stay in L2.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Config, cdiv, contiguous_columns, counted_rows, device_props, dot
+from ._runtime import (
+    Config,
+    cdiv,
+    contiguous_columns,
+    counted_rows,
+    device_props,
+    dot,
+    jit_kernel,
+)
 from .supports import norm_reason, require, row_count_reason, shapes_reason, weights_reason
 from .tuning import pick
 
 
-@triton.jit
+@jit_kernel
 def _weight_grad_kernel(
     # pointers
     acc_ptr, dy_ptr, x_ptr, count_ptr,
@@ -58,7 +65,7 @@ def _weight_grad_kernel(
     tl.store(at, total, mask=mask)
 
 
-@triton.jit
+@jit_kernel
 def _weight_grad_sum_kernel(
     # pointers
     acc_ptr, partial_ptr,

@@ -40,6 +40,7 @@ _PUBLIC = {
     "grow": "relay_fast.models.layer_stack",
     "GrowthSchedule": "relay_fast.models.layer_stack",
     "explain": "relay_fast.functional",
+    "warmup": "relay_fast.training.warmup",
     "memory_estimate": "relay_fast.training.memory",
     "engine": "relay_fast.engine",
     "functional": "relay_fast.functional",

@@ -1,4 +1,8 @@
-"""Evaluates the models of a run: `python -m relay_fast.evaluate --out RUN`."""
+"""Evaluates the models of a run: `python -m relay_fast.evaluate --out RUN`.
+
+Under torchrun, or with --shard I/N from any scheduler, each process evaluates its lengths, and the
+last to finish merges them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from relay_fast._moved_paths import forward
 from relay_fast.relay.evaluation import Metrics, evaluate_problems, evaluation_problems
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolderError, versions
+from relay_fast.relay.shards import EvaluationShards, Share, share_lengths, share_wanted
 from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
@@ -22,6 +27,7 @@ from relay_fast.training.model_files import (
     Model,
     check_device,
     load_run_model,
+    model_hash,
     model_path,
     run_tasks,
 )
@@ -40,6 +46,7 @@ def evaluate_run(
     seed: int | None = None,
     device: str = "cpu",
     display: Display | None = None,
+    share: Share = (0, 1),
 ) -> dict[str, Any]:
     """Evaluates models of a run folder and writes RUN/evaluation.json.
 
@@ -53,9 +60,12 @@ def evaluate_run(
         seed: Selects the problems, by default the run's seed.
         device: "cpu" or a CUDA device.
         display: Shows the progress.
+        share: (i, n): evaluate the i-th of n shares of the lengths; shares may be evaluated at the
+            same time.
 
     Returns:
-        The content of evaluation.json.
+        The content of evaluation.json; while shares are missing, that of this share, with their
+        names as "missing".
 
     Raises:
         RunFolderError, CheckpointError: The folder or a model cannot be used.
@@ -78,8 +88,16 @@ def evaluate_run(
     folder.check_writable()  # whatever can be refused comes before the lock, which is a file
     loaded = {name: load_run_model(run, name, device) for name in names}
     draw = partial(evaluation_problems, [*loaded.values()], number=number, seed=seed)
-    problems = {n: draw(task, lengths or _all_lengths(config, task)) for n, task in tasks.items()}
-    folder = open_run(run, write=True)
+    wanted = {n: [*(lengths or _all_lengths(config, task))] for n, task in tasks.items()}
+    shards = None
+    if share[1] > 1:
+        identity = {k: results[k] for k in ("config", "seed")} | {"problems": number}
+        hashes = {name: model_hash(model) for name, model in loaded.items()}
+        shards = EvaluationShards(folder, share, identity | {"models": hashes, "lengths": wanted})
+        wanted = share_lengths(tasks, wanted, share)
+    problems = {name: draw(tasks[name], own) for name, own in wanted.items()}
+    if shards is None:
+        folder = open_run(run, write=True)
     for name, model in loaded.items():
         started, options = time.monotonic(), {}
         if display is not None:
@@ -87,10 +105,13 @@ def evaluate_run(
             options["progress"] = lambda *done, name=name: display.progress(name, Problems(*done))
         results["accuracy"][name] = _accuracy(model, tasks, problems, options)
         results["complete"] = len(results["accuracy"]) == len(loaded)
-        folder.write("evaluation.json", results)
+        if shards is None:
+            folder.write("evaluation.json", results)
         if display is not None:
             display.finish(name, time.monotonic() - started)
-    return results
+    if shards is None:
+        return results
+    return shards.write(results) or {**results, "missing": shards.missing()}
 
 
 def _all_lengths(config: Mapping[str, Any], task: Task) -> list[int]:
@@ -128,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--problems", type=int, default=500, help="problems a length (500)")
     parser.add_argument("--seed", type=int, help="which problems; default the run's seed")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="evaluate the I-th of N shares of the lengths, 0 ≤ I < N"
+    )
     return parser
 
 
@@ -147,9 +171,10 @@ def _main(a: argparse.Namespace) -> int:
             raise ValueError(f"--problems is {a.problems}; give at least 1.")
         models = None if a.models is None else a.models.split(",")
         lengths = parse_lengths(a.lengths)
+        share, device = share_wanted(a.shard, a.device)
         with Display() as display:
             results = evaluate_run(
-                a.out, models, lengths, a.problems, a.seed, a.device, display=display
+                a.out, models, lengths, a.problems, a.seed, device, display=display, share=share
             )
     except (ValueError, RunFolderError, CheckpointError, OSError) as error:
         return refused(error)
@@ -161,6 +186,9 @@ def _main(a: argparse.Namespace) -> int:
         kept = f"the models finished by then are in {file}" if written else "no model was finished"
         print(f"\ninterrupted; {kept}, the same command begins anew", file=sys.stderr)
         return 130
+    if missing := results.get("missing"):
+        print(f"shard {share[0]}/{share[1]} is done; missing: {', '.join(missing)}")
+        return 0
     from relay_fast.reporting.tables import print_report
 
     print_report(results, metrics=("answer", "chain", "bit", "answer_once"))

@@ -9,7 +9,8 @@ Its four forms:
         --export chains.jsonl --format sft
     python -m relay_fast.generate --show DIR
 
-The same command continues an interrupted dataset. An export is text for other programs; with
+The same command continues an interrupted dataset. Under torchrun, or with --shard I/N from any
+scheduler, each process writes its files of the dataset. An export is text for other programs; with
 --dataset beside it, it is made of that dataset (and need not begin anew), with --show of an old
 one.
 """
@@ -17,6 +18,7 @@ one.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,12 +39,14 @@ from relay_fast.relay.chain_dataset import (
     ChainDataset,
     DatasetError,
     dataset_tasks,
+    missing_shards,
     read_manifest,
     write_dataset,
 )
 from relay_fast.relay.chain_parts import chain_parts
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolderError
+from relay_fast.relay.shards import share_wanted
 from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
@@ -52,6 +56,7 @@ from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import Model, load_run_model, run_tasks
 from relay_fast.utils.cores import limit_threads
+from relay_fast.utils.deprecation import warn_renamed
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.lengths import parse_lengths
 from relay_fast.utils.settings import Seed, check_value
@@ -145,6 +150,10 @@ def _write(a: argparse.Namespace) -> None:
     """Writes a dataset of chains (`--dataset`), text of chains (`--export`), or both."""
     if a.export is not None:
         export.check_export(a.export, a.format)
+    if a.share[1] > 1 and (a.dataset is None or a.export is not None):
+        raise ValueError(
+            "a shard of chains goes into a --dataset: write text of all with --show DIR --export."
+        )
     model, tasks, _ = _load(a)
     limit = model.config.max_tokens
     chosen = parse_lengths(a.lengths)
@@ -167,17 +176,20 @@ def _write(a: argparse.Namespace) -> None:
         options["progress"] = lambda *done: display.progress(a.model, Problems(*done))
         wanted = {a.task: counts}
         if a.dataset is None:
-            parts = chain_parts(model, tasks, wanted, part_chains=a.shard, **options)
+            parts = chain_parts(model, tasks, wanted, part_chains=a.shard_chains, **options)
             exported = export.export_chains(a.export, parts, tasks, a.format)
         else:
-            manifest = write_dataset(
-                a.dataset, model, tasks, wanted, shard_chains=a.shard, **options
-            )
+            options |= {"shard_chains": a.shard_chains, "share": a.share}
+            manifest = write_dataset(a.dataset, model, tasks, wanted, **options)
         display.finish(a.model, time.monotonic() - started)
     if a.dataset is None:
         print(_exported(a, exported))
     else:
         print(_summary(a.dataset, manifest))
+        if missing := missing_shards(a.dataset, manifest):
+            n = a.share[1]
+            waiting = ", ".join(f"{k}/{n}" for k in sorted({index % n for index in missing}))
+            print(f"shard {a.share[0]}/{n} is done; files of {waiting} are missing")
         if a.export is not None:
             _export_folder(a, a.dataset, tasks)
 
@@ -264,7 +276,13 @@ def _parser() -> argparse.ArgumentParser:
         "rounds (self), that follow the task's rules (task), all (none)",
     )
     parser.add_argument(
-        "--shard", type=int, default=SHARD_CHAINS, help=f"chains a file ({SHARD_CHAINS})"
+        "--shard",
+        metavar="I/N",
+        help="write the I-th of N shares of --dataset's files, 0 ≤ I < N; the folder is finished "
+        "when all are there",
+    )
+    parser.add_argument(
+        "--shard-chains", type=int, default=SHARD_CHAINS, help=f"chains a file ({SHARD_CHAINS})"
     )
     parser.add_argument("--seed", type=int, default=0, help="which problems (0)")
     parser.add_argument("--device", default="cpu")
@@ -276,8 +294,12 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
     if a.number < 1:
         raise ValueError(f"--number is {a.number}; give at least 1.")
     check_value("--seed", a.seed, Seed)
+    if a.shard is not None and re.fullmatch("[0-9]+", a.shard):
+        warn_renamed("--shard N", "--shard-chains N")
+        a.shard, a.shard_chains = None, int(a.shard)
     if a.show is not None:
         return _show
+    a.share, a.device = share_wanted(a.shard, a.device)
     if a.out is None or a.task is None:
         raise ValueError("give --out RUN and --task, or --show DIR.")
     if a.dataset is not None or a.export is not None:
@@ -294,6 +316,8 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
             f"--number is {a.number}; at most {MOST_PRINTED} chains are printed, any number goes "
             f"into a folder with --lengths and --dataset."
         )
+    if a.share[1] > 1:
+        raise ValueError("a shard of chains goes into a folder: give --lengths and --dataset.")
     if a.length is None:
         raise ValueError("give --length to print chains, or --lengths and --dataset to write them.")
     return _print_some

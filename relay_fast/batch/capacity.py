@@ -18,6 +18,7 @@ from torch import Tensor
 
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.plan import Plan, RowRange
+from relay_fast.batch.transfer import BufferLayout, send
 from relay_fast.kernels.attention_ref import Group, PaddedLayout
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
@@ -122,11 +123,17 @@ def _at(values: Sequence[int], iteration: int) -> int:
 
 
 class CapacityPlan(Plan):
-    """A plan with the sizes of a capacity; the loaded batch's own counts are on the device."""
+    """A plan with the sizes of a capacity; the loaded batch's own counts are on the device.
+
+    Args:
+        capacity: the sizes.
+        device: where the indices are.
+        indices: tensors as `index_sizes` lists them.
+    """
 
     fixed_capacity = True
 
-    def __init__(self, capacity: Capacity, device: torch.device | str):
+    def __init__(self, capacity: Capacity, device: torch.device | str, indices: Sequence[Tensor]):
         c = self.capacity = capacity
         self.device = torch.device(device)
         self.sorted, self.order = True, np.arange(c.sequences)
@@ -136,12 +143,7 @@ class CapacityPlan(Plan):
         # The host knows the sizes only; the sequences' offsets are on the device.
         self.active_sequences, self.active_rows = c.active, c.rows
         self.state_offsets = (0, *np.cumsum(c.rows).tolist())
-        new = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=self.device)
-        self.positions = new(c.rows[0], dtype=torch.int32)
-        self.tokens = new(c.rows[0])
-        self.cu_seqlens = new(c.sequences + 1, dtype=torch.int32)
-        self.active_counts = new(self.max_loops, 2, dtype=torch.int32)
-        self.last_rows = new(c.sequences)
+        self.positions, self.tokens, self.cu_seqlens, self.active_counts, self.last_rows = indices
         self._offsets: dict[int, Tensor] = {}
         self._live: dict[int, Tensor] = {}
 
@@ -153,24 +155,40 @@ class CapacityPlan(Plan):
     def rows(self) -> int:
         return self.capacity.rows[0]
 
-    def to(self, device: torch.device | str) -> Plan:
+    @staticmethod
+    def index_sizes(capacity: Capacity) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Returns shape and dtype of the index tensors: positions, tokens, cu_seqlens,
+        active_counts (sequences and rows of each iteration) and last_rows."""
+        rows, sequences = capacity.rows[0], capacity.sequences
+        return [
+            ((rows,), torch.int32),
+            ((rows,), torch.int64),
+            ((sequences + 1,), torch.int32),
+            ((len(capacity.rows), 2), torch.int32),
+            ((sequences,), torch.int64),
+        ]
+
+    def indices(self) -> list[Tensor]:
         raise RuntimeError(
             "a fixed-capacity plan cannot change its device: make a CapacityBatch on the other one"
         )
 
-    def load(self, plan: Plan) -> None:
-        """Copies a plan's counts and indices; the rest of the capacity becomes empty."""
-        rows, sequences = plan.rows, plan.sequences
-        _fill(self.positions, plan.positions)
-        _fill(self.tokens, plan.tokens)
-        offsets = np.full(self.sequences + 1, rows)
-        offsets[: sequences + 1] = plan.offsets
-        self.cu_seqlens.copy_(torch.from_numpy(offsets), non_blocking=True)
+    def write(self, plan: Plan, indices: Sequence[Tensor]) -> None:
+        """Writes a plan's counts and indices into tensors like this plan's; the rest is empty."""
+        positions, tokens, cu_seqlens, active_counts, last_rows = indices
+        _fill(positions, plan.positions)
+        _fill(tokens, plan.tokens)
+        offsets = np.full(self.sequences + 1, plan.rows)
+        offsets[: plan.sequences + 1] = plan.offsets
+        cu_seqlens.copy_(torch.from_numpy(offsets), non_blocking=True)
         counts = np.zeros((self.max_loops, 2), np.int32)
         counts[: plan.max_loops] = np.array([plan.active_sequences, plan.active_rows]).T
-        self.active_counts.copy_(torch.from_numpy(counts), non_blocking=True)
-        _fill(self.last_rows, plan.last_rows)
-        self._offsets.clear()  # computed from the previous batch
+        active_counts.copy_(torch.from_numpy(counts), non_blocking=True)
+        _fill(last_rows, plan.last_rows)
+
+    def forget(self) -> None:
+        """Drops what was computed from the previous batch."""
+        self._offsets.clear()
         self._live.clear()
 
     def row_ranges(self, iteration: int, truncate: int | None = None) -> tuple[RowRange, ...]:
@@ -231,6 +249,8 @@ def _fill(buffer: Tensor, values: Tensor, beyond: float = 0) -> None:
 class CapacityBatch:
     """The tensors of a batch at a fixed capacity; `batch` is the PackedBatch to pass to a model.
 
+    They are parts of one buffer, so that a batch on the host takes one copy to the device.
+
     Args:
         capacity: the sizes.
         device: where the tensors are allocated.
@@ -238,38 +258,75 @@ class CapacityBatch:
 
     def __init__(self, capacity: Capacity, device: torch.device | str):
         self.capacity = capacity
-        self.plan = CapacityPlan(capacity, device)
         offsets = lengths_to_offsets(np.asarray(capacity.targets))
-        new = lambda n, dtype=torch.int64: torch.zeros(n, dtype=dtype, device=self.plan.device)
+        rows, targets, sequences = (capacity.rows[0],), (int(offsets[-1]),), (capacity.sequences,)
+        whole, real = torch.int64, torch.float32
+        own = [(rows, whole), (targets, whole), (targets, whole), (targets, real)]
+        own += [(sequences, whole), (sequences, real)]
+        indices = CapacityPlan.index_sizes(capacity)
+        self._indices = len(indices)
+        self._layout = BufferLayout([*indices, *own])
+        self._buffer = self._layout.empty(device).zero_()
+        views = self._layout.views(self._buffer)
+        self.plan = CapacityPlan(capacity, device, views[: self._indices])
+        tokens, target_rows, targets, weights, answers, answer_weights = views[self._indices :]
         self.batch = PackedBatch(
-            tokens=new(capacity.rows[0]),
+            tokens=tokens,
             plan=self.plan,
-            rows=new(int(offsets[-1])),
+            rows=target_rows,
             row_offsets=tuple(offsets.tolist()),
-            targets=new(int(offsets[-1])),
-            weights=new(int(offsets[-1]), torch.float32),
-            answers=new(capacity.sequences),
-            answer_weights=new(capacity.sequences, torch.float32),
+            targets=targets,
+            weights=weights,
+            answers=answers,
+            answer_weights=answer_weights,
             order=np.arange(capacity.sequences),
             max_token=0,
         )
 
+    def __getstate__(self) -> tuple[Capacity, torch.device, Tensor]:
+        return self.capacity, self.plan.device, self._buffer
+
+    def __setstate__(self, state: tuple[Capacity, torch.device, Tensor]) -> None:
+        capacity, device, buffer = state
+        self.__init__(capacity, device)
+        self._buffer.copy_(buffer)
+
     def load(self, batch: PackedBatch) -> None:
-        """Copies a batch into the tensors. Raises ValueError if it does not fit."""
+        """Copies a batch into the tensors. Raises ValueError if it does not fit.
+
+        A batch on the host is written into pinned memory and copied asynchronously, beside what
+        runs on the device.
+        """
         reason = self.capacity.reason(batch)
         if reason is not None:
             raise ValueError(f"{reason}: build a larger one with Capacity.of(batches, slack)")
-        into = self.batch
-        self.plan.load(batch.plan)
-        _fill(into.tokens, batch.tokens)
+        at, device = batch.tokens.device, self.plan.device
+        image = self._layout.empty(at, pinned=at.type == "cpu" and device.type == "cuda")
+        views = self._layout.views(image)
+        self.plan.write(batch.plan, views[: self._indices])
+        self._write(batch, *views[self._indices :])
+        self._buffer.copy_(send(image, device), non_blocking=True)
+        self.plan.forget()
+
+    def _write(
+        self,
+        batch: PackedBatch,
+        tokens: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        answers: Tensor,
+        answer_weights: Tensor,
+    ) -> None:
+        """Writes a batch's tensors into tensors of the capacity's sizes."""
+        _fill(tokens, batch.tokens)
         counts = np.diff(batch.row_offsets)
-        starts = np.asarray(into.row_offsets[: len(counts)], np.int64)
-        place = torch.from_numpy(concat_ranges(starts, counts)).to(into.rows.device)
-        for buffer, values, beyond in (
-            (into.rows, batch.rows, 0), (into.targets, batch.targets, -1),
-            (into.weights, batch.weights, 0),
+        starts = np.asarray(self.batch.row_offsets[: len(counts)], np.int64)
+        place = torch.from_numpy(concat_ranges(starts, counts)).to(rows.device)
+        for into, values, beyond in (
+            (rows, batch.rows, 0), (targets, batch.targets, -1), (weights, batch.weights, 0),
         ):  # fmt: skip
-            buffer.fill_(beyond)
-            buffer[place] = values.to(buffer.device, non_blocking=True)
-        _fill(into.answers, batch.answers, -1)
-        _fill(into.answer_weights, batch.answer_weights)
+            into.fill_(beyond)
+            into[place] = values
+        _fill(answers, batch.answers, -1)
+        _fill(answer_weights, batch.answer_weights)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from relay_fast.batch.transfer import picklable
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +24,8 @@ class Feeder:
     last: Tensor
     pad: int
 
-    def to(self, device: torch.device | str) -> Feeder:
-        return Feeder(self.last.to(device, non_blocking=True), self.pad)
+    def __getstate__(self) -> dict[str, Any]:
+        return picklable(vars(self))
 
     def start(self) -> Tensor:
         """Returns the tokens (N,) int64 that the first iteration gets."""

@@ -3,8 +3,9 @@ targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from relay_fast.batch.feeder import Feeder
 from relay_fast.batch.plan import Plan
+from relay_fast.batch.transfer import picklable, upload
 from relay_fast.utils.ragged import pieces
 
 
@@ -66,22 +68,29 @@ class PackedBatch:
         return self.plan.last_rows[self.plan.sequences - len(self) :]
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Returns the batch on a device; itself if it is already there."""
+        """Returns the batch on a device, by one asynchronous copy; itself if it is there."""
         device = torch.device(device)
         if device.type == self.plan.device.type and device.index in (None, self.plan.device.index):
             return self
-        moved = self._tensors(lambda t: t.to(device, non_blocking=True))
-        if self.feeder is not None:
-            moved["feeder"] = self.feeder.to(device)
-        return replace(self, plan=self.plan.to(device), **moved)
+        own, indices = self._tensors(), self.plan.indices()
+        last = [] if self.feeder is None else [self.feeder.last]
+        moved = iter(upload([*own.values(), *indices, *last], device))
+        changed = {name: next(moved) for name in own}
+        changed["plan"] = self.plan.with_indices(device, [next(moved) for _ in indices])
+        if last:
+            changed["feeder"] = replace(self.feeder, last=next(moved))
+        return replace(self, **changed)
 
     def pin_memory(self) -> PackedBatch:
         """Returns the batch in pinned memory; called by a DataLoader with `pin_memory=True`."""
-        return replace(self, **self._tensors(Tensor.pin_memory))
+        return replace(self, **{name: t.pin_memory() for name, t in self._tensors().items()})
 
-    def _tensors(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def __getstate__(self) -> dict[str, Any]:
+        return picklable(vars(self))
+
+    def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: change(t) for name, t in values.items() if isinstance(t, Tensor)}
+        return {name: t for name, t in values.items() if isinstance(t, Tensor)}
 
     def parts(self, tokens: int) -> Iterator[PackedBatch]:
         """Splits a `side_by_side` batch into batches of about `tokens` tokens each, whose losses

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast.batch.transfer import upload
 from relay_fast.kernels.attention_ref import Group
 
 GROUP_COST = 16_000  # cost of another attention group in score elements, measured on a CPU
@@ -82,4 +83,4 @@ class Paddings:
 @torch.inference_mode(False)
 def device_tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copies an array to a device; never as an inference tensor, since a plan outlives the mode."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
+    return upload([torch.from_numpy(np.ascontiguousarray(array)).to(dtype)], device)[0]

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast.batch.arguments import check_cu_seqlens as check_cu_seqlens
+from relay_fast.batch.arguments import check_floating as check_floating
+from relay_fast.batch.arguments import check_loops as check_loops
 from relay_fast.batch.paddings import Paddings, device_tensor
 from relay_fast.batch.row_range import RowRange, scattered
+from relay_fast.batch.transfer import picklable, upload
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.utils.numbers import as_int, is_bool
 from relay_fast.utils.ragged import concat_ranges
+
+_INDICES = ("positions", "cu_seqlens", "last_rows")
 
 
 class Plan:
@@ -73,6 +80,7 @@ class Plan:
 
     def _start_caches(self) -> None:
         self._layouts: dict[tuple[int, int], PaddedLayout] = {}
+        self._active_to_caller: dict[int, Tensor] = {}
         self._scattered: dict[tuple[int, bytes], tuple[RowRange, ...]] = {}
 
     @classmethod
@@ -91,9 +99,27 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """Returns the plan on another device; its sorted order counts as the caller's."""
+        return self.with_indices(device, upload(self.indices(), device))
+
+    def indices(self) -> list[Tensor]:
+        """Returns the index tensors that every pass reads, for `with_indices`."""
+        return [getattr(self, name) for name in _INDICES]
+
+    def with_indices(self, device: torch.device | str, indices: Sequence[Tensor]) -> Plan:
+        """Returns the plan on a device; its sorted order counts as the caller's.
+
+        Args:
+            device: where the plan is wanted.
+            indices: what `indices` returned, on that device.
+        """
         positions = None if self._caller_positions is None else self.positions.cpu().numpy()
         tokens = None if self._caller_tokens is None else self.token_numbers
-        return Plan(self.lengths, self.loops, device, positions, tokens)
+        plan = Plan(self.lengths, self.loops, device, positions, tokens)
+        vars(plan).update(zip(_INDICES, indices, strict=True))  # cached properties
+        return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        return picklable(vars(self))
 
     def take(self, sequences: np.ndarray) -> Plan:
         """Returns the plan of some sequences, by ascending index; tokens keep their numbers."""
@@ -268,7 +294,11 @@ class Plan:
         order."""
         if self.row_order is None:
             return None
-        return self._tensor(np.argsort(self.row_order[: self.rows_at(iteration)]), torch.int64)
+        rows = self.rows_at(iteration)
+        if rows not in self._active_to_caller:
+            index = np.argsort(self.row_order[:rows])
+            self._active_to_caller[rows] = self._tensor(index, torch.int64)
+        return self._active_to_caller[rows]
 
     @cached_property
     def token_numbers(self) -> np.ndarray:
@@ -281,6 +311,9 @@ class Plan:
     @cached_property
     def tokens(self) -> Tensor:
         """(rows,) int64: the number of the token in each row, a counter of the dropout masks."""
+        if self._caller_tokens is None and self.row_order is None:
+            with torch.inference_mode(False):
+                return torch.arange(self.rows, device=self.device)
         return self._tensor(self.token_numbers, torch.int64)
 
     @cached_property
@@ -350,90 +383,3 @@ def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int,
             f"return_states has iterations {list(wanted)}: give iterations in 1..{loops}"
         )
     return wanted
-
-
-def check_floating(x: Tensor, name: str = "x") -> None:
-    """Raises TypeError unless x is in floating point."""
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{name} is {x.dtype}, but a state is in floating point: embed the tokens first"
-        )
-
-
-def check_cu_seqlens(
-    cu_seqlens: Sequence[int] | np.ndarray | Tensor, rows: int, of: str = "x"
-) -> np.ndarray:
-    """Returns row offsets (sequences + 1,) as int64 on the host; copying a CUDA tensor
-    synchronises.
-
-    Args:
-        cu_seqlens: the offsets.
-        rows: the number of rows at which they must end.
-        of: name of the tensor that has the rows, for messages.
-
-    Raises:
-        ValueError: if they do not start at 0, decrease, or do not end at `rows`.
-        TypeError: if they are not integers.
-    """
-    if isinstance(cu_seqlens, Tensor):
-        cu_seqlens = cu_seqlens.detach().cpu().numpy()
-    offsets = np.asarray(cu_seqlens)
-    if offsets.ndim != 1 or not offsets.size or offsets[0] != 0:
-        start = offsets.reshape(-1)[:1].tolist()
-        raise ValueError(
-            f"cu_seqlens must have shape (sequences + 1,) and start at 0, not at {start}"
-        )
-    if not np.issubdtype(offsets.dtype, np.integer):
-        raise TypeError(f"cu_seqlens must be integers, got {offsets.dtype}: give row offsets")
-    lengths = np.diff(offsets)
-    if lengths.min(initial=0) < 0:
-        i = int(np.argmax(lengths < 0))
-        raise ValueError(
-            f"cu_seqlens decreases from {offsets[i]} to {offsets[i + 1]} at sequence {i}: give the "
-            "row offsets of the sequences in order"
-        )
-    if offsets[-1] != rows:
-        raise ValueError(
-            f"cu_seqlens ends at {offsets[-1]} but {of} has {rows} rows: give offsets up to {rows}"
-        )
-    return offsets.astype(np.int64)
-
-
-def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int) -> np.ndarray:
-    """Returns loop counts (sequences,) as int64 on the host; copying a CUDA tensor synchronises.
-
-    Args:
-        loops: an int, or one count per sequence.
-        sequences: the number of sequences.
-
-    Raises:
-        ValueError: for negative counts, or another number of counts than sequences.
-        TypeError: for counts that are not integers.
-    """
-    if isinstance(loops, Tensor):
-        loops = loops.detach().cpu().numpy()
-    try:
-        counts = np.asarray(loops)
-    except ValueError:  # a ragged list
-        raise TypeError(f"loops = {loops}: pass an int or one int per sequence") from None
-    if counts.dtype == np.bool_ or not np.issubdtype(counts.dtype, np.integer):
-        if counts.size or counts.ndim != 1:
-            raise TypeError(
-                f"loops must be integers, got {counts.dtype}: pass an int or one int per sequence"
-            )
-    if counts.ndim == 0:
-        counts = np.full(sequences, int(counts), dtype=np.int64)
-    if counts.ndim > 1:
-        raise ValueError(
-            f"loops has shape {tuple(counts.shape)}: tokens of a sequence attend to each other in "
-            "every iteration, so they loop equally often; give an int or one count per sequence"
-        )
-    if counts.shape != (sequences,):
-        raise ValueError(
-            f"loops has shape {tuple(counts.shape)} but the batch holds {sequences} sequences: "
-            "pass an int or one count per sequence"
-        )
-    if counts.size and counts.min() < 0:
-        worst = int(counts.argmin())
-        raise ValueError(f"loops[{worst}] = {counts[worst]} is negative: give counts of 0 or more")
-    return counts.astype(np.int64)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """Draws one token per row from softmax(logits / temperature); temperature 0 is the argmax.
 
     Args:
         logits: (rows, vocabulary).
         temperature: 0 or more.
-        generator: on the device of `logits`; not used at temperature 0.
+        generator: on the device of `logits`; None will do at temperature 0.
 
     Returns:
         (rows,) int64 token ids.

@@ -83,7 +83,7 @@ class Stepper:
         self.positions = torch.zeros_like(self.tokens)
         self.scores = torch.zeros(batch, device=self.device) if scored else None
         self._states = [self.tokens, self.positions] + ([self.scores] if scored else [])
-        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._generator = torch.Generator(self.device).manual_seed(seed) if temperature else None
         self._captured: dict[CacheSlice, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 

@@ -23,7 +23,7 @@ from relay_fast.config import BlockConfig
 from relay_fast.engine.parameter_names import is_linear
 from relay_fast.engine.rope import block_rope_table
 from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
-from relay_fast.kernels.norm_ref import norm_bwd_ref, norm_fwd_ref, upcast_dtype
+from relay_fast.kernels.norm_ref import upcast_dtype
 from relay_fast.kernels.supports import require
 from relay_fast.ops.dispatch import TORCH, Ops
 from relay_fast.ops.gradients import GradientBuffers
@@ -88,6 +88,7 @@ class BlockIteration:
             name: p.to(compute_dtype) if is_linear(name) else p for name, p in parameters.items()
         }
         self.seed = dropout_seed
+        self.kernels = ops.loop_fwd is not None
         self.skips_dead_rows = plan.fixed_capacity and ops is not TORCH
         require(dead_rows_reason(config) if self.skips_dead_rows else None)
         self.saved_width = config.n_layers * len(LayerSaved._fields) + (config.loop_norm == "post")
@@ -148,19 +149,19 @@ class BlockIteration:
             saved.extend(layer)
         if c.loop_norm == "post":
             saved.append(u)
-            out.copy_(self._norm(u, "loop_norm"))
+            self._norm(u, "loop_norm", row_range, out)
         return saved
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        c = self.config
+    def _norm(self, x: Tensor, name: str, row_range: RowRange, out: Tensor | None = None) -> Tensor:
+        c, count = self.config, self._row_count_kwargs(row_range)
         weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
-        return norm_fwd_ref(x, weight, bias, c.eps, c.norm)
+        return self.ops.norm_fwd(x, weight, bias, c.eps, c.norm, out=out, **count)
 
     def _prepare_state(self, h: Tensor, row_range: RowRange) -> Tensor:
         c = self.config
         h = self._add_state_noise(h, row_range)
         if c.loop_norm == "pre":
-            h = self._norm(h, "loop_norm")
+            h = self._norm(h, "loop_norm", row_range)
         if c.injection == "add":
             h = h + self.x[row_range.rows]
         elif c.injection == "concat":
@@ -264,14 +265,27 @@ class BlockIteration:
         self, g: Tensor, x: Tensor, name: str, row_range: RowRange, grads: GradientBuffers
     ) -> Tensor:
         c = self.config
-        if self.skips_dead_rows:  # may hold NaN, and the weight's gradient is a sum over rows
-            dead = ~self.plan.live(row_range.iteration)
-            g, x = g.masked_fill(dead, 0), x.masked_fill(dead, 1)
-        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
-        dx, dweight, dbias, _ = norm_bwd_ref(g, x, weight, bias, c.eps, c.norm)
-        grads.vector(self.index.get(f"{name}.weight"), dweight)
-        grads.vector(self.index.get(f"{name}.bias"), dbias)
+        dx, dweight, dbias = self.ops.norm_bwd(
+            g, x, self._weight(f"{name}.weight"), c.eps, c.norm,
+            self._weight(f"{name}.bias") is not None, **self._row_count_kwargs(row_range),
+            **self._partials(name, grads),
+        )  # fmt: skip
+        self._add_norm_grads(name, dweight, dbias, grads)
         return dx
+
+    def _partials(self, name: str, grads: GradientBuffers) -> dict[str, tuple | None]:
+        """Lets the kernels add up a norm's gradients over the iterations."""
+        if not self.kernels:
+            return {}
+        weight, bias = self.index.get(f"{name}.weight"), self.index.get(f"{name}.bias")
+        return {"partials": grads.partials(weight, bias, self.plan.rows_at(1))}
+
+    def _add_norm_grads(
+        self, name: str, dweight: Tensor | None, dbias: Tensor | None, grads: GradientBuffers
+    ) -> None:
+        for kind, value in (("weight", dweight), ("bias", dbias)):
+            if value is not None:
+                grads.vector(self.index.get(f"{name}.{kind}"), value)
 
     def _layer_backward(
         self, g: Tensor, s: LayerSaved, i: int, row_range: RowRange, grads: GradientBuffers
@@ -285,22 +299,21 @@ class BlockIteration:
                 grads.bias(self.index.get(f"{p}{name}.bias"), dy)
 
         def norm(name: str, dweight: Tensor, dbias: Tensor | None) -> None:
-            grads.vector(self.index.get(f"{p}{name}.weight"), dweight)
-            grads.vector(self.index.get(f"{p}{name}.bias"), dbias)
+            self._add_norm_grads(f"{p}{name}", dweight, dbias, grads)
 
         inner, dropout = self._enter_branch(
             g, s.expanded, p + "post_norm2", 2 + 2 * i, row_range, grads
         )
-        dx, dweight, dbias, y, dup, dgate, dbranch = ops.mlp_bwd(
+        g, dweight, dbias, y, dup, dgate, dbranch = ops.mlp_bwd(
             inner, s.mid, s.up, s.gate, w(p + "norm2.weight"), w(p + "norm2.bias"),
             w(p + "up.weight"), w(p + "gate.weight"), w(p + "down.weight"),
-            c.activation, c.eps, c.norm, dropout, **count,
+            c.activation, c.eps, c.norm, dropout, residual=g, **count,
+            **self._partials(p + "norm2", grads),
         )  # fmt: skip
         linear("down", dbranch, s.hidden)
         linear("up", dup, y)
         linear("gate", dgate, y)
         norm("norm2", dweight, dbias)
-        g = g + dx
 
         inner, dropout = self._enter_branch(
             g, s.attended, p + "post_norm1", 1 + 2 * i, row_range, grads
@@ -319,13 +332,14 @@ class BlockIteration:
             )  # fmt: skip
             norm("q_norm", dq_weight, None)
             norm("k_norm", dk_weight, None)
-        dx, dweight, dbias, dz, y = ops.norm_linear_bwd(
+        g, dweight, dbias, dz, y = ops.norm_linear_bwd(
             dqkv, s.u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"),
-            *(NO_ROPE if c.qk_norm else rope), c.eps, c.norm, **count,
+            *(NO_ROPE if c.qk_norm else rope), c.eps, c.norm, residual=g, **count,
+            **self._partials(p + "norm1", grads),
         )  # fmt: skip
         linear("qkv", dz, y)
         norm("norm1", dweight, dbias)
-        return g + dx
+        return g
 
     def _enter_branch(
         self,
@@ -377,7 +391,7 @@ class BlockIteration:
         if c.injection == "add":
             self._add_dx(g, row_range, grads)
         elif c.injection == "concat":
-            entered = self._norm(h, "loop_norm") if c.loop_norm == "pre" else h
+            entered = self._norm(h, "loop_norm", row_range) if c.loop_norm == "pre" else h
             weight = self._weight("injection.weight")
             joined = torch.cat((entered, self.x[row_range.rows].to(h.dtype)), -1).to(weight.dtype)
             dy = g.to(weight.dtype)

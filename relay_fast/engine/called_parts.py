@@ -195,9 +195,10 @@ class CalledIteration(BlockIteration):
             return self._called[path] if kind == "weight" else None
         return self.cast.get(name)
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
+    def _norm(self, x: Tensor, name: str, row_range: RowRange, out: Tensor | None = None) -> Tensor:
         c, weight, bias = self.config, self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
-        return _norm(x, weight, bias, c.eps, c.norm).to(x.dtype)
+        y = _norm(x, weight, bias, c.eps, c.norm).to(x.dtype)
+        return y if out is None else out.copy_(y)
 
     def _inject(self, joined: Tensor) -> Tensor:
         return _linear(joined, self._weight("injection.weight"), None)

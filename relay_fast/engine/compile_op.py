@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
-from relay_fast.batch.plan import Plan, check_cu_seqlens, check_loops
+from relay_fast.batch.plan import check_cu_seqlens, check_loops
+from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.config import BIASES, BlockConfig
 from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
@@ -108,12 +109,6 @@ def _parse(options: Sequence) -> tuple[BlockConfig, list[str], _Call]:
     return *_block(tuple(block)), _Call(*options[count:])
 
 
-@lru_cache(maxsize=16)
-def _plan(lengths: bytes, loops: bytes, positions: bytes | None, device: torch.device) -> Plan:
-    array = lambda b: None if b is None else np.frombuffer(b, np.int64).copy()
-    return Plan(array(lengths), array(loops), device, array(positions))
-
-
 def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
     config, names, call = _parse(options)
     if call.cu_seqlens is None:
@@ -121,10 +116,8 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
     else:
         lengths = np.diff(check_cu_seqlens(call.cu_seqlens, len(x)))
     counts = check_loops(call.count if call.loops is None else call.loops, len(lengths))
-    where = None
-    if call.positions is not None:
-        where = np.ascontiguousarray(call.positions.cpu().numpy(), np.int64).tobytes()
-    plan = _plan(lengths.astype(np.int64).tobytes(), counts.tobytes(), where, x.device)
+    where = None if call.positions is None else call.positions.cpu().numpy()
+    plan = cached_plan(lengths, counts, x.device, where)
     check_max_loops(config, plan)
     ops = select(call.impl, x.device)
 

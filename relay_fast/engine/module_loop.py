@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_loops
+from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.batch.stopping import StoppingPlan
 from relay_fast.engine.aux_values import AuxValues
 from relay_fast.engine.loop import run_with_aux
@@ -221,7 +222,7 @@ def _make_plan(x: Tensor, loops, cu_seqlens, stops: bool) -> Plan:
         lengths = np.ones(len(x), np.int64)
     else:
         lengths = np.diff(check_cu_seqlens(cu_seqlens, len(x)))
-    kind = StoppingPlan if stops else Plan
+    kind = StoppingPlan if stops else cached_plan
     return kind(lengths, check_loops(loops, len(lengths)), x.device)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops
+from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.batch.stopping import StoppingPlan
 from relay_fast.engine.block_weights import BlockWeights
 from relay_fast.engine.compile_op import skip_frame
@@ -54,7 +55,7 @@ def make_plan(
     flat = flat_positions(positions, x.shape)
     if flat is not None:
         flat = flat.cpu().numpy()
-    kind = StoppingPlan if stops else Plan
+    kind = StoppingPlan if stops else cached_plan
     return kind(lengths, check_loops(loops, len(lengths)), x.device, flat)
 
 

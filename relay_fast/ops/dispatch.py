@@ -38,6 +38,7 @@ from relay_fast.kernels.cross_entropy_ref import (
 from relay_fast.kernels.linear_residual_ref import linear_residual_bwd_ref, linear_residual_fwd_ref
 from relay_fast.kernels.mlp_ref import mlp_bwd_ref, mlp_fwd_ref
 from relay_fast.kernels.norm_linear_ref import norm_linear_bwd_ref, norm_linear_fwd_ref
+from relay_fast.kernels.norm_ref import norm_fwd_ref, norm_grads_ref
 from relay_fast.kernels.norm_residual_ref import norm_residual_bwd_ref, norm_residual_fwd_ref
 from relay_fast.kernels.qk_norm_ref import qk_norm_bwd_ref, qk_norm_fwd_ref
 from relay_fast.kernels.supports import (
@@ -65,6 +66,8 @@ class Ops(NamedTuple):
     such kernel.
     """
 
+    norm_fwd: Callable
+    norm_bwd: Callable
     norm_linear_fwd: Callable
     norm_linear_bwd: Callable
     qk_norm_fwd: Callable
@@ -86,6 +89,8 @@ class Ops(NamedTuple):
 
 
 REFERENCE = Ops(
+    norm_fwd_ref,
+    norm_grads_ref,
     norm_linear_fwd_ref,
     norm_linear_bwd_ref,
     qk_norm_fwd_ref,
@@ -178,12 +183,15 @@ def _triton_ops() -> Ops:
     from relay_fast.kernels.loop import loop_fwd
     from relay_fast.kernels.mlp import mlp_fwd
     from relay_fast.kernels.mlp_bwd import mlp_bwd
+    from relay_fast.kernels.norm import norm_bwd, norm_fwd
     from relay_fast.kernels.norm_linear import norm_linear_bwd, norm_linear_fwd
     from relay_fast.kernels.norm_residual import norm_residual_bwd, norm_residual_fwd
     from relay_fast.kernels.qk_norm import qk_norm_bwd, qk_norm_fwd
     from relay_fast.kernels.weight_grad import weight_grad
 
     ops = Ops(
+        norm_fwd,
+        norm_bwd,
         norm_linear_fwd,
         norm_linear_bwd,
         qk_norm_fwd,
@@ -265,7 +273,8 @@ def _auto_ops() -> Ops:
             except Unsupported:
                 if kwargs.get("row_count") is not None:  # the reference cannot read it
                     raise
-                kwargs.pop("row_count", None)
+                for name in ("row_count", "partials"):  # returned instead of added up
+                    kwargs.pop(name, None)
                 return reference(*args, **kwargs)
 
         return op

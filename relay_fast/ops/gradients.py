@@ -10,6 +10,7 @@ from torch import Tensor
 from relay_fast.kernels.norm_ref import upcast
 
 GATHER_ROWS = 256  # with fewer rows a GEMM is mostly overhead
+PROGRAM_ROWS = 16  # at least so many rows share a program
 
 
 class GradientBuffers:
@@ -40,6 +41,7 @@ class GradientBuffers:
         self._gather_rows = gather_rows
         self._buffers: dict[int, Tensor] = {}
         self._held: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._partials: dict[int, Tensor] = {}
 
     def needs(self, index: int | None) -> bool:
         return index is not None and self._needed[index]
@@ -81,6 +83,30 @@ class GradientBuffers:
         if buffer is not None:
             buffer.add_(value)
 
+    def partials(
+        self, weight: int | None, bias: int | None, rows: int
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Returns buffers in which kernels add up the gradients of a norm's weight and bias, a row
+        for each of their programs; they are summed once, in `results`.
+
+        Args:
+            weight: index of the weight.
+            bias: index of the bias, or None.
+            rows: the largest number of rows of a launch.
+
+        Returns:
+            The buffers, that of the bias None without one; None if no gradient is needed.
+        """
+        if not (self.needs(weight) or self.needs(bias)):
+            return None
+        for index in (weight, bias):
+            if index is not None and index not in self._partials:
+                d = len(self._parameters[weight])
+                self._partials[index] = torch.zeros(
+                    -(-rows // PROGRAM_ROWS), d, device=self._parameters[weight].device
+                )
+        return self._partials[weight], None if bias is None else self._partials[bias]
+
     def bias(self, index: int | None, dy: Tensor) -> None:
         """Adds the sum of dy over its rows."""
         if self.needs(index):
@@ -104,6 +130,8 @@ class GradientBuffers:
         needed."""
         for index in list(self._held):
             self._reduce(index)
+        for index, partial in self._partials.items():
+            self.vector(index, partial.sum(0))
         return [
             self.buffer(i).to(parameter.dtype) if self.needs(i) else None
             for i, parameter in enumerate(self._parameters)

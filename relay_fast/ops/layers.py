@@ -200,8 +200,9 @@ def attention(
         )
     if not isinstance(cu_seqlens, Tensor):
         cu_seqlens = torch.as_tensor(cu_seqlens, device="cpu")
+    # The offsets are read once: forward and backward look the layout up by their values.
     options = AttentionOptions(_int(heads), _int(kv_heads), bool(causal))
-    return _ATTENTION(Attention(qkv, cu_seqlens), options, impl)
+    return _ATTENTION(Attention(qkv, cu_seqlens.cpu()), options, impl)
 
 
 # linear_residual

@@ -7,6 +7,7 @@
 
 A shard depends on the identity and its index alone. An interrupted writer leaves complete shards
 only, and the same call writes the missing ones: the finished folder is the same, bit for bit.
+Several writers, each with a share of the shards, finish it together.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from relay_fast.relay.chain_parts import (
     WrittenChains,
     check_request,
     draw_problems,
+    part_sizes,
     write_chains,
 )
 from relay_fast.tasks import Samples, Task, Vocabulary, make_task
@@ -68,6 +70,7 @@ def write_dataset(
     seed: int = 0,
     verify: str | None = "self",
     shard_chains: int = SHARD_CHAINS,
+    share: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
     """Generates chains with a model and writes them into a folder, or continues such a folder.
@@ -83,10 +86,13 @@ def write_dataset(
         seed: Selects the problems.
         verify: The check, see `relay_fast.tasks.verify.verify_chains`.
         shard_chains: The most chains in a shard.
-        progress: Called with (chains done, chains in all).
+        share: (i, n): write every n-th shard from shard i on; n writers with different i may work
+            at the same time, on different machines too if they see the same folder. The last of
+            them completes the manifest.
+        progress: Called with (chains done, chains in all), those of the share.
 
     Returns:
-        The content of manifest.json.
+        The content of manifest.json, not complete while other writers have to write shards.
 
     Raises:
         ValueError: The model or a task does not support the arguments.
@@ -96,27 +102,37 @@ def write_dataset(
     folder = Path(folder)
     check_request(model, tasks, counts, seed, verify, shard_chains)
     identity = _identity(model, tasks, counts, seed, verify, shard_chains)
-    chains = sum(sum(own.values()) for own in counts.values())
-    shards = -(-chains // shard_chains)
+    sizes = part_sizes(counts, shard_chains)
+    shards, own = len(sizes), range(share[0], len(sizes), share[1])
     manifest = {"kind": KIND, "identity": identity, "shards": shards, "complete": False}
-    with _locked(folder):
-        _open(folder, manifest)
-        fingerprint, tables, done = _fingerprint(identity), [], 0
-        for index in range(shards):
+    with _locked(folder, share):
+        _open(folder, manifest, alone=share[1] == 1)
+        fingerprint, done, chains = _fingerprint(identity), 0, sum(sizes[index] for index in own)
+        tables = {}
+        for index in own:
             path = shard_path(folder, index)
             if path.exists():
-                tensors, metadata = _read_shard(path, fingerprint, index)
-                done += len(tensors["task"])
+                _, metadata = _read_shard(path, fingerprint, index)
             else:
                 problems = draw_problems(tasks, counts, seed, index, shards)
                 metadata = {"dataset": fingerprint, "index": index}
                 advance = progress and (lambda k, _, done=done: progress(done + k, chains))
                 _write_shard(path, model, problems, tasks, verify, metadata, advance)
-                done += len(problems)
-            tables.append(filter_metrics.from_json(metadata["counts"]))
-        manifest |= {"complete": True, "counts": filter_metrics.to_json(filter_metrics.add(tables))}
-        _write_manifest(folder, manifest)
+            done += sizes[index]
+            tables[index] = filter_metrics.from_json(metadata["counts"])
+        if not missing_shards(folder, manifest):
+            for index in sorted(set(range(shards)) - set(own)):
+                _, metadata = _read_shard(shard_path(folder, index), fingerprint, index)
+                tables[index] = filter_metrics.from_json(metadata["counts"])
+            counted = filter_metrics.add([tables[index] for index in range(shards)])
+            manifest |= {"complete": True, "counts": filter_metrics.to_json(counted)}
+            _write_manifest(folder, manifest)
     return manifest
+
+
+def missing_shards(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[int]:
+    """Returns the shards of a dataset that are not there."""
+    return [i for i in range(manifest["shards"]) if not shard_path(folder, i).exists()]
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
@@ -190,19 +206,19 @@ class ChainDataset(Dataset):
         self._places: list[tuple[Path, str, int]] = []
         for folder in self.folders:
             manifest = read_manifest(folder)
-            if not manifest["complete"] and not unfinished:
+            fingerprint = _fingerprint(manifest["identity"])
+            missing = missing_shards(folder, manifest)
+            there = sorted(set(range(manifest["shards"])) - set(missing))
+            if missing and manifest["complete"]:
+                raise DatasetError(
+                    f"{shard_path(folder, missing[0])} is missing; run the command that writes the "
+                    f"chains again."
+                )
+            if missing and not unfinished:
                 raise DatasetError(
                     f"the chains in {folder} are not finished; run the command that writes them "
-                    f"again, or ask for unfinished=True."
-                )
-            fingerprint = _fingerprint(manifest["identity"])
-            indices = range(manifest["shards"])
-            there = [i for i in indices if shard_path(folder, i).exists()]
-            if manifest["complete"] and len(there) < len(indices):
-                missing = next(i for i in indices if i not in there)
-                raise DatasetError(
-                    f"{shard_path(folder, missing)} is missing; run the command that writes the "
-                    f"chains again."
+                    f"again, with --shard too if it had one ({shard_path(folder, missing[0]).name} "
+                    f"is missing), or ask for unfinished=True."
                 )
             self._places += [(shard_path(folder, i), fingerprint, i) for i in there]
         passed = [shard["passed"].numpy() for shard in self._shards]
@@ -280,20 +296,24 @@ def _fingerprint(identity: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and locks it against other writers; a killed process holds no lock.
+def _locked(folder: Path, share: tuple[int, int]) -> Iterator[None]:
+    """Makes the folder and locks it, or a share of it, against other writers; a killed process
+    holds no lock.
 
     Raises DatasetError for a folder that is locked, holds other files or cannot be used.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = any(not file.name.startswith(LOCK) for file in folder.iterdir())
+        others = any(
+            not file.name.startswith((LOCK, ".manifest.")) for file in folder.iterdir()
+        )  # a manifest may just be being written
         if others and not (folder / "manifest.json").exists():
             raise DatasetError(
                 f"{folder} is not empty and holds no chains (no manifest.json); give another "
                 f"--dataset."
             )
-        lock = lock_folder(folder)
+        name = LOCK if share[1] == 1 else f"{LOCK}-{share[0]}-of-{share[1]}"
+        lock = lock_folder(folder, name)
     except FolderInUse as error:
         raise DatasetError(
             f"another process is writing {folder} ({error}); wait for it, or give another "
@@ -309,9 +329,13 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _open(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest of a new folder; raises DatasetError for one with other chains."""
-    clear_partials(folder, workers=False)
+def _open(folder: Path, manifest: Mapping[str, Any], alone: bool) -> None:
+    """Writes the manifest of a new folder; raises DatasetError for one with other chains.
+
+    What a killed writer left is deleted if this one is alone.
+    """
+    if alone:
+        clear_partials(folder, workers=False)
     if not (folder / "manifest.json").exists():
         _write_manifest(folder, manifest)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +57,11 @@ def check_request(
             task.check_length(length)
             if number < 0:
                 raise ValueError(f"{number} chains of {name} length {length}: give 0 or more")
+            if verify == "task" and not task.knows_truth(length):
+                raise ValueError(
+                    f"problems of {name} length {length} have no rounds or no answer, so that "
+                    f'chains cannot be checked by the task: verify them by "self"'
+                )
             most = task.most_problems(length)
             if most is not None and number > most:
                 raise ValueError(
@@ -69,6 +75,19 @@ def check_request(
                     f"{name} length {length} can need {need} tokens, more than the model's limit "
                     f"of {limit}: use a smaller length, or train a model with a larger test length."
                 )
+
+
+def part_sizes(counts: Counts, part_chains: int) -> list[int]:
+    """Returns the number of chains in each part.
+
+    Args:
+        counts: {task: {length: number of chains}}.
+        part_chains: The most chains in a part.
+    """
+    numbers = [sum(own.values()) for own in counts.values()]
+    parts = -(-sum(numbers) // part_chains)
+    ends = [sum(k * number // parts for number in numbers) for k in range(parts + 1)]
+    return [b - a for a, b in pairwise(ends)]
 
 
 def draw_problems(
@@ -145,8 +164,8 @@ def chain_parts(
         ValueError: The model or a task does not support the arguments.
     """
     check_request(model, tasks, counts, seed, verify, part_chains)
-    chains = sum(sum(own.values()) for own in counts.values())
-    parts, done = -(-chains // part_chains), 0
+    sizes, done = part_sizes(counts, part_chains), 0
+    parts, chains = len(sizes), sum(sizes)
     for index in range(parts):
         problems = draw_problems(tasks, counts, seed, index, parts)
         advance = progress and (lambda k, _, done=done: progress(done + k, chains))

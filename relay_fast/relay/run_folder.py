@@ -113,6 +113,7 @@ class RunFolder:
         if config_file.is_file():
             theirs = _read_json(config_file)
             theirs |= {name: self.config[name] for name in MACHINE if name in self.config}
+            self._refuse_changed_data(theirs)
             found = differences(self.config, theirs, there="in the folder")
             if found:
                 raise RunFolderError(
@@ -126,6 +127,23 @@ class RunFolder:
         (self.path / "checkpoints").mkdir(exist_ok=True)
         if not evaluates:
             clear_partials(self.path / "checkpoints")
+
+    def _refuse_changed_data(self, theirs: Mapping[str, Any]) -> None:
+        """Raises RunFolderError for a task whose files are called as before and hold other data."""
+        for name, task in self.config.get("tasks", {}).items():
+            ours = dict(task.get("parameters", {}))
+            if "content" not in ours:
+                continue
+            old = theirs.get("tasks", {}).get(name, {})
+            kept = dict(old.get("parameters", {}))
+            content = ours.pop("content"), kept.pop("content", None)
+            same = ours == kept and task.get("data") == old.get("data")
+            if same and content[1] not in (None, content[0]):
+                files = task.get("data"), ours.get("test_data"), ours.get("tokeniser")
+                raise RunFolderError(
+                    f"{' or '.join(map(str, filter(None, files)))} has changed since the run "
+                    f"{self.path} began: restore the file, or give another --out"
+                )
 
     def check_writable(self) -> None:
         """Raises RunFolderError if no file can be made in the folder; leaves it as it is."""

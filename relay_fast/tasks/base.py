@@ -122,6 +122,10 @@ class Task(ABC):
         """Returns the lengths from `shortest` to `longest` that there are problems of."""
         return np.arange(shortest, longest + 1)
 
+    def knows_truth(self, length: int) -> bool:
+        """Tells whether the problems of a length that are drawn are all solved."""
+        return True
+
     def most_problems(self, length: int) -> int | None:
         """Returns how many different problems of a length can be drawn, None for any number."""
         return None

@@ -7,6 +7,7 @@ in memory.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -120,6 +121,10 @@ def parse(line: bytes) -> Record:
     Raises:
         ValueError: It is none; the message says why, as the end of a sentence.
     """
+    if not line.strip():
+        raise ValueError("is blank: remove the line")
+    if line.startswith(codecs.BOM_UTF8):
+        raise ValueError("begins with a byte order mark: save the file as UTF-8 without it")
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:

@@ -54,6 +54,10 @@ class RecordedTask(TokenizedTask):
     def report(self, shortest: int, longest: int) -> dict[str, int]:
         return self.text.report(shortest, longest)
 
+    def knows_truth(self, length: int) -> bool:
+        pools = self.text.pools
+        return bool(pools.index.rows["solved"][pools.drawn(length)].all())
+
     def most_problems(self, length: int) -> int | None:
         return len(self.text.pools.drawn(length))
 

@@ -15,6 +15,7 @@ from relay_fast.tasks.references import load_class
 from relay_fast.tasks.samples import TASK_NAMES
 from relay_fast.tasks.text import TextTask
 from relay_fast.tasks.vocabulary import Vocabulary
+from relay_fast.utils.errors import RunStopped
 
 _COMPILED: dict[str, type[Task]] = {cls.name: cls for cls in (Arithmetic, EditDistance, LIS)}
 TEXT_TASKS = {"addition": "relay_fast.tasks.addition:Addition"}  # of the package, by name
@@ -147,12 +148,18 @@ def open_text_task(name: str, entry: Mapping[str, Any]) -> TextTask:
         )
     try:
         task = cls(**parameters)
-    except TypeError as error:
-        raise ValueError(f"{where}: {cls.__name__} cannot be built ({error})") from error
-    if getattr(task, "name", None) != name:
+    except (ValueError, RunStopped):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{where}: {cls.__name__} cannot be built ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(getattr(task, "name", None), str):
+        raise ValueError(f"{where}: {cls.__name__} has no name: write name = {name!r} in the class")
+    if task.name != name:
         raise ValueError(
             f"{where}.class = {entry.get('class', cls.__name__)!r} is the task "
-            f"{getattr(task, 'name', None)!r}: write it under tasks.{getattr(task, 'name', 'NAME')}"
+            f"{task.name!r}: write it under tasks.{task.name}"
         )
     return task
 

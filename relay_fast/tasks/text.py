@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from relay_fast.tasks.base import Task
+from relay_fast.tasks.own_code import own_code
 from relay_fast.tasks.references import load_class, reference_of
 from relay_fast.tasks.tokenized import TokenizedTask
 from relay_fast.tasks.vocabulary import RESERVED, Vocabulary
@@ -177,10 +178,11 @@ class TextTask(ABC):
     def draw(self, length: int, seed: int, index: int) -> Sample:
         """Returns sample `index` of a seed, checked to be texts with at least one round.
 
-        Raises ValueError for a sampler that returns something else.
+        Raises OwnCodeError for a sampler that returns something else, or raises.
         """
         rng = np.random.default_rng([self._key, seed & 0xFFFFFFFFFFFFFFFF, index])
-        return _checked(self.name, length, self.sample(length, rng))
+        with own_code(self):
+            return _checked(self.name, length, self.sample(length, rng))
 
     @cached_property
     def _key(self) -> int:

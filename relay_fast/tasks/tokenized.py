@@ -21,6 +21,7 @@ from relay_fast.tasks.base import (
     until_eos,
 )
 from relay_fast.tasks.feedback import Inputs, Written, problems_shown, right_aligned
+from relay_fast.tasks.own_code import own_code
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, PAD, RESERVED, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
@@ -105,7 +106,8 @@ class TokenizedTask(Task):
         for length in lengths:
             self.check_length(length)
             for index in range(PROVED):
-                self._prove(length, index)
+                with own_code(self.text):
+                    self._prove(length, index)
 
     def _prove(self, length: int, index: int) -> None:
         problem, rounds, answer = first = self.text.draw(length, 0, index)

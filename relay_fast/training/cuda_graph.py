@@ -127,9 +127,10 @@ class GraphedStep:
         step = GraphedStep(model, optimizer, Capacity.of(some_batches), clip=1.0)
         losses = step(batch)
 
-    A batch that exceeds the capacity takes an eager step; later batches use the graph again. Each
-    call takes exactly one optimizer step, warm-up included. After `model.eval()` or another change
-    of mode, make a new GraphedStep.
+    A batch may be on the host: then it takes one asynchronous copy, beside the previous replay. One
+    that exceeds the capacity takes an eager step; later batches use the graph again. Each call
+    takes exactly one optimizer step, warm-up included. After `model.eval()` or another change of
+    mode, make a new GraphedStep.
 
     Args:
         model: the model to train.
@@ -197,6 +198,7 @@ class GraphedStep:
 
     def _take(self, batch: PackedBatch) -> Losses:
         """Takes one eager step; this is what a graph captures."""
+        batch = batch.to(self.model.device)
         losses = take_step(
             self.model, self.optimizer, batch, clip=self.clip, autocast=self.autocast
         )

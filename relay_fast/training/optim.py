@@ -38,6 +38,35 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.mT
 
 
+def orthogonalize_all(updates: Sequence[Tensor], parts: int = 1) -> list[Tensor]:
+    """Orthogonalizes many matrices, those of one shape (or its transpose) in one batch.
+
+    On a GPU the products are in bf16, as Jordan et al. do: the iteration needs no more.
+
+    Args:
+        updates: matrices of one device and dtype; each stacks `parts` matrices.
+        parts: how many.
+
+    Returns:
+        For each, its orthogonalized parts times √max(1, rows / columns), contiguous.
+    """
+    stacks = [u.reshape(parts, -1, u.shape[1]) for u in updates]
+    wide = [s if s.shape[1] <= s.shape[2] else s.mT for s in stacks]
+    batches: dict[tuple[int, ...], list[int]] = {}
+    for i, stack in enumerate(wide):
+        batches.setdefault(tuple(stack.shape[1:]), []).append(i)
+    changes: list[Tensor] = [None] * len(wide)
+    for members in batches.values():
+        batch = torch.cat([wide[i] for i in members])
+        half = batch.device.type != "cpu" and batch.dtype == torch.float32
+        batch = orthogonalize(batch.bfloat16() if half else batch).to(batch.dtype)
+        for i, own in zip(members, batch.split(parts), strict=True):
+            changes[i] = own if wide[i] is stacks[i] else own.mT
+    tall = [max(1.0, s.shape[1] / s.shape[2]) ** 0.5 for s in stacks]
+    shaped = [c.reshape(u.shape) for c, u in zip(changes, updates, strict=True)]
+    return list(torch._foreach_mul(shaped, tall))
+
+
 class MuonAdamW(torch.optim.AdamW):
     """AdamW whose parameter groups with `muon=True` take Muon's step (Jordan et al. 2024).
 
@@ -71,21 +100,15 @@ class MuonAdamW(torch.optim.AdamW):
         """
         if not group.get("muon"):
             return super()._init_group(group, *lists)
+        by_kind: dict[tuple, list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is not None:
-                self._muon_step(p, group)
+                by_kind.setdefault((p.device, p.dtype, p.grad.dtype), []).append(p)
+        for params in by_kind.values():
+            self._muon_step(params, group)
         return False
 
-    @torch.no_grad()
-    def _muon_step(self, p: Tensor, group: dict) -> None:
-        if p.grad.is_sparse:
-            raise RuntimeError(
-                "Muon does not support sparse gradients: use dense ones for its matrices"
-            )
-        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if scale is not None:  # a GradScaler leaves the unscaling to a fused step
-            p.grad.div_(scale.to(p.device))
-        grad = -p.grad if group["maximize"] else p.grad
+    def _muon_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
@@ -93,19 +116,36 @@ class MuonAdamW(torch.optim.AdamW):
             on_device = group["capturable"] or group["fused"]
             device = p.device if on_device else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        held = (p, state["momentum"], state["step"])
+        return state
+
+    @torch.no_grad()
+    def _muon_step(self, params: list[Tensor], group: dict) -> None:
+        """Takes a group's step for parameters of one device and dtype, together."""
+        grads = [p.grad for p in params]
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError(
+                "Muon does not support sparse gradients: use dense ones for its matrices"
+            )
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None:  # a GradScaler leaves the unscaling to a fused step
+            torch._foreach_div_(grads, scale.to(params[0].device))
+        if group["maximize"]:
+            grads = torch._foreach_neg(grads)
+        states = [self._muon_state(p, group) for p in params]
+        momenta, steps = ([state[name] for state in states] for name in ("momentum", "step"))
+        held = [*params, *momenta, *steps]
         before = None if skip is None else [value.clone() for value in held]
-        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(momentum, group["momentum"])
-        stacked = update.reshape(group["parts"], -1, p.shape[1])
-        shape = max(1.0, stacked.shape[1] / stacked.shape[2]) ** 0.5
-        lr, change = group["lr"], orthogonalize(stacked).reshape(p.shape)
-        p.mul_(1 - lr * group["weight_decay"])
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+        changes = orthogonalize_all(updates, group["parts"])
+        lr = group["lr"]
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         if isinstance(lr, Tensor):  # under a CUDA graph it cannot be read back
-            p.sub_(change * (lr * shape))
+            torch._foreach_mul_(changes, lr)
+            torch._foreach_sub_(params, changes)
         else:
-            p.add_(change, alpha=-lr * shape)
-        state["step"] += 1
+            torch._foreach_add_(params, changes, alpha=-lr)
+        torch._foreach_add_(steps, 1.0)
         if before is not None:  # `skip` is known on the device only
             for value, old in zip(held, before, strict=True):
                 value.copy_(torch.where(skip.to(value.device) > 0, old, value))

@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,7 +191,10 @@ class _Training:
             if not self.no_graph and not self.ranks.alone:
                 self.no_graph = "the ranks add up their gradients in the middle of a step"
         if self.no_graph:
-            return partial(take_step, self.model, self.optimizer, **options)
+            device = self.model.device
+            return lambda batch, **more: take_step(
+                self.model, self.optimizer, batch.to(device), **options, **more
+            )
         steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
         drawn = (self.stream[step].batch for step in sorted(set(steps.tolist())))
         capacity = Capacity.of(drawn, SLACK, SPREAD)
@@ -263,12 +265,12 @@ class _Training:
     def _train_step(self, batch, interrupted: Callable[[], bool]):
         set_lr_scale(self.optimizer, self.stream.schedule.lr_scale(self.step))
         if self.ranks.alone:
-            losses = self.take(batch.to(self.model.device))
+            losses = self.take(batch)
         else:
             part, rows = self.ranks.share(batch)
             self.rows += rows
             exchange = Exchange(self.model, part, interrupted(), before=self._told)
-            losses = self.take(part.to(self.model.device), exchange=exchange)
+            losses = self.take(part, exchange=exchange)
             self._told = exchange
         self.step += 1
         if self.ema is not None:

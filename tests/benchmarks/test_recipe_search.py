@@ -70,7 +70,7 @@ def test_rows_are_held_and_drawn(tmp_path) -> None:
 
 def test_one_iteration_is_a_control_that_answers(tmp_path) -> None:
     path = tmp_path / "rows.csv"
-    arguments = ["--task", "lis", "--scale", "2e-3", "--problems", "20", "--csv", str(path)]
+    arguments = ["--task", "lis", "--scale", "2e-4", "--problems", "4", "--csv", str(path)]
     (row,) = recipe_ablation.main([*arguments, "--variants", "one_iteration"])
     assert row["chains"] == row["mean_inside"] == "" and row["longest_true_problem"] <= 20
     answers = {int(n): value for n, value in json.loads(row["answers"]).items()}

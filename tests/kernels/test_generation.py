@@ -50,8 +50,8 @@ def launches(impl: str, **options) -> tuple[Samples, int]:
 
     run, original = written.block.run, loop.loop_fwd
 
-    def counting_run(plan, **more):
-        made = run(plan, **more)
+    def counting_run(*arguments, **more):
+        made = run(*arguments, **more)
         if made.ops.loop_fwd is None:
             return made
         return type(made)(**{**vars(made), "ops": made.ops._replace(loop_fwd=counted)})

@@ -343,9 +343,11 @@ def test_the_default_device_does_not_matter(options: dict) -> None:
 
 def test_tables_made_in_inference_mode_serve_training(x: Tensor) -> None:
     plan = Plan([2, 4, 3], [1, 3, 2])
-    static = CapacityBatch(Capacity((64, 64), (3, 3), (4, 4), 3, 8), "cpu").plan
+    holder = CapacityBatch(Capacity((64, 64), (3, 3), (4, 4), 3, 8), "cpu")
+    static = holder.plan
     with torch.inference_mode():
-        static.load(Plan([2, 3], [2, 1]))
+        static.write(Plan([2, 3], [2, 1]), holder._layout.views(holder._buffer)[: holder._indices])
+        static.forget()
         made = [plan.layout(0, 2), plan.layout(1, 3), static.layout_of(static.row_ranges(1)[0])]
         tensors = [plan.tokens, plan.positions, plan.last_rows, plan.to_sorted, static.live(1)]
         tensors += [layout.cu_seqlens for layout in made] + [layout.slot for layout in made]

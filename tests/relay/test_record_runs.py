@@ -11,6 +11,7 @@ import pytest
 from relay_fast.generate import main as generate
 from relay_fast.relay import filter_metrics
 from relay_fast.relay.presets.own import read_config, resolved
+from relay_fast.relay.run_folder import RunFolderError
 from relay_fast.tasks import NO_ANSWER, RecordsTask, Vocabulary
 from relay_fast.train import prove, train
 
@@ -93,10 +94,16 @@ def test_a_run_without_a_generator(folder, capsys):
     assert generate([*arguments, "--export", str(folder / "more.jsonl")]) == 2
     assert "there are 12 problems of sums length 5" in capsys.readouterr().err
 
+    by_rules = [*arguments, "--export", str(folder / "more.jsonl"), "--verify", "task"]
+    assert generate(by_rules) == 2
+    assert "length 5 have no rounds or no answer, so that chains" in capsys.readouterr().err
+
     with open(folder / "chains.jsonl", "a") as file:
         file.write(json.dumps(record(3, 99)) + "\n")
     with pytest.raises(ValueError, match="chains.jsonl has changed since the run began"):
         train(json.loads((run / "config.json").read_text()), run, print_table=False)
+    with pytest.raises(RunFolderError, match="chains.jsonl or .*test.jsonl has changed since the"):
+        train(config, run, print_table=False)
     (folder / "chains.jsonl").unlink()
     assert generate([*arguments, "--export", str(folder / "more.jsonl")]) == 2
     assert "chains.jsonl' does not exist: give a file of records" in capsys.readouterr().err

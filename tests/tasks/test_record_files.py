@@ -127,7 +127,8 @@ GOOD = {"problem": "a b", "rounds": ["c d"], "answer": "d"}
     ("line", "why"),
     [
         (b'{"problem": "a"', "is not JSON (Expecting ',' delimiter): write one object a line"),
-        (b"", "is not JSON (Expecting value): write one object a line"),
+        (b"", "is blank: remove the line"),
+        (b"\xef\xbb\xbf{}", "begins with a byte order mark: save the file as UTF-8 without it"),
         (b"[1]", "holds a list: write one object a line"),
         (b"3", "holds the number 3: write one object a line"),
         (b"[" * 100_000, "is nested too deeply to be a record"),

@@ -247,9 +247,55 @@ def test_bad_samples_are_refused(what: str, message: str) -> None:
         task.sample([2], seed=0)
 
 
+class Raising(Parity):
+    def __init__(self, where: str = "") -> None:
+        self.where = where
+        if where == "constructor":
+            raise KeyError("colour")
+
+    def sample(self, length, rng):
+        if self.where == "sample":
+            return 1 // 0
+        if self.where == "library":
+            np.zeros(2).reshape(3)
+        return None if self.where == "nothing" else super().sample(length, rng)
+
+    def solve(self, problem):
+        raise KeyError(problem)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("sample", r"ZeroDivisionError in sample \(.*by zero\); mend .*, line (\d+)$"),
+        ("library", r"ValueError in sample \(cannot reshape .*\); mend .*, line (\d+)$"),
+        ("nothing", r"sample\(2, rng\) returned None; return three .* text \(.*, line (\d+)\)$"),
+        ("solve", r"KeyError in solve \('.*'\); mend .*, line (\d+)$"),
+    ],
+)
+def test_a_task_that_raises_is_named_with_its_line(where: str, message: str) -> None:
+    method = Raising.solve if where == "solve" else Raising.sample
+    first = method.__code__.co_firstlineno
+    line = first + {"sample": 2, "library": 4, "nothing": 0, "solve": 1}[where]
+    with pytest.raises(ValueError, match=f"^task 'parity': {message}") as caught:
+        Raising(where).bound(VOCABULARY, 3).prove([2])
+    assert __file__ in str(caught.value)
+    assert int(str(caught.value).rstrip(")").rpartition(" ")[2]) == line
+
+
+class Nameless(TextTask):
+    def sample(self, length, rng):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        ({"class": f"{__name__}:Nameless"}, "Nameless has no name: write name = 'parity' in the"),
+        (
+            {"class": f"{__name__}:Raising", "parameters": {"where": "constructor"}},
+            "tasks.parity: Raising cannot be built .KeyError: 'colour'.",
+        ),
         ({}, "tasks.parity: unknown task 'parity'; known are arithmetic, .*others need a class"),
         ({"class": "Parity"}, "tasks.parity.class = 'Parity': write it as \"module:Class\""),
         ({"class": f"{CLASS}Gone"}, "Gone' cannot be imported .AttributeError.*path of its file"),

@@ -189,6 +189,10 @@ static = CapacityBatch(Capacity.of(batches()), "meta")
 with Recorded(), traced() as trace:
     model.loss(static.batch).loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+from tests.support.host_copies import HostCopies
+with HostCopies() as copies, traced():
+    model.loss(batches()[0].to("meta")).loss.backward()
+assert (copies.all, copies.blocking) == (1, 0), vars(copies)
 parts = trace.parts
 # 4 iterations of 2 layers, forward twice and backward once; four weights a layer and the two heads
 assert parts["_mlp_fwd_kernel"].launches == 16 == 2 * parts["_mlp_bwd_kernel"].launches, parts

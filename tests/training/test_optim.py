@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from relay_fast import LoopedBlock
+from relay_fast.training import optim
 from relay_fast.training.optim import MuonAdamW, make_optimizer, set_lr_scale
 
 
@@ -252,3 +253,21 @@ def test_an_averaged_model_follows() -> None:
     for p, a in zip(block.parameters(), average.module.parameters(), strict=True):
         assert not torch.equal(p, a)
     assert not equal(values(average.module), start)
+
+
+def test_matrices_of_one_shape_are_orthogonalized_together(monkeypatch) -> None:
+    """Also their transposes, and the parts of a stack; each becomes what it would be alone."""
+    shapes = [(6, 9), (9, 6), (6, 9), (6, 6), (9, 6)]
+    updates = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    batches = []
+    own = optim.orthogonalize
+    monkeypatch.setattr(optim, "orthogonalize", lambda m: batches.append(m.shape) or own(m))
+    changes = optim.orthogonalize_all(updates)
+    assert batches == [(4, 6, 9), (1, 6, 6)]
+    for change, update in zip(changes, updates, strict=True):
+        rows, columns = update.shape
+        truth = own(update) * max(1.0, rows / columns) ** 0.5
+        assert change.shape == update.shape and change.dtype == update.dtype
+        assert torch.allclose(change, truth, rtol=0, atol=1e-12)
+    (stacked,) = optim.orthogonalize_all([torch.cat((updates[0], updates[2]))], parts=2)
+    assert torch.allclose(stacked, torch.cat((changes[0], changes[2])), rtol=0, atol=1e-12)

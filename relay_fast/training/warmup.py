@@ -1,0 +1,101 @@
+"""Compilation of a run's kernels before the run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from relay_fast.batch.capacity import Capacity, CapacityBatch
+from relay_fast.batch.packed import PackedBatch
+from relay_fast.models.looped_block import LoopedBlock
+from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.ops.dispatch import on_device
+
+SHORTEST = 16  # attention has one kernel for each power of two up to the longest sequence
+
+
+def warmup(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    autocast: torch.dtype | None = None,
+    show: bool = True,
+) -> None:
+    """Compiles the Triton kernels that a run will need, with a progress bar on a terminal.
+
+    In training mode each batch takes a forward and a backward, otherwise a forward without
+    gradients. Later batches may have other numbers of rows, and any sequences up to the longest one
+    given. Parameters, their `.grad` and the random numbers stay as they are. Call it after the
+    model has its device, dtype and mode.
+
+    Args:
+        model: the model of the run, or a block.
+        batches: what the run will compute: a PackedBatch, the `Capacity` of a CUDA graph, or the
+            arguments of `model` (a tuple, or one argument). A few that differ in kind are enough.
+        autocast: dtype of the GEMMs, None for that of the parameters.
+        show: whether to show the bar.
+    """
+    parameter = next(model.parameters())
+    device = parameter.device
+    calls = list(_calls(model, batches, device))
+    indices = [device.index or 0] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(indices),
+        on_device(device),
+        nullcontext() if autocast is None else torch.autocast(device.type, autocast),
+        torch.set_grad_enabled(model.training),
+    ):
+        for call in _shown(calls, show):
+            _without_trace(call, model)
+
+
+def _calls(
+    model: nn.Module, batches: Iterable[Any], device: torch.device
+) -> Iterator[Callable[[], Any]]:
+    """Yields the calls that use every kernel of the run."""
+    longest = 0
+    for item in batches:
+        if isinstance(item, Capacity):
+            item = CapacityBatch(item, device).batch  # without a live row: nothing to compute
+        if not isinstance(item, PackedBatch):
+            yield partial(model, *(item if isinstance(item, tuple) else (item,)))
+            continue
+        batch = item.to(device)
+        longest = max(longest, int(batch.plan.lengths.max(initial=0)))
+        reads = not model.training and isinstance(model, LoopedTransformer)
+        yield partial(model.predict_rounds if reads else model, batch)
+    length = SHORTEST
+    while length < longest:
+        for block in (m for m in model.modules() if isinstance(m, LoopedBlock)):
+            yield partial(_short_pass, block, length)
+        length *= 2
+
+
+def _short_pass(block: LoopedBlock, length: int) -> Tensor:
+    """Applies a block once to a single sequence of zeros."""
+    d, device = block.config.d_model, next(block.parameters()).device
+    return block(torch.zeros(length, d, device=device), 1, cu_seqlens=[0, length])
+
+
+def _without_trace(call: Callable[[], Any], model: nn.Module) -> None:
+    """Makes a call and its backward; leaves no gradients behind."""
+    leaves = [t for t in tree_leaves(call()) if isinstance(t, Tensor) and t.requires_grad]
+    if leaves:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        ones = [torch.ones_like(leaf) for leaf in leaves]
+        torch.autograd.grad(leaves, parameters, ones, allow_unused=True)
+
+
+def _shown(calls: list[Callable[[], Any]], show: bool) -> Iterable[Callable[[], Any]]:
+    if not (show and sys.stdout and sys.stdout.isatty()):
+        return calls
+    from rich.progress import track
+
+    return track(calls, "compiling kernels")

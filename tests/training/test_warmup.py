@@ -1,0 +1,97 @@
+"""The warm-up calls what a run will call, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import relay_fast
+from benchmarks.common import synthetic_batch
+from relay_fast.batch.capacity import Capacity, CapacityBatch
+from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.kernels.attention_ref import PaddedLayout
+from relay_fast.models.looped_block import LoopedBlock
+from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.ops import dispatch
+
+VOCABULARY = 40
+BLOCK = BlockConfig(16, 2, 1, causal=True, dropout=0.3)
+BATCH = synthetic_batch(np.array([40, 3]), np.array([2, 1]), 2, VOCABULARY)
+
+
+@pytest.fixture
+def longest(monkeypatch) -> list[tuple[str, int]]:
+    """The longest sequence of every attention call, forward and backward."""
+    seen: list[tuple[str, int]] = []
+
+    def watched(name: str):
+        op = getattr(dispatch.TORCH, name)
+
+        def call(*args, **kwargs):
+            layout = next(a for a in args if isinstance(a, PaddedLayout))
+            seen.append((name, layout.max_length))
+            return op(*args, **kwargs)
+
+        return call
+
+    names = ("attention_fwd", "attention_bwd")
+    ops = dispatch.TORCH._replace(**{name: watched(name) for name in names})
+    monkeypatch.setattr("relay_fast.models.looped_block.select", lambda *_: ops)
+    monkeypatch.setattr("relay_fast.engine.block_iteration.TORCH", ops)
+    return seen
+
+
+def test_a_training_run_is_warmed_up_and_nothing_changes(longest: list) -> None:
+    model = LoopedTransformer(ModelConfig(BLOCK, VOCABULARY), impl="torch").train()
+    model.loss(BATCH).loss.backward()
+    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+    capacity = Capacity.of([BATCH])
+    longest.clear()
+    random = torch.get_rng_state()
+    relay_fast.warmup(model, [BATCH, capacity])
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    for p, (value, grad) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value) and torch.equal(p.grad, grad)
+    backward = [n for name, n in longest if name == "attention_bwd"]
+    # Two iterations of the batch and two of the capacity, then shorter sequences by themselves:
+    # other batches' last iterations may hold only such.
+    assert backward == [40] * 4 + [16, 32]
+
+
+def test_models_in_eval_mode_read(longest: list) -> None:
+    config = ModelConfig(BLOCK, VOCABULARY)
+    for model in (LoopedTransformer(config), AutoregressiveTransformer(config)):
+        longest.clear()
+        relay_fast.warmup(model.eval(), [BATCH])
+        assert {name for name, _ in longest} == {"attention_fwd"}
+        assert {n for _, n in longest} == {40, 16, 32}
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_block_gets_its_arguments(longest: list) -> None:
+    block = LoopedBlock(config=BLOCK)
+    relay_fast.warmup(block, [(torch.zeros(2, 5, 16), 3), torch.zeros(1, 7, 16)])
+    assert [n for name, n in longest if name == "attention_bwd"] == [5, 5, 5, 7]
+
+
+def test_a_capacity_is_warmed_up_without_live_rows() -> None:
+    static = CapacityBatch(Capacity.of([BATCH]), "cpu").batch
+    assert int(static.plan.row_count(1)) == 0
+
+
+def test_a_bar_on_a_terminal_only(monkeypatch, capsys) -> None:
+    model = LoopedTransformer(ModelConfig(BLOCK, VOCABULARY), impl="torch")
+    relay_fast.warmup(model, [BATCH])
+    assert capsys.readouterr().out == ""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    relay_fast.warmup(model, [BATCH], show=False)
+    assert terminal.getvalue() == ""
+    relay_fast.warmup(model, [BATCH])
+    assert "compiling kernels" in terminal.getvalue() and "100%" in terminal.getvalue()
