@@ -3,7 +3,7 @@
 The forward op returns the kept states as one flat tensor in addition to its outputs; the backward
 is an op of its own. Every option is a typed argument: the block's are the fields of BlockConfig, in
 their order. The plan is built inside the ops from host tensors, and cached. Recompute
-policy "none" keeps the same tensors as "state": the inside of an iteration cannot leave an op.
+policies "none" and "auto" are "state": the inside of an iteration cannot leave an op.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
 
 def _policy(recompute: str) -> RecomputePolicy:
     policy = RecomputePolicy.parse(recompute)
-    return RecomputePolicy("state") if policy.kind == "none" else policy
+    return RecomputePolicy("state") if policy.kind in ("none", "auto") else policy
 
 
 def _reordered(spec: LoopSpec, flat: Tensor, to_caller: bool) -> Tensor:

@@ -52,7 +52,11 @@ class DepthSampler:
     def __call__(self, step: int, sequences: int) -> np.ndarray:
         """Draws the loop counts of a step, (sequences,) int64, each 1 or more."""
         step, sequences = as_int("step", step, least=0), as_int("sequences", sequences, least=0)
-        counts = self.draw(np.random.default_rng((self.seed, step)), step, sequences)
+        return self.bounded(np.random.default_rng((self.seed, step)), step, sequences)
+
+    def bounded(self, rng: np.random.Generator, step: int, sequences: int) -> np.ndarray:
+        """Returns what `draw` does, cut to 1..max_loops, int64."""
+        counts = self.draw(rng, step, sequences)
         return np.clip(counts, 1, self.max_loops or None).astype(np.int64)
 
     def draw(self, rng: np.random.Generator, step: int, sequences: int) -> np.ndarray:
@@ -151,4 +155,4 @@ class CurriculumDepth(DepthSampler):
         return self.first + (self.last - self.first) * min(step / self.steps, 1)
 
     def draw(self, rng: np.random.Generator, step: int, sequences: int) -> np.ndarray:
-        return self.make(self.mean_at(step)).draw(rng, step, sequences)
+        return self.make(self.mean_at(step)).bounded(rng, step, sequences)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+from itertools import product
 
 import pytest
 import torch
@@ -50,8 +51,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("policy", ["none", "state", "sqrt", "budget:4000"])
+@pytest.mark.parametrize(
+    ("policy", "call"),
+    [*product(["none", "state", "sqrt", "budget:4000"], CALLS), ("auto", "truncated")],
+)
 def test_the_same_bits(policy: str, call: str) -> None:
     block = LoopedBlock(D, 2, 1, injection="concat", recompute=policy)
     shape, args, options = CALLS[call]

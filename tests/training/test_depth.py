@@ -63,6 +63,8 @@ def test_curriculum() -> None:
     assert [int(down(step, 1)[0]) for step in (0, 4)] == [5, 1]
     grown = CurriculumDepth(2, 10, 4, lambda mean: PoissonLogNormalDepth(mean))
     assert abs(grown(2, MANY).mean() - 7) < 0.15
+    cut = CurriculumDepth(2, 10, 4, lambda mean: PoissonLogNormalDepth(mean, max_loops=12))
+    assert cut(4, MANY).max() == 12
 
 
 def test_counts_go_into_a_block() -> None:
