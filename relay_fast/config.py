@@ -197,7 +197,7 @@ class BlockConfig:
     @property
     def rotary_dim(self) -> int:
         """Columns of a head that RoPE rotates; meaningless without RoPE."""
-        return round(self.head_dim * self.rotary_share)
+        return self.head_dim if self.rotary_share == 1 else round(self.head_dim * self.rotary_share)
 
     def has_bias(self, part: str) -> bool:
         """Returns whether a part of BIASES has a bias; norms only have one as LayerNorms."""

@@ -261,7 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     when interrupted.
     """
     with lenient_output():
-        return _main(_parser().parse_args(arguments))
+        parser = _parser()
+        a = parser.parse_args(arguments)
+        if a.out is None and not a.print_config:
+            parser.error("give --out RUN, or --print-config")
+        return _main(a)
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -270,9 +274,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _chosen_config(a: argparse.Namespace) -> dict[str, Any]:
-    """Reads the preset or the file. Raises ValueError if both are given, or no run folder."""
-    if a.out is None and not a.print_config:
-        raise ValueError("give --out RUN, or --print-config")
+    """Reads the preset or the file. Raises ValueError if both are given."""
     if a.config is None:
         return load_preset(a.preset or "cpu")
     if a.preset is not None:

@@ -281,7 +281,7 @@ def _group_is_alive(group: int) -> bool:
     "arguments, message",
     [
         (["--tasks", "sorting"], "task 'sorting' is not in preset 'cpu': use some of arithmetic"),
-        (["--preset", "huge"], "preset 'huge' is unknown: use one of cpu, cpu-arithmetic, cpu-ar"),
+        (["--preset", "huge"], "preset 'huge' is unknown: use one of cpu, cpu-addition, cpu-ar"),
         (["--steps", "0"], "steps = 0: give at least 1"),
         (["--batch-size", "0"], "batch size = 0: give at least 1"),
         (["--eval-problems", "-3"], "problems = -3: give at least 1"),
