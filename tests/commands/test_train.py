@@ -328,7 +328,9 @@ def test_out_is_a_file_or_somebody_elses_folder(tmp_path, capsys) -> None:
     assert file.read_text() == "mine"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--impl", "c"], ["--steps", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--preset", "cpu"], ["--out", "x", "--impl", "c"], ["--steps", "x"]]
+)
 def test_argparse_refuses_with_2(arguments, capsys) -> None:
     with pytest.raises(SystemExit) as error:
         main(arguments)

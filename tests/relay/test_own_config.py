@@ -193,7 +193,6 @@ def test_bad_task_objects_are_refused(tasks, message, file) -> None:
         (["--config", "damaged.toml", "--out", "x"], "the config damaged.toml is damaged"),
         (["--config", "base.toml", "--out", "x"], "preset 'nothing' is unknown"),
         (["--config", "a.toml", "--preset", "cpu", "--out", "x"], "give --preset or --config"),
-        (["--preset", "cpu"], "give --out RUN, or --print-config"),
     ],
 )
 def test_bad_files_are_refused(arguments, message, tmp_path, monkeypatch, capsys) -> None:
