@@ -28,6 +28,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="the same on a CPU, interpreted")
     parser.add_argument("--quick", action="store_true", help="with --dry-run: one of each, for CI")
     parser.add_argument("--only", default="", help="measure only units with this in their name")
+    parser.add_argument("--skip", default="", help="leave out units with this in their name")
     parser.add_argument("--sanitize", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--share", metavar="I/N", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             dry=options.dry_run,
             quick=options.quick,
             only=options.only,
+            skip=options.skip,
             seed=random.SystemRandom().randrange(2**31),
             script=Path(__file__).resolve(),
         )

@@ -28,6 +28,11 @@ from .supports import norm_reason, require, row_count_reason, shapes_reason, wei
 from .tuning import pick
 
 
+# Rows summed in the tensor cores' accumulators, which truncate: on an H200 the error of a sum grows
+# linearly, 1.1e-9 of its size a row. Chains are added up in fp32, which rounds.
+CHAIN = 512
+
+
 @jit_kernel
 def _weight_grad_kernel(
     # pointers
@@ -38,7 +43,7 @@ def _weight_grad_kernel(
     M, N, D, rows_each, offset,
     # flags and blocks
     ADD: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     M = counted_rows(M, count_ptr, offset)
     split = tl.program_id(2).to(tl.int64)
@@ -47,17 +52,20 @@ def _weight_grad_kernel(
     first = split * rows_each
     last = tl.minimum(first + rows_each, M)
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(first, last, BLOCK_K):
-        rows = start + tl.arange(0, BLOCK_K)
-        dy = tl.load(
-            dy_ptr + rows[:, None] * stride_dm + columns[None, :],
-            mask=(rows < last)[:, None] & (columns < N)[None, :], other=0.0,
-        )  # [BLOCK_K, BLOCK_N]  # fmt: skip
-        x = tl.load(
-            x_ptr + rows[:, None] * stride_xm + inside[None, :],
-            mask=(rows < last)[:, None] & (inside < D)[None, :], other=0.0,
-        )  # [BLOCK_K, BLOCK_D]  # fmt: skip
-        total = dot(tl.trans(dy), x, total)
+    for chain in range(first, last, CHAIN):
+        part = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for start in range(chain, tl.minimum(chain + CHAIN, last), BLOCK_K):
+            rows = start + tl.arange(0, BLOCK_K)
+            dy = tl.load(
+                dy_ptr + rows[:, None] * stride_dm + columns[None, :],
+                mask=(rows < last)[:, None] & (columns < N)[None, :], other=0.0,
+            )  # [BLOCK_K, BLOCK_N]  # fmt: skip
+            x = tl.load(
+                x_ptr + rows[:, None] * stride_xm + inside[None, :],
+                mask=(rows < last)[:, None] & (inside < D)[None, :], other=0.0,
+            )  # [BLOCK_K, BLOCK_D]  # fmt: skip
+            part = dot(tl.trans(dy), x, part)
+        total += part
     at = acc_ptr + split * stride_as + columns[:, None] * stride_an + inside[None, :]
     mask = (columns < N)[:, None] & (inside < D)[None, :]
     if ADD:
@@ -142,7 +150,8 @@ def weight_grad(
         target, dy, x, row_count, stride_as=0 if splits == 1 else target.stride(0),
         stride_an=target.stride(-2), stride_dm=dy.stride(0), stride_xm=x.stride(0),
         M=rows, N=columns, D=d, rows_each=rows_each, offset=offset, ADD=splits == 1,
-        BLOCK_N=config.block_n, BLOCK_D=config.block_m, BLOCK_K=block_k, **config.launch,
+        BLOCK_N=config.block_n, BLOCK_D=config.block_m, BLOCK_K=block_k, CHAIN=CHAIN,
+        **config.launch,
     )  # fmt: skip
     if splits > 1:
         _weight_grad_sum_kernel[(cdiv(columns * d, 1024),)](

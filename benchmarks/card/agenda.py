@@ -31,10 +31,19 @@ STEP_OPS = (
 
 
 def run(
-    out: Path, seconds: float, *, dry: bool, quick: bool, only: str, seed: int, script: Path
+    out: Path,
+    seconds: float,
+    *,
+    dry: bool,
+    quick: bool,
+    only: str,
+    seed: int,
+    script: Path,
+    skip: str = "",
 ) -> int:
     """Measures what is not yet measured; the exit status. only: part of the names of the units that
-    are wanted beside the checks and the ceilings."""
+    are wanted beside the checks and the ceilings; skip: of those that are left out, such as a
+    kernel that takes the card away from the process."""
     device = "cpu" if dry else "cuda"
     deadline = Deadline(seconds - (0 if dry else 30))  # for the pages, and the way out
     if dry:
@@ -54,6 +63,8 @@ def run(
     session = Session(folder, deadline, label, memory)
     timer = Timer(device, least=1 if dry else 3)
     work = units(session, timer, memory, dry, quick, seed, script)
+    if skip:
+        work = [unit for unit in work if skip not in unit.name]
     if only:
         always = [unit for unit in work if unit.table in ("checks", "ceilings")]
         wanted = [unit for unit in work if only in unit.name and unit not in always]
