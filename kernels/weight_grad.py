@@ -27,7 +27,6 @@ from ._runtime import (
 from .supports import norm_reason, require, row_count_reason, shapes_reason, weights_reason
 from .tuning import pick
 
-
 # Rows summed in the tensor cores' accumulators, which truncate: on an H200 the error of a sum grows
 # linearly, 1.1e-9 of its size a row. Chains are added up in fp32, which rounds.
 CHAIN = 512

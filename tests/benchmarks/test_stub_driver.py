@@ -74,7 +74,6 @@ for name, keys in sorted(log.variants.items()):
 
 RESOURCES = """
 from dataclasses import replace
-from triton.runtime.errors import OutOfResources
 from relay_fast.kernels import _runtime
 x, w = (torch.empty(500, 64, dtype=torch.bfloat16, device="meta") for _ in "xw")
 acc = torch.empty(64, 64, device="meta")
@@ -88,7 +87,7 @@ _runtime.DEVICE_PROPS[90] = replace(_runtime.DEVICE_PROPS[90], shared_bytes=wors
 with installed(90) as log:
     try:
         ops.weight_grad(acc, x, w)
-    except OutOfResources as error:
+    except RuntimeError as error:
         print(log.last, error)
 assert not log.launches
 """
@@ -108,4 +107,7 @@ def test_sizes_and_places_in_lists_are_not_compiled_again(printed: list[str]) ->
 
 
 def test_a_kernel_that_does_not_fit_is_refused_by_its_loader(printed: list[str]) -> None:
-    assert printed[-1].startswith("_weight_grad_kernel out of resource: shared memory"), printed
+    start = (
+        "_weight_grad_kernel the kernel weight_grad needs 49152 of shared memory, and the device "
+    )
+    assert printed[-1].startswith(start), printed
