@@ -247,8 +247,13 @@ class _Reader:
 
 
 def _is_subclass(value: Tensor) -> bool:
-    """Returns whether a tensor is of a class of its own, such as a quantised or sharded one."""
-    return type(value) is not Parameter and type(value) is not Tensor
+    """Returns whether a tensor is of a class of its own, such as a quantised or sharded one.
+
+    The tensors that stand for others while torch traces a program are not.
+    """
+    if type(value) is Parameter or type(value) is Tensor:
+        return False
+    return not type(value).__module__.startswith("torch._subclasses.")
 
 
 def _attributes(path: str, part: nn.Module, kinds: tuple[str, ...]) -> list[Tensor]:
