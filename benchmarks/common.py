@@ -21,6 +21,7 @@ from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.relay.run_folder import versions
 from relay_fast.reporting.text_table import text_table
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
+from relay_fast.utils.files import replacing
 from relay_fast.utils.ragged import lengths_to_offsets
 
 RESULTS = Path(__file__).parent / "results"
@@ -258,6 +259,14 @@ def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """Replaces a CSV file, atomically; the columns are those of the first row."""
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
         writer.writerows(rows)
 
 

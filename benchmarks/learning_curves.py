@@ -11,7 +11,6 @@ of a task, tells what the ranges of preset `paper-fast` would need with the same
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,10 +144,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser.error(str(error))
     rows.sort(key=lambda row: (row["task"], row["longest"], row["seed"]))
     args.out.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out / "results.csv") as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    common.write_rows(args.out / "results.csv", rows)
     text = table(rows)
     with replacing(args.out / "table.md") as partial:
         partial.write_text(text)

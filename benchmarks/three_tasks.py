@@ -11,7 +11,6 @@ out.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -285,10 +284,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     except ValueError as error:
         parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out / "results.csv") as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    common.write_rows(args.out / "results.csv", rows)
     text = table(rows)
     with replacing(args.out / "table.md") as partial:
         partial.write_text(text)

@@ -152,10 +152,11 @@ def _norm_bwd_kernel(
 
 
 NormPartials = tuple[Tensor, Tensor | None]  # of dweight and dbias, (programs, d) fp32 each
-MOST_PROGRAMS = 256  # of the row kernel's backward
+MOST_PROGRAMS = 256  # of a row kernel's backward
 
 
-def _block_rows(d: int) -> int:
+def block_rows(d: int) -> int:
+    """Returns how many rows a program of a row kernel takes at once."""
     return max(1, 4096 // block_of(d))
 
 
@@ -188,7 +189,7 @@ def norm_fwd(
         out = torch.empty(rows, d, dtype=dtype or x.dtype, device=x.device)
     require("out needs contiguous columns" if out.stride(-1) != 1 else None)
     if rows:
-        block = _block_rows(d)
+        block = block_rows(d)
         _norm_fwd_kernel[(cdiv(rows, block),)](
             x, weight, bias, out, row_count, stride_xm=x.stride(0), stride_ym=out.stride(0),
             M=rows, D=d, EPS=eps, IS_LAYER=kind == "layer", BLOCK_M=block, BLOCK_D=block_of(d),
@@ -218,7 +219,7 @@ def norm_bwd(
     )
     x, dy = contiguous_columns(x), contiguous_columns(dy)
     rows, d = x.shape
-    block = _block_rows(d)
+    block = block_rows(d)
     programs = min(cdiv(rows, block), MOST_PROGRAMS)
     dx, dweight, dbias = norm_grad_buffers(x, programs, has_bias, partials)
     if rows:

@@ -22,10 +22,15 @@ from ._runtime import (
 )
 from .dropout import dropout_arguments, dropout_scale
 from .dropout_ref import Dropout
-from .norm import norm_grad_buffers, norm_input_grad, normalize, scale_shift
+from .norm import (
+    MOST_PROGRAMS,
+    block_rows,
+    norm_grad_buffers,
+    norm_input_grad,
+    normalize,
+    scale_shift,
+)
 from .supports import norm_reason, require, row_count_reason, shapes_reason
-
-PROGRAMS = 256  # of the backward
 
 
 @jit_kernel
@@ -100,10 +105,6 @@ def _norm_residual_bwd_kernel(
         tl.store(dbias_ptr + program * D + columns, dbias, mask=columns < D)
 
 
-def _block_rows(d: int) -> int:
-    return max(1, 4096 // block_of(d))
-
-
 def norm_residual_fwd(
     branch: Tensor,  # (rows, d), in the compute dtype
     norm_weight: Tensor,  # (d,)
@@ -134,7 +135,7 @@ def norm_residual_fwd(
         out = torch.empty(rows, d, dtype=residual.dtype, device=branch.device)
     require("out needs contiguous columns" if out.stride(-1) != 1 else None)
     if rows:
-        block = _block_rows(d)
+        block = block_rows(d)
         _norm_residual_fwd_kernel[(cdiv(rows, block),)](
             branch, norm_weight, norm_bias, residual, out, row_count, **dropout_arguments(dropout),
             stride_xm=branch.stride(0), stride_rm=residual.stride(0), stride_om=out.stride(0),
@@ -170,8 +171,8 @@ def norm_residual_bwd(
         or row_count_reason(row_count, branch)
     )  # fmt: skip
     branch, dout = contiguous_columns(branch), contiguous_columns(dout)
-    block = _block_rows(d)
-    programs = min(cdiv(rows, block), PROGRAMS)
+    block = block_rows(d)
+    programs = min(cdiv(rows, block), MOST_PROGRAMS)
     dbranch, dweight, dbias = norm_grad_buffers(branch, programs, norm_bias is not None)
     if rows:
         _norm_residual_bwd_kernel[(programs,)](

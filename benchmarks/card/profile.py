@@ -26,12 +26,11 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from benchmarks import common, measuring
 from benchmarks.card.table import INTERPRETED, markdown
+from benchmarks.card.torch_ops import TorchOps
 from benchmarks.kernel_costs import CARDS, FLOPS, launch_cost
 from benchmarks.launches import recorded
 from relay_fast.batch.capacity import Capacity, CapacityBatch
@@ -84,30 +83,21 @@ def utilisation(programs: int) -> float:
     return programs / (-(-programs // processors) * processors)
 
 
-class _TorchOps(TorchDispatchMode):
-    """Records PyTorch's own kernels: every op that is neither a view nor an allocation."""
+class _TorchOps(TorchOps):
+    """Records PyTorch's own kernels."""
 
     def __init__(self, trace: Trace):
         super().__init__()
         self.trace = trace
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.__name__.split(".")[0]
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        store = lambda t: t.untyped_storage()._cdata
-        known = {store(t) for t in given}
-        views = not func._schema.is_mutable and all(store(t) in known for t in made)
-        if not views and "empty" not in name and made:
-            self.trace.torch_ops[name] += 1
-            flops = 0.0
-            if name in ("mm", "addmm", "addmm_"):
-                a, b = given[-2:]
-                flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
-            moved = sum(t.numel() * t.element_size() for t in (*given, *made))
-            self.trace.add(OTHER, flops, moved, None)
-        return out
+    def launched(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
+        self.trace.torch_ops[name] += 1
+        flops = 0.0
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = given[-2:]
+            flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+        moved = sum(t.numel() * t.element_size() for t in (*given, *made))
+        self.trace.add(OTHER, flops, moved, None)
 
 
 @contextmanager

@@ -32,12 +32,11 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from benchmarks import common
 from benchmarks.card.table import markdown
+from benchmarks.card.torch_ops import TorchOps
 from benchmarks.kernel_costs import CARDS, launch_cost
 from benchmarks.stub_driver import installed
 from relay_fast.batch.capacity import Capacity, CapacityBatch
@@ -146,23 +145,14 @@ def expected_seconds(work: float, l2: float, programs: int, held: int) -> float:
     return waves * max(work / REACHED.get(each, REACHED_BY_MORE), l2)
 
 
-class _TorchOps(TorchDispatchMode):
-    """Adds PyTorch's own kernels: every op that is neither a view nor an allocation."""
+class _TorchOps(TorchOps):
+    """Adds PyTorch's own kernels."""
 
     def __init__(self, step: Step, part: list[str]):
         super().__init__()
         self._step, self._part = step, part
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.__name__.split(".")[0]
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        store = lambda t: t.untyped_storage()._cdata
-        known = {store(t) for t in given}
-        views = not func._schema.is_mutable and all(store(t) in known for t in made)
-        if views or "empty" in name or not (made or func._schema.is_mutable):
-            return out
+    def launched(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
         card, flops = CARDS[ARCH], 0.0
         peak = card.flops_16_bit
         if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
@@ -180,7 +170,6 @@ class _TorchOps(TorchDispatchMode):
         group.nodes += 1
         group.floor += work
         group.expected += max(flops / peak / share, moved / card.bandwidth) / REACHED_BY_MORE
-        return out
 
 
 @contextmanager
