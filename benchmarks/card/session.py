@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from relay_fast.kernels.supports import Unsupported
 from relay_fast.utils.files import replacing
 
 Row = dict[str, object]
+LOST = "CUDA error"  # in the note of a unit that took the card from its process
 FINISHED = ("ok", "skipped")  # what the next call does not take up again
 
 
@@ -95,7 +97,9 @@ class Session:
             if row["status"] == "failed"
             for op in str(row["op"]).split()
         }
-        for unit in units:
+        # Last, those that took the card from an earlier call: they may end this one too.
+        lost = {row["unit"] for row in self.rows() if LOST in str(row["note"])}
+        for unit in sorted(units, key=lambda unit: unit.name in lost):
             if unit.name in finished:
                 continue
             if self.dead or not self.deadline.allows(unit.seconds):
@@ -125,7 +129,7 @@ class Session:
             rows = [{"status": "ok", "note": ""} | row for row in unit.run()]
         except Later:
             raise
-        except Skip as reason:
+        except (Skip, Unsupported) as reason:
             return [self._verdict(unit, "skipped", str(reason))]
         except torch.OutOfMemoryError:
             return [self._verdict(unit, "skipped", "the card ran out of memory")]

@@ -19,6 +19,7 @@ from benchmarks.card.cases import Case, Draw, check_cases, linear_residual, time
 from benchmarks.card.option_cases import option_cases
 from benchmarks.card.session import Deadline, Session, Skip, Unit
 from relay_fast.functional import TORCH
+from relay_fast.kernels.supports import Unsupported
 
 SCRIPT = Path(run_all.__file__)
 LABEL = {"mode": "interpreted", "machine": "m", "versions": "v", "commit": "c", "date": "d"}
@@ -129,6 +130,26 @@ def test_a_unit_that_raises_fails_and_the_others_run(tmp_path: Path, capsys) -> 
     found.run([broken, unit("a", clock)])
     assert found.summary() == ("failed: x failed; 0 checks, 2 rows", False)
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_what_took_the_card_away_comes_last_and_what_is_refused_is_skipped(tmp_path: Path) -> None:
+    clock, order = Clock(), []
+
+    def lost():
+        order.append("lost")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def refused():
+        order.append("refused")
+        raise Unsupported("not on this card")
+
+    units = [Unit("lost", "t", 1, lost), Unit("refused", "t", 1, refused), unit("a", clock)]
+    session(tmp_path).run(units)
+    again = session(tmp_path)
+    again.run([*units, Unit("b", "t", 1, lambda: [{"n": order.append("b")}])])
+    assert order == ["lost", "refused", "b", "lost"]
+    status = {row["unit"]: row["status"] for row in again.rows("t")}
+    assert status == {"lost": "failed", "refused": "skipped", "a": "ok", "b": "ok"}
 
 
 def test_checks_catch_wrong_numbers_nan_and_other_shapes() -> None:
