@@ -245,13 +245,15 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
         g, x, up, gate, *norm, up_weight, gate_weight, down_weight, s.activation,
         dropout=dropout, **common,
     )  # fmt: skip
-    ops.weight_grad(new(s.hidden, d, of=state), dup, y, **count)
+    line = new(s.hidden, of=state) if s.bias else None
+    ops.weight_grad(new(s.hidden, d, of=state), dup, y, bias=line, **count)
     ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden, **count)
     do, _ = ops.linear_residual_bwd(g, out_weight, dropout, **count)
     dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal, **count)
     *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
     ops.weight_grad(new(columns, d, of=state), dz, y, **count)
     if s.normed:
+        ops.state_input_bwd(g, ops.state_input_fwd(x, x, norm_weight, **count), x[0], **count)
         weights = (new(s.head_dim, of=state),) * 2
         turned = (*weights, heads, kv_heads, cos, cos)
         ops.qk_norm_fwd(qkv, *turned, **count)

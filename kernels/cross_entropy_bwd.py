@@ -20,8 +20,10 @@ from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, dot, jit
 from .cross_entropy import check_readout, load_states, readout_config
 from .cross_entropy_ref import cross_entropy_bwd_ref
 from .norm import (
+    NormPartials,
     clear_norm_partials,
     norm_input_grad,
+    norm_partial_buffers,
     normalize,
     scale_shift,
     store_norm_partials,
@@ -44,7 +46,7 @@ def _cross_entropy_bwd_kernel(
     M, V, offset,
     # flags
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, ADD: tl.constexpr,
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +55,7 @@ def _cross_entropy_bwd_kernel(
     base = program * BLOCK_M
     inside = tl.arange(0, BLOCK_D)
     if base >= M:
-        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, False)
+        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, ADD)
         return
     at = base + tl.arange(0, BLOCK_M)
     row_mask = at < M
@@ -94,7 +96,7 @@ def _cross_entropy_bwd_kernel(
     x_hat, rstd = normalize(
         load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D), inside, D, EPS, IS_LAYER
     )
-    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, False)
+    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, ADD)
     dh = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
     tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
 
@@ -117,8 +119,15 @@ def cross_entropy_bwd(
     z_loss: float = 0.0,
     *,
     row_count: Tensor | None = None,
+    partials: NormPartials | None = None,
+    operands: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """Returns dh (rows, d) in fp32. Args: as `cross_entropy_bwd_ref`; row_count: see `_runtime`."""
+    """Returns dh (rows, d) in fp32.
+
+    Args: as `cross_entropy_bwd_ref`; row_count: see `_runtime`; partials: see `norm_grad_buffers`,
+    in the place of norm_grad and norm_bias_grad; operands: gets the operands of the head's
+    gradient, which is then not added to head_grad.
+    """
     check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index, grad, lse)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_bwd_ref(
@@ -136,7 +145,8 @@ def cross_entropy_bwd(
         count = part.stop - start
         config = readout_config(count, d, head.dtype, h.device)
         programs = cdiv(count, config.block_m)
-        dnorm = torch.empty(2, programs, d, dtype=torch.float32, device=h.device)
+        has_bias = (norm_bias_grad if partials is None else partials[1]) is not None
+        dnw, dnb = norm_partial_buffers(h, programs, has_bias, partials)
         dlogits = y = None
         if head_grad is not None:
             dlogits = torch.empty(count, vocabulary, dtype=head.dtype, device=h.device)
@@ -144,17 +154,18 @@ def cross_entropy_bwd(
         _cross_entropy_bwd_kernel[(programs,)](
             grad[part], h if index is not None else h[part],
             None if index is None else index[part], targets[part], lse[part],
-            norm_weight, norm_bias, head, dh[part], dlogits, y, dnorm[0],
-            None if norm_bias_grad is None else dnorm[1], row_count,
+            norm_weight, norm_bias, head, dh[part], dlogits, y, dnw, dnb, row_count,
             stride_g=grad.stride(0), stride_hm=h.stride(0), stride_vn=head.stride(0),
             M=count, V=vocabulary, offset=start, D=d, EPS=eps, IS_LAYER=kind == "layer",
-            SMOOTHING=label_smoothing, Z_LOSS=z_loss,
+            SMOOTHING=label_smoothing, Z_LOSS=z_loss, ADD=partials is not None,
             BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
-        if head_grad is not None:
+        if operands is not None and head_grad is not None:
+            operands.append((dlogits, y))
+        elif head_grad is not None:
             weight_grad(head_grad, dlogits, y, row_count=row_count, offset=start)
-        if norm_grad is not None:
-            norm_grad.add_(dnorm[0].sum(0))
-        if norm_bias_grad is not None:
-            norm_bias_grad.add_(dnorm[1].sum(0))
+        if partials is None and norm_grad is not None:
+            norm_grad.add_(dnw.sum(0))
+        if partials is None and norm_bias_grad is not None:
+            norm_bias_grad.add_(dnb.sum(0))
     return dh

@@ -4,11 +4,16 @@ The first steps run eagerly over the static buffers, which also compiles every k
 is captured; from then on, each batch is copied into the buffers and the graph is replayed, without
 launches, allocations or synchronization in Python. Where a graph is not possible, the step runs
 eagerly and `GraphedStep.reason` says why.
+
+A graph replays all iterations of its capacity, so there are a few of different depths, each
+captured when a batch first needs it: the short problems that a curriculum begins with take a short
+one. They share their memory, since only one runs at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +30,8 @@ __all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
 
 # Tokens per pass for batches whose iterations train side by side; bounds the memory of a pass.
 PART_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
-WARM_UP = 3  # eager steps before the capture, as PyTorch recommends
+WARM_UP = 3  # eager steps before the first capture, as PyTorch recommends
+DEPTHS = 3  # graphs of different depths
 
 
 def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str | None:
@@ -121,8 +127,20 @@ def _joined(losses: Sequence[Losses], parts: Sequence[PackedBatch]) -> Losses:
     return Losses(*(values.sum() for values in total[:3]), *shares)
 
 
+@dataclass
+class _Depth:
+    """The step over batches that loop up to so many times, and what its graph computes into."""
+
+    capacity: Capacity
+    static: CapacityBatch | None = None
+    warm: bool = False  # whether an eager step over the static batch has compiled its kernels
+    graph: torch.cuda.CUDAGraph | None = None
+    losses: Losses | None = None
+    gradients: list[Tensor | None] = field(default_factory=list)
+
+
 class GraphedStep:
-    """Takes training steps of a model, as replays of one CUDA graph where it can.
+    """Takes training steps of a model, as replays of CUDA graphs where it can.
 
         step = GraphedStep(model, optimizer, Capacity.of(some_batches), clip=1.0)
         losses = step(batch)
@@ -136,9 +154,10 @@ class GraphedStep:
         model: the model to train.
         optimizer: AdamW or `MuonAdamW`. On CUDA its learning rates become tensors, which
             `relay_fast.training.optim.set_lr_scale` updates in place.
-        capacity: the largest batch of the graph.
+        capacity: the largest batch of the graphs.
         clip: largest norm of all gradients, None for no clipping.
         autocast: dtype of the GEMMs, None for that of the parameters.
+        depths: number of graphs, of evenly spaced numbers of iterations.
 
     Attributes:
         reason: why the last step was not a replay; None if it was.
@@ -152,16 +171,16 @@ class GraphedStep:
         *,
         clip: float | None = None,
         autocast: torch.dtype | None = None,
+        depths: int = DEPTHS,
     ):
         self.model, self.optimizer, self.capacity = model, optimizer, capacity
         self.clip, self.autocast = clip, autocast
         self.reason: str | None = None
         self._never = graph_reason(model.device, optimizer) or feedback_graph_reason(model)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._losses: Losses | None = None
+        self._depths = [_Depth(part) for part in capacity.depths(depths)]
+        self._pool: Any = None  # of the graphs' memory
         self._warm = 0
         if self._never is None:
-            self._static = CapacityBatch(capacity, model.device)
             for group in optimizer.param_groups:
                 group["capturable"] = True
                 if not isinstance(group["lr"], Tensor):
@@ -177,24 +196,31 @@ class GraphedStep:
         self.reason = self._never or self.capacity.reason(batch)
         if self.reason is not None:
             return self._take(batch)
-        self._static.load(batch)
-        if self._warm < WARM_UP:
-            self._warm += 1
+        depth = next(d for d in self._depths if batch.plan.max_loops <= len(d.capacity.rows))
+        if depth.static is None:
+            depth.static = CapacityBatch(depth.capacity, self.model.device)
+        depth.static.load(batch)
+        if self._warm < WARM_UP or (WARM_UP and not depth.warm):
+            self._warm, depth.warm = self._warm + 1, True
             self.reason = f"warming up, step {self._warm} of {WARM_UP}"
+            if self._warm > WARM_UP:
+                self.reason = f"warming up {len(depth.capacity.rows)} iterations"
             try:
-                return self._own(self._warm_up(), batch)
+                return self._own(self._warm_up(depth), batch, depth)
             except (
                 Unsupported
             ) as error:  # raised before the optimizer step, which is still to be taken
                 self.reason = self._never = str(error)
                 return self._take(batch)
-        if self._graph is None:
-            self.reason = self._capture()
+        if depth.graph is None:
+            self.reason = self._capture(depth)
             if self.reason is not None:
                 self._never = self.reason
                 return self._take(batch)
-        self._graph.replay()
-        return self._own(self._losses, batch)
+        depth.graph.replay()
+        for parameter, gradient in zip(self.model.parameters(), depth.gradients, strict=True):
+            parameter.grad = gradient
+        return self._own(depth.losses, batch, depth)
 
     def _take(self, batch: PackedBatch) -> Losses:
         """Takes one eager step; this is what a graph captures."""
@@ -204,30 +230,32 @@ class GraphedStep:
         )
         return Losses(*(value.detach() for value in losses))
 
-    def _warm_up(self) -> Losses:
+    def _warm_up(self, depth: _Depth) -> Losses:
         """Takes an eager step on a side stream, as a capture does."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            losses = self._take(self._static.batch)
+            losses = self._take(depth.static.batch)
         torch.cuda.current_stream().wait_stream(side)
         return losses
 
-    def _capture(self) -> str | None:
+    def _capture(self, depth: _Depth) -> str | None:
         """Captures the step without running it; returns the reason if that fails."""
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph):
-                self._losses = self._take(self._static.batch)
+            with torch.cuda.graph(graph, pool=self._pool):
+                depth.losses = self._take(depth.static.batch)
         except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
             torch.cuda.synchronize()
             return f"the step could not be captured: {' '.join(str(error).split())[:300]}"
-        self._graph = graph
+        # The next capture may use all that is not held.
+        depth.graph, depth.gradients = graph, [p.grad for p in self.model.parameters()]
         return None
 
-    def _own(self, losses: Losses, batch: PackedBatch) -> Losses:
+    def _own(self, losses: Losses, batch: PackedBatch, depth: _Depth) -> Losses:
         """Rescales the accuracies of the padded static batch to the batch's own rows."""
-        full = self._static.batch
+        full = depth.static.batch
         rows = len(full.targets) / max(1, len(batch.targets))
         sequences = len(full) / max(1, len(batch))
         return Losses(

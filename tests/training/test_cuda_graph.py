@@ -109,6 +109,8 @@ def test_the_papers_mix_and_the_autoregressive_model() -> None:
         {"loop_norm": "post", "state_noise": 0.1},
         {"loop_norm": "pre"},
         {"head_dim": 24, "qk_norm": True, "sandwich_norm": True, "dropout": 0.3},
+        {"injection": "add", "max_loops": 4, "bias": True},
+        {"injection": "concat", "max_loops": 4, "loop_norm": "pre", "norm": "layer", "bias": True},
     ],
     ids=str,
 )
@@ -127,13 +129,6 @@ def test_kernels_leave_dead_rows_out(options: dict) -> None:
         torch.use_deterministic_algorithms(False)
     for name, v in value.items():
         assert_close(name, v, truth[name], 1e-5)
-
-
-def test_kernels_refuse_blocks_with_sums_outside_them() -> None:
-    static = CapacityBatch(Capacity.of(batches()), "cpu")
-    model = make_model("triton", bias=True, injection="add")
-    with pytest.raises(RuntimeError, match="do not support biases and injection"):
-        model.loss(static.batch)
 
 
 class Recorded(TorchDispatchMode):
@@ -217,6 +212,37 @@ def test_capacity_of_batches_by_hand() -> None:
     assert (capacity.sequences, capacity.longest) == (4, 7)
     assert capacity.token_iterations == 256
     assert Capacity.of([batch_of([100], [1])], slack=0.3).rows == (192,)
+
+
+def test_a_capacity_in_depths() -> None:
+    capacity = Capacity.of(batches(), slack=0.0)
+    two, three, four = capacity.depths(3)
+    assert (two.active, three.active) == ((4, 3), (4, 3, 2)) and four == capacity
+    assert (two.rows, two.targets) == ((64, 64), (7, 5)) and two.sequences == 4
+    assert capacity.depths(1) == [capacity] and len(capacity.depths(9)) == 4
+    with pytest.raises(ValueError, match="depths = 0: give 1 or more"):
+        capacity.depths(0)
+    model, batch = make_model(), batch_of(*SHAPES[2])
+    truth, static = gradients(model, batch), CapacityBatch(two, "cpu")
+    static.load(batch)
+    for name, value in gradients(model, static.batch).items():
+        assert_close(name, value, truth[name], 1e-12)
+
+
+def test_every_depth_is_warmed_up_before_its_capture(monkeypatch) -> None:
+    monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
+    monkeypatch.setattr(GraphedStep, "_warm_up", lambda self, depth: self._take(depth.static.batch))
+    monkeypatch.setattr(GraphedStep, "_capture", lambda *_: "captured")
+    model = make_model()
+    step, reasons = GraphedStep(model, sgd(model), Capacity.of(batches())), []
+    for which in (0, 0, 0, 2):
+        step(batches()[which])
+        reasons.append(step.reason)
+    assert reasons == [
+        *(f"warming up, step {k} of 3" for k in (1, 2, 3)), "warming up 2 iterations"
+    ]  # fmt: skip
+    step(batches()[2])
+    assert step.reason == "captured"
 
 
 def test_a_spread_makes_room_for_other_draws() -> None:
@@ -322,13 +348,16 @@ def test_without_cuda_the_step_is_eager_and_says_so() -> None:
 def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -> None:
     """The graph is played by a function that takes the step again over the static buffers."""
     monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
-    monkeypatch.setattr(GraphedStep, "_warm_up", lambda self: self._take(self._static.batch))
+    monkeypatch.setattr(GraphedStep, "_warm_up", lambda self, depth: self._take(depth.static.batch))
+    replayed: list[int] = []
 
-    def capture(self) -> None:
+    def capture(self, depth) -> None:
         def replay() -> None:
-            self._losses = self._take(self._static.batch)
+            depth.losses = self._take(depth.static.batch)
+            depth.gradients = [p.grad for p in self.model.parameters()]
+            replayed.append(depth.static.plan.max_loops)
 
-        self._graph = SimpleNamespace(replay=replay)
+        depth.graph = SimpleNamespace(replay=replay)
 
     monkeypatch.setattr(GraphedStep, "_capture", capture)
     model = make_model()
@@ -345,6 +374,8 @@ def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -
     assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
     assert reasons[:4] == [f"warming up, step {k} of 3" for k in (1, 2, 3)] + [None]
     assert "longest sequence" in reasons[4] and reasons[5:] == [None] * 4
+    # Of graphs of 2, 3 and 4 iterations, the shortest that a batch of 4, 4, 3, 1 and 4 fits.
+    assert replayed == [4, 4, 3, 2, 4]
     model = make_model()
     optimizer = sgd(model)
     truth = train(plain_step(model, optimizer), model, optimizer)
@@ -354,7 +385,7 @@ def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -
 def test_a_failed_capture_is_told_and_the_step_taken(monkeypatch) -> None:
     monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "WARM_UP", 0)
-    monkeypatch.setattr(GraphedStep, "_capture", lambda self: "the step could not be captured: x")
+    monkeypatch.setattr(GraphedStep, "_capture", lambda *_: "the step could not be captured: x")
     model = make_model()
     step = GraphedStep(model, sgd(model), Capacity.of(batches()))
     before = model.norm.weight.detach().clone()
