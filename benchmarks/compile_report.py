@@ -245,15 +245,13 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
         g, x, up, gate, *norm, up_weight, gate_weight, down_weight, s.activation,
         dropout=dropout, **common,
     )  # fmt: skip
-    line = new(s.hidden, of=state) if s.bias else None
-    ops.weight_grad(new(s.hidden, d, of=state), dup, y, bias=line, **count)
-    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden, **count)
+    ops.weight_grad(new(s.hidden, d, of=state), dup, y, **count)
+    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden, bias=norm_bias, **count)
     do, _ = ops.linear_residual_bwd(g, out_weight, dropout, **count)
     dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal, **count)
     *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
     ops.weight_grad(new(columns, d, of=state), dz, y, **count)
     if s.normed:
-        ops.state_input_bwd(g, ops.state_input_fwd(x, x, norm_weight, **count), x[0], **count)
         weights = (new(s.head_dim, of=state),) * 2
         turned = (*weights, heads, kv_heads, cos, cos)
         ops.qk_norm_fwd(qkv, *turned, **count)
@@ -268,7 +266,8 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
 
 
 def run_readout(s: Sizes, dtype: torch.dtype, rows: int) -> None:
-    """Argmax and cross-entropy, forward and backward, on meta tensors of these sizes."""
+    """What enters the first layer, argmax and cross-entropy, forward and backward, on meta tensors
+    of these sizes."""
     ops, state = select("triton", "meta"), torch.float32
 
     def new(*shape: int, of: torch.dtype = state) -> Tensor:
@@ -279,6 +278,7 @@ def run_readout(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     x, norm_bias = new(rows, s.d), new(s.d) if s.bias else None
     norm, head = (new(s.d), norm_bias), new(s.vocabulary, s.d, of=dtype)
     targets = new(rows, of=torch.int64)
+    ops.state_input_bwd(x, ops.state_input_fwd(x, x, norm[0], **count), norm[0], **count)
     ops.argmax(x, *norm, head, **common)
     if s.d > 512:  # the reference's chunks read nothing that a meta tensor does not have
         return

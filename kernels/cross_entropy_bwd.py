@@ -101,6 +101,7 @@ def _cross_entropy_bwd_kernel(
     tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
 
 
+# Long: the signature and its description are half of it.
 def cross_entropy_bwd(
     grad: Tensor,  # (rows,) gradient of each row's loss
     h: Tensor,
@@ -125,8 +126,7 @@ def cross_entropy_bwd(
     """Returns dh (rows, d) in fp32.
 
     Args: as `cross_entropy_bwd_ref`; row_count: see `_runtime`; partials: see `norm_grad_buffers`,
-    in the place of norm_grad and norm_bias_grad; operands: gets the operands of the head's
-    gradient, which is then not added to head_grad.
+    instead of the norm's accumulators; operands: gets dl and y, instead of head_grad their product.
     """
     check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index, grad, lse)
     if not norm_is_fused(h.shape[1], head.dtype):
@@ -147,10 +147,9 @@ def cross_entropy_bwd(
         programs = cdiv(count, config.block_m)
         has_bias = (norm_bias_grad if partials is None else partials[1]) is not None
         dnw, dnb = norm_partial_buffers(h, programs, has_bias, partials)
-        dlogits = y = None
-        if head_grad is not None:
-            dlogits = torch.empty(count, vocabulary, dtype=head.dtype, device=h.device)
-            y = torch.empty(count, d, dtype=head.dtype, device=h.device)
+        widths = (vocabulary, d) if head_grad is not None else ()
+        kept = [torch.empty(count, n, dtype=head.dtype, device=h.device) for n in widths]
+        dlogits, y = kept or (None, None)
         _cross_entropy_bwd_kernel[(programs,)](
             grad[part], h if index is not None else h[part],
             None if index is None else index[part], targets[part], lse[part],
@@ -164,8 +163,14 @@ def cross_entropy_bwd(
             operands.append((dlogits, y))
         elif head_grad is not None:
             weight_grad(head_grad, dlogits, y, row_count=row_count, offset=start)
-        if partials is None and norm_grad is not None:
-            norm_grad.add_(dnw.sum(0))
-        if partials is None and norm_bias_grad is not None:
-            norm_bias_grad.add_(dnb.sum(0))
+        if partials is None:
+            _add_norm_grads(norm_grad, norm_bias_grad, dnw, dnb)
     return dh
+
+
+def _add_norm_grads(
+    norm_grad: Tensor | None, norm_bias_grad: Tensor | None, dnw: Tensor, dnb: Tensor | None
+) -> None:
+    for total, parts in ((norm_grad, dnw), (norm_bias_grad, dnb)):
+        if total is not None:
+            total.add_(parts.sum(0))

@@ -17,6 +17,7 @@ def weight_grad_ref(
     fresh: bool = False,
     bias: Tensor | None = None,
     more: Sequence[tuple[Tensor, Tensor, None]] = (),
+    sums: dict[str, Tensor] | None = None,
 ) -> None:
     """acc += dyᵀ · x, summed in acc's dtype.
 
@@ -27,7 +28,9 @@ def weight_grad_ref(
         fresh: whether acc is uninitialised and is overwritten.
         bias: (columns,), fp32 or fp64, to which the sum of dy over its rows is added, or None.
         more: further dy, x and None, which are added too.
+        sums: stays empty.
     """
+    del sums
     dy, x = dy.to(acc.dtype), x.to(acc.dtype)
     if fresh:
         torch.mm(dy.t(), x, out=acc)

@@ -302,13 +302,8 @@ class BlockIteration:
         p, count = f"layers.{i}.", self._row_count_kwargs(row_range)
 
         def linear(name: str, dy: Tensor | None, x: Tensor) -> None:
-            if dy is None:
-                return
-            bias = self.index.get(f"{p}{name}.bias")
-            together = {"bias": bias} if self.kernels else {}
-            grads.weight(self.index.get(f"{p}{name}.weight"), dy, x, **together, **count)
-            if not self.kernels:
-                grads.bias(bias, dy)
+            if dy is not None:
+                self._add_linear_grads(f"{p}{name}", dy, x, grads, count)
 
         def norm(name: str, dweight: Tensor, dbias: Tensor | None) -> None:
             self._add_norm_grads(f"{p}{name}", dweight, dbias, grads)
@@ -352,6 +347,22 @@ class BlockIteration:
         linear("qkv", dz, y)
         norm("norm1", dweight, dbias)
         return g
+
+    def _add_linear_grads(
+        self,
+        name: str,
+        dy: Tensor,
+        x: Tensor,
+        grads: GradientBuffers,
+        count: Mapping[str, Tensor],
+    ) -> None:
+        """Adds the gradients of a linear layer's weight and bias; the kernels sum both at once."""
+        weight, bias = self.index.get(f"{name}.weight"), self.index.get(f"{name}.bias")
+        if self.kernels:
+            grads.weight(weight, dy, x, bias=bias, **count)
+        else:
+            grads.weight(weight, dy, x, **count)
+            grads.bias(bias, dy)
 
     def _enter_branch(
         self,

@@ -11,6 +11,7 @@ from relay_fast.kernels.norm_ref import upcast
 
 GATHER_ROWS = 256  # with fewer rows a GEMM is mostly overhead
 GROUP_ROWS = 8192  # with fewer rows the kernel leaves processors idle
+SUMS_BYTES = 256 << 20  # of partial sums that stay over the launches, of all weights
 GROUP = 8  # iterations whose operands are kept, as many as one launch takes
 PROGRAM_ROWS = 16  # at least so many rows share a program
 
@@ -50,6 +51,8 @@ class GradientBuffers:
         self._biases: dict[int, int] = {}  # of weights whose gradients are taken together
         self._group: dict[int, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
         self._group_sizes: list[int] = []  # rows of the iterations in the group
+        self._sums: dict[int, dict[str, Tensor]] = {}  # of the weights, kept over the launches
+        self._unwritten: set[int] = set()  # buffers that hold nothing yet
         self._partials: dict[int, Tensor] = {}
 
     @property
@@ -66,6 +69,9 @@ class GradientBuffers:
             return None
         if index not in self._buffers:
             self._buffers[index] = torch.zeros_like(upcast(self._parameters[index]))
+        elif index in self._unwritten:
+            self._buffers[index].zero_()
+            self._unwritten.remove(index)
         return self._buffers[index]
 
     def make_room(self, rows: int) -> None:
@@ -164,10 +170,18 @@ class GradientBuffers:
         (dy, x, row_count), *more = operands
         given = {"row_count": row_count, "more": more, "bias": self.buffer(self._biases.get(index))}
         given = {name: value for name, value in given.items() if value is not None and value != []}
+        if self._group_rows and (index in self._sums or self._room_for_sums()):
+            given["sums"] = self._sums.setdefault(index, {})
         fresh = index not in self._buffers  # written instead of added to: saves zeroing
         if fresh:
             self._buffers[index] = torch.empty_like(upcast(self._parameters[index]))
         self._weight_grad(self._buffers[index], dy, x, fresh=fresh, **given)
+        if fresh and given.get("sums"):
+            self._unwritten.add(index)
+
+    def _room_for_sums(self) -> bool:
+        held = sum(t.nbytes for kept in self._sums.values() for t in kept.values())
+        return held < SUMS_BYTES
 
     def results(self) -> list[Tensor | None]:
         """Returns the gradients in the parameters' dtypes: zeros if nothing was added, None if not
@@ -175,6 +189,13 @@ class GradientBuffers:
         for index in list(self._held):
             self._reduce(index)
         self._reduce_group()
+        for index, kept in self._sums.items():
+            for name, owner in (("acc", index), ("bias", self._biases.get(index))):
+                if name in kept and owner in self._unwritten:
+                    torch.sum(kept[name], 0, out=self._buffers[owner])
+                    self._unwritten.remove(owner)
+                elif name in kept:
+                    self._buffers[owner].add_(kept[name].sum(0))
         for index, partial in self._partials.items():
             self.vector(index, partial.sum(0))
         return [

@@ -26,9 +26,9 @@ def launches(monkeypatch) -> list[int]:
     seen: list[int] = []
     add = module._add
 
-    def watched(acc, bias, pairs, offset):
+    def watched(acc, bias, pairs, *rest):
         seen.append(len(pairs))
-        add(acc, bias, pairs, offset)
+        add(acc, bias, pairs, *rest)
 
     monkeypatch.setattr(module, "_add", watched)
     return seen
@@ -114,11 +114,48 @@ def test_long_sums_are_taken_in_chains() -> None:
     assert rms_ratio(acc, expected) < 1e-5, describe("acc", acc, expected)
 
 
+def test_partials_stay_over_launches() -> None:
+    """5 rows take one program a tile, 130 two, 300 three: the partials grow, and later launches add
+    to them."""
+    pairs = operands((5, 130, 300, 70), 24, 40)
+    acc, bias = torch.zeros(24, 40, device=DEVICE), torch.zeros(24, device=DEVICE)
+    sums: dict[str, Tensor] = {}
+    with guarded_outputs():
+        for dy, x, _ in pairs:
+            weight_grad(acc, dy, x, bias=bias, sums=sums)
+    expected, line = truth(pairs, torch.zeros_like(acc))
+    assert sums["acc"].shape == (3, 24, 40) and sums["bias"].shape == (3, 24)
+    assert not acc.any() and not bias.any()
+    assert rms_ratio(sums["acc"].sum(0), expected) < 1e-5
+    assert rms_ratio(sums["bias"].sum(0), line) < 1e-5
+
+
+def test_partials_that_stay_are_bounded(monkeypatch) -> None:
+    weights = [torch.zeros(24, 40, device=DEVICE) for _ in range(3)]
+    pairs = operands((300, 350), 24, 40, torch.float16)
+    kept: list[bool] = []
+
+    def watched(acc, dy, x, *, sums=None, **options):
+        kept.append(sums is not None)
+        weight_grad(acc, dy, x, sums=sums, **options)
+
+    monkeypatch.setattr(gradients, "SUMS_BYTES", 1)  # room for one weight's
+    grads = GradientBuffers(weights, [True] * 3, watched, 0, group_rows=60)
+    for dy, x, _ in pairs:
+        grads.make_room(60)
+        for index in range(3):
+            grads.weight(index, dy, x)
+    expected, _ = truth(pairs, torch.zeros_like(weights[0]))
+    for value in grads.results():
+        assert rms_ratio(value, expected) < 1e-5
+    assert kept == [True, False, False] * 2
+
+
 def test_iterations_are_grouped_by_their_rows() -> None:
     weight, bias = torch.zeros(3, 2), torch.zeros(3)
     calls: list[list[int]] = []
 
-    def watched(acc, dy, x, *, fresh=False, bias=None, more=()):
+    def watched(acc, dy, x, *, fresh=False, bias=None, more=(), sums=None):
         calls.append([len(x), *(len(pair[1]) for pair in more)])
         weight_grad_ref(acc, dy, x, fresh=fresh, bias=bias, more=more)
 
