@@ -6,13 +6,16 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+
+from relay_fast.train import main
+from tests.support.forked import Ended, run_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -23,37 +26,10 @@ SMALL = [
 ]
 
 
-def train(out: Path, ranks: int, *more: str) -> list[subprocess.Popen]:
-    """Starts the ranks of a training, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(ranks):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {k: str(v) for k, v in own.items()} if ranks > 1 else os.environ
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "relay_fast.train", "--out", str(out), *SMALL, *more],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return started
-
-
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Waits for processes; returns exit status, output and errors of each."""
-    try:
-        texts = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+def train(out: Path, ranks: int, *more: str) -> list[Ended]:
+    """Calls the command in the ranks of a training, with the variables that torchrun gives them."""
+    said = Path(tempfile.mkdtemp(dir=out.parent))
+    return run_ranks(ranks, said, main, ["--out", str(out), *SMALL, *more])
 
 
 def numbers(out: Path) -> dict:
@@ -72,14 +48,14 @@ def numbers(out: Path) -> dict:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("alone") / "run"
-    assert ended(train(out, 1))[0][0] == 0
+    assert train(out, 1)[0].code == 0
     return numbers(out)
 
 
 def test_two_ranks_find_what_one_process_finds(alone, tmp_path) -> None:
-    found = ended(train(tmp_path / "run", 2))
-    assert [code for code, _, _ in found] == [0, 0], found
-    assert found[1][1] == ""  # rank 0 speaks for all
+    found = train(tmp_path / "run", 2)
+    assert [rank.code for rank in found] == [0, 0], found
+    assert found[1].out == ""  # rank 0 speaks for all
     assert numbers(tmp_path / "run") == alone
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = results["training"]["looped_aligned"]["token_iterations_by_rank"]
@@ -119,8 +95,8 @@ def test_killed_ranks(alone, tmp_path) -> None:
             assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
         finally:
             agent.kill()
-    found = ended(train(tmp_path / "run", 2))
-    assert [code for code, _, _ in found] == [0, 0], found
+    found = train(tmp_path / "run", 2)
+    assert [rank.code for rank in found] == [0, 0], found
     assert numbers(tmp_path / "run") == alone
 
 
@@ -132,15 +108,14 @@ def test_killed_ranks(alone, tmp_path) -> None:
     ],
 )
 def test_bad_input_is_said_once(ranks, more, message, tmp_path) -> None:
-    found = ended(train(tmp_path / "run", ranks, *more))
-    assert [code for code, _, _ in found] == [2] * ranks
-    assert message in found[0][2]
-    assert found[0][2].count("\n") == 1
-    assert [errors for _, _, errors in found[1:]] == [""] * (ranks - 1)
+    found = train(tmp_path / "run", ranks, *more)
+    assert [rank.code for rank in found] == [2] * ranks
+    assert message in found[0].error
+    assert found[0].error.count("\n") == 1
+    assert [rank.error for rank in found[1:]] == [""] * (ranks - 1)
     assert not (tmp_path / "run").exists()
 
 
 def test_stages_side_by_side_on_named_devices(tmp_path) -> None:
-    found = ended(train(tmp_path / "run", 1, "--device", "cpu,cuda:9"))
-    assert found[0][0] == 2
-    assert "cuda:9" in found[0][2]
+    (found,) = train(tmp_path / "run", 1, "--device", "cpu,cuda:9")
+    assert found.code == 2 and "cuda:9" in found.error

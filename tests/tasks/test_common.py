@@ -1,8 +1,6 @@
 """What holds for every task."""
 
 import dataclasses
-import subprocess
-import sys
 
 import numba
 import numpy as np
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks, make_task
 from relay_fast.tasks.vocabulary import NUMBER0
+from tests.support.fresh_python import run_fresh
 
 VOCABULARY = Vocabulary()
 TASKS = build_tasks(TASK_NAMES, VOCABULARY)
@@ -234,7 +233,7 @@ def test_unknown_text(name: str) -> None:
 
 def test_import_is_light() -> None:
     code = "import sys, relay_fast.tasks; sys.exit('numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run_fresh(code).returncode == 0
 
 
 def test_compiles_where_no_folder_is_writable(monkeypatch: pytest.MonkeyPatch) -> None:
