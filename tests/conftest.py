@@ -1,5 +1,6 @@
 """What every test gets: the same random numbers each run, and no more threads than its share."""
 
+import gc
 import os
 import random
 import signal
@@ -29,6 +30,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def pytest_configure(config: pytest.Config) -> None:
     if IN_XDIST_WORKER:
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage need walk over it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
