@@ -16,6 +16,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 os.environ.pop("RELAY_FAST_AUTOTUNE", None)  # searches belong to no test
+# Inductor compiles here: processes that it would start import torch for a kernel or two.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if not torch.cuda.is_available():
     # Before anything imports triton: without a GPU, kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
