@@ -1,9 +1,12 @@
 """What every test gets: the same random numbers each run, and no more threads than its share."""
 
 import gc
+import multiprocessing
 import os
 import random
 import signal
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 IN_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IN_XDIST_WORKER:
@@ -44,6 +47,19 @@ def pytest_collection_finish() -> None:
 def seed() -> int:
     """The seed that all generators were set to before this test; give it to explicit generators."""
     return SEED
+
+
+@pytest.fixture(scope="module")
+def quick_workers() -> Iterator[None]:
+    """Training workers fork from one process that has imported what each of them would import."""
+    multiprocessing.set_forkserver_preload(["relay_fast.relay.stages", "numba", "torch._dynamo"])
+    context = multiprocessing.get_context("forkserver")
+    parts = SimpleNamespace(
+        get_context=lambda _: context, parent_process=multiprocessing.parent_process
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relay_fast.utils.worker_processes.multiprocessing", parts)
+        yield
 
 
 # A hook and not an autouse fixture: hypothesis objects to function-scoped fixtures.

@@ -46,9 +46,9 @@ def numbers(out: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict:
+def alone(tmp_path_factory, quick_workers) -> dict:
     out = tmp_path_factory.mktemp("alone") / "run"
-    assert train(out, 1)[0].code == 0
+    assert main(["--out", str(out), *SMALL]) == 0
     return numbers(out)
 
 

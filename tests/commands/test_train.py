@@ -29,8 +29,11 @@ def small(**options):
     return override(load_preset("cpu"), steps=2, batch_size=8, eval_problems=4, **options)
 
 
+pytestmark = pytest.mark.usefixtures("quick_workers")  # but in processes of the command's own
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick_workers):
     """The folder of a whole run, made by the command."""
     out = tmp_path_factory.mktemp("runs") / "cpu"
     assert main([*SMALL, "--out", str(out)]) == 0
@@ -223,7 +226,7 @@ def test_a_killed_worker_ends_the_run_with_one_sentence(tmp_path, capsys, monkey
         reported.add(name)
         if len(reported) == len(stages):  # both have taken a step
             workers = multiprocessing.active_children()
-            next(p for p in workers if p.name.startswith("SpawnProcess")).kill()
+            next(p for p in workers if p.name.startswith("ForkServerProcess")).kill()
 
     monkeypatch.setattr(Display, "progress", kill_one)
     command = ["--preset", "cpu", "--steps", "30000", "--batch-size", "8"]
