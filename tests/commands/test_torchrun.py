@@ -8,14 +8,13 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from relay_fast.train import main
-from tests.support.forked import Ended, run_ranks
+from tests.support.forked import Rank, ended, start_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -26,10 +25,9 @@ SMALL = [
 ]
 
 
-def train(out: Path, ranks: int, *more: str) -> list[Ended]:
-    """Calls the command in the ranks of a training, with the variables that torchrun gives them."""
-    said = Path(tempfile.mkdtemp(dir=out.parent))
-    return run_ranks(ranks, said, main, ["--out", str(out), *SMALL, *more])
+def train(out: Path, ranks: int, *more: str) -> list[Rank]:
+    """Starts the ranks of a training, as torchrun does."""
+    return start_ranks(ranks, out.parent, main, ["--out", str(out), *SMALL, *more])
 
 
 def numbers(out: Path) -> dict:
@@ -46,16 +44,16 @@ def numbers(out: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, quick_workers) -> dict:
+def alone(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("alone") / "run"
-    assert main(["--out", str(out), *SMALL]) == 0
+    assert ended(train(out, 1))[0][0] == 0
     return numbers(out)
 
 
 def test_two_ranks_find_what_one_process_finds(alone, tmp_path) -> None:
-    found = train(tmp_path / "run", 2)
-    assert [rank.code for rank in found] == [0, 0], found
-    assert found[1].out == ""  # rank 0 speaks for all
+    found = ended(train(tmp_path / "run", 2))
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert found[1][1] == ""  # rank 0 speaks for all
     assert numbers(tmp_path / "run") == alone
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = results["training"]["looped_aligned"]["token_iterations_by_rank"]
@@ -95,8 +93,8 @@ def test_killed_ranks(alone, tmp_path) -> None:
             assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
         finally:
             agent.kill()
-    found = train(tmp_path / "run", 2)
-    assert [rank.code for rank in found] == [0, 0], found
+    found = ended(train(tmp_path / "run", 2))
+    assert [code for code, _, _ in found] == [0, 0], found
     assert numbers(tmp_path / "run") == alone
 
 
@@ -108,14 +106,15 @@ def test_killed_ranks(alone, tmp_path) -> None:
     ],
 )
 def test_bad_input_is_said_once(ranks, more, message, tmp_path) -> None:
-    found = train(tmp_path / "run", ranks, *more)
-    assert [rank.code for rank in found] == [2] * ranks
-    assert message in found[0].error
-    assert found[0].error.count("\n") == 1
-    assert [rank.error for rank in found[1:]] == [""] * (ranks - 1)
+    found = ended(train(tmp_path / "run", ranks, *more))
+    assert [code for code, _, _ in found] == [2] * ranks
+    assert message in found[0][2]
+    assert found[0][2].count("\n") == 1
+    assert [errors for _, _, errors in found[1:]] == [""] * (ranks - 1)
     assert not (tmp_path / "run").exists()
 
 
 def test_stages_side_by_side_on_named_devices(tmp_path) -> None:
-    (found,) = train(tmp_path / "run", 1, "--device", "cpu,cuda:9")
-    assert found.code == 2 and "cuda:9" in found.error
+    found = ended(train(tmp_path / "run", 1, "--device", "cpu,cuda:9"))
+    assert found[0][0] == 2
+    assert "cuda:9" in found[0][2]

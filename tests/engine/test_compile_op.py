@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.numerics import assert_bitwise, assert_close
 from relay_fast import LoopedBlock
 from relay_fast.config import BlockConfig
-from tests.support.forked import run_ranks
+from tests.support.forked import ended, start_ranks
 
 D = 16
 
@@ -258,8 +258,8 @@ def _data() -> tuple[Tensor, list[int]]:
 
 
 def test_ddp_averages_the_gradients(tmp_path) -> None:
-    ended = run_ranks(2, tmp_path / "said", _worker, tmp_path)
-    assert [rank.code for rank in ended] == [0, 0], ended
+    found = ended(start_ranks(2, tmp_path, _worker, tmp_path))
+    assert [rank.code for rank in found] == [0, 0], found
     torch.manual_seed(0)
     block = LoopedBlock(D, 2, 1).double()
     x, loops = _data()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -63,35 +64,41 @@ def variables_of_ranks(size: int) -> list[dict[str, object]]:
     return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
 
 
-def run_ranks(
+class Rank(NamedTuple):
+    """One process of several, and the folder of what it says."""
+
+    process: BaseProcess
+    place: Path
+
+
+def start_ranks(
     size: int, folder: Path, function: Callable[..., object], *arguments: object
-) -> list[Ended]:
+) -> list[Rank]:
     """Calls `function(*arguments)` in `size` processes, each with the variables of its rank.
 
     Args:
         size: number of ranks; 1: one process without such variables.
-        folder: a new one, for what they print.
+        folder: for what they say.
         function: as `fork` takes it.
         arguments: of the function.
-
-    Returns:
-        how each ended, by rank.
     """
-    places = [folder / f"rank{rank}" for rank in range(size)]
-    for place in places:
-        place.mkdir(parents=True)
-    variables = variables_of_ranks(size) if size > 1 else [{}]
-    started = [
-        fork(function, *arguments, environment=own, streams=place)
-        for own, place in zip(variables, places, strict=True)
-    ]
+    started = []
+    for own in variables_of_ranks(size) if size > 1 else [{}]:
+        place = Path(tempfile.mkdtemp(dir=folder, prefix=f"rank{len(started)}-"))
+        process = fork(function, *arguments, environment=own, streams=place)
+        started.append(Rank(process, place))
+    return started
+
+
+def ended(ranks: list[Rank], seconds: float = 240) -> list[Ended]:
+    """Waits for processes, each for so many seconds at most, and kills what is left."""
     try:
-        for process in started:
-            process.join(timeout=240)
-        codes = [process.exitcode for process in started]
+        for rank in ranks:
+            rank.process.join(timeout=seconds)
+        codes = [rank.process.exitcode for rank in ranks]
     finally:
-        for process in started:
-            process.kill()
-            process.join()
-    texts = [[(place / name).read_text() for name in ("out", "error")] for place in places]
+        for rank in ranks:
+            rank.process.kill()
+            rank.process.join()
+    texts = [[(rank.place / name).read_text() for name in ("out", "error")] for rank in ranks]
     return [Ended(code, *text) for code, text in zip(codes, texts, strict=True)]

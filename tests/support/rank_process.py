@@ -18,7 +18,7 @@ from relay_fast.training.ranks import Ranks, joined_ranks
 from relay_fast.training.schedule import Schedule
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from tests.support.fed_models import TASKS, VOCABULARY
-from tests.support.forked import run_ranks
+from tests.support.forked import ended, start_ranks
 
 STEPS = 50
 RECIPE = {"lr": 3e-3, "muon_lr": 0.02, "weight_decay": 0.01, "betas": [0.9, 0.95], "clip": 1.0}
@@ -87,9 +87,8 @@ def run(case: str, folder: Path, ranks: Ranks) -> dict:
 
 def start(size: int, folder: Path, *cases: str) -> list[dict]:
     """Runs cases in `size` processes; returns what each rank found, by case."""
-    said = folder / "-".join(["said", *cases])
-    ended = run_ranks(size, said, _rank, folder, cases)
-    assert [rank.code for rank in ended] == [0] * size, ended
+    found = ended(start_ranks(size, folder, _rank, folder, cases))
+    assert [rank.code for rank in found] == [0] * size, found
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(size)]
 
 
