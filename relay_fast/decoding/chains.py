@@ -72,6 +72,11 @@ def fitting_problems(
     for model in models:  # a problem has more tokens than its length: do not make far too long ones
         _refuse_beyond_limit(model, task, length, length)
     problems = unseen_problems(task, length, number, seed)
+    if number and not len(problems):
+        raise ValueError(
+            f"{task.name} has no solved problems of length {length} for evaluation: add some to "
+            f"its test_data, raise its held_out, or leave this length out"
+        )
     for model in models:
         sizes = np.diff(problems.problem_offsets)
         if isinstance(model, AutoregressiveTransformer):

@@ -77,11 +77,12 @@ class OwnTasks:
 
     @property
     def lengths(self) -> list[int]:
-        """All lengths that are trained and tested, ascending."""
+        """All lengths of which there are unseen problems, from the shortest trained to the longest
+        tested one, ascending."""
         entries = self.identity["tasks"]
         found = set()
         for name, task in self.tasks.items():
-            found |= {*task.lengths_between(self.ranges[name][0], entries[name]["test"][1])}
+            found |= {*task.tested_lengths(self.ranges[name][0], entries[name]["test"][1])}
         return sorted(map(int, found))
 
     def draw(self, batch_size: int, seed: int) -> Draw:
@@ -110,11 +111,10 @@ class OwnTasks:
             parts = [
                 task.unseen(length, problems, seed)
                 for task in self.tasks.values()
-                if len(task.lengths_between(length, length))
+                if len(task.tested_lengths(length, length))
             ]
             right = self._right(model, Samples.concat(parts))
-            if len(right):
-                accuracy[str(length)] = float(right.mean())
+            accuracy[str(length)] = float(right.mean())
         return accuracy
 
     def _right(self, model: LoopedClassifier, samples: Samples) -> np.ndarray:

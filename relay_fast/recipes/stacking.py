@@ -223,7 +223,7 @@ class _Chains:
     def accuracy(self, model: AutoregressiveTransformer) -> dict[str, float]:
         accuracy = {}
         for name, task in self.tasks.tasks.items():
-            lengths = task.lengths_between(*self.tasks.ranges[name]).tolist()
+            lengths = task.tested_lengths(*self.tasks.ranges[name]).tolist()
             number = max(1, self.settings.problems // len(lengths))
             by_length = evaluate_autoregressive(
                 model, self.tasks.tasks, name, lengths, number, self.seed

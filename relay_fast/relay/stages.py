@@ -399,7 +399,7 @@ def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str,
     own = slice(context.ranks.rank, None, context.ranks.size)  # lengths are shared out
     for task, entry in context.config["tasks"].items():
         lengths = (
-            context.tasks[task].lengths_between(entry["train"][0], entry["test"][1]).tolist()[own]
+            context.tasks[task].tested_lengths(entry["train"][0], entry["test"][1]).tolist()[own]
         )
         accuracy[task] = evaluate(
             model,
