@@ -249,10 +249,7 @@ def _summary(folder: str, manifest: dict) -> str:
         f"passed: by {check[identity['verify']]}"
     ]
     for task, bound in identity.get("bounds", {}).items():
-        lines.append(
-            f"the filter keeps chains of {task} whose tokens are each at least {np.exp(bound):.3g} "
-            f"likely, as {label_free.KEPT:.0%} of the right ones at the end of its training range"
-        )
+        lines.append(label_free.bound_text(task, bound))
     if manifest["complete"]:
         lines.append(filter_metrics.table_text(filter_metrics.from_json(manifest["counts"])))
     return "\n".join(lines)

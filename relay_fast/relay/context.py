@@ -108,7 +108,7 @@ class Context:
                 if task.most_problems(length) == 0:
                     raise ValueError(
                         f"tasks.{name}.self_lengths has {length}, of which no problem can be "
-                        f"drawn: give other lengths"
+                        f"drawn: add some, which may come without rounds, or give other lengths"
                     )
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))

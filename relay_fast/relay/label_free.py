@@ -36,7 +36,7 @@ def confidence_bounds(
 ) -> dict[str, float] | None:
     """Returns the filter's bound for each task, None for a model whose filter has none.
 
-    A task of which no chain is right inside its range gets 0, which hardly any chain reaches.
+    A task of which no chain is right inside its range gets 0, which no chain reaches.
 
     Args:
         model: The model.
@@ -77,6 +77,16 @@ def label_free(
     for k, task in tasks_present(written.task, tasks).items():
         kept &= (written.task != k) | (confidence >= bounds[task.name])
     return kept
+
+
+def bound_text(task: str, bound: float) -> str:
+    """Says what a task's bound means."""
+    if bound >= 0:
+        return f"the filter keeps no chain of {task}: none was right inside the training range"
+    return (
+        f"the filter keeps chains of {task} whose tokens are each at least {math.exp(bound):.3g} "
+        f"likely, as {KEPT:.0%} of the right ones are at the end of the training range"
+    )
 
 
 def _inside_problems(task: Task, shortest: int, longest: int, number: int, seed: int) -> Samples:

@@ -171,6 +171,9 @@ class RecordsTask(TextTask):
                     f"vocabulary.tokens, or leave these out to collect them from the records"
                 )
 
+    def drawable(self, length: int) -> bool:
+        return len(self.pools.drawn(length)) > 0
+
     def pinned(self) -> dict[str, Any]:
         """Returns the hashes by which a run recognises its files."""
         return {"content": self._content(self.pools)}

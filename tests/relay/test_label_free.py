@@ -46,6 +46,12 @@ def test_the_bound_is_what_the_right_chains_inside_the_range_reach(graded) -> No
     assert label_free.confidence_bounds(latent_model(), TASKS, RANGES, seed=0) is None
 
 
+def test_what_a_bound_means() -> None:
+    text = "keeps chains of sums whose tokens are each at least 0.779 likely, as 99% of the right"
+    assert text in label_free.bound_text("sums", -0.25)
+    assert "keeps no chain of sums: none was right inside" in label_free.bound_text("sums", 0.0)
+
+
 def test_where_nothing_is_right_nothing_is_kept(monkeypatch, graded) -> None:
     never = lambda written, truth: np.zeros(len(truth), bool)
     monkeypatch.setattr(label_free, "correct_chains", never)
@@ -132,8 +138,8 @@ def test_a_run_measures_the_filter_and_generate_uses_it(tmp_path, capsys) -> Non
     capsys.readouterr()
     assert generate([*command, "--dataset", str(tmp_path / "set")]) == 0
     assert kept_bounds(tmp_path / "set") == bounds
-    likely = f"at least {np.exp(bounds['arithmetic']):.3g} likely"
-    assert f"keeps chains of arithmetic whose tokens are each {likely}" in capsys.readouterr().out
+    said = label_free.bound_text("arithmetic", bounds["arithmetic"])
+    assert said in capsys.readouterr().out
     assert generate([*command, "--export", str(tmp_path / "out.jsonl")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     with_bound = ChainDataset(tmp_path / "set", only_passed=False).parts()
