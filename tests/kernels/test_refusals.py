@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
@@ -18,7 +21,8 @@ from triton.runtime.jit import JITFunction
 from relay_fast.batch.plan import Plan
 from relay_fast.kernels import supports as supports_module
 from relay_fast.kernels.attention_ref import PaddedLayout
-from relay_fast.kernels.supports import Unsupported, layout_reason
+from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights
+from relay_fast.kernels.supports import Unsupported, layout_reason, loop_reason
 from relay_fast.ops import dispatch
 from relay_fast.ops.dispatch import TORCH, _auto_ops, explain, select, supports
 from tests.support.kernel_checks import DEVICE
@@ -235,3 +239,29 @@ def test_older_and_other_gpus_are_named(monkeypatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert reason(0) == "this is a GPU for ROCm, and the kernels are for NVIDIA's from sm_80 on"
     assert explain("mps") == "torch: Triton kernels run on CUDA devices, not on 'mps'"
+
+
+def test_the_whole_loop_kernel_waits_for_a_card(monkeypatch) -> None:
+    """Refused on GPUs, until one environment variable lets it in."""
+    monkeypatch.delenv("RELAY_FAST_WHOLE_LOOP", raising=False)
+    monkeypatch.setattr(supports_module, "_card_reason", lambda index: None)
+    layout = LoopLayout(np.array([3, 2]), np.array([2, 1]), "cpu")
+
+    def reason(device: str) -> str | None:
+        with FakeTensorMode():
+            new = lambda *shape, of=torch.float32: torch.empty(shape, dtype=of, device=device)
+            half = partial(new, of=torch.bfloat16)
+            weights = LoopWeights(
+                new(1, 16), half(1, 48, 16), half(1, 16, 16), new(1, 16), half(1, 32, 16), None,
+                half(1, 16, 32), None, new(16), half(9, 16),
+            )  # fmt: skip
+            return loop_reason(new(5, 16), layout, weights, None, None, 2, 2, "gelu", "rms")
+
+    assert reason("cpu") is None
+    refused = "the whole-loop kernel has not been right on a GPU yet"
+    refused += " (RELAY_FAST_WHOLE_LOOP=1 tries it)"
+    assert reason("cuda") == refused
+    monkeypatch.setenv("RELAY_FAST_WHOLE_LOOP", "0")
+    assert reason("cuda") == refused
+    monkeypatch.setenv("RELAY_FAST_WHOLE_LOOP", "1")
+    assert reason("cuda") is None
