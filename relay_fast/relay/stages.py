@@ -29,7 +29,7 @@ from relay_fast.relay.context import Context
 from relay_fast.relay.evaluation import evaluate_autoregressive, evaluate_looped, hit_matrix
 from relay_fast.relay.presets import recipe
 from relay_fast.relay.resumable_chains import generate_in_parts
-from relay_fast.reporting.progress import Problems, Progress
+from relay_fast.reporting.progress import Compiling, Problems, Progress
 from relay_fast.tasks import NO_ANSWER, FeedbackDraws, Samples
 from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import model_path
@@ -42,7 +42,7 @@ from relay_fast.utils.seeds import (
     TRAIN_STREAM,
 )
 
-OnProgress = Callable[[Progress | Problems], None]
+OnProgress = Callable[[Progress | Problems | Compiling], None]
 
 # Stage -> stages that must be done before, in the order in which ready stages are started.
 STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
@@ -186,6 +186,7 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
         data_workers=context.config["data_workers"],
         on_progress=on_progress,
         ranks=context.ranks,
+        on_compiling=on_progress,
     )
     return context.finish(name, model, trained)
 
@@ -301,6 +302,7 @@ def _fine_tune(
         data_workers=context.config["data_workers"],
         on_progress=on_progress,
         ranks=context.ranks,
+        on_compiling=on_progress,
     )
 
 
