@@ -166,6 +166,43 @@ def test_auto_falls_back_where_triton_raises() -> None:
     assert "float64 is not one of" in explain("meta", dtype=torch.float64)
 
 
+def test_auto_takes_one_implementation_forward_and_backward(monkeypatch) -> None:
+    """Whatever only the forward can know of: here a bias with strides, which it has copied."""
+    taken: list[str] = []
+
+    def watched(name: str, kernel):
+        def op(*args, **kwargs):
+            out = kernel(*args, **kwargs)
+            taken.append(name)
+            return out
+
+        return op
+
+    kernels = dispatch.Ops(*map(watched, dispatch.Ops._fields, dispatch._triton_ops()))
+    monkeypatch.setattr(dispatch, "_triton_ops", lambda: kernels)
+    ops = _auto_ops.__wrapped__()
+    torch.manual_seed(0)
+    for dtype, used in ((torch.float32, ["fwd", "bwd"]), (torch.float64, [])):
+        a, weight, g = (torch.randn(n, 16, dtype=dtype, device=DEVICE) for n in (4, 16, 4))
+        bias = torch.randn(16, 2, dtype=dtype, device=DEVICE)[:, 0]
+        outs = [o.linear_residual_fwd(a, weight, bias, g) for o in (ops, TORCH)]
+        torch.testing.assert_close(*outs)
+        grads = [o.linear_residual_bwd(g, weight)[0] for o in (ops, TORCH)]
+        torch.testing.assert_close(*grads)
+        assert taken == [f"linear_residual_{name}" for name in used]
+        taken.clear()
+
+
+def test_only_what_an_op_reads_is_copied() -> None:
+    args = (strided(4, 16), None, W, strided(16))
+    forward = dispatch._dense("mlp_fwd", args)
+    assert all(a is None or a.is_contiguous() for a in forward) and forward[2] is W
+    assert torch.equal(forward[0], args[0])
+    backward = dispatch._dense("mlp_bwd", args)
+    assert backward[0].is_contiguous() and backward[2] is W and backward[3] is args[3]
+    assert dispatch._dense("weight_grad", args) is dispatch._dense("mlp_fwd", (X, W)) is None
+
+
 def test_supports_names_what_is_missing() -> None:
     sizes = {"d_model": 256, "head_dim": 64, "vocabulary": 320, "activation": "swiglu"}
     assert supports("meta", **sizes) is None
