@@ -73,7 +73,7 @@ class StateGradients:
         lse: Tensor,
         g_loss: Tensor,
     ):
-        self._readout, self._backward = spec.readout, spec.ops.cross_entropy_bwd
+        self._readout, self._cross_entropy_bwd = spec.readout, spec.ops.cross_entropy_bwd
         self._state, self._lse, self._g_loss = state, lse, g_loss
         self._parameters = _readout_parameters(spec, parameters)
         norm, bias, head = (len(parameters) - i for i in (3, 2, 1))
@@ -110,7 +110,7 @@ class StateGradients:
         else:
             h, index = self._state(chunk[0]), readout.rows[part]
         operands: list[tuple[Tensor, Tensor]] = []
-        dh = self._backward(
+        dh = self._cross_entropy_bwd(
             self._g_loss[part], h, readout.targets[part], self._lse[part], *self._parameters,
             *self._sums, index, **self._options, **({"operands": operands} if self._keeps else {}),
         )  # fmt: skip
