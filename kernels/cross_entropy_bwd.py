@@ -21,7 +21,6 @@ from .cross_entropy import check_readout, load_states, readout_config
 from .cross_entropy_ref import cross_entropy_bwd_ref
 from .norm import (
     NormPartials,
-    clear_norm_partials,
     norm_input_grad,
     norm_partial_buffers,
     normalize,
@@ -46,7 +45,7 @@ def _cross_entropy_bwd_kernel(
     M, V, offset,
     # flags
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, ADD: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     # blocks
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +54,6 @@ def _cross_entropy_bwd_kernel(
     base = program * BLOCK_M
     inside = tl.arange(0, BLOCK_D)
     if base >= M:
-        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, ADD)
         return
     at = base + tl.arange(0, BLOCK_M)
     row_mask = at < M
@@ -96,7 +94,7 @@ def _cross_entropy_bwd_kernel(
     x_hat, rstd = normalize(
         load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D), inside, D, EPS, IS_LAYER
     )
-    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, ADD)
+    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, True)
     dh = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
     tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
 
@@ -145,8 +143,11 @@ def cross_entropy_bwd(
         count = part.stop - start
         config = readout_config(count, d, head.dtype, h.device)
         programs = cdiv(count, config.block_m)
-        has_bias = (norm_bias_grad if partials is None else partials[1]) is not None
-        dnw, dnb = norm_partial_buffers(h, programs, has_bias, partials)
+        sums = partials
+        if sums is None:  # zeros, so that one variant of the kernel serves both
+            zeros = torch.zeros(2, programs, d, dtype=torch.float32, device=h.device)
+            sums = zeros[0], None if norm_bias_grad is None else zeros[1]
+        dnw, dnb = norm_partial_buffers(h, programs, sums[1] is not None, sums)
         widths = (vocabulary, d) if head_grad is not None else ()
         kept = [torch.empty(count, n, dtype=head.dtype, device=h.device) for n in widths]
         dlogits, y = kept or (None, None)
@@ -156,7 +157,7 @@ def cross_entropy_bwd(
             norm_weight, norm_bias, head, dh[part], dlogits, y, dnw, dnb, row_count,
             stride_g=grad.stride(0), stride_hm=h.stride(0), stride_vn=head.stride(0),
             M=count, V=vocabulary, offset=start, D=d, EPS=eps, IS_LAYER=kind == "layer",
-            SMOOTHING=label_smoothing, Z_LOSS=z_loss, ADD=partials is not None,
+            SMOOTHING=label_smoothing, Z_LOSS=z_loss,
             BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
         if operands is not None and head_grad is not None:
