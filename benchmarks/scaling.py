@@ -44,8 +44,9 @@ from relay_fast.data.streams import BatchFormat, TruthStream  # noqa: E402
 from relay_fast.relay.context import Context  # noqa: E402
 from relay_fast.relay.presets import load_preset, recipe  # noqa: E402
 from relay_fast.training.cuda_graph import PART_TOKENS, take_step  # noqa: E402
+from relay_fast.training.exchange import Exchange  # noqa: E402
 from relay_fast.training.optim import make_optimizer  # noqa: E402
-from relay_fast.training.ranks import Exchange, joined_ranks  # noqa: E402
+from relay_fast.training.ranks import Ranks, joined_ranks  # noqa: E402
 from relay_fast.training.schedule import Schedule  # noqa: E402
 from relay_fast.utils.cores import usable_cores  # noqa: E402
 from relay_fast.utils.files import replacing  # noqa: E402
@@ -140,8 +141,9 @@ def single_group() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def train_step(model: nn.Module, optimizer, part: PackedBatch) -> None:
-    take_step(model, optimizer, part, clip=1.0, exchange=Exchange(model, part, stop=False))
+def train_step(model: nn.Module, optimizer, part: PackedBatch, exchange: Exchange) -> None:
+    exchange.begin(part, stop=False)
+    take_step(model, optimizer, part, clip=1.0, exchange=exchange)
 
 
 def messages(preset: str, stage: str) -> dict[str, object]:
@@ -149,9 +151,9 @@ def messages(preset: str, stage: str) -> dict[str, object]:
     context = context_of(preset)
     model = context.new_model(STAGES[stage])
     optimizer = make_optimizer(model, lr=1e-4)
-    batch = share_of(stream_of(context, stage, samples=8)[0].batch, 0, 8)
+    batch = share_of(stream_of(context, stage, samples=8)[0].batch, 0, RANKS)
     with single_group(), counted() as seen:
-        train_step(model, optimizer, batch)
+        train_step(model, optimizer, batch, Exchange(model, Ranks(0, RANKS)))
     return {
         "what": "a step's messages",
         "preset": preset,
@@ -210,7 +212,7 @@ def timed_steps(preset: str, samples: int | None) -> dict[str, float]:
         model = context.new_model("looped").train()
         optimizer = make_optimizer(model, lr=1e-4)
         stream = stream_of(context, "looped_aligned", samples)
-        reduce_all, seconds = dist.all_reduce, []
+        reduce_all, seconds, exchange = dist.all_reduce, [], Exchange(model, ranks)
 
         def timing(tensor):
             began = time.perf_counter()
@@ -224,10 +226,10 @@ def timed_steps(preset: str, samples: int | None) -> dict[str, float]:
                 if ranks.alone:
                     take_step(model, optimizer, batch, clip=1.0)
                 else:
-                    train_step(model, optimizer, ranks.share(batch)[0])
+                    train_step(model, optimizer, ranks.share(batch)[0], exchange)
                 seconds.append(time.perf_counter() - began)
-    exchange = float(np.median(waited[WARM_UP:])) if waited else 0.0
-    return {"seconds": float(np.median(seconds[WARM_UP:])), "exchange": exchange}
+    in_exchange = float(np.median(waited[WARM_UP:])) if waited else 0.0
+    return {"seconds": float(np.median(seconds[WARM_UP:])), "exchange": in_exchange}
 
 
 def run_processes(preset: str, samples: int | None, size: int, threads: int) -> dict[str, float]:

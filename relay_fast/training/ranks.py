@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.shares import deal, take_sequences
-from relay_fast.models.transformers import Losses
 from relay_fast.utils.errors import WorkerDied
 
 JOIN = 120.0  # seconds until all ranks must have started
@@ -78,54 +76,18 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def add_up(self, values: torch.Tensor) -> None:
+        """Replaces a tensor by its sum over all ranks."""
+        if not self.alone:
+            with lost_ranks():
+                dist.all_reduce(values)
 
-class Exchange:
-    """Sums gradients and losses over all ranks, in one message; `take_step` calls it between
-    backward and clipping.
-
-    Args:
-        model: has the gradients of its share; a parameter without one counts as zero.
-        part: the share.
-        stop: whether this rank was asked to stop.
-        before: the exchange of the step before.
-    """
-
-    def __init__(
-        self, model: nn.Module, part: PackedBatch, stop: bool, before: Exchange | None = None
-    ):
-        self.part, self.stop = part, stop
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._stopping: Tensor | None = None
-        self._before = None if before is None else before._stopping
-
-    def stopped_before(self) -> bool:
-        """Tells whether a rank was asked to stop by the step before; the same on all ranks.
-
-        One step later than the request, so that no GPU is waited for.
-        """
-        return self._before is not None and bool(self._before)
-
-    @torch.no_grad()
-    def __call__(self, losses: Losses) -> Losses:
-        counts = (len(self.part.targets), len(self.part))
-        values = torch.stack([value.detach().to(losses.loss.dtype) for value in losses])
-        right = values[3:] * values.new_tensor(counts)
-        told = values.new_tensor((*counts, float(self.stop)))
-        small = torch.cat([values[:3], right, told])
-        pieces = [
-            p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel())
-            for p in self.parameters
-        ]
-        dtype = torch.promote_types(small.dtype, torch.float32)
-        flat = torch.cat([piece.to(dtype) for piece in (*pieces, small)])
-        with lost_ranks():
-            dist.all_reduce(flat)
-        *pieces, small = flat.split([*map(len, pieces), len(small)])
-        for p, piece in zip(self.parameters, pieces, strict=True):
-            p.grad = piece.view_as(p).to(p.dtype)
-        self._stopping = small[7]
-        shares = small[3:5] / small[5:7].clamp(min=1)
-        return Losses(*small[:3], *shares)
+    def first_reason(self, reason: str | None) -> str | None:
+        """Returns the reason of the first rank that gives one, on every rank; waits for them."""
+        reasons = self.gather(reason)
+        if all(told == reason for told in reasons):
+            return reason
+        return next(f"rank {k}: {told}" for k, told in enumerate(reasons) if told is not None)
 
 
 @contextmanager
