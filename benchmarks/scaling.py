@@ -33,7 +33,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks import common  # noqa: E402
-from benchmarks.card.predict import HOST, made_per_second  # noqa: E402
+from benchmarks.card.predict import HOST, NODE, made_per_second  # noqa: E402
 from benchmarks.card.profile import ARCH, LAUNCH, traced  # noqa: E402
 from benchmarks.card.table import markdown  # noqa: E402
 from benchmarks.kernel_costs import CARDS  # noqa: E402
@@ -320,19 +320,23 @@ def predictions(
             work[own] = work.get(own) or device_work(context, stage, own)
             on_card, launches = work[own]
             slowest = on_card * (1 + excess * (devices > 1))
-            step = max(slowest, LAUNCH * launches) + HOST[STAGES[stage]]
             exchange = exchange_seconds(size, devices)
+            beside = HOST[STAGES[stage]] + exchange
+            step = max(slowest, LAUNCH * launches) + beside
+            graphed = slowest + NODE * launches + beside
             rows.append({
                 "what": "predicted", "preset": preset, "stage": stage, "batch": batch_of,
                 "gpus": devices, "samples": own * devices, "card_ms": 1e3 * slowest,
                 "launches_ms": 1e3 * LAUNCH * launches, "exchange_ms": 1e3 * exchange,
-                "step_ms": 1e3 * (step + exchange),
-                "samples_per_s": own * devices / (step + exchange),
-                "cores_for_data": own * devices / (step + exchange) / made,
+                "step_ms": 1e3 * step, "samples_per_s": own * devices / step,
+                "graph_step_ms": 1e3 * graphed, "graph_samples_per_s": own * devices / graphed,
+                "cores_for_data": own * devices / graphed / made,
             })  # fmt: skip
-    first = {row["batch"]: row["samples_per_s"] for row in rows if row["gpus"] == 1}
-    for row in rows:
-        row["efficiency"] = row["samples_per_s"] / first[row["batch"]] / row["gpus"]
+    for kind in ("", "graph_"):
+        rate = f"{kind}samples_per_s"
+        first = {row["batch"]: row[rate] for row in rows if row["gpus"] == 1}
+        for row in rows:
+            row[f"{kind}efficiency"] = row[rate] / first[row["batch"]] / row["gpus"]
     return rows
 
 
@@ -387,18 +391,22 @@ def _prediction_text(rows: list[dict[str, object]]) -> str:
     lines = [(r["stage"], r["batch"], r["gpus"], f"{r['samples']:,}", f"{r['card_ms']:.3g}",
               f"{r['launches_ms']:.3g}", f"{r['exchange_ms']:.3g}", f"{r['step_ms']:.3g}",
               f"{r['samples_per_s']:,.0f}", f"{100 * r['efficiency']:.0f} %",
-              f"{r['cores_for_data']:.1f}") for r in rows]  # fmt: skip
+              f"{r['graph_step_ms']:.3g}", f"{r['graph_samples_per_s']:,.0f}",
+              f"{100 * r['graph_efficiency']:.0f} %", f"{r['cores_for_data']:.1f}")
+             for r in rows]  # fmt: skip
     columns = ("stage", "batch", "GPUs", "samples", "card, ms", "launches, ms", "all-reduce, ms",
-               "step, ms", "samples/s", "efficiency", "cores a rank for data")  # fmt: skip
+               "step, ms", "samples/s", "efficiency", "step in graphs, ms", "samples/s",
+               "efficiency", "cores a rank for data")  # fmt: skip
     return (
         f"\n## Predicted: preset `paper` on {card.name}\n\n**None of it is measured.** Assumed:\n\n"
         "- Card: the launches of a share, each max(FLOPs / peak, bytes / bandwidth) over the share "
         f"of processors at work ({card.flops_16_bit / 1e12:.0f} TFLOP/s in bf16, "
         f"{card.bandwidth / 1e12:.1f} TB/s), times one plus the mean imbalance above.\n"
-        f"- Launches: {1e6 * LAUNCH:.0f} µs each from Python. With several ranks no CUDA graph is "
-        "used, because they add up gradients in the middle of a step; to compare like with like, "
-        "one GPU has none here either.\n"
-        "- Step: the larger of the two, the host's "
+        f"- Launches: {1e6 * LAUNCH:.0f} µs each from Python, while the card works. In graphs "
+        f"(`graph = true`; one before the all-reduce, one after it) {1e6 * NODE:.0f} µs each, "
+        "beside that work; the rows that a graph's capacity has beyond the batch's are not "
+        "counted.\n"
+        "- Step: the larger of card and launches (in graphs their sum), the host's "
         + ", ".join(f"{1e3 * v:.0f} ms ({k})" for k, v in HOST.items())
         + ", and the all-reduce, which nothing hides: shared weights have their gradients only "
         "when the loop's backward is over.\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -69,18 +72,25 @@ def numbers(out: Path) -> dict:
     }
 
 
+class Alone(NamedTuple):
+    """What one process finds, and how long it takes."""
+
+    numbers: dict
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> dict:
-    out = tmp_path_factory.mktemp("alone") / "run"
+def alone(tmp_path_factory) -> Alone:
+    out, began = tmp_path_factory.mktemp("alone") / "run", time.monotonic()
     assert ended(train(out, 1))[0][0] == 0
-    return numbers(out)
+    return Alone(numbers(out), time.monotonic() - began)
 
 
 def test_two_ranks_find_what_one_process_finds(alone, tmp_path) -> None:
     found = ended(train(tmp_path / "run", 2))
     assert [code for code, _, _ in found] == [0, 0], found
     assert found[1][1] == ""  # rank 0 speaks for all
-    assert numbers(tmp_path / "run") == alone
+    assert numbers(tmp_path / "run") == alone.numbers
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = results["training"]["looped_aligned"]["token_iterations_by_rank"]
     assert min(rows) >= 0.4 * sum(rows)
@@ -103,25 +113,45 @@ def children(parent: int) -> list[int]:
 def test_killed_ranks(alone, tmp_path) -> None:
     """Whichever rank of torchrun dies whenever: all end soon, and nothing is lost or doubled."""
     draw = random.Random(os.environ.get("KILLS_SEED", "0"))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run += ["-m", "relay_fast.train", "--out", str(tmp_path / "run"), *SMALL]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for _ in range(int(os.environ.get("KILLS", "2"))):
-        agent = subprocess.Popen(
-            run, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            time.sleep(draw.uniform(3, 12))
-            ranks = children(agent.pid)
-            if ranks and agent.poll() is None:
-                os.kill(draw.choice(ranks), signal.SIGKILL)
-            agent.wait(timeout=90)
-            assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-        finally:
-            agent.kill()
-    found = ended(train(tmp_path / "run", 2))
+    folders = (tmp_path / f"run{k}" for k in itertools.count())
+    out = next(folders)
+    for _ in range(int(os.environ.get("KILLS", "3"))):
+        code = killed(out, draw.uniform(0.3, 1.5) * alone.seconds, 60 + 5 * alone.seconds, draw)
+        if code == 0:  # it came too late
+            assert numbers(out) == alone.numbers
+            out = next(folders)
+    found = ended(train(out, 2))
     assert [code for code, _, _ in found] == [0, 0], found
-    assert numbers(tmp_path / "run") == alone
+    assert numbers(out) == alone.numbers
+
+
+def killed(out: Path, after: float, patience: float, draw: random.Random) -> int:
+    """Starts torchrun, and kills a rank after so many seconds; returns torchrun's exit status.
+
+    Nothing of it may be left then; it has `patience` seconds to end.
+    """
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run += ["-m", "relay_fast.train", "--out", str(out), *SMALL]
+    environment, ranks = os.environ | {"OMP_NUM_THREADS": "1"}, []
+    agent = subprocess.Popen(
+        run, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            agent.wait(timeout=after)
+        ranks = children(agent.pid)
+        if ranks:
+            os.kill(draw.choice(ranks), signal.SIGKILL)
+        agent.wait(timeout=patience)
+        assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    except subprocess.TimeoutExpired:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+        raise
+    finally:
+        agent.kill()
+    return agent.returncode
 
 
 @pytest.mark.parametrize(
