@@ -245,9 +245,8 @@ def run_processes(preset: str, samples: int | None, size: int, threads: int) -> 
         own = shared | {"RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}
         own |= {"OMP_NUM_THREADS": threads}
         environment = os.environ | {name: str(value) for name, value in own.items()}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        )
+        started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        processes.append(started)
     try:
         texts = [process.communicate(timeout=600)[0] for process in processes]
     finally:
@@ -267,16 +266,10 @@ def timing(preset: str, rounds: int = 3) -> dict[str, object]:
         one.append(run_processes(preset, samples, 1, cores))
     best = min(several, key=lambda run: run["seconds"])
     alone = min(run["seconds"] for run in one)
-    return {
-        "what": "timing",
-        "preset": preset,
-        "processes": cores,
-        "samples": samples or recipe(load_preset(preset), "looped_aligned")["batch_size"],
-        "one_process_s": alone,
-        "processes_s": best["seconds"],
-        "exchange_s": best["exchange"],
-        "times_one_process": alone / best["seconds"],
-    }
+    samples = samples or recipe(load_preset(preset), "looped_aligned")["batch_size"]
+    return {"what": "timing", "preset": preset, "processes": cores, "samples": samples,
+            "one_process_s": alone, "processes_s": best["seconds"], "exchange_s": best["exchange"],
+            "times_one_process": alone / best["seconds"]}  # fmt: skip
 
 
 # Prediction
@@ -386,26 +379,27 @@ def _timing_text(rows: list[dict[str, object]]) -> str:
     )
 
 
+PREDICTED = {
+    "stage": "{stage}", "batch": "{batch}", "GPUs": "{gpus}", "samples": "{samples:,}",
+    "card, ms": "{card_ms:.3g}", "launches, ms": "{launches_ms:.3g}",
+    "all-reduce, ms": "{exchange_ms:.3g}", "step, ms": "{step_ms:.3g}",
+    "samples/s": "{samples_per_s:,.0f}", "efficiency": "{efficiency:.0%}",
+    "step in graphs, ms": "{graph_step_ms:.3g}", "samples/s ": "{graph_samples_per_s:,.0f}",
+    "efficiency ": "{graph_efficiency:.0%}", "cores a rank for data": "{cores_for_data:.1f}",
+}  # fmt: skip
+
+
 def _prediction_text(rows: list[dict[str, object]]) -> str:
     card = CARDS[ARCH]
-    lines = [(r["stage"], r["batch"], r["gpus"], f"{r['samples']:,}", f"{r['card_ms']:.3g}",
-              f"{r['launches_ms']:.3g}", f"{r['exchange_ms']:.3g}", f"{r['step_ms']:.3g}",
-              f"{r['samples_per_s']:,.0f}", f"{100 * r['efficiency']:.0f} %",
-              f"{r['graph_step_ms']:.3g}", f"{r['graph_samples_per_s']:,.0f}",
-              f"{100 * r['graph_efficiency']:.0f} %", f"{r['cores_for_data']:.1f}")
-             for r in rows]  # fmt: skip
-    columns = ("stage", "batch", "GPUs", "samples", "card, ms", "launches, ms", "all-reduce, ms",
-               "step, ms", "samples/s", "efficiency", "step in graphs, ms", "samples/s",
-               "efficiency", "cores a rank for data")  # fmt: skip
+    lines = [[shown.format(**row) for shown in PREDICTED.values()] for row in rows]
     return (
         f"\n## Predicted: preset `paper` on {card.name}\n\n**None of it is measured.** Assumed:\n\n"
         "- Card: the launches of a share, each max(FLOPs / peak, bytes / bandwidth) over the share "
         f"of processors at work ({card.flops_16_bit / 1e12:.0f} TFLOP/s in bf16, "
         f"{card.bandwidth / 1e12:.1f} TB/s), times one plus the mean imbalance above.\n"
-        f"- Launches: {1e6 * LAUNCH:.0f} µs each from Python, while the card works. In graphs "
-        f"(`graph = true`; one before the all-reduce, one after it) {1e6 * NODE:.0f} µs each, "
-        "beside that work; the rows that a graph's capacity has beyond the batch's are not "
-        "counted.\n"
+        f"- Launches: {1e6 * LAUNCH:.0f} µs each from Python, while the card works; in graphs "
+        f"(before and after the all-reduce) {1e6 * NODE:.0f} µs each beside that work, without "
+        "the rows that a graph's capacity has beyond the batch's.\n"
         "- Step: the larger of card and launches (in graphs their sum), the host's "
         + ", ".join(f"{1e3 * v:.0f} ms ({k})" for k, v in HOST.items())
         + ", and the all-reduce, which nothing hides: shared weights have their gradients only "
@@ -415,7 +409,7 @@ def _prediction_text(rows: list[dict[str, object]]) -> str:
         f"{INFINIBAND.name}, {1e6 * INFINIBAND.latency:.0f} µs; 80 % of either bandwidth.\n"
         "- Data: every rank draws the whole batch and takes its share, so that the cores a rank "
         "needs grow with the batch (samples made a second by one core, measured here).\n\n"
-        + markdown(columns, lines)
+        + markdown(tuple(PREDICTED), lines)
     )
 
 
