@@ -49,7 +49,7 @@ from relay_fast.utils.files import (
 )
 from relay_fast.utils.locks import LOCK, FolderInUse, lock_folder
 from relay_fast.utils.ragged import lengths_to_offsets
-from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
+from relay_fast.utils.tensor_files import load_checkpoint, load_metadata, save_checkpoint
 
 KIND = "relay_fast chains"
 _MANIFEST = ("identity", "shards", "complete")
@@ -71,6 +71,7 @@ def write_dataset(
     verify: str | None = "self",
     shard_chains: int = SHARD_CHAINS,
     share: tuple[int, int] = (0, 1),
+    ready: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Any]:
     """Generates chains with a model and writes them into a folder, or continues such a folder.
@@ -87,6 +88,7 @@ def write_dataset(
         verify: The check, see `relay_fast.tasks.verify.verify_chains`.
         shard_chains: The most chains in a shard.
         share: (i, n): write every n-th shard from shard i on; n writers may work side by side.
+        ready: Called when all is checked, before the work.
         progress: Called with (chains done, chains in all), those of the share.
 
     Returns:
@@ -104,8 +106,12 @@ def write_dataset(
     shards, own = len(sizes), range(share[0], len(sizes), share[1])
     manifest = {"kind": KIND, "identity": identity, "shards": shards, "complete": False}
     with _locked(folder, share):
-        _open(folder, manifest, alone=share[1] == 1)
         fingerprint, done, chains = _fingerprint(identity), 0, sum(sizes[index] for index in own)
+        _open(folder, manifest, alone=share[1] == 1)
+        for index in sorted(set(range(shards)) - set(missing_shards(folder, manifest))):
+            path = shard_path(folder, index)
+            _check_place(path, load_metadata(path), fingerprint, index)
+        ready()
         tables = {}
         for index in own:
             path = shard_path(folder, index)
@@ -383,11 +389,7 @@ def _read_shard(
     path: Path, fingerprint: str, index: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = load_checkpoint(path)
-    if (metadata.get("dataset"), metadata.get("index")) != (fingerprint, index):
-        raise DatasetError(
-            f"{path} belongs to another dataset or index; move it out of the folder and run the "
-            f"command that writes the chains again."
-        )
+    _check_place(path, metadata, fingerprint, index)
     if missing := {"passed", *(f.name for f in fields(Samples))} - set(tensors):
         raise DatasetError(
             f"{path} was written by another version of relay_fast, without {min(missing)!r}; use "
@@ -399,6 +401,15 @@ def _read_shard(
             f"command that writes the chains again."
         )
     return tensors, metadata
+
+
+def _check_place(path: Path, metadata: Mapping[str, Any], fingerprint: str, index: int) -> None:
+    """Raises DatasetError for a shard of another dataset, or of another place in this one."""
+    if (metadata.get("dataset"), metadata.get("index")) != (fingerprint, index):
+        raise DatasetError(
+            f"{path} belongs to another dataset or index; move it out of the folder and run the "
+            f"command that writes the chains again."
+        )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

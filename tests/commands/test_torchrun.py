@@ -27,7 +27,12 @@ SMALL = [
 
 
 def train(out: Path, ranks: int, *more: str) -> list[subprocess.Popen]:
-    """Starts the ranks of a training, as torchrun does."""
+    """Starts the ranks of a training."""
+    return start("train", ranks, "--out", str(out), *SMALL, *more)
+
+
+def start(command: str, ranks: int, *arguments: str) -> list[subprocess.Popen]:
+    """Starts the ranks of a command, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,7 +43,7 @@ def train(out: Path, ranks: int, *more: str) -> list[subprocess.Popen]:
         environment = os.environ | {k: str(v) for k, v in own.items()} if ranks > 1 else os.environ
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "relay_fast.train", "--out", str(out), *SMALL, *more],
+                [sys.executable, "-m", f"relay_fast.{command}", *arguments],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -158,16 +163,26 @@ def killed(out: Path, after: float, patience: float, draw: random.Random) -> int
     ("ranks", "more", "message"),
     [
         (2, ["--batch-size", "1"], "2 processes cannot share the 1 samples of a batch"),
-        (2, ["--device", "cpu,cpu"], "names several, but each of the 2 processes has one"),
+        (2, ["--set", "model.d_modell=8"], "d_modell"),  # before the ranks have met
     ],
 )
 def test_bad_input_is_said_once(ranks, more, message, tmp_path) -> None:
-    found = ended(train(tmp_path / "run", ranks, *more))
+    said_once(ended(train(tmp_path / "run", ranks, *more)), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_of_other_commands_is_said_once(tmp_path) -> None:
+    message = "config.json"
+    said_once(ended(start("evaluate", 2, "--out", str(tmp_path / "run"))), message)
+    assert not (tmp_path / "run").exists()
+
+
+def said_once(found: list[tuple[int, str, str]], message: str) -> None:
+    ranks = len(found)
     assert [code for code, _, _ in found] == [2] * ranks
     assert message in found[0][2]
     assert found[0][2].count("\n") == 1
     assert [errors for _, _, errors in found[1:]] == [""] * (ranks - 1)
-    assert not (tmp_path / "run").exists()
 
 
 def test_stages_side_by_side_on_named_devices(tmp_path) -> None:
