@@ -140,10 +140,15 @@ def _make_spec(x: Tensor, options: Sequence) -> tuple[LoopSpec, _Rows]:
         return BlockIteration(config, named, plan, x, ops, call.dtype, call.seed)
 
     spec = LoopSpec(
-        plan, make_iteration, ops, _policy(call.recompute), tuple(call.states),
-        max(call.truncate, 0) if call.truncate else None, gather_rows=call.gather_rows,
+        plan,
+        make_iteration,
+        ops,
+        _policy(call.recompute),
+        tuple(call.states),
+        max(call.truncate, 0) if call.truncate else None,
+        gather_rows=call.gather_rows,
         compute_dtype=call.dtype,
-    )  # fmt: skip
+    )
     spec = Entry(call.start, x if call.injected else None).enter(spec, config)
     return spec, _Rows(spec, padding, len(x), call.injected)
 
@@ -285,8 +290,12 @@ def loop_bwd(
             SimpleNamespace(
                 spec=spec,
                 saved_tensors=(
-                    rows.enter(x), None, rows.states(chosen, leave=False),
-                    x.new_empty(0), *rows.with_parameters(parameters), *parts,
+                    rows.enter(x),
+                    None,
+                    rows.states(chosen, leave=False),
+                    x.new_empty(0),
+                    *rows.with_parameters(parameters),
+                    *parts,
                 ),
                 kept=tuple(names),
                 parameters=len(parameters),
@@ -295,7 +304,7 @@ def loop_bwd(
             rows.enter(g_final),
             rows.states(g_states, leave=False) if spec.states else None,
             None,
-        )[1:]  # fmt: skip
+        )[1:]
         if dx is not None:
             left = rows.leave(dx)
             dx = dx.clone() if left is dx else left
@@ -329,9 +338,14 @@ def _backward(ctx, g_final, g_states, _):
         loop_bwd(
             x.new_zeros(x.shape) if g_final is None else g_final.contiguous(),
             chosen.new_zeros(chosen.shape) if g_states is None else g_states.contiguous(),
-            x, chosen, kept, parameters, ctx.needed, *rest,
+            x,
+            chosen,
+            kept,
+            parameters,
+            ctx.needed,
+            *rest,
         )
-    )  # fmt: skip
+    )
     dx, *others = (next(grads) if need else None for need in ctx.needed)
     nothing = [[] if value == [] else None for value in rest]  # torch takes [] for tensors
     return dx, others, *nothing, None

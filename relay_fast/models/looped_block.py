@@ -227,14 +227,29 @@ class LoopedBlock(nn.Module):
             refuse_compiled(until=until, return_loops=return_loops)
             return_states = bool(return_states) if is_bool(return_states) else return_states
             return self._as_op(
-                x, loops, cu_seqlens, attention_mask, positions, inject, start, seed,
-                return_states, truncate,
-            )  # fmt: skip
+                x,
+                loops,
+                cu_seqlens,
+                attention_mask,
+                positions,
+                inject,
+                start,
+                seed,
+                return_states,
+                truncate,
+            )
         if attention_mask is not None:
             return forward_padded(
-                self.forward, x, attention_mask, loops=loops, cu_seqlens=cu_seqlens,
-                positions=positions, return_states=return_states, truncate=truncate, **options,
-            )  # fmt: skip
+                self.forward,
+                x,
+                attention_mask,
+                loops=loops,
+                cu_seqlens=cu_seqlens,
+                positions=positions,
+                return_states=return_states,
+                truncate=truncate,
+                **options,
+            )
         packed, shape = packed_rows(x, cu_seqlens, self.config.d_model)
         return_states = bool(return_states) if is_bool(return_states) else return_states
         refuse_transforms(x, module=self)
@@ -270,9 +285,17 @@ class LoopedBlock(nn.Module):
     ) -> Tensor | list[Tensor]:
         """`forward` with positional arguments."""
         return self.forward(
-            x, loops, cu_seqlens=cu_seqlens, attention_mask=mask, positions=positions,
-            inject=inject, start=start, seed=seed, return_states=return_states, truncate=truncate,
-        )  # fmt: skip
+            x,
+            loops,
+            cu_seqlens=cu_seqlens,
+            attention_mask=mask,
+            positions=positions,
+            inject=inject,
+            start=start,
+            seed=seed,
+            return_states=return_states,
+            truncate=truncate,
+        )
 
     def _as_op(
         self, x, loops, cu_seqlens, mask, positions, inject, start, seed, return_states, truncate
@@ -297,22 +320,33 @@ class LoopedBlock(nn.Module):
         if weights.called:  # an op cannot call modules
             from relay_fast.ops.eager import eager
 
-            return eager(
-                self._called_forward, x, loops, cu_seqlens, mask, positions, inject, start, seed,
-                return_states, truncate,
-            )  # fmt: skip
+            given = (cu_seqlens, mask, positions, inject, start, seed, return_states, truncate)
+            return eager(self._called_forward, x, loops, *given)
         entry = Entry.of(self.config, x, inject, start, seed)
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):
             seed = torch.randint(2**31, (), device=x.device) if entry.seed is None else entry.seed
         final, states, _ = torch.ops.relay_fast.loop_fwd(
-            packed, [*weights.tensors, *entry.parameters], *self._spec, self.recompute, self.impl,
-            self.gather_rows, compute_dtype(weights.of_gemms),
-            0 if cu_seqlens is not None else shape[0], tensor(cu_seqlens), count,
-            None if isinstance(loops, int) else tensor(loops), flat_positions(positions, shape),
-            tensor(mask), entry.start, inject is not None, seed, wanted, last,
+            packed,
+            [*weights.tensors, *entry.parameters],
+            *self._spec,
+            self.recompute,
+            self.impl,
+            self.gather_rows,
+            compute_dtype(weights.of_gemms),
+            0 if cu_seqlens is not None else shape[0],
+            tensor(cu_seqlens),
+            count,
+            None if isinstance(loops, int) else tensor(loops),
+            flat_positions(positions, shape),
+            tensor(mask),
+            entry.start,
+            inject is not None,
+            seed,
+            wanted,
+            last,
             torch.is_grad_enabled(),
-        )  # fmt: skip
+        )
         if return_states is False:
             return final.view(shape)
         return [s.view(shape) for s in states.split(len(packed))] if wanted else []

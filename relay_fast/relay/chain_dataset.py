@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from relay_fast.relay.chain_parts import (
     part_sizes,
     write_chains,
 )
+from relay_fast.relay.label_free import Bounds
 from relay_fast.tasks import Samples, Task, Vocabulary, make_task
 from relay_fast.training.model_files import Model, model_hash
 from relay_fast.utils.files import (
@@ -73,11 +74,11 @@ def write_dataset(
     share: tuple[int, int] = (0, 1),
     ready: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], Any] | None = None,
+    bounds: Bounds | None = None,
 ) -> dict[str, Any]:
     """Generates chains with a model and writes them into a folder, or continues such a folder.
 
-    Each shard has its share of every task and length, in random order. All chains are kept, with a
-    record of those that passed the check.
+    Each shard has its share of every task and length. All chains are kept, passed or not.
 
     Args:
         folder: The dataset's folder, made if it is missing.
@@ -90,6 +91,8 @@ def write_dataset(
         share: (i, n): write every n-th shard from shard i on; n writers may work side by side.
         ready: Called when all is checked, before the work.
         progress: Called with (chains done, chains in all), those of the share.
+        bounds: Of the label-free filter, see `relay_fast.relay.label_free.confidence_bounds`; a
+            folder that is continued keeps its own.
 
     Returns:
         The content of manifest.json, not complete while other writers have to write shards.
@@ -101,45 +104,63 @@ def write_dataset(
     """
     folder = Path(folder)
     check_request(model, tasks, counts, seed, verify, shard_chains)
-    identity = _identity(model, tasks, counts, seed, verify, shard_chains)
+    bounds = kept_bounds(folder, bounds)
+    identity = _identity(model, tasks, counts, seed, verify, shard_chains, bounds)
     sizes = part_sizes(counts, shard_chains)
-    shards, own = len(sizes), range(share[0], len(sizes), share[1])
-    manifest = {"kind": KIND, "identity": identity, "shards": shards, "complete": False}
+    manifest = {"kind": KIND, "identity": identity, "shards": len(sizes), "complete": False}
     with _locked(folder, share):
-        fingerprint, done, chains = _fingerprint(identity), 0, sum(sizes[index] for index in own)
         _open(folder, manifest, alone=share[1] == 1)
-        for index in sorted(set(range(shards)) - set(missing_shards(folder, manifest))):
-            path = shard_path(folder, index)
-            _check_place(path, load_metadata(path), fingerprint, index)
         ready()
-        tables = {}
+        own, done, tables = range(share[0], len(sizes), share[1]), 0, {}
+        chains = sum(sizes[index] for index in own)
         for index in own:
-            path = shard_path(folder, index)
-            if path.exists():
-                _, metadata = _read_shard(path, fingerprint, index)
-            else:
-                problems = draw_problems(tasks, counts, seed, index, shards)
-                metadata = {"dataset": fingerprint, "index": index}
-                advance = progress and (lambda k, _, done=done: progress(done + k, chains))
-                _write_shard(path, model, problems, tasks, verify, metadata, advance)
+            advance = progress and (lambda k, _, n=done: progress(n + k, chains))
+            options = {"verify": verify, "bounds": bounds, "progress": advance}
+            draw = partial(draw_problems, tasks, counts, seed, index, len(sizes))
+            tables[index] = _shard_counts(folder, index, identity, model, draw, tasks, options)
             done += sizes[index]
-            tables[index] = filter_metrics.from_json(metadata["counts"])
         if not missing_shards(folder, manifest):
-            _complete(folder, fingerprint, manifest, tables)
+            _complete(folder, _fingerprint(identity), manifest, tables)
     return manifest
+
+
+def _shard_counts(
+    folder: Path,
+    index: int,
+    identity: Mapping[str, Any],
+    model: Model,
+    draw: Callable[[], Samples],
+    tasks: Mapping[str, Task],
+    options: Mapping[str, Any],
+) -> filter_metrics.Table:
+    """Returns the counts of a shard, which is written if it is not there."""
+    path, fingerprint = shard_path(folder, index), _fingerprint(identity)
+    if path.exists():
+        _, metadata = _read_shard(path, fingerprint, index)
+    else:
+        metadata = {"dataset": fingerprint, "index": index}
+        _write_shard(path, model, draw(), tasks, metadata, options)
+    return filter_metrics.from_json(metadata["counts"])
 
 
 def _complete(
     folder: Path, fingerprint: str, manifest: dict[str, Any], tables: dict[int, Any]
 ) -> None:
     """Completes and writes the manifest; reads the counts of shards that are not in `tables`."""
-    shards = manifest["shards"]
-    for index in sorted(set(range(shards)) - set(tables)):
+    for index in sorted(set(range(manifest["shards"])) - set(tables)):
         _, metadata = _read_shard(shard_path(folder, index), fingerprint, index)
         tables[index] = filter_metrics.from_json(metadata["counts"])
-    counted = filter_metrics.add([tables[index] for index in range(shards)])
+    counted = filter_metrics.add([tables[index] for index in range(manifest["shards"])])
     manifest |= {"complete": True, "counts": filter_metrics.to_json(counted)}
     _write_manifest(folder, manifest)
+
+
+def kept_bounds(folder: str | os.PathLike, bounds: Bounds | None = None) -> Bounds | None:
+    """Returns the bounds of the label-free filter in a dataset folder, `bounds` if there is none
+    yet."""
+    if not (Path(folder) / "manifest.json").is_file():
+        return bounds
+    return read_manifest(folder)["identity"].get("bounds")
 
 
 def missing_shards(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[int]:
@@ -287,6 +308,7 @@ def _identity(
     seed: int,
     verify: str | None,
     shard_chains: int,
+    bounds: Bounds | None,
 ) -> dict[str, Any]:
     """Returns everything that the chains depend on, as JSON values."""
     present = {name: tasks[name] for name in counts}
@@ -298,7 +320,7 @@ def _identity(
         "seed": seed,
         "verify": verify,
         "shard_chains": shard_chains,
-    }
+    } | ({} if bounds is None else {"bounds": dict(bounds)})
     return json.loads(json_text(identity))
 
 
@@ -342,7 +364,7 @@ def _locked(folder: Path, share: tuple[int, int]) -> Iterator[None]:
 
 
 def _open(folder: Path, manifest: Mapping[str, Any], alone: bool) -> None:
-    """Writes the manifest of a new folder; raises DatasetError for one with other chains.
+    """Writes the manifest of a new folder; raises DatasetError for one with other chains or files.
 
     What a killed writer left is deleted if this one is alone.
     """
@@ -357,6 +379,10 @@ def _open(folder: Path, manifest: Mapping[str, Any], alone: bool) -> None:
             f"the folder {folder} holds other chains: {first_differences(found)}; give another "
             f"--dataset, or the same command and model to continue it."
         )
+    for index in range(manifest["shards"]):
+        path = shard_path(folder, index)
+        if path.exists():
+            _check_place(path, load_metadata(path), _fingerprint(manifest["identity"]), index)
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -372,15 +398,15 @@ def _write_shard(
     model: Model,
     problems: Samples,
     tasks: Mapping[str, Task],
-    verify: str | None,
     metadata: dict[str, Any],
-    progress: Callable[[int, int], Any] | None,
+    options: Mapping[str, Any],
 ) -> None:
-    """Generates and writes a shard; adds the counts and the digest to `metadata`."""
-    written, passed, ended = write_chains(model, problems, tasks, verify, progress)
+    """Generates and writes a shard, with options of `write_chains`; adds the counts and the digest
+    to `metadata`."""
+    written, passed, ended, kept = write_chains(model, problems, tasks, **options)
     tensors = {f.name: torch.from_numpy(getattr(written, f.name)) for f in fields(written)}
     tensors["passed"] = torch.from_numpy(passed)
-    counts = filter_metrics.count(written, problems, tasks, passed, ended)
+    counts = filter_metrics.count(written, problems, tasks, passed, ended, kept)
     metadata |= {"counts": filter_metrics.to_json(counts), "digest": _digest(tensors)}
     save_checkpoint(path, tensors, metadata)
 

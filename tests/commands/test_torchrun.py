@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from relay_fast import evaluate
+from relay_fast.train import main
+from tests.support.forked import Ended, Rank, ended, start_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -26,42 +29,9 @@ SMALL = [
 ]
 
 
-def train(out: Path, ranks: int, *more: str) -> list[subprocess.Popen]:
-    """Starts the ranks of a training."""
-    return start("train", ranks, "--out", str(out), *SMALL, *more)
-
-
-def start(command: str, ranks: int, *arguments: str) -> list[subprocess.Popen]:
-    """Starts the ranks of a command, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(ranks):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {k: str(v) for k, v in own.items()} if ranks > 1 else os.environ
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", f"relay_fast.{command}", *arguments],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return started
-
-
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Waits for processes; returns exit status, output and errors of each."""
-    try:
-        texts = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+def train(out: Path, ranks: int, *more: str) -> list[Rank]:
+    """Starts the ranks of a training, as torchrun does."""
+    return start_ranks(ranks, out.parent, main, ["--out", str(out), *SMALL, *more])
 
 
 def numbers(out: Path) -> dict:
@@ -121,8 +91,7 @@ def test_killed_ranks(alone, tmp_path) -> None:
     folders = (tmp_path / f"run{k}" for k in itertools.count())
     out = next(folders)
     for _ in range(int(os.environ.get("KILLS", "3"))):
-        code = killed(out, draw.uniform(0.3, 1.5) * alone.seconds, 60 + 5 * alone.seconds, draw)
-        if code == 0:  # it came too late
+        if killed(out, alone.seconds, draw) == 0:  # it came too late
             assert numbers(out) == alone.numbers
             out = next(folders)
     found = ended(train(out, 2))
@@ -130,17 +99,25 @@ def test_killed_ranks(alone, tmp_path) -> None:
     assert numbers(out) == alone.numbers
 
 
-def killed(out: Path, after: float, patience: float, draw: random.Random) -> int:
-    """Starts torchrun, and kills a rank after so many seconds; returns torchrun's exit status.
+def killed(out: Path, seconds: float, draw: random.Random) -> int:
+    """Starts torchrun and kills a rank; returns torchrun's exit status, when nothing is left of it.
 
-    Nothing of it may be left then; it has `patience` seconds to end.
+    Args:
+        out: the run's folder.
+        seconds: what a run takes.
+        draw: draws the moment, in one of four cases before the run begins, and the rank.
     """
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run += ["-m", "relay_fast.train", "--out", str(out), *SMALL]
     environment, ranks = os.environ | {"OMP_NUM_THREADS": "1"}, []
+    owner, started, patience = out / ".lock.owner", time.time(), 60 + 10 * seconds
+    begun = lambda: owner.exists() and owner.stat().st_mtime > started
     agent = subprocess.Popen(
         run, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    after, early = draw.uniform(0, 1.2) * seconds, draw.random() < 0.25
+    while not (early or begun() or agent.poll() is not None or time.time() > started + patience):
+        time.sleep(0.05)
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             agent.wait(timeout=after)
@@ -172,12 +149,12 @@ def test_bad_input_is_said_once(ranks, more, message, tmp_path) -> None:
 
 
 def test_bad_input_of_other_commands_is_said_once(tmp_path) -> None:
-    message = "config.json"
-    said_once(ended(start("evaluate", 2, "--out", str(tmp_path / "run"))), message)
+    arguments = ["--out", str(tmp_path / "run")]
+    said_once(ended(start_ranks(2, tmp_path, evaluate.main, arguments)), "config.json")
     assert not (tmp_path / "run").exists()
 
 
-def said_once(found: list[tuple[int, str, str]], message: str) -> None:
+def said_once(found: list[Ended], message: str) -> None:
     ranks = len(found)
     assert [code for code, _, _ in found] == [2] * ranks
     assert message in found[0][2]
