@@ -213,6 +213,7 @@ class _Chains:
             seed=self.seed,
             before_step=before_step,
             on_progress=lambda progress: self.display.progress(name, progress),
+            on_compiling=lambda compiling: self.display.progress(name, compiling),
         )
         self.display.finish(name, trained.seconds)
         return trained

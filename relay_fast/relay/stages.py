@@ -30,7 +30,7 @@ from relay_fast.relay.evaluation import evaluate_autoregressive, evaluate_looped
 from relay_fast.relay.label_free import PROBLEMS, confidence_bounds, label_free
 from relay_fast.relay.presets import recipe
 from relay_fast.relay.resumable_chains import generate_confident_in_parts
-from relay_fast.reporting.progress import Problems, Progress
+from relay_fast.reporting.progress import Compiling, Problems, Progress
 from relay_fast.tasks import NO_ANSWER, FeedbackDraws, Samples
 from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import model_path
@@ -43,7 +43,7 @@ from relay_fast.utils.seeds import (
     TRAIN_STREAM,
 )
 
-OnProgress = Callable[[Progress | Problems], None]
+OnProgress = Callable[[Progress | Problems | Compiling], None]
 
 # Stage -> stages that must be done before, in the order in which ready stages are started.
 STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
@@ -187,6 +187,7 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
         data_workers=context.config["data_workers"],
         on_progress=on_progress,
         ranks=context.ranks,
+        on_compiling=on_progress,
     )
     return context.finish(name, model, trained)
 
@@ -313,6 +314,7 @@ def _fine_tune(
         data_workers=context.config["data_workers"],
         on_progress=on_progress,
         ranks=context.ranks,
+        on_compiling=on_progress,
     )
 
 

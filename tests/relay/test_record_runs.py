@@ -149,8 +149,13 @@ def test_chains_of_unknown_truth_are_not_judged(folder):
     # The third agrees with its rounds, whatever these are; the second and the fourth do not.
     solved = made.sample(np.array([4, 4, 4, 4]), 0)
     wrong = np.where(np.arange(4) % 2, solved.answer[0] % 10 + 3, solved.answer)
-    written = replace(truth, rounds=solved.rounds, round_offsets=solved.round_offsets,
-                      loops=solved.loops, answer=wrong.astype(np.int32))  # fmt: skip
+    written = replace(
+        truth,
+        rounds=solved.rounds,
+        round_offsets=solved.round_offsets,
+        loops=solved.loops,
+        answer=wrong.astype(np.int32),
+    )
     assert (truth.answer == NO_ANSWER).tolist() == [False, False, True, True]
     table = filter_metrics.count(written, truth, {"sums": made})["sums"]
     four, five = table["4"], table["5"]
