@@ -173,10 +173,10 @@ def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
             ):
                 attrs[(i,)] = [["tt.divisibility", 16]]
         cost = launch_cost(kernel.__name__, values)
+        by = rule if own else None
         launches.append(
-            Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost,
-                   rule if own else None)
-        )  # fmt: skip
+            Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost, by)
+        )
 
     with tuning.watching() as picked, recorded(arch, add):
         calls()

@@ -20,6 +20,7 @@ from benchmarks.card.option_cases import option_cases
 from benchmarks.card.session import Deadline, Session, Skip, Unit
 from relay_fast.functional import TORCH
 from relay_fast.kernels.supports import Unsupported
+from tests.support.fresh_python import run_fresh
 
 SCRIPT = Path(run_all.__file__)
 LABEL = {"mode": "interpreted", "machine": "m", "versions": "v", "commit": "c", "date": "d"}
@@ -422,10 +423,7 @@ assert "| – | – | – |" in profile.page([6], None)
 
 def test_the_profile_counts_launches_and_takes_measurements_in(tmp_path: Path) -> None:
     """A looped step of 3 layers an iteration: forward twice, backward once."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROFILED, str(tmp_path / "profile.csv")], cwd=SCRIPT.parents[1],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_fresh(PROFILED, str(tmp_path / "profile.csv"))
     assert done.returncode == 0, done.stderr[-2000:]
 
 

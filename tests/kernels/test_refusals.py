@@ -4,8 +4,6 @@ what is taken; `auto` falls back and `explain` says why."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
@@ -25,6 +23,7 @@ from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights
 from relay_fast.kernels.supports import Unsupported, layout_reason, loop_reason
 from relay_fast.ops import dispatch
 from relay_fast.ops.dispatch import TORCH, _auto_ops, explain, select, supports
+from tests.support.fresh_python import run_fresh
 from tests.support.kernel_checks import DEVICE
 
 
@@ -242,9 +241,7 @@ def test_without_interpreter_a_cpu_is_refused_and_triton_not_imported() -> None:
         "assert 'triton' not in sys.modules"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    done = run_fresh(code, environment=environment)
     assert done.returncode == 0, done.stderr
 
 
