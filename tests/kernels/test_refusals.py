@@ -282,9 +282,17 @@ def whole_loop_reason(device: str, d: int = 16, heads: int = 2, longest: int = 3
         new = lambda *shape, of=torch.float32: torch.empty(shape, dtype=of, device=device)
         half = partial(new, of=torch.bfloat16)
         weights = LoopWeights(
-            new(1, d), half(1, 3 * d, d), half(1, d, d), new(1, d), half(1, 32, d), None,
-            half(1, d, 32), None, new(d), half(9, d),
-        )  # fmt: skip
+            new(1, d),
+            half(1, 3 * d, d),
+            half(1, d, d),
+            new(1, d),
+            half(1, 32, d),
+            None,
+            half(1, d, 32),
+            None,
+            new(d),
+            half(9, d),
+        )
         x = new(longest + 2, d)
         return loop_reason(x, layout, weights, None, None, heads, heads, "gelu", "rms")
 
