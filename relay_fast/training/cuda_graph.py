@@ -8,6 +8,10 @@ eagerly and `GraphedStep.reason` says why.
 A graph replays all iterations of its capacity, so there are a few of different depths, each
 captured when a batch first needs it: the short problems that a curriculum begins with take a short
 one. They share their memory, since only one runs at a time.
+
+Of several ranks, each has two graphs, and adds up the gradients with the others between them: what
+is before, each rank replays or computes eagerly as its own batches allow; what comes after, all of
+them replay or none, so that their weights stay equal bit by bit.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.ops.dispatch import on_device
+from relay_fast.training.exchange import Exchange
 from relay_fast.utils.draws import Rewind
 
 __all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
@@ -77,10 +82,16 @@ def take_step(
     losses = add_gradients(model, batch, autocast)
     if exchange is not None:
         losses = exchange(losses)
+    _apply_gradients(model, optimizer, clip)
+    return losses
+
+
+def _apply_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None
+) -> None:
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return losses
 
 
 def add_gradients(
@@ -134,8 +145,7 @@ class _Depth:
     capacity: Capacity
     static: CapacityBatch | None = None
     warm: bool = False  # whether an eager step over the static batch has compiled its kernels
-    graph: torch.cuda.CUDAGraph | None = None
-    losses: Losses | None = None
+    replay: Callable[[], Losses] | None = None
     gradients: list[Tensor | None] = field(default_factory=list)
 
 
@@ -157,7 +167,9 @@ class GraphedStep:
         capacity: the largest batch of the graphs.
         clip: largest norm of all gradients, None for no clipping.
         autocast: dtype of the GEMMs, None for that of the parameters.
-        depths: number of graphs, of evenly spaced numbers of iterations.
+        depths: number of graphs, of evenly spaced numbers of iterations; several ranks have one.
+        exchange: of several ranks, which all make this object and call it equally often; its
+            `begin` comes before each call with this rank's share.
 
     Attributes:
         reason: why the last step was not a replay; None if it was.
@@ -172,14 +184,18 @@ class GraphedStep:
         clip: float | None = None,
         autocast: torch.dtype | None = None,
         depths: int = DEPTHS,
+        exchange: Exchange | None = None,
     ):
         self.model, self.optimizer, self.capacity = model, optimizer, capacity
-        self.clip, self.autocast = clip, autocast
+        self.clip, self.autocast, self.exchange = clip, autocast, exchange
         self.reason: str | None = None
         self._never = graph_reason(model.device, optimizer) or feedback_graph_reason(model)
-        self._depths = [_Depth(part) for part in capacity.depths(depths)]
+        count = depths if exchange is None else 1
+        self._depths = [_Depth(part) for part in capacity.depths(count)]
         self._pool: Any = None  # of the graphs' memory
-        self._warm = 0
+        self._update: Callable[[], Any] = self._update_eagerly
+        self._eager_update: str | None = "warming up"
+        self._warm = self._steps = 0
         if self._never is None:
             for group in optimizer.param_groups:
                 group["capturable"] = True
@@ -193,6 +209,19 @@ class GraphedStep:
 
     def _step(self, batch: PackedBatch) -> Losses:
         self.model._check(batch)
+        losses = self._captured_part(batch)
+        if self.exchange is None:
+            return losses
+        self.exchange.send()
+        if self._steps == WARM_UP:
+            self._capture_update()
+        self._update()
+        self._steps += 1
+        self.reason = self.reason or self._eager_update
+        return self.exchange.losses()
+
+    def _captured_part(self, batch: PackedBatch) -> Losses:
+        """Takes the step, or with an exchange the part before the ranks' message."""
         self.reason = self._never or self.capacity.reason(batch)
         if self.reason is not None:
             return self._take(batch)
@@ -206,55 +235,71 @@ class GraphedStep:
             if self._warm > WARM_UP:
                 self.reason = f"warming up {len(depth.capacity.rows)} iterations"
             try:
-                return self._own(self._warm_up(depth), batch, depth)
-            except (
-                Unsupported
-            ) as error:  # raised before the optimizer step, which is still to be taken
+                losses = on_side_stream(lambda: self._take(depth.static.batch))
+                return self._own(losses, batch, depth)
+            except Unsupported as error:  # raised before the optimizer step, still to be taken
                 self.reason = self._never = str(error)
                 return self._take(batch)
-        if depth.graph is None:
-            self.reason = self._capture(depth)
-            if self.reason is not None:
-                self._never = self.reason
+        if depth.replay is None:
+            try:
+                depth.replay = self._captured(lambda: self._take_depth(depth))
+            except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
+                self.reason = self._never = _not_captured(error)
                 return self._take(batch)
-        depth.graph.replay()
-        for parameter, gradient in zip(self.model.parameters(), depth.gradients, strict=True):
-            parameter.grad = gradient
-        return self._own(depth.losses, batch, depth)
+        losses = depth.replay()
+        if self.exchange is None:
+            for parameter, gradient in zip(self.model.parameters(), depth.gradients, strict=True):
+                parameter.grad = gradient
+        return self._own(losses, batch, depth)
 
-    def _take(self, batch: PackedBatch) -> Losses:
-        """Takes one eager step; this is what a graph captures."""
-        batch = batch.to(self.model.device)
-        losses = take_step(
-            self.model, self.optimizer, batch, clip=self.clip, autocast=self.autocast
-        )
-        return Losses(*(value.detach() for value in losses))
-
-    def _warm_up(self, depth: _Depth) -> Losses:
-        """Takes an eager step on a side stream, as a capture does."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            losses = self._take(depth.static.batch)
-        torch.cuda.current_stream().wait_stream(side)
+    def _take_depth(self, depth: _Depth) -> Losses:
+        """Computes what a depth's graph captures, and holds the gradients: the next capture may use
+        all memory that is not held."""
+        losses = self._take(depth.static.batch)
+        depth.gradients = [p.grad for p in self.model.parameters()]
         return losses
 
-    def _capture(self, depth: _Depth) -> str | None:
-        """Captures the step without running it; returns the reason if that fails."""
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                depth.losses = self._take(depth.static.batch)
-        except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
-            torch.cuda.synchronize()
-            return f"the step could not be captured: {' '.join(str(error).split())[:300]}"
-        # The next capture may use all that is not held.
-        depth.graph, depth.gradients = graph, [p.grad for p in self.model.parameters()]
-        return None
+    def _take(self, batch: PackedBatch) -> Losses:
+        """Computes eagerly what a graph captures."""
+        batch = batch.to(self.model.device)
+        if self.exchange is None:
+            losses = take_step(
+                self.model, self.optimizer, batch, clip=self.clip, autocast=self.autocast
+            )
+        else:
+            self.optimizer.zero_grad()
+            losses = add_gradients(self.model, batch, self.autocast)
+            self.exchange.pack(losses, batch)
+        return Losses(*(value.detach() for value in losses))
+
+    def _update_eagerly(self) -> None:
+        self.exchange.unpack()
+        _apply_gradients(self.model, self.optimizer, self.clip)
+
+    def _capture_update(self) -> None:
+        """Captures the update where all ranks can; each must call this after the same step."""
+        replay, reason = None, self._never
+        if reason is None:
+            try:
+                replay = self._captured(self._update_eagerly)
+            except RuntimeError as error:
+                reason = _not_captured(error)
+        self._eager_update = self.exchange.ranks.first_reason(reason)
+        if self._eager_update is None:
+            self._update = replay
+
+    def _captured(self, body: Callable[[], Any]) -> Callable[[], Any]:
+        if self.exchange is not None:
+            # NCCL's thread that watches messages may ask CUDA during a capture.
+            return captured(body, "thread_local")
+        if self._pool is None and torch.cuda.is_available():
+            self._pool = torch.cuda.graph_pool_handle()
+        return captured(body, "global", self._pool)
 
     def _own(self, losses: Losses, batch: PackedBatch, depth: _Depth) -> Losses:
         """Rescales the accuracies of the padded static batch to the batch's own rows."""
+        if self.exchange is not None:  # it has counted what is right, and the batches' own rows
+            return losses
         full = depth.static.batch
         rows = len(full.targets) / max(1, len(batch.targets))
         sequences = len(full) / max(1, len(batch))
@@ -265,3 +310,43 @@ class GraphedStep:
             losses.chain_correct * rows,
             losses.answer_correct * sequences,
         )
+
+
+def on_side_stream(body: Callable[[], Any]) -> Any:
+    """Returns what `body` returns; launches it on another stream, as a capture does."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = body()
+    torch.cuda.current_stream().wait_stream(side)
+    return result
+
+
+def captured(body: Callable[[], Any], mode: str, pool: Any = None) -> Callable[[], Any]:
+    """Captures what `body` launches without running it; returns a call that replays it.
+
+    Args:
+        body: launches on the current device.
+        mode: "global", or "thread_local" if other threads may meanwhile call CUDA.
+        pool: memory that graphs share of which one runs at a time; None: its own.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+            result = body()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        raise
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _not_captured(error: RuntimeError) -> str:
+    return f"the step could not be captured: {' '.join(str(error).split())[:300]}"

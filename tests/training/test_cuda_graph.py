@@ -3,8 +3,6 @@ them never asks the host."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -225,19 +223,15 @@ def test_a_capacity_in_depths() -> None:
 
 
 def test_every_depth_is_warmed_up_before_its_capture(monkeypatch) -> None:
-    monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
-    monkeypatch.setattr(GraphedStep, "_warm_up", lambda self, depth: self._take(depth.static.batch))
-    monkeypatch.setattr(GraphedStep, "_capture", lambda *_: "captured")
+    play_graphs(monkeypatch)
     model = make_model()
     step, reasons = GraphedStep(model, sgd(model), Capacity.of(batches())), []
-    for which in (0, 0, 0, 2):
+    for which in (0, 0, 0, 2, 2):
         step(batches()[which])
         reasons.append(step.reason)
     assert reasons == [
-        *(f"warming up, step {k} of 3" for k in (1, 2, 3)), "warming up 2 iterations"
+        *(f"warming up, step {k} of 3" for k in (1, 2, 3)), "warming up 2 iterations", None
     ]  # fmt: skip
-    step(batches()[2])
-    assert step.reason == "captured"
 
 
 def test_a_spread_makes_room_for_other_draws() -> None:
@@ -340,21 +334,24 @@ def test_without_cuda_the_step_is_eager_and_says_so() -> None:
     assert found == train(plain_step(model, optimizer), model, optimizer)
 
 
+def play_graphs(patch: pytest.MonkeyPatch) -> None:
+    """A graph is played by taking again, over the static buffers, what it would capture."""
+    patch.setattr(cuda_graph, "graph_reason", lambda *_: None)
+    patch.setattr(cuda_graph, "on_side_stream", lambda body: body())
+    patch.setattr(cuda_graph, "captured", lambda body, *_: body)
+
+
 def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -> None:
-    """The graph is played by a function that takes the step again over the static buffers."""
-    monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
-    monkeypatch.setattr(GraphedStep, "_warm_up", lambda self, depth: self._take(depth.static.batch))
+    play_graphs(monkeypatch)
     replayed: list[int] = []
+    own = GraphedStep._own
 
-    def capture(self, depth) -> None:
-        def replay() -> None:
-            depth.losses = self._take(depth.static.batch)
-            depth.gradients = [p.grad for p in self.model.parameters()]
+    def watched(self, losses, batch, depth):
+        if self.reason is None:
             replayed.append(depth.static.plan.max_loops)
+        return own(self, losses, batch, depth)
 
-        depth.graph = SimpleNamespace(replay=replay)
-
-    monkeypatch.setattr(GraphedStep, "_capture", capture)
+    monkeypatch.setattr(GraphedStep, "_own", watched)
     model = make_model()
     optimizer = sgd(model)
     graphed = GraphedStep(model, optimizer, Capacity.of(batches()), clip=0.1)
@@ -380,7 +377,11 @@ def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -
 def test_a_failed_capture_is_told_and_the_step_taken(monkeypatch) -> None:
     monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "WARM_UP", 0)
-    monkeypatch.setattr(GraphedStep, "_capture", lambda *_: "the step could not be captured: x")
+
+    def fails(*_) -> None:
+        raise RuntimeError("x")
+
+    monkeypatch.setattr(cuda_graph, "captured", fails)
     model = make_model()
     step = GraphedStep(model, sgd(model), Capacity.of(batches()))
     before = model.norm.weight.detach().clone()
