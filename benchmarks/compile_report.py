@@ -11,10 +11,11 @@ The launchers run on meta tensors, so that configurations, flags and specialisat
 GPU would get; each launch is recorded instead of made, then compiled. A row of the report is ok if
 the kernel keeps its bound (`compile_bounds.py`): shared memory within its rule's and the
 architecture's, no more spilled bytes than SPILLS allows, matrix instructions of the operands' own
-dtype in every kernel with a dot (on sm_90 warp-group ones from tiles of 64 rows on), and never TF32
-for fp32; and if sm_80 runs the same size with the same kernels, or the row says why not. Beside it
-stand the FLOPs and bytes of that launch (`kernel_costs.py` has the formulas), the FLOPs a byte, and
-the time that a card needs at least, by what binds it.
+dtype in every kernel with a dot (on sm_90 warp-group ones from tiles of 64 rows on), never TF32 for
+fp32, and no uniform register read that nothing has written (`machine_code.py`); and if sm_80 runs
+the same size with the same kernels, or the row says why not. Beside it stand the FLOPs and bytes of
+that launch (`kernel_costs.py` has the formulas), the FLOPs a byte, and the time that a card needs
+at least, by what binds it.
 """
 
 from __future__ import annotations
