@@ -201,7 +201,7 @@ def test_a_capacity_in_depths() -> None:
     assert capacity.depths(1) == [capacity] and len(capacity.depths(9)) == 4
     with pytest.raises(ValueError, match="depths = 0: give 1 or more"):
         capacity.depths(0)
-    model, batch = make_model(), batch_of(*SHAPES[2])
+    model, batch = make_model(), batches()[2]
     truth, static = gradients(model, batch), CapacityBatch(two, "cpu")
     static.load(batch)
     for name, value in gradients(model, static.batch).items():
