@@ -227,7 +227,7 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
         dropout=dropout, **common,
     )  # fmt: skip
     ops.weight_grad(new(s.hidden, d, of=state), dup, y, **count)
-    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden, **count)
+    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden, bias=norm_bias, **count)
     do, _ = ops.linear_residual_bwd(g, out_weight, dropout, **count)
     dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal, **count)
     *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
@@ -247,7 +247,8 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
 
 
 def run_readout(s: Sizes, dtype: torch.dtype, rows: int) -> None:
-    """Argmax and cross-entropy, forward and backward, on meta tensors of these sizes."""
+    """What enters the first layer, argmax and cross-entropy, forward and backward, on meta tensors
+    of these sizes."""
     ops, state = select("triton", "meta"), torch.float32
 
     def new(*shape: int, of: torch.dtype = state) -> Tensor:
@@ -258,6 +259,7 @@ def run_readout(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     x, norm_bias = new(rows, s.d), new(s.d) if s.bias else None
     norm, head = (new(s.d), norm_bias), new(s.vocabulary, s.d, of=dtype)
     targets = new(rows, of=torch.int64)
+    ops.state_input_bwd(x, ops.state_input_fwd(x, x, norm[0], **count), norm[0], **count)
     ops.argmax(x, *norm, head, **common)
     if s.d > 512:  # the reference's chunks read nothing that a meta tensor does not have
         return
