@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.ops.dispatch import select
-from relay_fast.relay.context import untested_notes
 from relay_fast.relay.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.relay.presets import load_preset, override, preset_names, recipe
 from relay_fast.relay.presets.own import config_text, read_config, resolved
@@ -132,6 +131,8 @@ def _begin(config: Mapping[str, Any], out: str | Path, device: str, impl: str):
     device = device.split(",")[0]
     folder, context = RunFolder(out, config), Context(Path(), config, device, impl)
     call = _Call(folder, device, context.labels)
+    for note in context.notes:
+        print(note, flush=True)
     _report_data(folder, context.data, context.untested)
     return folder, call
 
@@ -141,13 +142,11 @@ def _report_data(
     data: Mapping[str, Mapping[str, int]],
     untested: Mapping[str, Sequence[int]],
 ) -> None:
-    """Prints counts of the records that tasks are trained and tested on and which lengths cannot be
-    evaluated, and keeps both."""
+    """Prints counts of the records that tasks are trained and tested on, and keeps them and the
+    lengths that cannot be evaluated."""
     for name, counts in data.items():
         shown = ", ".join(f"{key.replace('_', ' ')} {n:,}" for key, n in counts.items())
         print(f"records of {name}: {shown}", flush=True)
-    for note in untested_notes(untested):
-        print(note, flush=True)
     if data:
         without = {name: {"untested": [*lengths]} for name, lengths in untested.items()}
         kept = {name: {**counts, **without.get(name, {})} for name, counts in data.items()}
