@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import synthetic_batch, task_batch
+from benchmarks.common import task_batch
 from benchmarks.numerics import assert_close
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
@@ -18,31 +18,17 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.training import cuda_graph
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason
-from relay_fast.training.optim import make_optimizer, set_lr_scale
+from relay_fast.training.optim import make_optimizer
 from tests.support.fresh_python import run_fresh
-
-VOCABULARY = 40
-SHAPES = (  # lengths and loops; the last ones are over before the capacity is
-    ([3, 7, 1, 5], [1, 4, 3, 2]),
-    ([6, 2], [3, 3]),
-    ([4, 4, 4], [1, 1, 1]),
-    ([1, 3], [4, 0]),
+from tests.support.graph_steps import (
+    batch_of,
+    batches,
+    make_model,
+    plain_step,
+    play_graphs,
+    sgd,
+    train,
 )
-
-
-def batch_of(lengths, loops, seed: int = 0, targets: int | None = 2) -> PackedBatch:
-    return synthetic_batch(np.array(lengths), np.array(loops), targets, VOCABULARY, seed=seed)
-
-
-def batches() -> list[PackedBatch]:
-    return [batch_of(*shape, seed=seed) for seed, shape in enumerate(SHAPES)]
-
-
-def make_model(impl: str = "torch", recompute: str = "state", **options) -> LoopedTransformer:
-    torch.manual_seed(0)
-    block = BlockConfig(**({"d_model": 16, "n_heads": 2, "n_layers": 2} | options))
-    model = LoopedTransformer(ModelConfig(block, VOCABULARY), recompute=recompute, impl=impl)
-    return model.to(torch.float64 if impl == "torch" else torch.float32)
 
 
 def gradients(model: LoopedTransformer, batch: PackedBatch) -> dict[str, Tensor]:
@@ -178,7 +164,8 @@ import os, sys
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from benchmarks.card.profile import traced
-from tests.training.test_cuda_graph import Recorded, batches, make_model
+from tests.support.graph_steps import batches, make_model
+from tests.training.test_cuda_graph import Recorded
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 model = make_model("triton", d_model=32, dropout=0.1).to("meta")
 static = CapacityBatch(Capacity.of(batches()), "meta")
@@ -269,38 +256,6 @@ def test_capacities_that_make_no_sense() -> None:
         CapacityBatch(Capacity((64,), (1,), (1,), 1, 1), "cpu").plan.row_ranges(1, truncate=1)
 
 
-def train(step, model, optimizer) -> list[float]:
-    taken = []
-    for i, batch in enumerate([*batches(), batch_of([9, 3], [2, 1]), *batches()]):
-        set_lr_scale(optimizer, 1 / (1 + i))
-        losses = step(batch)
-        taken += [
-            float(losses.loss.detach()),
-            float(losses.chain_correct),
-            float(losses.answer_correct),
-        ]
-    return taken + [float(p.detach().double().sum()) for p in model.parameters()]
-
-
-def plain_step(model, optimizer):
-    def step(batch):
-        losses = model.loss(batch)
-        optimizer.zero_grad()
-        losses.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        return losses
-
-    return step
-
-
-def sgd(model) -> torch.optim.Optimizer:
-    """Takes tensor learning rates on a CPU, which a capturable AdamW does not."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    optimizer.param_groups[0]["base_lr"] = 1e-2
-    return optimizer
-
-
 def test_without_cuda_the_step_is_eager_and_says_so() -> None:
     model = make_model()
     optimizer = make_optimizer(model, lr=1e-2)
@@ -310,13 +265,6 @@ def test_without_cuda_the_step_is_eager_and_says_so() -> None:
     model = make_model()
     optimizer = make_optimizer(model, lr=1e-2)
     assert found == train(plain_step(model, optimizer), model, optimizer)
-
-
-def play_graphs(patch: pytest.MonkeyPatch) -> None:
-    """A graph is played by taking again, over the static buffers, what it would capture."""
-    patch.setattr(cuda_graph, "graph_reason", lambda *_: None)
-    patch.setattr(cuda_graph, "on_side_stream", lambda body: body())
-    patch.setattr(cuda_graph, "captured", lambda body, mode: body)
 
 
 def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -> None:
