@@ -20,7 +20,7 @@ from relay_fast.training import cuda_graph
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason
 from relay_fast.training.optim import make_optimizer
 from tests.support.fresh_python import run_fresh
-from tests.support.graph_steps import (
+from tests.support.graphed_steps import (
     batch_of,
     batches,
     make_model,
@@ -91,6 +91,8 @@ def test_the_papers_mix_and_the_autoregressive_model() -> None:
         {"loop_norm": "post", "state_noise": 0.1},
         {"loop_norm": "pre"},
         {"head_dim": 24, "qk_norm": True, "sandwich_norm": True, "dropout": 0.3},
+        {"injection": "add", "max_loops": 4, "bias": True},
+        {"injection": "concat", "max_loops": 4, "loop_norm": "pre", "norm": "layer", "bias": True},
     ],
     ids=str,
 )
@@ -109,13 +111,6 @@ def test_kernels_leave_dead_rows_out(options: dict) -> None:
         torch.use_deterministic_algorithms(False)
     for name, v in value.items():
         assert_close(name, v, truth[name], 1e-5)
-
-
-def test_kernels_refuse_blocks_with_sums_outside_them() -> None:
-    static = CapacityBatch(Capacity.of(batches()), "cpu")
-    model = make_model("triton", bias=True, injection="add")
-    with pytest.raises(RuntimeError, match="do not support biases and injection"):
-        model.loss(static.batch)
 
 
 class Recorded(TorchDispatchMode):
@@ -164,8 +159,7 @@ import os, sys
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from benchmarks.card.profile import traced
-from tests.support.graph_steps import batches, make_model
-from tests.training.test_cuda_graph import Recorded
+from tests.training.test_cuda_graph import Recorded, batches, make_model
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 model = make_model("triton", d_model=32, dropout=0.1).to("meta")
 static = CapacityBatch(Capacity.of(batches()), "meta")
@@ -197,6 +191,33 @@ def test_capacity_of_batches_by_hand() -> None:
     assert (capacity.sequences, capacity.longest) == (4, 7)
     assert capacity.token_iterations == 256
     assert Capacity.of([batch_of([100], [1])], slack=0.3).rows == (192,)
+
+
+def test_a_capacity_in_depths() -> None:
+    capacity = Capacity.of(batches(), slack=0.0)
+    two, three, four = capacity.depths(3)
+    assert (two.active, three.active) == ((4, 3), (4, 3, 2)) and four == capacity
+    assert (two.rows, two.targets) == ((64, 64), (7, 5)) and two.sequences == 4
+    assert capacity.depths(1) == [capacity] and len(capacity.depths(9)) == 4
+    with pytest.raises(ValueError, match="depths = 0: give 1 or more"):
+        capacity.depths(0)
+    model, batch = make_model(), batch_of(*SHAPES[2])
+    truth, static = gradients(model, batch), CapacityBatch(two, "cpu")
+    static.load(batch)
+    for name, value in gradients(model, static.batch).items():
+        assert_close(name, value, truth[name], 1e-12)
+
+
+def test_every_depth_is_warmed_up_before_its_capture(monkeypatch) -> None:
+    play_graphs(monkeypatch)
+    model = make_model()
+    step, reasons = GraphedStep(model, sgd(model), Capacity.of(batches())), []
+    for which in (0, 0, 0, 2, 2):
+        step(batches()[which])
+        reasons.append(step.reason)
+    assert reasons == [
+        *(f"warming up, step {k} of 3" for k in (1, 2, 3)), "warming up 2 iterations", None
+    ]  # fmt: skip
 
 
 def test_a_spread_makes_room_for_other_draws() -> None:
@@ -269,6 +290,15 @@ def test_without_cuda_the_step_is_eager_and_says_so() -> None:
 
 def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -> None:
     play_graphs(monkeypatch)
+    replayed: list[int] = []
+    own = GraphedStep._own
+
+    def watched(self, losses, batch, depth):
+        if self.reason is None:
+            replayed.append(depth.static.plan.max_loops)
+        return own(self, losses, batch, depth)
+
+    monkeypatch.setattr(GraphedStep, "_own", watched)
     model = make_model()
     optimizer = sgd(model)
     graphed = GraphedStep(model, optimizer, Capacity.of(batches()), clip=0.1)
@@ -283,6 +313,8 @@ def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -
     assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
     assert reasons[:4] == [f"warming up, step {k} of 3" for k in (1, 2, 3)] + [None]
     assert "longest sequence" in reasons[4] and reasons[5:] == [None] * 4
+    # Of graphs of 2, 3 and 4 iterations, the shortest that a batch of 4, 4, 3, 1 and 4 fits.
+    assert replayed == [4, 4, 3, 2, 4]
     model = make_model()
     optimizer = sgd(model)
     truth = train(plain_step(model, optimizer), model, optimizer)

@@ -15,7 +15,7 @@ from relay_fast.training.cuda_graph import GraphedStep
 from relay_fast.training.exchange import Exchange
 from relay_fast.training.optim import make_optimizer
 from relay_fast.training.ranks import Ranks
-from tests.support.graph_steps import (
+from tests.support.graphed_steps import (
     batch_of,
     batches,
     make_model,

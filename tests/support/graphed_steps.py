@@ -1,4 +1,4 @@
-"""Batches, models and trainings that a CUDA graph takes, and graphs that are played on a CPU."""
+"""Batches of different shapes, and training steps over them that may be graphs."""
 
 from __future__ import annotations
 
@@ -73,4 +73,4 @@ def play_graphs(patch: pytest.MonkeyPatch) -> None:
     """A graph is played by taking again, over the static buffers, what it would capture."""
     patch.setattr(cuda_graph, "graph_reason", lambda *_: None)
     patch.setattr(cuda_graph, "on_side_stream", lambda body: body())
-    patch.setattr(cuda_graph, "captured", lambda body, mode: body)
+    patch.setattr(cuda_graph, "captured", lambda body, *_: body)
