@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relay_fast.relay.presets.saved import open_run
-from relay_fast.relay.run_folder import RunFolder
-from relay_fast.reporting.tables import MODEL_NAMES
-from relay_fast.reporting.terminal import refused
-from relay_fast.training.model_files import load_model, model_path, save_model
-from relay_fast.utils.tensor_files import CheckpointError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from relay_fast.relay.presets.saved import open_run  # noqa: E402
+from relay_fast.relay.run_folder import RunFolder  # noqa: E402
+from relay_fast.reporting.tables import MODEL_NAMES  # noqa: E402
+from relay_fast.reporting.terminal import refused  # noqa: E402
+from relay_fast.training.model_files import load_model, model_path, save_model  # noqa: E402
+from relay_fast.utils.tensor_files import CheckpointError  # noqa: E402
 
 SHARED = ("looped_aligned", "ar_relay", "ar_baseline")
 # Of results.json: curves and matrices are larger than the models' numbers.
