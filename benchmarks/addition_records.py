@@ -14,7 +14,7 @@ import argparse
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TRAINED, BEYOND = range(1, 11), range(11, 13)
@@ -53,17 +53,19 @@ def write(path: Path, *parts: Iterator[dict]) -> None:
             file.writelines(json.dumps(record) + "\n" for record in part)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", default="runs/sums", type=Path, help="the folder of the files")
-    out = parser.parse_args().out
+    parser.add_argument("--each", default=4000, type=int, help="solved sums of each length (4000)")
+    a = parser.parse_args(arguments)
+    out, each = a.out, a.each
     out.mkdir(parents=True, exist_ok=True)
     write(
         out / "sums.jsonl",
-        records(TRAINED, 4000, seed=0),
-        records(BEYOND, 1500, seed=1, solved=False),
+        records(TRAINED, each, seed=0),
+        records(BEYOND, each * 3 // 8, seed=1, solved=False),
     )
-    write(out / "sums-test.jsonl", records(range(1, 13), 500, seed=2))
+    write(out / "sums-test.jsonl", records(range(1, 13), each // 8, seed=2))
     config = Path(__file__).with_suffix(".toml")
     shutil.copy(config, out)
     print(f"python -m relay_fast.train --config {out / config.name} --out {out / 'run'}")

@@ -23,9 +23,9 @@ implementation serves, and why. `impl="auto"` is the default, `impl="torch"` tak
 "Interpreted" is Triton's interpreter against the reference in fp32, fp16 and bf16. "Compiled" is
 ahead of time, by default for sm_80, 86, 89, 90, 100 and 120 (`benchmarks/compile_report.py` prints
 registers, spills, shared memory and matrix instructions of each launch configuration). A
-configuration is only picked if it fits the shared memory that the device reports. In fp32 mlp
-is one kernel to d 128 and two to d 256, where it has no SwiGLU, and loop takes d ≤ 64 and 32 tokens.
-The latter read beyond its shared memory on the card, and is refused on GPUs until it is mended. Where it
+configuration is only picked if it fits the shared memory that the device reports. In fp32 mlp is
+one kernel to d 128 and two to d 256, where it has no SwiGLU; loop takes d ≤ 64 and 32 tokens. On
+the card loop read beyond its shared memory, and it is refused on GPUs until it is mended. Where it
 serves, it takes blocks without biases, injection, loop embedding, QK-norm or sandwich norms.
 
 Above V 1,024 `relay_fast.functional.iteration_cross_entropy` forms the gradient in forward. On a
