@@ -100,7 +100,7 @@ def run_train(arguments: list[str]) -> int:
         return 0
     if "--config" in arguments:
         return train.main([*arguments, "--scale", "0.0003", "--stages", "looped_aligned"])
-    sizes = ["--scale", "0.0003", "--eval-problems", "1", "--set", "workers=1", "--no-report"]
+    sizes = ["--scale", "0.0003", "--set", "workers=1", "--stages", "looped_aligned"]
     return train.main([*arguments, *sizes])
 
 

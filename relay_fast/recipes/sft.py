@@ -28,7 +28,7 @@ from relay_fast.recipes._optional import need
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 from relay_fast.reporting.progress import Problems as Done
-from relay_fast.utils.settings import BatchSize, Count, LearningRate, Steps, settings
+from relay_fast.utils.settings import BatchSize, Count, LearningRate, Positive, Steps, settings
 
 PUBLISHED: dict[str, Any] = {}  # an example, no paper's experiment
 PAD, END = 0, 1  # token ids in front of those of the characters
@@ -39,11 +39,14 @@ Pairs = Sequence[Mapping[str, Any]]
 
 @settings
 class Settings(own_jsonl.Settings):
+    trained: Count = Field(4, description="the most rounds in training")
+    tested: Count = Field(6, description="the most rounds of the test")
+    scale: Positive = Field(0.05, description="share of the preset's steps and problems")
     chains: Count = Field(600, description="chains of each length that the looped model writes")
-    steps: Steps = 250
-    tuning: Steps = Field(150, description="steps of the fine-tuning")
+    steps: Steps = 500
+    tuning: Steps = Field(250, description="steps of the fine-tuning")
     batch_size: BatchSize = 32
-    lr: LearningRate = 2e-3
+    lr: LearningRate = 3e-3
     d_model: Width = 64
     n_heads: Heads = 4
 
@@ -79,24 +82,28 @@ def write_chains(
     return [chain for chain in chains if chain["passed"]]
 
 
-class Characters:
-    """A tokeniser: every character is a token."""
+class Words:
+    """A tokeniser: words are tokens, and so is a line's end."""
 
     def __init__(self, texts: Sequence[str]):
-        self.characters = sorted(set("".join(texts)))
-        self.ids = {character: i + 2 for i, character in enumerate(self.characters)}
+        self.words = sorted({word for text in texts for word in self.split(text) if word})
+        self.ids = {word: i + 2 for i, word in enumerate(self.words)}
 
     def __len__(self) -> int:
-        return 2 + len(self.characters)
+        return 2 + len(self.words)
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        return text.replace("\n", " \n ").split(" ")
 
     def encode(self, text: str) -> list[int]:
-        return [self.ids[character] for character in text]
+        return [self.ids[word] for word in self.split(text) if word]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text up to the end token."""
         ids = list(ids)
         ids = ids[: ids.index(END)] if END in ids else ids
-        return "".join(self.characters[i - 2] for i in ids if i >= 2)
+        return " ".join(self.words[i - 2] for i in ids if i >= 2).replace(" \n ", "\n")
 
 
 def make_llama(tokens: int, longest: int, s: Settings) -> nn.Module:
@@ -111,7 +118,7 @@ def make_llama(tokens: int, longest: int, s: Settings) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def collate(pairs: Pairs, tokeniser: Characters) -> dict[str, Tensor]:
+def collate(pairs: Pairs, tokeniser: Words) -> dict[str, Tensor]:
     """Pads prompts with their completions on the right; the loss is on the completions alone."""
     rows = []
     for pair in pairs:
@@ -128,7 +135,7 @@ def collate(pairs: Pairs, tokeniser: Characters) -> dict[str, Tensor]:
 def tune(
     model: nn.Module,
     pairs: Pairs,
-    tokeniser: Characters,
+    tokeniser: Words,
     s: Settings,
     steps: int,
     seed: int,
@@ -151,7 +158,7 @@ def tune(
 
 
 @torch.no_grad()
-def solved(model: nn.Module, problems: Pairs, tokeniser: Characters) -> float:
+def solved(model: nn.Module, problems: Pairs, tokeniser: Words) -> float:
     """Returns the share of problems, all of one length, whose whole completion is right."""
     model.eval()
     ids = torch.tensor([tokeniser.encode(problem["prompt"]) for problem in problems])
@@ -187,7 +194,7 @@ def run(
     problems = true_problems(s, seed)
     texts = [chain["prompt"] + chain["completion"] for chain in chains]
     texts += [problem["prompt"] + problem["completion"] for problem in problems[s.tested]]
-    tokeniser = Characters(texts)
+    tokeniser = Words(texts)
     torch.manual_seed(seed)
     model = make_llama(len(tokeniser), max(map(len, texts)) + 2, s).to(device)
     found: dict[str, Any] = {}

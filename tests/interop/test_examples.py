@@ -44,14 +44,15 @@ def test_the_loss_is_on_completions_alone() -> None:
         {"prompt": "1 0\n", "completion": "1"},
         {"prompt": "1 1 1\n", "completion": "0 1\n1"},
     ]
-    tokeniser = sft.Characters([pair["prompt"] + pair["completion"] for pair in pairs])
+    tokeniser = sft.Words([pair["prompt"] + pair["completion"] for pair in pairs])
+    assert tokeniser.words == ["\n", "0", "1"]
     batch = sft.collate(pairs, tokeniser)
-    assert batch["input_ids"].shape == (2, 12)
+    assert batch["input_ids"].shape == (2, 9)
     short, long = batch["labels"].tolist()
-    assert short == [*[-100] * 4, *tokeniser.encode("1"), sft.END, *[-100] * 6]
-    assert long == [*[-100] * 6, *tokeniser.encode("0 1\n1"), sft.END]
-    assert batch["attention_mask"].sum(1).tolist() == [6, 12]
-    assert tokeniser.decode([*tokeniser.encode("0 1"), sft.END, sft.PAD]) == "0 1"
+    assert short == [*[-100] * 3, *tokeniser.encode("1"), sft.END, *[-100] * 4]
+    assert long == [*[-100] * 4, *tokeniser.encode("0 1\n1"), sft.END]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 9]
+    assert tokeniser.decode([*tokeniser.encode("0 1\n1"), sft.END, sft.PAD]) == "0 1\n1"
 
 
 def test_solved_counts_whole_completions() -> None:
@@ -65,7 +66,7 @@ def test_solved_counts_whole_completions() -> None:
             one = torch.tensor([tokeniser.encode("1") + [sft.END]])
             return torch.cat([ids, one.expand(len(ids), -1)], dim=1)
 
-    tokeniser = sft.Characters(["01 \n"])
+    tokeniser = sft.Words(["0 1\n"])
     problems = [
         {"prompt": "1 0\n", "completion": "1"},
         {"prompt": "1 1\n", "completion": "0"},
