@@ -15,6 +15,8 @@ SITE ?= site
 
 OLDEST_VENV = .venv-oldest
 OLDEST_TESTS = tests/kernels tests/ops tests/engine tests/batch tests/decoding tests/training
+# A worker keeps its half of the tests, with what their modules share, until the other has none left.
+TWO_WORKERS = -n 2 --dist worksteal
 SOURCES = setup.py pyproject.toml constraints.txt
 
 .PHONY: demo docs test test-interop test-cards test-oldest
@@ -36,16 +38,16 @@ docs: $(VENV)/.with-docs
 test: $(VENV)/.with-test
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/python -m pytest tests/ -n 2 -q
+	$(VENV)/bin/python -m pytest tests/ $(TWO_WORKERS) -q
 
 test-interop: $(VENV)/.with-interop
 	$(VENV)/bin/python -m pytest tests/interop -q
 
 test-cards: $(VENV)/.with-test
-	$(VENV)/bin/python -m pytest tests/cards -q
+	$(VENV)/bin/python -m pytest tests/cards $(TWO_WORKERS) -q
 
 test-oldest: $(OLDEST_VENV)/.with-oldest
-	$(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS) -n 2 -q
+	$(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS) $(TWO_WORKERS) -q
 	$(OLDEST_VENV)/bin/python benchmarks/compile_report.py --quick
 
 $(VENV)/.with-train: $(SOURCES)

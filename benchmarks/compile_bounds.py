@@ -17,8 +17,8 @@ SPILLS: tuple[tuple[str, str, int, str], ...] = (
     ("_attention_long_bwd_dkdv_kernel", "BLOCK_M=16", 16, "fp32 multiply-adds at head_dim 128"),
     ("_loop_fwd_kernel", "D=128", 344, "addresses of weight tiles, hoisted out of every loop"),
 )
-# Configurations are picked for sm_90. Elsewhere both operands of a matrix instruction lie in
-# registers beside the accumulator; for sm_100 ptxas stops at 128 registers where two programs fit.
+# Configurations are picked for sm_90's instructions. With others both operands lie in registers
+# beside the accumulator; for sm_100 ptxas stops at 128 registers where two programs fit.
 SPILL_ELSEWHERE = 112
 # Kernels that a size gets although sm_80 runs it with others, and why.
 _TILE = "with head_dim 128 a whole sequence's tile needs 128 KB of shared memory"
@@ -32,7 +32,8 @@ REGISTER_OPERANDS = (80, 86, 89, 120, 121)
 
 
 def allowed_spill(kernel: str, config: str, arch: int) -> int:
-    """Bytes a thread that a kernel may spill in a configuration."""
+    """Bytes a thread that a kernel may spill in a configuration, by whose matrix instructions it
+    takes."""
     fits = (size for name, part, size, _ in SPILLS if name == kernel and part in config.split())
     return max(fits, default=0) if arch == 90 else max((SPILL_ELSEWHERE, *fits))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/compile_report.py --quick          # RELAY's sizes, sm_90, within 50 s
     python benchmarks/compile_report.py --csv report.csv # all sizes and architectures of ARCHS
-    python benchmarks/compile_report.py --arch 86 --dtype bf16
+    python benchmarks/compile_report.py --arch 86 --dtype bf16 --kernel weight_grad
 
 Triton keeps what it compiled (TRITON_CACHE_DIR), so that a second run takes what has not changed
 from there.
@@ -20,16 +20,12 @@ the time that a card needs at least, by what binds it.
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +40,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from benchmarks import machine_code  # noqa: E402
 from benchmarks.compile_bounds import APART, allowed_shared, allowed_spill  # noqa: E402
+from benchmarks.compile_rows import Row, write_rows  # noqa: E402
 from benchmarks.kernel_costs import Cost, launch_cost  # noqa: E402
 from benchmarks.launches import recorded  # noqa: E402
 from relay_fast.functional import SMALL_VOCABULARY, select  # noqa: E402
@@ -56,9 +54,7 @@ from relay_fast.kernels.loop import loop_fwd  # noqa: E402
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights  # noqa: E402
 from relay_fast.kernels.tuning import Rule  # noqa: E402
 from relay_fast.utils.cores import usable_cores  # noqa: E402
-from relay_fast.utils.files import replacing  # noqa: E402
 
-TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MANY_ROWS, FEW_ROWS = 24_000, 700  # first and last iteration of RELAY's mix at B = 512
 
@@ -109,27 +105,6 @@ ALL = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the report."""
-
-    kernel: str
-    arch: int
-    dtype: str
-    config: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    mma: str
-    bound: str
-    ok: bool
-    flops: int
-    bytes: int
-    flops_per_byte: float
-    floor_us: float
-    floor: str
-
-
-@dataclass(frozen=True)
 class Launch:
     """A recorded launch, ready to compile."""
 
@@ -137,7 +112,7 @@ class Launch:
     signature: dict[str, str]
     constexprs: dict[str, Any]
     attrs: dict[tuple[int, ...], list]
-    options: dict[str, int]
+    options: dict[str, int | str]
     dtype: str
     arch: int
     cost: Cost
@@ -148,6 +123,11 @@ class Launch:
     def key(self) -> str:
         return repr((self.function.__name__, self.arch, self.signature, self.constexprs,
                      sorted(self.options.items())))  # fmt: skip
+
+    @property
+    def instructions(self) -> int:
+        """The architecture whose matrix instructions it takes: another's than its own, if asked."""
+        return int(str(self.options.get("arch", self.arch)).removeprefix("sm"))
 
     @property
     def config(self) -> str:
@@ -172,7 +152,7 @@ def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
         nonlocal rule
         rule = next(reversed(picked), rule)
         picked.clear()
-        own = rule is not None and options == rule.config.launch
+        own = rule is not None and options.items() >= rule.config.launch.items()
         signature, constexprs, attrs = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
             name, value = parameter.name, values[parameter.name]
@@ -193,10 +173,10 @@ def record(calls: Callable[[], None], dtype: str, arch: int) -> list[Launch]:
             ):
                 attrs[(i,)] = [["tt.divisibility", 16]]
         cost = launch_cost(kernel.__name__, values)
+        by = rule if own else None
         launches.append(
-            Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost,
-                   rule if own else None)
-        )  # fmt: skip
+            Launch(kernel, signature, constexprs, attrs, options, dtype, arch, cost, by)
+        )
 
     with tuning.watching() as picked, recorded(arch, add):
         calls()
@@ -338,17 +318,6 @@ def collect(quick: bool, archs: Sequence[int], dtypes: Sequence[str] | None = No
     return list(found.values())
 
 
-def matrix_instructions(ptx: str) -> str:
-    """The kinds of matrix instructions in PTX, `wgmma.bf16` or `mma.f16` for example."""
-    kinds = set()
-    for unit, rest in re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma)\.([\w.:]+)", ptx):
-        dtype = re.search(r"(tf32|bf16|f16)(?=\.(?:tf32|bf16|f16)|$)", rest.replace("::", "."))
-        kind = re.search(r"kind\.(\w+)", rest.replace("::", "."))
-        name = dtype.group(1) if dtype else kind.group(1) if kind else "?"
-        kinds.add(f"{unit.split('.')[0]}.{name}")
-    return " ".join(sorted(kinds)) or "-"
-
-
 def compile_row(launch: Launch) -> Row:
     """Compiles one launch and holds it to its bound."""
     source = ASTSource(
@@ -358,7 +327,7 @@ def compile_row(launch: Launch) -> Row:
         attrs=launch.attrs,
     )
     target = GPUTarget("cuda", launch.arch, 32)
-    allowed = allowed_spill(launch.function.__name__, launch.config, launch.arch)
+    allowed = allowed_spill(launch.function.__name__, launch.config, launch.instructions)
     shared_limit = allowed_shared(launch.arch, launch.rule)
     bound = f"spill<={allowed} shared<={shared_limit}"
     why = APART.get(launch.function.__name__, "") if launch.apart else "as sm_80"
@@ -375,21 +344,19 @@ def compile_row(launch: Launch) -> Row:
     except Exception as error:  # the report goes on; the row says what failed
         text = " ".join(str(error).split())[-200:]
         return Row(*head, -1, -1, -1, f"failed: {text}", bound, False, *cost)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [TOOL, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    registers, stack = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK"))
+    registers, stack = machine_code.usage(compiled.asm["cubin"])
+    fault = machine_code.unwritten(compiled.asm["cubin"])
+    if fault:
+        bound += f"; reads a register that nothing has written: {fault}"
     shared = compiled.metadata.shared
-    mma = matrix_instructions(compiled.asm["ptx"])
-    ok = shared <= shared_limit and stack <= allowed and why != ""
+    mma = machine_code.matrix_instructions(compiled.asm["ptx"])
+    ok = shared <= shared_limit and stack <= allowed and why != "" and not fault
     if "tt.dot" in compiled.asm["ttir"]:
         own = {"bf16": "bf16", "fp16": "f16"}.get(launch.dtype)
         tile = launch.constexprs.get("BLOCK_M", launch.constexprs.get("BLOCK_N"))
         if own is None:
             ok = ok and mma == "-"
-        elif launch.arch == 90 and tile >= 64:
+        elif launch.instructions == 90 and tile >= 64:
             ok = ok and f"wgmma.{own}" in mma
         else:
             # tcgen05's kind f16 takes bf16 too.
@@ -417,13 +384,17 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="RELAY's sizes on sm_90 only")
     parser.add_argument("--arch", type=int, nargs="*", choices=sorted(DEVICE_PROPS))
     parser.add_argument("--dtype", nargs="*", choices=sorted(DTYPES))
-    parser.add_argument("--csv", type=Path, help="where to keep the rows")
+    parser.add_argument("--kernel", nargs="*", help="parts of the names of the kernels to compile")
+    parser.add_argument("--csv", type=Path, help="where to keep the rows, beside those of others")
     parser.add_argument("--workers", type=int, default=min(8, usable_cores()))
     options = parser.parse_args()
     start = time.perf_counter()
     archs = tuple(options.arch or ((90,) if options.quick else ARCHS))
+    launches = collect(options.quick, archs, options.dtype)
+    wanted = lambda kernel: not options.kernel or any(part in kernel for part in options.kernel)
+    launches = [launch for launch in launches if wanted(launch.function.__name__)]
     rows = []
-    for r in report(collect(options.quick, archs, options.dtype), options.workers):
+    for r in report(launches, options.workers):
         rows.append(r)
         mark = "ok  " if r.ok else "FAIL"
         numbers = (
@@ -436,10 +407,7 @@ def main() -> int:
     bad = sum(not r.ok for r in rows)
     print(f"{len(rows)} kernels, {bad} over their bound, {time.perf_counter() - start:.0f} s")
     if options.csv:
-        with replacing(options.csv) as path, path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(r) for r in sorted(rows, key=repr))
+        write_rows(options.csv, rows, wanted, archs, options.dtype or tuple(DTYPES))
     return bad > 0
 
 

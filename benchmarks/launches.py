@@ -10,8 +10,10 @@ from triton.runtime.jit import JITFunction
 
 from relay_fast.kernels._runtime import assume_arch
 
+Options = Mapping[str, int | str]  # of the compiler
 # (kernel, its arguments by name, options such as num_warps, the grid's sizes)
-OnLaunch = Callable[[JITFunction, Mapping[str, Any], Mapping[str, int], tuple[int, ...]], None]
+OnLaunch = Callable[[JITFunction, Mapping[str, Any], Options, tuple[int, ...]], None]
+_OPTIONS = ("num_warps", "num_stages", "arch")
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def recorded(arch: int, on_launch: OnLaunch) -> Iterator[None]:
     """
 
     def run(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
         on_launch(self, self.signature.bind(*args, **kwargs).arguments, options, grid)
 
     original, JITFunction.run = JITFunction.run, run

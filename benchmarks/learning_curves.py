@@ -118,10 +118,8 @@ def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         longest = lambda results, task=task: results["config"]["tasks"][task]["train"][1]
         for color, results in zip(COLORS * len(own), sorted(own, key=longest), strict=False):
             samples, right = curve(results)
-            panel.plot(
-                samples, np.maximum(100 * (1 - right), 1e-3), color=color,
-                label=f"1 to {longest(results)}",
-            )  # fmt: skip
+            wrong = np.maximum(100 * (1 - right), 1e-3)
+            panel.plot(samples, wrong, color=color, label=f"1 to {longest(results)}")
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_title(TASK_NAMES.get(task, task))

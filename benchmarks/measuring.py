@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -130,6 +131,7 @@ def interleave(providers: list[Provider], seconds: float, least: int = 1) -> lis
     return times
 
 
+@cache
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of the best square matmul that this machine does."""
     best = 0.0

@@ -70,24 +70,23 @@ def results() -> list[str]:
     ms = lambda provider: 1000 * float(_one(card, provider=provider)["seconds"])
     bold = lambda value, digits=1: f"**{value:.{digits}f}**"
     compiled, checkpoint = speed("compile_bucketed"), kept("eager_bucketed_checkpoint")
-    link = lambda file: f"[{file.rpartition('/')[2]}](benchmarks/results/{file})"
     return _lines(
         ["what", "relay_fast", "without it", "file"],
         [
             ["arithmetic of 10 operators, learned on 1 to 8, %", f"**{_percent(relay[10])}**",
-             _percent(alone[10]), link("cpu/results.json")],
+             _percent(alone[10]), "`cpu/results.json`"],
             ["arithmetic of 11 operators, %", f"**{_percent(relay[11])}**", _percent(alone[11]),
-             link("cpu/results.json")],
+             "`cpu/results.json`"],
             ["training on the paper's mix, samples/s", bold(speed("relay_fast", "none")),
              f"{speed('eager_padded'):.1f} (compiled, bucketed: {compiled:.1f})",
-             link("loop_throughput.csv")],
+             "`loop_throughput.csv`"],
             ["kept for backward at 30 loops, MB", bold(kept("relay_fast", "state")),
              f"{kept('eager_padded'):.0f} (checkpointed: {checkpoint:.1f})",
-             link("memory_vs_loops.csv")],
+             "`memory_vs_loops.csv`"],
             ["chains written, a second", bold(written("relay_fast_torch")),
-             f"{written('eager_padded'):.1f}", link("chain_generation.csv")],
+             f"{written('eager_padded'):.1f}", "`chain_generation.csv`"],
             ["a step of 512 samples on an H200, ms", bold(ms("relay_fast graph"), 0),
-             f"{ms('eager padded'):.0f}", link("h200/steps.csv")],
+             f"{ms('eager padded'):.0f}", "`steps.csv`"],
         ],
     )  # fmt: skip
 

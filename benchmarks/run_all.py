@@ -29,7 +29,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="with --dry-run: one of each, for CI")
     parser.add_argument("--only", default="", help="measure only units with this in their name")
     parser.add_argument("--skip", default="", help="leave out units with this in their name")
-    parser.add_argument("--sanitize", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--sanitize", choices=("usual", "apart"), help=argparse.SUPPRESS)
+    parser.add_argument("--check", metavar="INDEX/SEED", help=argparse.SUPPRESS)
     parser.add_argument("--share", metavar="I/N", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.minutes <= 0:
@@ -56,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.card import agenda
 
     if options.sanitize:
-        return agenda.sanitized_cases()
+        return agenda.sanitized_cases(options.sanitize)
+    if options.check:
+        return agenda.check_one(options.check)
     if options.share:
         return agenda.share(options.share)
     # A stream of its own: a graph can be captured on it, backward passes included.

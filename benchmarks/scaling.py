@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -93,8 +93,8 @@ def stream_of(
     config = context.model_config(STAGES[stage])
     own = context.form(settings, STAGES[stage])
     if config.feedback != "none":
-        own = BatchFormat(own.kind, own.task_weights, own.chain_weight, own.weighting,
-                          True, config.carry_state, context.draws(stage))  # fmt: skip
+        fed = {"carry_state": config.carry_state, "draws": context.draws(stage)}
+        own = replace(own, feedback=True, **fed)
         options.pop("pad_probability", None)
     return TruthStream(
         context.tasks,
@@ -345,6 +345,7 @@ def page(rows: list[dict[str, object]]) -> str:
              r["collectives"]) for r in of("a step's messages")]  # fmt: skip
     uneven = [(r["preset"], r["stage"], *(percent(r[f"{by}_{k}"]) for by in ("by_cost", "by_number")
                for k in ("mean", "worst"))) for r in of("imbalance")]  # fmt: skip
+    unevenness = ("preset", "stage", "by cost, mean", "worst", "by number, mean", "worst")
     text = (
         "# What more than one device costs\n\n"
         f"`python benchmarks/scaling.py`, {facts['machine']}, {facts['versions']}, commit "
@@ -355,10 +356,7 @@ def page(rows: list[dict[str, object]]) -> str:
         + f"\n## Imbalance\n\n{RANKS} ranks, {SAMPLES} samples a batch, "
         f"{max(r['batches'] for r in of('imbalance')):,} batches of the preset's mix: how much "
         "more Σ n·T than the mean the slowest rank has. By cost is what training does; by number "
-        f"gives each rank every {RANKS}th sample.\n\n"
-        + markdown(
-            ("preset", "stage", "by cost, mean", "worst", "by number, mean", "worst"), uneven
-        )  # fmt: skip
+        f"gives each rank every {RANKS}th sample.\n\n" + markdown(unevenness, uneven)
     )
     return text + _timing_text(of("timing")) + _prediction_text(of("predicted"))
 

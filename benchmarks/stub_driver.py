@@ -14,14 +14,10 @@ is computed, and nothing is shown about what happens on the card.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +29,11 @@ from triton.backends.driver import DriverBase
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime.jit import JITFunction, _triton_jit_function_registry
 
+from benchmarks import machine_code
 from relay_fast.kernels._runtime import DEVICE_PROPS, assume_arch, device_props
 
 GRID = (2**31 - 1, 65_535, 65_535)
 _REGISTERS = 65_536  # of a processor
-_TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class Resources(NamedTuple):
@@ -87,12 +83,10 @@ class _Utils:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
         """Returns (module, function, registers, spilled bytes, most threads) of a cubin."""
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary)
-            file.flush()
-            command = [_TOOL, "--dump-resource-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-        registers, stack = (int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK"))
+        registers, stack = machine_code.usage(binary)
+        fault = machine_code.unwritten(binary)
+        if fault:
+            self._log.problems.append(f"{name} reads a register that nothing has written: {fault}")
         self._log.resources[name].append(Resources(registers, stack, shared))
         granted = max(8, -(-registers // 8) * 8)  # registers are handed out in eights
         return 1, 1, registers, stack, min(1024, _REGISTERS // granted // 32 * 32)

@@ -130,10 +130,14 @@ def collected(runs: Iterable[Run], least: int) -> list[dict[str, Any]]:
     return sorted(
         rows,
         key=lambda r: (
-            r["preset"], order.index(r["task"]) if r["task"] in order else len(order), r["task"],
-            MODELS.index(r["model"]), r["seed"], r["length"],
+            r["preset"],
+            order.index(r["task"]) if r["task"] in order else len(order),
+            r["task"],
+            MODELS.index(r["model"]),
+            r["seed"],
+            r["length"],
         ),
-    )  # fmt: skip
+    )
 
 
 class Curves(NamedTuple):

@@ -25,8 +25,10 @@ ahead of time, by default for sm_80, 86, 89, 90, 100 and 120 (`benchmarks/compil
 registers, spills, shared memory and matrix instructions of each launch configuration). A
 configuration is only picked if it fits the shared memory that the device reports. In fp32 mlp is
 one kernel to d 128 and two to d 256, where it has no SwiGLU; loop takes d ≤ 64 and 32 tokens. On
-the card loop read beyond its shared memory, and it is refused on GPUs until it is mended. Where it
-serves, it takes blocks without biases, injection, loop embedding, QK-norm or sandwich norms.
+the card loop read beyond its shared memory, through descriptors that ptxas 12.8 took from registers
+that it had not written. It has others now, and is refused on GPUs until one has shown it right
+(`RELAY_FAST_WHOLE_LOOP=1` tries it). Where it serves, it takes blocks without biases, injection,
+loop embedding, QK-norm or sandwich norms.
 
 Above V 1,024 `relay_fast.functional.iteration_cross_entropy` forms the gradient in forward. On a
 GPU `auto` leaves 16-bit attention over sequences of more than 128 tokens to flash-attn where it is

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import block_of, contiguous_columns, dot, jit_kernel
+from ._runtime import INTERPRETED, block_of, contiguous_columns, device_props, dot, jit_kernel
 from .activation import activate
 from .attention import LOG2_E
 from .loop_ref import LoopLayout, LoopWeights
@@ -184,6 +184,17 @@ def _loop_fwd_kernel(
     tl.store(final_ptr + first * D + (rows[:, None] * D + inside[None, :]), x, mask=tile)
 
 
+def _code_generation(device: torch.device) -> dict[str, str]:
+    """Returns the launch option by which sm_90 runs this kernel with sm_80's matrix instructions.
+
+    Warp-group instructions read their operands through descriptors. ptxas 12.8, which Triton 3.6
+    and 3.7 bring along, computes some of this kernel's from uniform registers that nothing has
+    written: an address anywhere in shared memory. mma.sync reads registers, so it has none.
+    """
+    hopper = not INTERPRETED.value and device_props(device).arch == 90
+    return {"arch": "sm80"} if hopper else {}
+
+
 def loop_fwd(
     x: Tensor,  # (rows, d), the state before the first iteration
     layout: LoopLayout,
@@ -221,6 +232,7 @@ def loop_fwd(
         D=d, HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, SCALE=head_dim**-0.5, EPS=eps,
         IS_LAYER=kind == "layer", ACTIVATION=activation, CAUSAL=causal,
         BLOCK_M=block, BLOCK_D=block_of(d), BLOCK_K=block_of(head_dim),
-        BLOCK_H=config.block_n, BLOCK_V=16 if w.qkv.dtype == torch.float32 else 64, **config.launch,
+        BLOCK_H=config.block_n, BLOCK_V=16 if w.qkv.dtype == torch.float32 else 64,
+        **config.launch, **_code_generation(x.device),
     )  # fmt: skip
     return final, ids

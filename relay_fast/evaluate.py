@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast._moved_paths import forward
+from relay_fast.relay.context import untested_lengths, untested_notes
 from relay_fast.relay.evaluation import Metrics, evaluate_problems, evaluation_problems
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
@@ -74,15 +75,7 @@ def evaluate_run(
     seed = check_value("seed", config.get("seed", 0) if seed is None else seed, Seed)
     check_device(device)
     tasks, names = run_tasks(config)[1], _trained_models(run) if models is None else models
-    results = {
-        "config": config,
-        "seed": seed,
-        "versions": versions(device),
-        "labels": {name: task.label for name, task in tasks.items()},
-        "train_lengths": {name: config["tasks"][name]["train"] for name in tasks},
-        "complete": False,
-        "accuracy": {},
-    }
+    results = _empty_results(config, tasks, seed, device, every=lengths is None)
     folder.check_writable()  # whatever can be refused comes before the lock, which is a file
     loaded = {name: load_run_model(run, name, device) for name in names}
     draw = partial(evaluation_problems, [*loaded.values()], number=number, seed=seed)
@@ -98,6 +91,25 @@ def evaluate_run(
     if shards is None:
         return results
     return shards.write(results) or {**results, "missing": shards.missing()}
+
+
+def _empty_results(
+    config: Mapping[str, Any], tasks: Mapping[str, Task], seed: int, device: str, every: bool
+) -> dict[str, Any]:
+    """Returns the content of evaluation.json before any model is measured; if `every` length is to
+    be, also those of which there are no problems."""
+    results = {
+        "config": config,
+        "seed": seed,
+        "versions": versions(device),
+        "labels": {name: task.label for name, task in tasks.items()},
+        "train_lengths": {name: config["tasks"][name]["train"] for name in tasks},
+        "complete": False,
+        "accuracy": {},
+    }
+    ranges = {n: (config["tasks"][n]["train"][0], config["tasks"][n]["test"][1]) for n in tasks}
+    untested = untested_lengths(tasks, ranges) if every else {}
+    return results | ({"untested": untested} if untested else {})
 
 
 def _measure(
@@ -139,7 +151,7 @@ def _identity(results: dict, loaded: Mapping[str, Model], lengths: dict, number:
 def _all_lengths(config: Mapping[str, Any], task: Task) -> list[int]:
     """Returns the lengths from the shortest trained to the longest tested one."""
     entry = config["tasks"][task.name]
-    return task.lengths_between(entry["train"][0], entry["test"][1]).tolist()
+    return task.tested_lengths(entry["train"][0], entry["test"][1]).tolist()
 
 
 def _trained_models(run: str) -> list[str]:
@@ -213,6 +225,8 @@ def _main(a: argparse.Namespace) -> int:
         return 0
     from relay_fast.reporting.tables import print_report
 
+    for note in untested_notes(results.get("untested", {})):
+        print(note)
     print_report(results, metrics=("answer", "chain", "bit", "answer_once"))
     print(f"results: {file}")
     return 0

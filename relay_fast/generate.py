@@ -22,6 +22,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -33,12 +34,13 @@ from relay_fast.decoding.chains import (
     parse_chains,
 )
 from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.relay import export, filter_metrics
+from relay_fast.relay import export, filter_metrics, label_free
 from relay_fast.relay.chain_dataset import (
     SHARD_CHAINS,
     ChainDataset,
     DatasetError,
     dataset_tasks,
+    kept_bounds,
     missing_shards,
     read_manifest,
     write_dataset,
@@ -154,7 +156,7 @@ def _write(a: argparse.Namespace) -> None:
         raise ValueError(
             "a shard of chains goes into a --dataset: write text of all with --show DIR --export."
         )
-    model, tasks, _ = _load(a)
+    model, tasks, config = _load(a)
     limit = model.config.max_tokens
     chosen = parse_lengths(a.lengths)
     if chosen[-1] > limit:
@@ -172,8 +174,10 @@ def _write(a: argparse.Namespace) -> None:
     started = time.monotonic()
     with Display() as display:
         display.start(a.model)
+        bounds = _bounds(a, model, tasks[a.task], config)
         options = {"seed": a.seed, "verify": CHECKS[a.verify]}
-        options["progress"] = lambda *done: display.progress(a.model, Problems(*done))
+        options |= {"progress": lambda *done: display.progress(a.model, Problems(*done))}
+        options["bounds"] = bounds
         wanted = {a.task: counts}
         if a.dataset is None:
             parts = chain_parts(model, tasks, wanted, part_chains=a.shard_chains, **options)
@@ -192,6 +196,18 @@ def _write(a: argparse.Namespace) -> None:
             print(f"shard {a.share[0]}/{n} is done; files of {waiting} are missing")
         if a.export is not None:
             _export_folder(a, a.dataset, tasks)
+
+
+def _bounds(
+    a: argparse.Namespace, model: Model, task: Task, config: dict
+) -> label_free.Bounds | None:
+    """Returns the bounds of the label-free filter: those of a dataset that is continued, or new
+    ones from problems inside the training range."""
+    if a.dataset is not None and (Path(a.dataset) / "manifest.json").is_file():
+        return kept_bounds(a.dataset)
+    ranges = {a.task: config["tasks"][a.task]["train"]}
+    few = min(label_free.PROBLEMS, config.get("evaluation", {}).get("problems", 500))
+    return label_free.confidence_bounds(model, {a.task: task}, ranges, config.get("seed", 0), few)
 
 
 def _export_folder(a: argparse.Namespace, folder: str, tasks: dict[str, Task]) -> None:
@@ -232,6 +248,8 @@ def _summary(folder: str, manifest: dict) -> str:
         f"{identity['seed']}, written by {identity['model']['kind']} {identity['model']['hash']}; "
         f"passed: by {check[identity['verify']]}"
     ]
+    for task, bound in identity.get("bounds", {}).items():
+        lines.append(label_free.bound_text(task, bound))
     if manifest["complete"]:
         lines.append(filter_metrics.table_text(filter_metrics.from_json(manifest["counts"])))
     return "\n".join(lines)
@@ -272,8 +290,9 @@ def _parser() -> argparse.ArgumentParser:
         "--verify",
         choices=CHECKS,
         default="self",
-        help="which chains of --dataset are marked as passed: those whose answer agrees with their "
-        "rounds (self), that follow the task's rules (task), all (none)",
+        help="which chains are marked as passed: those whose answer agrees with their rounds or, "
+        "without an answer head, of whose every token the model is sure (self); those that follow "
+        "the task's rules (task); all (none)",
     )
     parser.add_argument(
         "--shard",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.ops.dispatch import select
+from relay_fast.relay.context import untested_notes
 from relay_fast.relay.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.relay.presets import load_preset, override, preset_names, recipe
 from relay_fast.relay.presets.own import config_text, read_config, resolved
@@ -108,17 +109,26 @@ def _begin(config: Mapping[str, Any], out: str | Path, device: str, impl: str):
     device = device.split(",")[0]
     folder, context = RunFolder(out, config), Context(Path(), config, device, impl)
     call = _Call(folder, device, context.labels)
-    _report_data(folder, context.data)
+    _report_data(folder, context.data, context.untested)
     return folder, call
 
 
-def _report_data(folder: RunFolder, data: Mapping[str, Mapping[str, int]]) -> None:
-    """Prints counts of the records that tasks are trained and tested on, and keeps them."""
+def _report_data(
+    folder: RunFolder,
+    data: Mapping[str, Mapping[str, int]],
+    untested: Mapping[str, Sequence[int]],
+) -> None:
+    """Prints counts of the records that tasks are trained and tested on and which lengths cannot be
+    evaluated, and keeps both."""
     for name, counts in data.items():
         shown = ", ".join(f"{key.replace('_', ' ')} {n:,}" for key, n in counts.items())
         print(f"records of {name}: {shown}", flush=True)
+    for note in untested_notes(untested):
+        print(note, flush=True)
     if data:
-        folder.update_results({"data": {name: dict(counts) for name, counts in data.items()}})
+        without = {name: {"untested": [*lengths]} for name, lengths in untested.items()}
+        kept = {name: {**counts, **without.get(name, {})} for name, counts in data.items()}
+        folder.update_results({"data": kept})
 
 
 def _identity(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """What every test gets: the same random numbers each run, and no more threads than its share."""
 
+import gc
+import multiprocessing
 import os
 import random
 import signal
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 IN_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IN_XDIST_WORKER:
@@ -15,6 +19,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 os.environ.pop("RELAY_FAST_AUTOTUNE", None)  # searches belong to no test
+# Inductor compiles here: processes that it would start import torch for a kernel or two.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if not torch.cuda.is_available():
     # Before anything imports triton: without a GPU, kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -31,10 +37,29 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage need walk over it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def seed() -> int:
     """The seed that all generators were set to before this test; give it to explicit generators."""
     return SEED
+
+
+@pytest.fixture(scope="module")
+def quick_workers() -> Iterator[None]:
+    """Training workers fork from one process that has imported what each of them would import."""
+    multiprocessing.set_forkserver_preload(["relay_fast.relay.stages", "numba", "torch._dynamo"])
+    context = multiprocessing.get_context("forkserver")
+    parts = SimpleNamespace(
+        get_context=lambda _: context, parent_process=multiprocessing.parent_process
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relay_fast.utils.worker_processes.multiprocessing", parts)
+        yield
 
 
 # A hook and not an autouse fixture: hypothesis objects to function-scoped fixtures.

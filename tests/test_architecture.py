@@ -7,6 +7,7 @@ Lazy imports (in functions), relative ones and modules named by a string (import
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -198,6 +199,50 @@ def test_no_function_is_too_long() -> None:
     assert not wrong, f"over {LONGEST_FUNCTION} lines and no '{REASON}…' above:\n" + "\n".join(
         wrong
     )
+
+
+SKIPPED = "# fmt: " + "skip"
+KERNEL = re.compile(r"\bops\.\w+$|(_fwd|_bwd|_grad|_ref|_kernel|\])$")  # and kernel[grid]
+DISPLAYS = ast.Tuple | ast.List | ast.Set | ast.Dict
+
+
+def is_kernel_call_or_table(statement: ast.AST) -> bool:
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Call) and KERNEL.search(ast.unparse(node.func)):
+            return True
+        row = node.elt if isinstance(node, ast.ListComp | ast.GeneratorExp) else node
+        if isinstance(row, DISPLAYS) and len(list(ast.iter_child_nodes(row))) > 2:
+            return True
+    return False
+
+
+def lines_that_may_skip(tree: ast.AST) -> Iterator[int]:
+    """Lines of kernels' call sites, tables and jit functions, which need no formatter."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            jit = any("jit" in ast.unparse(d) for d in node.decorator_list)
+            found = [node] if jit else node.decorator_list
+        elif isinstance(node, ast.For):
+            found = [node.iter]
+        else:
+            found = [node] if isinstance(node, ast.stmt) and not hasattr(node, "body") else []
+        for part in found:
+            if isinstance(part, ast.FunctionDef) or is_kernel_call_or_table(part):
+                last = part.end_lineno + isinstance(node, ast.For)
+                yield from range(part.lineno, last + 1)
+
+
+def test_the_formatter_is_held_off_kernels_and_tables_only() -> None:
+    wrong = []
+    for path in EVERY_FILE:
+        if path.is_relative_to(ROOT / "kernels"):
+            continue  # kernels, and what has their arguments
+        lines = path.read_text().splitlines()
+        skipped = {number for number, line in enumerate(lines, 1) if SKIPPED in line}
+        if skipped:
+            skipped -= set(lines_that_may_skip(ast.parse(path.read_text())))
+        wrong += [f"{path.relative_to(ROOT)}:{number}" for number in sorted(skipped)]
+    assert not wrong, f"{SKIPPED} on no jit signature, kernel's call site or table: {wrong}"
 
 
 def outside_imports(path: Path) -> Iterator[tuple[int, str]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 
 from relay_fast._moved_paths import MOVED
+from tests.support.fresh_python import run_fresh
 
 
 @pytest.mark.parametrize("path", sorted(MOVED))
@@ -54,5 +53,5 @@ def test_old_names_are_the_same_objects(old: str, new: str, name: str) -> None:
 
 def test_the_public_engine_in_a_fresh_interpreter() -> None:
     code = "import relay_fast; print(relay_fast.engine.run_loop.__module__)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = run_fresh(code)
     assert found.stdout.strip() == "relay_fast.engine.loop"

@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     return shutil.copytree(SAVED / "run", tmp_path / "run")
 
 
-def test_training_continues_from_its_state(run):
+def test_training_continues_from_its_state(run, quick_workers):
     state, metadata = load_checkpoint(run / "checkpoints" / "ar_baseline.state.safetensors")
     assert metadata["step"] == 3
     results = train(RunFolder.open(run).config, run, stages=["ar_baseline"], print_table=False)

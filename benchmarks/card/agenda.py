@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -22,7 +25,7 @@ from benchmarks.card.option_cases import option_cases
 from benchmarks.card.session import Deadline, Later, Row, Session, Unit
 from benchmarks.card.sweep import sweep
 from benchmarks.common import machine
-from relay_fast.kernels.supports import Unsupported
+from relay_fast.kernels.supports import WHOLE_LOOP, Unsupported
 from relay_fast.utils.cores import usable_cores
 from relay_fast.utils.files import replacing
 
@@ -114,13 +117,26 @@ def profile_step(tiny: bool, samples: int, device: str) -> list[Row]:
     return profile.measured_rows(step, len(batch), device)
 
 
-def check_units(dry: bool, quick: bool, seed: int, device: str) -> list[Unit]:
-    units = []
+def check_units(dry: bool, quick: bool, seed: int, device: str, script: Path) -> list[Unit]:
+    """Every case's check; last, in processes of their own, those that may take the card away."""
+    units, apart = [], []
     for number, (case, dtype) in enumerate(checked(dry, quick)):
         name = f"checks/{case.name}/{str(dtype).removeprefix('torch.')}"
+        if case.op in checks.APART and device == "cuda":
+            work = partial(checks.check_apart, case, number, seed + number, script)
+            apart.append(Unit(name, "checks", 15.0, work, checks=(case.op,)))
+            continue
         work = partial(checks.check, case, dtype, seed + number, device)
         units.append(Unit(name, "checks", 1.0 if dry else 4.0, work, checks=(case.op,)))
-    return units
+    return units + apart
+
+
+def let_in(case: Case, work: Callable[[], list[Row]]) -> list[Row]:
+    """Work on a case; a kernel that is refused on GPUs, whose checks have passed, is let in."""
+    if case.op not in checks.APART:
+        return work()
+    with patch.dict(os.environ, {WHOLE_LOOP: "1"}):
+        return work()
 
 
 def units(
@@ -135,7 +151,7 @@ def units(
             raise Later("the ceilings are not measured yet, so no share can be told")
         return rows
 
-    found = check_units(dry, quick, seed, device)
+    found = check_units(dry, quick, seed, device, script)
     found.append(Unit("ceilings", "ceilings", 15, lambda: ceilings(timer, dry)))
     step_units = steps.units(dry, timer, rates, memory, STEP_OPS)
     kernel_units = [
@@ -143,7 +159,7 @@ def units(
             f"kernels/{c.name}",
             "kernels",
             2 if dry else 30,
-            lambda c=c: time_case(c, timer, rates(), 0 if dry else 6),
+            lambda c=c: let_in(c, lambda: time_case(c, timer, rates(), 0 if dry else 6)),
             needs=(c.op,),
         )
         for c in timed
@@ -153,7 +169,7 @@ def units(
             f"sweep/{c.name}",
             "sweep",
             4 if dry else 40,
-            lambda c=c: sweep(c, timer, 0 if dry else 15),
+            lambda c=c: let_in(c, lambda: sweep(c, timer, 0 if dry else 15)),
             needs=(c.op,),
         )
         for c in timed
@@ -168,8 +184,10 @@ def units(
         )
         for n in ((512,) if dry else (512, 4096))
     ]
-    sanitize = partial(checks.sanitize, device, script)
-    last.append(Unit("checks/compute-sanitizer", "checks", checks.SANITIZER_SECONDS, sanitize))
+    for apart in (False, True):
+        sanitize = partial(checks.sanitize, device, script, apart)
+        name = "checks/compute-sanitizer" + (" apart" if apart else "")
+        last.append(Unit(name, "checks", checks.SANITIZER_SECONDS, sanitize))
     if quick:
         wanted = ("mix/policies", "mix/compile reduce-overhead")
         step_units = [u for u in step_units if u.name.endswith(wanted)]
@@ -225,9 +243,24 @@ def share(part: str) -> int:
     return 0
 
 
-def sanitized_cases() -> int:
-    """Every small case once on the card: what compute-sanitizer watches."""
+def check_one(part: str) -> int:
+    """One case's check; its rows are the last line."""
+    index, seed = (int(number) for number in part.split("/"))
+    case, dtype = checked(False, False)[index]
+    try:
+        rows = checks.check(case, dtype, seed, "cuda")
+    except Unsupported as reason:
+        rows = [{"op": case.op, "shape": case.shape, "status": "skipped", "note": str(reason)}]
+    print(json.dumps(rows))
+    return 0
+
+
+def sanitized_cases(which: str) -> int:
+    """Every small case once on the card: what compute-sanitizer watches. which: the usual ones, or
+    those that are checked apart."""
     for case in check_cases(True) + option_cases(True):
+        if (case.op in checks.APART) != (which == "apart"):
+            continue
         try:
             rows = checks.check(case, torch.bfloat16, 0, "cuda")
         except Unsupported as reason:

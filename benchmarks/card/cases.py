@@ -382,7 +382,7 @@ def check_cases(tiny: bool) -> list[Case]:
         norm_linear(199, 256, 4), linear_residual(199, 256), mlp(199, 256),
         attention((63, 1, 127, 65), 4, 64, False), attention((760, 199, 1), 4, 64, True),
         cross_entropy(199, 256, 320), weight_grad(199, 130, 65), argmax(63, 256, 50_304),
-        whole_loop((60, 9, 1, 31), 5, 64, 320),
+        whole_loop((60, 9, 1, 31), 5, 64, 320), whole_loop((31, 9, 1), 3, 64, 65),
     ]  # fmt: skip
 
 

@@ -7,6 +7,8 @@ reference's own error.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,8 +22,11 @@ from benchmarks.card.device import ROOT, poisoned
 from benchmarks.card.session import Row, Skip
 from benchmarks.numerics import RMS_RATIO, assert_as_good_as_eager, describe, rms_ratio
 from relay_fast.functional import REFERENCE, select
+from relay_fast.kernels.supports import WHOLE_LOOP
 
 SANITIZER_SECONDS = 75.0
+APART = ("whole_loop",)  # ops that are refused on GPUs until these checks have passed on one
+APART_SECONDS = 60.0
 
 
 def wrong(name: str, value: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> str:
@@ -75,24 +80,45 @@ def check(case: Case, dtype: torch.dtype, seed: int, device: str) -> list[Row]:
     }]  # fmt: skip
 
 
-def sanitize(device: str, script: Path) -> list[Row]:
-    """compute-sanitizer's memcheck over the smallest cases, in a process of its own."""
+def check_apart(case: Case, index: int, seed: int, script: Path) -> list[Row]:
+    """As `check`, in a process of its own, for a kernel that may take the card away from it. There
+    the kernel is let in where it is refused otherwise. index: of the case among all that are
+    checked."""
+    command = [sys.executable, str(script), "--check", f"{index}/{seed}"]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {WHOLE_LOOP: "1"}, capture_output=True, text=True,
+            timeout=APART_SECONDS,
+        )  # fmt: skip
+        text, ended = done.stdout + done.stderr, done.returncode == 0
+    except subprocess.TimeoutExpired:
+        text, ended = f"took more than {APART_SECONDS:.0f} s", False
+    if ended:
+        return json.loads(done.stdout.splitlines()[-1])
+    note = " ".join(text.split())[-300:]
+    return [{"op": case.op, "shape": case.shape, "seed": seed, "status": "failed", "note": note}]
+
+
+def sanitize(device: str, script: Path, apart: bool = False) -> list[Row]:
+    """compute-sanitizer's memcheck over the smallest cases, in a process of its own. apart: of the
+    kernels that are checked in processes of their own, and of no others."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if device != "cuda":
         raise Skip("compute-sanitizer needs a CUDA device")
     if not Path(tool).exists():
         raise Skip("compute-sanitizer is not installed")
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script),
-               "--sanitize"]  # fmt: skip
+               "--sanitize", "apart" if apart else "usual"]  # fmt: skip
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=SANITIZER_SECONDS
-        )
+            command, cwd=ROOT, env=os.environ | ({WHOLE_LOOP: "1"} if apart else {}),
+            capture_output=True, text=True, timeout=SANITIZER_SECONDS,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise Skip(f"compute-sanitizer took more than {SANITIZER_SECONDS:.0f} s") from error
-    ended = done.returncode == 0
+    ended, ops = done.returncode == 0, ", ".join(APART) if apart else "all other ops"
     return [{
-        "op": "", "shape": "small, all ops", "dtype": "bfloat16", "worst_output": "memcheck",
+        "op": "", "shape": f"small, {ops}", "dtype": "bfloat16", "worst_output": "memcheck",
         "status": "ok" if ended else "failed",
         "note": "" if ended else " ".join((done.stdout + done.stderr).split())[-300:],
     }]  # fmt: skip

@@ -91,12 +91,6 @@ class Session:
         """Runs what is not finished and fits into the time."""
         finished = {row["unit"] for row in self.rows() if row["status"] in FINISHED}
         finished -= {row["unit"] for row in self.rows() if row["status"] not in FINISHED}
-        failed = {
-            op
-            for row in self.rows("checks")
-            if row["status"] == "failed"
-            for op in str(row["op"]).split()
-        }
         # Last, those that took the card from an earlier call: they may end this one too.
         lost = {row["unit"] for row in self.rows() if LOST in str(row["note"])}
         for unit in sorted(units, key=lambda unit: unit.name in lost):
@@ -106,17 +100,19 @@ class Session:
                 self.left.append(unit)
                 continue
             try:
-                rows = self._attempt(unit, failed)
+                rows = self._attempt(unit)
             except Later:
                 self.left.append(unit)
                 continue
-            failed -= set(unit.checks)
-            if any(row["status"] == "failed" for row in rows):
-                failed |= set(unit.checks)
             self._save(unit, rows)
 
-    def _attempt(self, unit: Unit, failed: set[str]) -> list[Row]:
-        bad = sorted(failed.intersection(unit.needs))
+    def _failed(self) -> set[str]:
+        """Returns the ops that have failed a check of theirs."""
+        rows = (row for row in self.rows("checks") if row["status"] == "failed")
+        return {op for row in rows for op in str(row["op"]).split()}
+
+    def _attempt(self, unit: Unit) -> list[Row]:
+        bad = sorted(self._failed().intersection(unit.needs))
         if bad:
             reason = f"{', '.join(bad)} failed its correctness check"
             return [self._verdict(unit, "withheld", reason)]

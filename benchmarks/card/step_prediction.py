@@ -120,9 +120,12 @@ def again_from_l2(name: str, arguments: Mapping[str, Any]) -> float:
     if not hasattr(a, "BLOCK_M") or not hasattr(a, "M"):
         return 0.0
     weights = [
-        v for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim == 2
+        v
+        for k, v in arguments.items()
+        if isinstance(v, Tensor)
+        and v.ndim == 2
         and (k == "head_ptr" or k.endswith("weight_ptr") and not k.startswith(("dnorm", "dw")))
-    ]  # fmt: skip
+    ]
     read = (cdiv(a.M, a.BLOCK_M) - 1) * sum(w.nbytes for w in weights)
     if name.startswith("_linear_residual"):
         rows = a.a_ptr if hasattr(a, "a_ptr") else a.dout_ptr

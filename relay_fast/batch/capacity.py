@@ -101,17 +101,21 @@ class Capacity:
             return f"the batch loops {plan.max_loops} times, the capacity is {len(self.rows)}"
         longest = int(plan.lengths.max(initial=0))
         limits = [
-            ("sequences", len(batch), self.sequences), ("rows", plan.rows, self.rows[0]),
+            ("sequences", len(batch), self.sequences),
+            ("rows", plan.rows, self.rows[0]),
             ("tokens in its longest sequence", longest, self.longest),
-        ]  # fmt: skip
+        ]
         counts = np.diff(batch.row_offsets)
         for t in range(1, plan.max_loops + 1):
             limits += [
                 (f"rows in iteration {t}", plan.rows_at(t), self.rows[t - 1]),
-                (f"active sequences in iteration {t}", plan.active_sequences[t - 1],
-                 self.active[t - 1]),
+                (
+                    f"active sequences in iteration {t}",
+                    plan.active_sequences[t - 1],
+                    self.active[t - 1],
+                ),
                 (f"targets in iteration {t}", int(counts[t - 1]), self.targets[t - 1]),
-            ]  # fmt: skip
+            ]
         for what, have, most in limits:
             if have > most:
                 return f"the batch has {have} {what}, the capacity is {most}"
@@ -324,8 +328,10 @@ class CapacityBatch:
         starts = np.asarray(self.batch.row_offsets[: len(counts)], np.int64)
         place = torch.from_numpy(concat_ranges(starts, counts)).to(rows.device)
         for into, values, beyond in (
-            (rows, batch.rows, 0), (targets, batch.targets, -1), (weights, batch.weights, 0),
-        ):  # fmt: skip
+            (rows, batch.rows, 0),
+            (targets, batch.targets, -1),
+            (weights, batch.weights, 0),
+        ):
             into.fill_(beyond)
             into[place] = values
         _fill(answers, batch.answers, -1)

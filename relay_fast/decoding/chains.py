@@ -72,6 +72,11 @@ def fitting_problems(
     for model in models:  # a problem has more tokens than its length: do not make far too long ones
         _refuse_beyond_limit(model, task, length, length)
     problems = unseen_problems(task, length, number, seed)
+    if number and not len(problems):
+        raise ValueError(
+            f"{task.name} has no solved problems of length {length} for evaluation: add some to "
+            f"its test_data, raise its held_out, or leave this length out"
+        )
     for model in models:
         sizes = np.diff(problems.problem_offsets)
         if isinstance(model, AutoregressiveTransformer):
@@ -130,7 +135,7 @@ def generate_scored(
     Returns:
         What `generate_looped_chains` returns, and the log-probabilities.
     """
-    parts = list(_stream(model, problems, tasks, True, **options))
+    parts = list(stream_scored(model, problems, tasks, **options))
     written = in_callers_order([(chosen, samples) for chosen, samples, _ in parts], problems)
     # Log-probabilities take the tokens' places in samples, so that both are reordered alike.
     scores = [
@@ -161,7 +166,7 @@ def stream_chains(
     Raises:
         ValueError: as `generate_looped_chains`, at the first batch.
     """
-    for chosen, samples, _ in _stream(model, problems, tasks, **options):
+    for chosen, samples, _ in stream_scored(model, problems, tasks, False, **options):
         yield chosen, samples
 
 
@@ -170,16 +175,18 @@ def stream_order(problems: Samples) -> np.ndarray:
     return np.lexsort((-np.diff(problems.problem_offsets), -problems.loops))
 
 
-def _stream(
+def stream_scored(
     model: LoopedTransformer,
     problems: Samples,
     tasks: Mapping[str, Task],
-    scored: bool = False,
+    scored: bool = True,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
     first: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[np.ndarray, Samples, ChainLogProbs | None]]:
+    """Does what `stream_chains` does, and yields each batch's log-probabilities too, None unless
+    `scored`."""
     if isinstance(model, AutoregressiveTransformer):
         raise TypeError(
             "generate_looped_chains needs a looped model: use "

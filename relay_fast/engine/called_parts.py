@@ -331,10 +331,23 @@ def _norm_residual(
 
 
 def _mlp(
-    x, norm_weight, norm_bias, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias,
-    activation="gelu_tanh", eps=1e-6, kind="rms", dropout=None, out=None, keep=True,
+    x,
+    norm_weight,
+    norm_bias,
+    up_weight,
+    up_bias,
+    gate_weight,
+    gate_bias,
+    down_weight,
+    down_bias,
+    activation="gelu_tanh",
+    eps=1e-6,
+    kind="rms",
+    dropout=None,
+    out=None,
+    keep=True,
     residual=True,
-) -> tuple[Tensor, None, None, None]:  # fmt: skip
+) -> tuple[Tensor, None, None, None]:
     y = _norm(x, norm_weight, norm_bias, eps, kind)
     up = _linear(y, up_weight, up_bias)
     gate = None if gate_weight is None else _linear(y, gate_weight, gate_bias)

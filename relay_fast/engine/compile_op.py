@@ -126,10 +126,15 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
         return BlockIteration(config, named, plan, x, ops, call.dtype, call.seed)
 
     return LoopSpec(
-        plan, make_iteration, ops, _policy(call.recompute), tuple(call.states),
-        max(call.truncate, 0) if call.truncate else None, gather_rows=call.gather_rows,
+        plan,
+        make_iteration,
+        ops,
+        _policy(call.recompute),
+        tuple(call.states),
+        max(call.truncate, 0) if call.truncate else None,
+        gather_rows=call.gather_rows,
         compute_dtype=call.dtype,
-    )  # fmt: skip
+    )
 
 
 def _policy(recompute: str) -> RecomputePolicy:
@@ -229,8 +234,12 @@ def loop_bwd(
             SimpleNamespace(
                 spec=spec,
                 saved_tensors=(
-                    to_sorted(x), None, _reordered(spec, chosen, to_caller=False),
-                    x.new_empty(0), *parameters, *parts,
+                    to_sorted(x),
+                    None,
+                    _reordered(spec, chosen, to_caller=False),
+                    x.new_empty(0),
+                    *parameters,
+                    *parts,
                 ),
                 kept=tuple(names),
                 parameters=len(parameters),
@@ -239,7 +248,7 @@ def loop_bwd(
             to_sorted(g_final),
             _reordered(spec, g_states, to_caller=False) if states else None,
             None,
-        )[1:]  # fmt: skip
+        )[1:]
         if dx is not None:
             dx = dx.clone() if plan.to_caller is None else dx[plan.to_caller]
     return [g.contiguous() for g in (dx, *grads) if g is not None]

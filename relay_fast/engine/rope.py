@@ -59,9 +59,14 @@ def block_rope_table(
     """Returns the RoPE tables (rows, head_dim / 2) of a block that has RoPE."""
     c = config
     return rope_table(
-        positions, c.head_dim, c.rope_base, dtype, rotary_dim=c.rotary_dim,
-        frequencies=c.rope_frequencies, scale=c.rope_scale,
-    )  # fmt: skip
+        positions,
+        c.head_dim,
+        c.rope_base,
+        dtype,
+        rotary_dim=c.rotary_dim,
+        frequencies=c.rope_frequencies,
+        scale=c.rope_scale,
+    )
 
 
 @functools.lru_cache(maxsize=16)

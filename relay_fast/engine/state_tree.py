@@ -53,8 +53,13 @@ class StateTree:
         """Returns the buffer of a state: the tensor itself, or a new (rows, width)."""
         if self._spec is None:
             return state
-        return torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf[:, None]
-                          for leaf in tree_flatten(state)[0]], 1)  # fmt: skip
+        return torch.cat(
+            [
+                leaf.flatten(1) if leaf.ndim > 1 else leaf[:, None]
+                for leaf in tree_flatten(state)[0]
+            ],
+            1,
+        )
 
     def unflatten(self, rows: Tensor) -> object:
         """Returns the state in a buffer, as views."""

@@ -58,8 +58,9 @@ def forward_until(
         h = out
     # Which iterations truncation stops is known only now.
     learning = [plan.row_ranges(t, spec.truncate)[0].grad for t in range(1, plan.max_loops + 1)]
-    saved = [value for some, learns in zip(insides, learning, strict=True) if learns
-             for value in some]  # fmt: skip
+    saved = [
+        value for some, learns in zip(insides, learning, strict=True) if learns for value in some
+    ]
     kept = {t: state for t, state in kept.items() if any(learning[t:])}
     empty = torch.empty(0, device=x.device)
     output = torch.cat([x[:0], *chosen.values()])

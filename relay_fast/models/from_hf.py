@@ -207,8 +207,12 @@ def _sizes(layer: nn.Module, rotary: nn.Module | None, options: Mapping[str, Any
     attention, c = _attention(layer)
     kind, head_dim = type(layer).__name__, attention.head_dim
     refuse = lambda what: ValueError(f"{kind} cannot become a layer of a block: {what}")
-    norms = [_module(layer, name) for part in family.parts if "norm" in part
-             for name in family.parts[part]]  # fmt: skip
+    norms = [
+        _module(layer, name)
+        for part in family.parts
+        if "norm" in part
+        for name in family.parts[part]
+    ]
     epsilons = {getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms}
     if len(epsilons) > 1:
         raise refuse(f"its norms have different epsilons, {sorted(epsilons)}")

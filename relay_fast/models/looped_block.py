@@ -228,9 +228,16 @@ class LoopedBlock(nn.Module):
             refuse_compiled(attention_mask=attention_mask, **options)
         if attention_mask is not None:
             return forward_padded(
-                self.forward, x, attention_mask, loops=loops, cu_seqlens=cu_seqlens,
-                positions=positions, return_states=return_states, truncate=truncate, **options,
-            )  # fmt: skip
+                self.forward,
+                x,
+                attention_mask,
+                loops=loops,
+                cu_seqlens=cu_seqlens,
+                positions=positions,
+                return_states=return_states,
+                truncate=truncate,
+                **options,
+            )
         packed, shape = packed_rows(x, cu_seqlens, self.config.d_model)
         return_states = bool(return_states) if is_bool(return_states) else return_states
         if torch.compiler.is_compiling():
@@ -270,9 +277,13 @@ class LoopedBlock(nn.Module):
     ) -> Tensor | list[Tensor]:
         """`forward` with positional arguments."""
         return self.forward(
-            x, loops, cu_seqlens=cu_seqlens, positions=positions, return_states=return_states,
+            x,
+            loops,
+            cu_seqlens=cu_seqlens,
+            positions=positions,
+            return_states=return_states,
             truncate=truncate,
-        )  # fmt: skip
+        )
 
     def _as_op(
         self,

@@ -108,9 +108,17 @@ class NormAndHead:
             if isinstance(weights, str):
                 return self.called_losses(states, rows, targets, **options)
             return row_cross_entropy(
-                states, rows, targets, weights.norm, weights.head, weights.bias,
-                eps=self.eps, norm=self.kind, impl=impl, **options,
-            )  # fmt: skip
+                states,
+                rows,
+                targets,
+                weights.norm,
+                weights.head,
+                weights.bias,
+                eps=self.eps,
+                norm=self.kind,
+                impl=impl,
+                **options,
+            )
 
         return gathered(states, compute, (), shards(self.parts()))
 

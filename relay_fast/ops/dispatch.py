@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import cache, wraps
 from typing import NamedTuple
 
@@ -260,9 +260,13 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 @cache
 def _auto_ops() -> Ops:
-    """Returns the Triton ops, which fall back to plain torch for calls that they do not support."""
+    """Returns the Triton ops, which fall back to plain torch for calls that they do not support.
 
-    def with_fallback(kernel: Callable, reference: Callable | None) -> Callable:
+    Where only strides are in the way, the kernel gets copies: a backward knows of its forward's
+    sizes and dtypes, so that it decides alike, but not of all its tensors.
+    """
+
+    def with_fallback(name: str, kernel: Callable, reference: Callable | None) -> Callable:
         if reference is None:
             return kernel
 
@@ -271,19 +275,33 @@ def _auto_ops() -> Ops:
             try:
                 return kernel(*args, **kwargs)
             except Unsupported:
+                dense = _dense(name, args)
+                if dense is not None:
+                    with suppress(Unsupported):
+                        return kernel(*dense, **kwargs)
                 if kwargs.get("row_count") is not None:  # the reference cannot read it
                     raise
-                for name in ("row_count", "partials"):  # returned instead of added up
-                    kwargs.pop(name, None)
+                for option in ("row_count", "partials"):  # returned instead of added up
+                    kwargs.pop(option, None)
                 return reference(*args, **kwargs)
 
         return op
 
-    ops = Ops(*(with_fallback(k, r) for k, r in zip(_triton_ops(), TORCH, strict=True)))
+    pairs = zip(Ops._fields, _triton_ops(), TORCH, strict=True)
+    ops = Ops(*(with_fallback(*pair) for pair in pairs))
     return ops._replace(
         attention_fwd=_long_attention_fwd(ops.attention_fwd),
         attention_bwd=_long_attention_bwd(ops.attention_bwd),
     )
+
+
+def _dense(name: str, args: tuple) -> list | None:
+    """Returns the arguments of an op with contiguous tensors, or None if they are. Only tensors
+    that the op reads are copied: all of a forward, and the gradient, a backward's first."""
+    read = {"fwd": len(args), "bwd": 1}.get(name.rpartition("_")[2], 0)
+    dense = [a.contiguous() if isinstance(a, Tensor) else a for a in args[:read]]
+    copied = any(a is not b for a, b in zip(dense, args, strict=False))
+    return [*dense, *args[read:]] if copied else None
 
 
 def _long_attention_fwd(otherwise: Callable) -> Callable:

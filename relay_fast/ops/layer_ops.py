@@ -44,15 +44,19 @@ class LayerOp:
         hints = get_type_hints(parts.options)
         options = "".join(f", {kind.__name__} {field}" for field, kind in hints.items())
         self.forward = torch.library.custom_op(
-            f"relay_fast::{name}_fwd", self._forward, mutates_args=(),
+            f"relay_fast::{name}_fwd",
+            self._forward,
+            mutates_args=(),
             schema=f"(Tensor[] tensors, bool[] present{options}, str impl) -> Tensor[]",
-        )  # fmt: skip
+        )
         self.forward.register_fake(self._fake)
         self.backward = torch.library.custom_op(
-            f"relay_fast::{name}_bwd", self._backward, mutates_args=(),
+            f"relay_fast::{name}_bwd",
+            self._backward,
+            mutates_args=(),
             schema="(Tensor grad, Tensor[] tensors, Tensor[] saved, bool[] needed, bool[] present"
             f"{options}, str impl) -> Tensor[]",
-        )  # fmt: skip
+        )
         self.backward.register_fake(
             lambda grad, tensors, saved, needed, *_: [
                 t.new_empty(t.shape) for t, need in zip(tensors, needed, strict=True) if need

@@ -8,7 +8,8 @@ A recipe is a module of this folder with
 - `PUBLISHED`: the paper's numbers as printed, as far as they are known;
 - `prove(settings)`, optional: raises ValueError for settings that do not fit existing files;
 - `run(settings, folder, *, seed, device, display)`: returns JSON-able results; continues an
-  interrupted run in `folder`;
+  interrupted run in `folder`; with a parameter `tasks` it runs on tasks of a config too
+  (`relay_fast.recipes._own_tasks.OwnTasks`);
 - `rows(results)`: returns (header, rows) of the table, measured beside published numbers;
 - `plot(results, path)`: draws a PNG.
 

@@ -20,6 +20,7 @@ from relay_fast.reporting.terminal import draw_all, lenient_output, refused
 from relay_fast.reporting.text_table import text_table
 
 if TYPE_CHECKING:
+    from relay_fast.recipes._own_tasks import OwnTasks
     from relay_fast.relay.run_folder import RunFolder
 
 
@@ -31,6 +32,7 @@ def run_recipe(
     changes: Sequence[str] = (),
     seed: int = 0,
     device: str = "cpu",
+    tasks: str | Path | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe in the run folder `out`, or continues an interrupted run.
 
@@ -41,6 +43,8 @@ def run_recipe(
         changes: Changed settings, texts like "training.steps=20".
         seed: Seed of all random numbers.
         device: "cpu" or a CUDA device.
+        tasks: A config file or a run folder, whose tasks the recipe runs on instead of its own
+            data.
 
     Returns:
         The content of results.json.
@@ -71,14 +75,32 @@ def run_recipe(
         "seed": seed,
         "settings": dataclasses.asdict(settings),
     }
+    options = {} if tasks is None else {"tasks": _own_tasks(name, recipe, tasks)}
+    if options:
+        config |= options["tasks"].identity
     folder = RunFolder(out, config)
     if not folder.stage_done(name) or "results" not in folder.results():
-        _run(recipe, settings, folder, seed, device)
+        _run(recipe, settings, folder, seed, device, options)
         folder.mark_done(name)
     return folder.results()
 
 
-def _run(recipe: ModuleType, settings: Any, folder: RunFolder, seed: int, device: str) -> None:
+def _own_tasks(name: str, recipe: ModuleType, source: str | Path) -> OwnTasks:
+    """Reads the tasks for a recipe; raises ValueError if it takes none."""
+    from relay_fast.recipes._own_tasks import OwnTasks, check_takes_tasks
+
+    check_takes_tasks(name, recipe)
+    return OwnTasks.read(source)
+
+
+def _run(
+    recipe: ModuleType,
+    settings: Any,
+    folder: RunFolder,
+    seed: int,
+    device: str,
+    options: dict[str, Any],
+) -> None:
     """Runs a recipe and writes its results and seconds into results.json."""
     from relay_fast.relay.run_folder import versions
     from relay_fast.reporting.progress import Display
@@ -88,7 +110,8 @@ def _run(recipe: ModuleType, settings: Any, folder: RunFolder, seed: int, device
     folder.update_results({"config": folder.config, "versions": versions(device)})
     try:
         with Display() as display:
-            results = recipe.run(settings, folder, seed=seed, device=device, display=display)
+            options |= {"seed": seed, "device": device, "display": display}
+            results = recipe.run(settings, folder, **options)
         folder.update_results({"results": results})
     except Diverged as error:
         folder.update_results({"history": error.history})
@@ -140,6 +163,11 @@ def _parser() -> argparse.ArgumentParser:
         "-h", "--help", action="store_true", help="this text; after NAME also the recipe's settings"
     )
     parser.add_argument("--preset", default="cpu", help="cpu (minutes) or paper (its sizes)")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="run on the tasks of a config (as relay_fast.train takes it) or of a run's folder",
+    )
     parser.add_argument("--out", metavar="RUN", help="default runs/NAME-PRESET")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--steps", type=int, help="the same as --set training.steps=STEPS")
@@ -190,9 +218,8 @@ def _main(parser: argparse.ArgumentParser, a: argparse.Namespace) -> int:
     changes = [*a.changes, *([] if a.steps is None else [f"training.steps={a.steps}"])]
     out = Path(a.out or f"runs/{a.name}-{a.preset}")
     try:
-        results = run_recipe(
-            a.name, out, preset=a.preset, changes=changes, seed=a.seed, device=a.device
-        )
+        options = {"seed": a.seed, "device": a.device, "tasks": a.config}
+        results = run_recipe(a.name, out, preset=a.preset, changes=changes, **options)
     except (ValueError, RunFolderError, CheckpointError, OSError, MemoryError) as error:
         return refused(error)
     except RunStopped as error:

@@ -134,6 +134,7 @@ def train(
         seed=seed,
         on_progress=lambda progress: display.progress(name, progress),
         before_step=before_step,
+        on_compiling=lambda compiling: display.progress(name, compiling),
     )
     display.finish(name, trained.seconds)
     return trained

@@ -33,6 +33,7 @@ from relay_fast.recipes._common import (
     check_models,
 )
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
+from relay_fast.recipes._own_tasks import OwnTasks, compare_own, own_plot, own_rows
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 from relay_fast.utils.seeds import RECIPE_TEST_STREAM
@@ -153,8 +154,17 @@ def accuracy(model: LoopedClassifier, settings: Settings, n: int, seed: int) -> 
 
 
 def run(
-    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    seed: int,
+    device: str,
+    display: Display,
+    tasks: OwnTasks | None = None,
 ) -> dict[str, Any]:
+    if tasks is not None:
+        return compare_own(settings, tasks, folder, display, seed=seed, device=device)
+
     def draw(rng: np.random.Generator, _: int):
         counts = rng.choice(settings.counts, settings.training.batch_size)
         return draw_sums(rng, counts, settings.digits)
@@ -174,9 +184,13 @@ def _published(results: Mapping[str, Any]) -> Mapping[str, Mapping[int, float]]:
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    if "own" in results:
+        return own_rows(results)
     return comparison_rows(results["models"], _published(results), "n")
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
+    if "own" in results:
+        return own_plot(results, path)
     title = "Addition: looped layers against stacks"
     return comparison_plot(results["models"], _published(results), "operands n", title, path)

@@ -38,6 +38,7 @@ from relay_fast.decoding._inference import inference
 from relay_fast.models.classifier import LoopedClassifier
 from relay_fast.recipes._common import Activation, Heads, Shapes, Training, Width, check_models
 from relay_fast.recipes._compare import compare, comparison_plot, comparison_rows
+from relay_fast.recipes._own_tasks import OwnTasks, compare_own, own_plot, own_rows
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 from relay_fast.utils.seeds import RECIPE_TEST_STREAM
@@ -308,8 +309,16 @@ def accuracy(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str
 
 
 def run(
-    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    seed: int,
+    device: str,
+    display: Display,
+    tasks: OwnTasks | None = None,
 ) -> dict[str, Any]:
+    if tasks is not None:
+        return compare_own(settings, tasks, folder, display, seed=seed, device=device)
     ramp = settings.curriculum * settings.training.steps
 
     def draw(rng: np.random.Generator, step: int):
@@ -334,6 +343,8 @@ def run(
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Makes the table: % correct by depth; the paper's column is over all of its depths."""
+    if "own" in results:
+        return own_rows(results)
     header, lines = comparison_rows(results["models"], {}, "depth")
     lines = [
         [*line, PUBLISHED.get(name)] for line, name in zip(lines, results["models"], strict=True)
@@ -342,5 +353,7 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
+    if "own" in results:
+        return own_plot(results, path)
     title = "Symbolic i-GSM: looped layers against stacks (chance 14 %)"
     return comparison_plot(results["models"], {}, "depth", title, path)

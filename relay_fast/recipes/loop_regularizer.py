@@ -25,8 +25,9 @@ from relay_fast.models.layer_stack import (
     tie,
 )
 from relay_fast.recipes import p_hop
-from relay_fast.recipes._common import Panel, Shapes, draw_panels, train
+from relay_fast.recipes._common import Loss, Panel, Shapes, draw_panels, train
 from relay_fast.recipes._models import classifier_loss, parse_shape
+from relay_fast.recipes._own_tasks import OwnTasks
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 from relay_fast.utils.settings import Count, NotNegative, settings
@@ -70,23 +71,23 @@ PRESETS = {
 
 
 def run(
-    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    seed: int,
+    device: str,
+    display: Display,
+    tasks: OwnTasks | None = None,
 ) -> dict[str, Any]:
     results = []
+    size = settings.training.batch_size
+    draw = p_hop.make_draw(settings) if tasks is None else tasks.draw(size, seed)
     for weight in settings.weights:
-
-        def loss(model: LoopedClassifier, *batch: Tensor, weight: float = weight):
-            value, correct = model.loss(*batch)
-            if weight:
-                layers = model.block.layers
-                value = value + weight * loop_regularizer(layers, settings.period).to(value)
-            return value, correct
-
-        model = p_hop.make_model(settings, settings.models[0], seed)
+        model = p_hop.make_model(settings, settings.models[0], seed, tasks)
         trained = train(
             model,
-            loss,
-            p_hop.make_draw(settings),
+            _regularized_loss(weight, settings.period),
+            draw,
             settings.training,
             folder,
             f"weight_{weight:g}",
@@ -95,11 +96,11 @@ def run(
             device=device,
         )
         looped = {how: tie(model, settings.period, how) for how in TIE_MODES}
-        tied = {how: _accuracies(m, settings, seed) for how, m in looped.items()}
+        tied = {how: _accuracies(m, settings, seed, tasks) for how, m in looped.items()}
         train(
             looped["mean"],
             classifier_loss,
-            p_hop.make_draw(settings),
+            draw,
             replace(settings.training, steps=settings.tied_steps),
             folder,
             f"weight_{weight:g}_tied",
@@ -107,13 +108,13 @@ def run(
             seed=seed + 1,
             device=device,
         )
-        tied["trained"] = _accuracies(looped["mean"], settings, seed)
+        tied["trained"] = _accuracies(looped["mean"], settings, seed, tasks)
         cosines = block_cosines(model.block.layers, settings.period)
         results.append(
             {
                 "weight": weight,
                 "cosines": {name: round(c.item(), 5) for name, c in cosines.items()},
-                "accuracy": _accuracies(model, settings, seed),
+                "accuracy": _accuracies(model, settings, seed, tasks),
                 "tied": tied,
                 "parameters": model.parameter_count(),
                 "tied_parameters": looped["mean"].parameter_count(),
@@ -122,17 +123,36 @@ def run(
             }
         )
     shape, steps = settings.models[0], settings.tied_steps
-    return {"models": results, "shape": shape, "period": settings.period, "tied_steps": steps}
+    found = {"models": results, "shape": shape, "period": settings.period, "tied_steps": steps}
+    return found | ({} if tasks is None else {"own": tasks.label})
 
 
-def _accuracies(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str, float]:
+def _regularized_loss(weight: float, period: int) -> Loss:
+    """Makes the loss with a regulariser of this weight."""
+
+    def loss(model: LoopedClassifier, *batch: Any) -> tuple[Tensor, Tensor]:
+        value, correct = classifier_loss(model, *batch)
+        if weight:
+            value = value + weight * loop_regularizer(model.block.layers, period).to(value)
+        return value, correct
+
+    return loss
+
+
+def _accuracies(
+    model: LoopedClassifier, settings: Settings, seed: int, tasks: OwnTasks | None
+) -> dict[str, float]:
+    if tasks is not None:
+        return tasks.accuracy(model, settings.problems, seed)
     return {str(p): p_hop.accuracy(model, settings, p, seed) for p in settings.hops}
 
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Makes the table: a row for each λ, with the accuracies of the largest p."""
     p = max(results["models"][0]["accuracy"], key=int)
-    header = ["λ", "parameters", "least cosine", "mean cosine", "paper", f"correct, p = {p} (%)"]
+    size = _named(results)[1]
+    header = ["λ", "parameters", "least cosine", "mean cosine", "paper"]
+    header.append(f"correct, {size} = {p} (%)")
     lines = []
     for m in results["models"]:
         cosines = list(m["cosines"].values())
@@ -155,6 +175,12 @@ def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     return [*header, *tied, "tied parameters", "seconds"], lines
 
 
+def _named(results: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns what the data is called, and the size of its problems."""
+    own = results.get("own", {"title": "p-hop", "unit": "p"})
+    return own["title"], own["unit"]
+
+
 def _tied_names(results: Mapping[str, Any]) -> list[str]:
     """Returns the names of the tied models, in the order of a result's "tied"."""
     return [*TIE_MODES, f"mean and {results['tied_steps']} steps"]
@@ -172,10 +198,11 @@ def plot(results: Mapping[str, Any], path: Path) -> Path:
     correct = {"stack": (places, [100 * m["accuracy"][p] for m in models])}
     for key, name in zip(models[0]["tied"], _tied_names(results), strict=True):
         correct[f"tied, {name}"] = places, [100 * m["tied"][key][p] for m in models]
+    title, size = _named(results)
     labels = ", ".join(f"{i}: {name}" for i, name in enumerate(groups))
     weights = ", ".join(f"{i}: λ = {m['weight']:g}" for i, m in enumerate(models))
     panels = [
         Panel("consecutive blocks", labels, "cosine", cosines, y_range=(-0.1, 1.05)),
-        Panel(f"p-hop, p = {p}", weights, "correct (%)", correct, y_range=(0, 103)),
+        Panel(f"{title}, {size} = {p}", weights, "correct (%)", correct, y_range=(0, 103)),
     ]
     return draw_panels(path, panels, "Looping regulariser")

@@ -40,6 +40,7 @@ from relay_fast.recipes._common import (
 )
 from relay_fast.recipes._compare import comparison_rows
 from relay_fast.recipes._models import classifier_loss, make_classifier
+from relay_fast.recipes._own_tasks import OwnTasks, compare_own, own_plot, own_rows
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 from relay_fast.utils.seeds import RECIPE_TEST_STREAM
@@ -202,11 +203,14 @@ def draw_problems(
 # Models
 
 
-def make_model(settings: Settings, name: str, seed: int) -> LoopedClassifier:
-    """Builds the model of a shape; the seed is that of its weights."""
+def make_model(
+    settings: Settings, name: str, seed: int, tasks: OwnTasks | None = None
+) -> LoopedClassifier:
+    """Builds the model of a shape; the seed is that of its weights, `tasks` what it is for instead
+    of p-hop."""
     return make_classifier(
         name,
-        settings.vocabulary_size,
+        settings.vocabulary_size if tasks is None else tasks.vocabulary.size,
         d_model=settings.d_model,
         n_heads=settings.n_heads,
         activation=settings.activation,
@@ -285,8 +289,16 @@ PRESETS = {
 
 
 def run(
-    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    seed: int,
+    device: str,
+    display: Display,
+    tasks: OwnTasks | None = None,
 ) -> dict[str, Any]:
+    if tasks is not None:
+        return compare_own(settings, tasks, folder, display, seed=seed, device=device)
     # One model for all p if its input has p, else one for each p.
     groups = [None] if settings.target == "every" else settings.hops
     results: dict[str, Any] = {}
@@ -316,12 +328,16 @@ def run(
 
 def rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Makes the table: % correct for each p, beside the paper's if the task is the same."""
+    if "own" in results:
+        return own_rows(results)
     published = PUBLISHED if results["published"] else {}
     return comparison_rows(results["models"], published, "p")
 
 
 def plot(results: Mapping[str, Any], path: Path) -> Path:
     """Plots % correct against p, and the training losses."""
+    if "own" in results:
+        return own_plot(results, path)
     correct, dashed, losses = {}, {}, {}
     for name, m in results["models"].items():
         label = f"{name.replace('x', '⊗')} ({m['parameters'] / 1000:.0f}k)"

@@ -2,9 +2,9 @@
 
 This is MIDAS (Saunshi et al. 2024, arXiv 2409.19044). `relay_fast.models.layer_stack` has middle
 and gradual stacking and the Prop-α schedule. The tasks are p-hop (`relay_fast.recipes.p_hop`) and
-RELAY's autoregressive model on the arithmetic chains of the preset `cpu-latent`. The results are
-accuracy, similarity of the layers, and the speed-up: ideal (from layer work) and measured (from the
-seconds of a step at each depth).
+RELAY's autoregressive model on the arithmetic chains of the preset `cpu-latent`, or on the chains
+of the tasks of a --config. The results are accuracy, similarity of the layers, and the speed-up:
+ideal (from layer work) and measured (from the seconds of a step at each depth).
 
 The paper trains language models of up to 8 B parameters with UL2, and its tables are not available;
 `paper` takes the sizes of the p-hop experiment of Saunshi et al. 2025 instead.
@@ -39,11 +39,11 @@ from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.recipes import p_hop
 from relay_fast.recipes._common import Panel, Shapes, Training, draw_panels, train
 from relay_fast.recipes._models import classifier_loss
+from relay_fast.recipes._own_tasks import OwnTasks
 from relay_fast.relay.evaluation import evaluate_autoregressive
 from relay_fast.relay.presets import load_preset
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
-from relay_fast.training.model_files import run_tasks
 from relay_fast.training.optim import make_optimizer
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import BeforeStep, Trained, train_model
@@ -161,8 +161,15 @@ class _Hops:
         return {str(p): p_hop.accuracy(model, s, p, self.seed) for p in s.hops}
 
 
+def arithmetic_config() -> dict[str, Any]:
+    """Returns the config of the preset `cpu-latent` with arithmetic alone."""
+    config = load_preset("cpu-latent")
+    config["tasks"] = {"arithmetic": config["tasks"]["arithmetic"]}
+    return config
+
+
 @dataclass
-class _Arithmetic:
+class _Chains:
     """RELAY's autoregressive model on whole chains; the accuracy is that of its answers."""
 
     settings: Settings
@@ -170,18 +177,16 @@ class _Arithmetic:
     display: Display
     seed: int
     device: str
+    tasks: OwnTasks
 
     def __post_init__(self) -> None:
-        config = load_preset("cpu-latent")
-        config["tasks"] = {"arithmetic": config["tasks"]["arithmetic"]}
-        t = self.training = self.settings.arithmetic
-        self._vocabulary, self._tasks = run_tasks(config)
-        self._range = tuple(config["tasks"]["arithmetic"]["train"])
-        self._sizes = {k: v for k, v in config["model"].items() if not isinstance(v, dict)}
+        t, model = self.settings.arithmetic, load_preset("cpu-latent")["model"]
+        self.training = t
+        self._sizes = {k: v for k, v in model.items() if not isinstance(v, dict)}
         schedule = Schedule.by_steps(t.steps, warmup=t.warmup, decay=t.decay)
         self._stream = TruthStream(
-            self._tasks,
-            {"arithmetic": self._range},
+            self.tasks.tasks,
+            self.tasks.ranges,
             BatchFormat("autoregressive"),
             schedule,
             batch_size=t.batch_size,
@@ -193,8 +198,9 @@ class _Arithmetic:
     def new_model(self, layers: int) -> AutoregressiveTransformer:
         torch.manual_seed(self.seed)
         block = BlockConfig(**{**self._sizes, "n_layers": layers}, causal=True)
-        longest = self._tasks["arithmetic"].max_sequence_tokens(self._range[1])
-        config = ModelConfig(block, self._vocabulary.size, longest)
+        tasks = self.tasks.tasks.items()
+        longest = max(t.max_sequence_tokens(self.tasks.ranges[name][1]) for name, t in tasks)
+        config = ModelConfig(block, self.tasks.vocabulary.size, longest)
         return AutoregressiveTransformer(config).to(self.device)
 
     def train(self, model: nn.Module, name: str, before_step: BeforeStep | None) -> Trained:
@@ -207,6 +213,7 @@ class _Arithmetic:
             seed=self.seed,
             before_step=before_step,
             on_progress=lambda progress: self.display.progress(name, progress),
+            on_compiling=lambda compiling: self.display.progress(name, compiling),
         )
         self.display.finish(name, trained.seconds)
         return trained
@@ -215,21 +222,34 @@ class _Arithmetic:
         return model.loss(self._stream[0].batch.to(self.device)).loss
 
     def accuracy(self, model: AutoregressiveTransformer) -> dict[str, float]:
-        lengths = range(self._range[0], self._range[1] + 1)
-        number = max(1, self.settings.problems // len(lengths))
-        by_length = evaluate_autoregressive(
-            model, self._tasks, "arithmetic", lengths, number, self.seed
-        )
-        return {str(length): marks["answer"] for length, marks in by_length.items()}
+        accuracy = {}
+        for name, task in self.tasks.tasks.items():
+            lengths = task.tested_lengths(*self.tasks.ranges[name]).tolist()
+            number = max(1, self.settings.problems // len(lengths))
+            by_length = evaluate_autoregressive(
+                model, self.tasks.tasks, name, lengths, number, self.seed
+            )
+            several = f"{name} " if len(self.tasks.tasks) > 1 else ""
+            accuracy |= {f"{several}{n}": marks["answer"] for n, marks in by_length.items()}
+        return accuracy
 
 
 def run(
-    settings: Settings, folder: RunFolder, *, seed: int, device: str, display: Display
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    seed: int,
+    device: str,
+    display: Display,
+    tasks: OwnTasks | None = None,
 ) -> dict[str, Any]:
     results = {}
-    for name in settings.tasks:
-        kind = _Hops if name == "p_hop" else _Arithmetic
-        task = kind(settings, folder, display, seed, device)
+    for name in settings.tasks if tasks is None else ["own"]:
+        if name == "p_hop":
+            task = _Hops(settings, folder, display, seed, device)
+        else:
+            chains = OwnTasks(arithmetic_config()) if tasks is None else tasks
+            task = _Chains(settings, folder, display, seed, device, chains)
         schedule = settings.schedule(task.training)
         seconds = _step_seconds(task, settings)
         models = {
@@ -237,7 +257,7 @@ def run(
             for method in settings.methods
         }
         spent = sum(n * t for n, t in zip(schedule.stage_steps, seconds, strict=True))
-        results[name] = {
+        results[name if tasks is None else tasks.label["title"]] = {
             "models": models,
             "stage_steps": list(schedule.stage_steps),
             "step_seconds": [round(t, 6) for t in seconds],

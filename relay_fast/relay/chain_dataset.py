@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from relay_fast.relay.chain_parts import (
     part_sizes,
     write_chains,
 )
+from relay_fast.relay.label_free import Bounds
 from relay_fast.tasks import Samples, Task, Vocabulary, make_task
 from relay_fast.training.model_files import Model, model_hash
 from relay_fast.utils.files import (
@@ -72,6 +73,7 @@ def write_dataset(
     shard_chains: int = SHARD_CHAINS,
     share: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], Any] | None = None,
+    bounds: Bounds | None = None,
 ) -> dict[str, Any]:
     """Generates chains with a model and writes them into a folder, or continues such a folder.
 
@@ -88,6 +90,8 @@ def write_dataset(
         shard_chains: The most chains in a shard.
         share: (i, n): write every n-th shard from shard i on; n writers may work side by side.
         progress: Called with (chains done, chains in all), those of the share.
+        bounds: Of the label-free filter, see `relay_fast.relay.label_free.confidence_bounds`; a
+            folder that is continued keeps its own.
 
     Returns:
         The content of manifest.json, not complete while other writers have to write shards.
@@ -99,28 +103,42 @@ def write_dataset(
     """
     folder = Path(folder)
     check_request(model, tasks, counts, seed, verify, shard_chains)
-    identity = _identity(model, tasks, counts, seed, verify, shard_chains)
+    bounds = kept_bounds(folder, bounds)
+    identity = _identity(model, tasks, counts, seed, verify, shard_chains, bounds)
     sizes = part_sizes(counts, shard_chains)
-    shards, own = len(sizes), range(share[0], len(sizes), share[1])
-    manifest = {"kind": KIND, "identity": identity, "shards": shards, "complete": False}
+    manifest = {"kind": KIND, "identity": identity, "shards": len(sizes), "complete": False}
     with _locked(folder, share):
         _open(folder, manifest, alone=share[1] == 1)
-        fingerprint, done, chains = _fingerprint(identity), 0, sum(sizes[index] for index in own)
-        tables = {}
+        own, done = range(share[0], len(sizes), share[1]), 0
+        chains, tables = sum(sizes[index] for index in own), {}
         for index in own:
-            path = shard_path(folder, index)
-            if path.exists():
-                _, metadata = _read_shard(path, fingerprint, index)
-            else:
-                problems = draw_problems(tasks, counts, seed, index, shards)
-                metadata = {"dataset": fingerprint, "index": index}
-                advance = progress and (lambda k, _, done=done: progress(done + k, chains))
-                _write_shard(path, model, problems, tasks, verify, metadata, advance)
+            options = {"verify": verify, "bounds": bounds}
+            options["progress"] = progress and (lambda k, _, n=done: progress(n + k, chains))
+            draw = partial(draw_problems, tasks, counts, seed, index, len(sizes))
+            tables[index] = _shard_counts(folder, index, identity, model, draw, tasks, options)
             done += sizes[index]
-            tables[index] = filter_metrics.from_json(metadata["counts"])
         if not missing_shards(folder, manifest):
-            _complete(folder, fingerprint, manifest, tables)
+            _complete(folder, _fingerprint(identity), manifest, tables)
     return manifest
+
+
+def _shard_counts(
+    folder: Path,
+    index: int,
+    identity: Mapping[str, Any],
+    model: Model,
+    draw: Callable[[], Samples],
+    tasks: Mapping[str, Task],
+    options: Mapping[str, Any],
+) -> filter_metrics.Table:
+    """Returns the counts of a shard, which is written if it is not there."""
+    path, fingerprint = shard_path(folder, index), _fingerprint(identity)
+    if path.exists():
+        _, metadata = _read_shard(path, fingerprint, index)
+    else:
+        metadata = {"dataset": fingerprint, "index": index}
+        _write_shard(path, model, draw(), tasks, metadata, options)
+    return filter_metrics.from_json(metadata["counts"])
 
 
 def _complete(
@@ -134,6 +152,14 @@ def _complete(
     counted = filter_metrics.add([tables[index] for index in range(shards)])
     manifest |= {"complete": True, "counts": filter_metrics.to_json(counted)}
     _write_manifest(folder, manifest)
+
+
+def kept_bounds(folder: str | os.PathLike, bounds: Bounds | None = None) -> Bounds | None:
+    """Returns the bounds of the label-free filter in a dataset folder, `bounds` if there is none
+    yet."""
+    if not (Path(folder) / "manifest.json").is_file():
+        return bounds
+    return read_manifest(folder)["identity"].get("bounds")
 
 
 def missing_shards(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[int]:
@@ -281,6 +307,7 @@ def _identity(
     seed: int,
     verify: str | None,
     shard_chains: int,
+    bounds: Bounds | None,
 ) -> dict[str, Any]:
     """Returns everything that the chains depend on, as JSON values."""
     present = {name: tasks[name] for name in counts}
@@ -292,7 +319,7 @@ def _identity(
         "seed": seed,
         "verify": verify,
         "shard_chains": shard_chains,
-    }
+    } | ({} if bounds is None else {"bounds": dict(bounds)})
     return json.loads(json_text(identity))
 
 
@@ -366,15 +393,15 @@ def _write_shard(
     model: Model,
     problems: Samples,
     tasks: Mapping[str, Task],
-    verify: str | None,
     metadata: dict[str, Any],
-    progress: Callable[[int, int], Any] | None,
+    options: Mapping[str, Any],
 ) -> None:
-    """Generates and writes a shard; adds the counts and the digest to `metadata`."""
-    written, passed, ended = write_chains(model, problems, tasks, verify, progress)
+    """Generates and writes a shard, with options of `write_chains`; adds the counts and the digest
+    to `metadata`."""
+    written, passed, ended, kept = write_chains(model, problems, tasks, **options)
     tensors = {f.name: torch.from_numpy(getattr(written, f.name)) for f in fields(written)}
     tensors["passed"] = torch.from_numpy(passed)
-    counts = filter_metrics.count(written, problems, tasks, passed, ended)
+    counts = filter_metrics.count(written, problems, tasks, passed, ended, kept)
     metadata |= {"counts": filter_metrics.to_json(counts), "digest": _digest(tensors)}
     save_checkpoint(path, tensors, metadata)
 

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from relay_fast.decoding.chains import decode_chains, generate_looped_chains, parse_chains
+from relay_fast.decoding.chains import decode_chains, parse_chains
+from relay_fast.decoding.confidence import generate_confident
 from relay_fast.models.transformers import AutoregressiveTransformer
+from relay_fast.relay.label_free import Bounds, label_free
 from relay_fast.tasks import Samples, Task
 from relay_fast.tasks.verify import check_verify, correct_chains, verify_chains
 from relay_fast.training.model_files import Model
@@ -19,11 +21,13 @@ Counts = Mapping[str, Mapping[int, int]]  # {task: {length: number of chains}}
 
 
 class WrittenChains(NamedTuple):
-    """Chains, (S,) bool which passed the check, and (S,) bool which ended, None for all."""
+    """Chains, and (S,) bool: which passed the check, which ended (None for all), and which the
+    label-free filter keeps (None if that was not asked)."""
 
     chains: Samples
     passed: np.ndarray
     ended: np.ndarray | None
+    kept: np.ndarray | None = None
 
 
 def check_request(
@@ -116,6 +120,7 @@ def write_chains(
     tasks: Mapping[str, Task],
     verify: str | None,
     progress: Callable[[int, int], Any] | None = None,
+    bounds: Bounds | None = None,
 ) -> WrittenChains:
     """Generates the chains of solved problems and checks them.
 
@@ -125,18 +130,20 @@ def write_chains(
         tasks: Their tasks by name.
         verify: The check, see `relay_fast.tasks.verify.verify_chains`.
         progress: Called with (chains done, chains in all).
+        bounds: Of the label-free filter, see `relay_fast.relay.label_free.confidence_bounds`.
     """
-    ended = None
+    ended = confidence = None
     if isinstance(model, AutoregressiveTransformer):
         decoded = decode_chains(model, problems, tasks, progress=progress)
         written, ended = parse_chains(decoded, problems, tasks), decoded.ended
     else:
-        written = generate_looped_chains(model, problems, tasks, progress=progress)
+        written, confidence = generate_confident(model, problems, tasks, progress=progress)
+    kept = label_free(written, tasks, confidence, bounds)
     if verify == "task":  # the problems are solved already
         passed = correct_chains(written, problems)
     else:
-        passed = verify_chains(written, tasks, verify)
-    return WrittenChains(written, passed, ended)
+        passed = kept if verify == "self" else verify_chains(written, tasks, verify)
+    return WrittenChains(written, passed, ended, kept)
 
 
 def chain_parts(
@@ -148,6 +155,7 @@ def chain_parts(
     verify: str | None,
     part_chains: int,
     progress: Callable[[int, int], Any] | None = None,
+    bounds: Bounds | None = None,
 ) -> Iterator[WrittenChains]:
     """Yields the chains of a dataset part by part, so that only one is in memory.
 
@@ -159,6 +167,7 @@ def chain_parts(
         verify: The check, see `relay_fast.tasks.verify.verify_chains`.
         part_chains: The most chains in a part.
         progress: Called with (chains done, chains in all).
+        bounds: As in `write_chains`.
 
     Raises:
         ValueError: The model or a task does not support the arguments.
@@ -169,5 +178,5 @@ def chain_parts(
     for index in range(parts):
         problems = draw_problems(tasks, counts, seed, index, parts)
         advance = progress and (lambda k, _, done=done: progress(done + k, chains))
-        yield write_chains(model, problems, tasks, verify, advance)
+        yield write_chains(model, problems, tasks, verify, advance, bounds)
         done += len(problems)

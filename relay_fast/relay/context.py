@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from relay_fast.data.streams import BatchFormat
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay.presets import recipe
 from relay_fast.relay.presets.complete import used_lengths
-from relay_fast.tasks import FeedbackDraws
+from relay_fast.tasks import FeedbackDraws, Task
 from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
 from relay_fast.training.ranks import Ranks
 from relay_fast.training.trainer import Trained
 from relay_fast.utils.cores import machine_memory
+from relay_fast.utils.lengths import ranges_text
 
 # Keys of the table `model` that only looped models have.
 _OF_LOOPED = ("feedback", "carry_state", "feedback_noise")
@@ -86,6 +87,12 @@ class Context:
         return {name: report for name, report in reports.items() if report}
 
     @property
+    def untested(self) -> dict[str, list[int]]:
+        """The lengths of each task that the run's evaluation has no problems of."""
+        ranges = {n: (self.ranges[n][0], self.task_config(n)["test"][1]) for n in self.tasks}
+        return untested_lengths(self.tasks, ranges)
+
+    @property
     def labels(self) -> dict[str, dict[str, str]]:
         """Names of the tasks and of what their lengths count, for tables and plots."""
         return {name: task.label for name, task in self.tasks.items()}
@@ -101,7 +108,7 @@ class Context:
                 if task.most_problems(length) == 0:
                     raise ValueError(
                         f"tasks.{name}.self_lengths has {length}, of which no problem can be "
-                        f"drawn: give other lengths"
+                        f"drawn: add some, which may come without rounds, or give other lengths"
                     )
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))
@@ -219,6 +226,28 @@ class Context:
             "training": {name: trained.record()},
             "longest_true_problem": trained.longest_true,
         }
+
+
+def untested_lengths(
+    tasks: Mapping[str, Task], ranges: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Returns the lengths in these ranges that there are no unseen problems of, by task; tasks that
+    lack none are left out."""
+    missing = {}
+    for name, task in tasks.items():
+        shortest, longest = ranges[name]
+        tested = set(task.tested_lengths(shortest, longest).tolist())
+        missing[name] = [n for n in range(shortest, longest + 1) if n not in tested]
+    return {name: lengths for name, lengths in missing.items() if lengths}
+
+
+def untested_notes(untested: Mapping[str, Sequence[int]]) -> list[str]:
+    """Says for each task which lengths no table shows."""
+    return [
+        f"note: {name} has no solved problems for evaluation of {ranges_text(lengths)}, which no "
+        f"table shows"
+        for name, lengths in untested.items()
+    ]
 
 
 def _check_memory(config: ModelConfig) -> None:

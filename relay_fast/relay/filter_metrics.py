@@ -1,8 +1,7 @@
 """Measures how many chains of a model are correct, and how well the label-free filter finds them.
 
-The label-free filter keeps a chain if its answer, from the answer head, is the one that its rounds
-imply. Its precision, recall and keep rate are measured against truth: a chain is correct if every
-round and the answer are.
+The precision, recall and keep rate of the label-free filter (`relay_fast.relay.label_free`) are
+measured against truth: a chain is correct if every round and the answer are.
 """
 
 from __future__ import annotations
@@ -65,6 +64,7 @@ def count(
     tasks: Mapping[str, Task],
     passed: np.ndarray | None = None,
     ended: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
 ) -> Table:
     """Counts chains by task and length.
 
@@ -74,9 +74,11 @@ def count(
         tasks: The tasks by name.
         passed: (S,) bool, the chains that passed the dataset's check, by default all.
         ended: (S,) bool, the chains that ended within the limit, by default all.
+        kept: (S,) bool, the chains that the label-free filter keeps, by default those whose answer
+            is the one that their rounds imply.
     """
     correct = correct_chains(written, truth)
-    kept = verify_chains(written, tasks, "self")
+    kept = verify_chains(written, tasks, "self") if kept is None else kept
     every = np.ones(len(written), bool)
     passed = every if passed is None else passed
     ended = every if ended is None else ended
@@ -134,7 +136,7 @@ def table_text(table: Table) -> str:
         for length, c in rows:
             shares = map(_percent, (c.keep_rate, c.precision, c.recall))
             cells.append([task, length, c.written, c.passed, c.correct, *shares, c.unended])
-    title = "label-free filter (the answer agrees with the rounds) against truth"
+    title = "label-free filter against truth"
     return f"{title}\n{text_table(header, cells, left=1)}"
 
 

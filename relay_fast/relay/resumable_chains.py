@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
-from relay_fast.data.sample_files import load_samples, save_samples
-from relay_fast.decoding.chains import Progress, in_callers_order, stream_chains, stream_order
+from relay_fast.data.sample_files import load_confident, save_samples
+from relay_fast.decoding.chains import Progress, stream_order
+from relay_fast.decoding.confidence import confident_in_order, stream_confident, tells_confidence
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import Samples, Task
 from relay_fast.training.model_files import model_hash
@@ -46,24 +47,60 @@ def generate_in_parts(
         CheckpointError: A file cannot be read or written.
         ValueError: As `generate_looped_chains`.
     """
+    return generate_confident_in_parts(model, problems, tasks, stem, progress)[0]
+
+
+def generate_confident_in_parts(
+    model: LoopedTransformer,
+    problems: Samples,
+    tasks: Mapping[str, Task],
+    stem: Path,
+    progress: Progress | None = None,
+) -> tuple[Samples, np.ndarray | None]:
+    """Does what `generate_in_parts` does; returns the confidence of each chain too, None for a
+    model that does not tell it."""
     name = f"{stem.name}.{_digest(model, problems)}"
     path = lambda first: stem.with_name(f"{name}-{first:08d}.safetensors")
-    parts: list[Samples] = []
+    parts, done = _saved(path, tells_confidence(model))
+    fresh: list[tuple[Samples, np.ndarray | None]] = []
+    saved = time.monotonic()
+    for _, *part in stream_confident(model, problems, tasks, first=done, progress=progress):
+        fresh.append(tuple(part))
+        tokens = sum(len(samples.rounds) for samples, _ in fresh)
+        if time.monotonic() - saved >= SAVE_EVERY or tokens >= PART_TOKENS:
+            parts.append(_joined(fresh))
+            samples, confidence = parts[-1]
+            save_samples(path(done), samples, {}, confidence)  # the name identifies it
+            done += len(samples)
+            fresh, saved = [], time.monotonic()
+    if not parts + fresh:
+        return confident_in_order([], problems)
+    whole = (stream_order(problems), *_joined(parts + fresh))
+    return confident_in_order([whole], problems)
+
+
+def _saved(
+    path: Callable[[int], Path], confident: bool
+) -> tuple[list[tuple[Samples, np.ndarray | None]], int]:
+    """Reads the files of an interrupted call up to the first that is missing, or has no confidence
+    where it is wanted; returns how many chains they hold too."""
+    parts: list[tuple[Samples, np.ndarray | None]] = []
     done = 0
     while path(done).exists():
-        parts.append(load_samples(path(done)))
-        done += len(parts[-1])
-    fresh: list[Samples] = []
-    saved = time.monotonic()
-    for _, written in stream_chains(model, problems, tasks, first=done, progress=progress):
-        fresh.append(written)
-        tokens = sum(len(samples.rounds) for samples in fresh)
-        if time.monotonic() - saved >= SAVE_EVERY or tokens >= PART_TOKENS:
-            parts.append(Samples.concat(fresh))
-            save_samples(path(done), parts[-1], {})  # the name identifies it
-            done += len(parts[-1])
-            fresh, saved = [], time.monotonic()
-    return in_callers_order([(stream_order(problems), Samples.concat(parts + fresh))], problems)
+        part = load_confident(path(done))
+        if confident and part[1] is None:
+            break
+        parts.append(part)
+        done += len(part[0])
+    return parts, done
+
+
+def _joined(
+    parts: Sequence[tuple[Samples, np.ndarray | None]],
+) -> tuple[Samples, np.ndarray | None]:
+    confidences = [confidence for _, confidence in parts]
+    joined = None if confidences[0] is None else np.concatenate(confidences)
+    return Samples.concat([samples for samples, _ in parts]), joined
 
 
 def _digest(model: LoopedTransformer, problems: Samples) -> str:

@@ -17,19 +17,20 @@ import numpy as np
 
 from relay_fast.data.sample_files import load_samples, save_samples
 from relay_fast.data.streams import SampleStream, TruthStream, mean_cost
-from relay_fast.decoding.chains import (
-    generate_ar_chains,
-    generate_looped_chains,
-    in_callers_order,
-    stream_chains,
+from relay_fast.decoding.chains import generate_ar_chains, generate_looped_chains
+from relay_fast.decoding.confidence import (
+    confident_in_order,
+    generate_confident,
+    stream_confident,
 )
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.relay import filter_metrics
 from relay_fast.relay.context import Context
 from relay_fast.relay.evaluation import evaluate_autoregressive, evaluate_looped, hit_matrix
+from relay_fast.relay.label_free import PROBLEMS, confidence_bounds, label_free
 from relay_fast.relay.presets import recipe
-from relay_fast.relay.resumable_chains import generate_in_parts
-from relay_fast.reporting.progress import Problems, Progress
+from relay_fast.relay.resumable_chains import generate_confident_in_parts
+from relay_fast.reporting.progress import Compiling, Problems, Progress
 from relay_fast.tasks import NO_ANSWER, FeedbackDraws, Samples
 from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import model_path
@@ -42,7 +43,7 @@ from relay_fast.utils.seeds import (
     TRAIN_STREAM,
 )
 
-OnProgress = Callable[[Progress | Problems], None]
+OnProgress = Callable[[Progress | Problems | Compiling], None]
 
 # Stage -> stages that must be done before, in the order in which ready stages are started.
 STAGE_DEPENDENCIES: dict[str, tuple[str, ...]] = {
@@ -186,6 +187,7 @@ def _from_scratch(context: Context, name: str, model, kind: str, on_progress: On
         data_workers=context.config["data_workers"],
         on_progress=on_progress,
         ranks=context.ranks,
+        on_compiling=on_progress,
     )
     return context.finish(name, model, trained)
 
@@ -221,15 +223,23 @@ def _chains(context: Context, on_progress: OnProgress):
         lengths = np.repeat(beyond, counts)
         parts.append(task.sample(lengths, context.stream_seed(CHAINS_STREAM)))
     problems = Samples.concat(parts)
-    written = _written_together(context, model, problems, on_progress)
+    written, confidence = _written_together(context, model, problems, on_progress)
     if context.ranks.writes:
         save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
     context.ranks.same(None)
-    counts = [filter_metrics.count(written, problems, context.tasks)]
-    if len(kept := _kept_problems(context, problems)):
-        written = generate_looped_chains(model, kept, context.tasks)
-        counts.append(filter_metrics.count(written, kept, context.tasks))
-    return {"trust": filter_metrics.to_json(filter_metrics.add(counts))}
+    few = min(PROBLEMS, context.config["evaluation"]["problems"])
+    bounds = confidence_bounds(model, context.tasks, context.ranges, context.seed, few)
+
+    def count(written: Samples, truth: Samples, confidence) -> filter_metrics.Table:
+        kept = label_free(written, context.tasks, confidence, bounds)
+        return filter_metrics.count(written, truth, context.tasks, kept=kept)
+
+    counts = [count(written, problems, confidence)]
+    if len(known := _kept_problems(context, problems)):
+        written, confidence = generate_confident(model, known, context.tasks)
+        counts.append(count(written, known, confidence))
+    trust = filter_metrics.to_json(filter_metrics.add(counts))
+    return {"trust": trust} | ({} if bounds is None else {"filter": {"bounds": bounds}})
 
 
 def _kept_problems(context: Context, problems: Samples) -> Samples:
@@ -244,15 +254,18 @@ def _kept_problems(context: Context, problems: Samples) -> Samples:
     return Samples.concat(parts)
 
 
-def _written_together(context: Context, model, problems: Samples, on_progress) -> Samples:
-    """Generates chains on all ranks; each takes every so manieth batch of those of one process."""
+def _written_together(
+    context: Context, model, problems: Samples, on_progress
+) -> tuple[Samples, np.ndarray | None]:
+    """Generates chains and their confidences on all ranks; each takes every so manieth batch of
+    those of one process."""
     progress, ranks = _throttled(on_progress), context.ranks
     if ranks.alone:
         stem = context.folder / "checkpoints" / "chains"
-        return generate_in_parts(model, problems, context.tasks, stem, progress)
+        return generate_confident_in_parts(model, problems, context.tasks, stem, progress)
     shard = (ranks.rank, ranks.size)
-    own = list(stream_chains(model, problems, context.tasks, progress=progress, shard=shard))
-    return in_callers_order([part for parts in ranks.gather(own) for part in parts], problems)
+    own = list(stream_confident(model, problems, context.tasks, progress=progress, shard=shard))
+    return confident_in_order([part for parts in ranks.gather(own) for part in parts], problems)
 
 
 def _in_range_problems(context: Context) -> Samples:
@@ -301,6 +314,7 @@ def _fine_tune(
         data_workers=context.config["data_workers"],
         on_progress=on_progress,
         ranks=context.ranks,
+        on_compiling=on_progress,
     )
 
 
@@ -387,7 +401,7 @@ def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str,
     own = slice(context.ranks.rank, None, context.ranks.size)  # lengths are shared out
     for task, entry in context.config["tasks"].items():
         lengths = (
-            context.tasks[task].lengths_between(entry["train"][0], entry["test"][1]).tolist()[own]
+            context.tasks[task].tested_lengths(entry["train"][0], entry["test"][1]).tolist()[own]
         )
         accuracy[task] = evaluate(
             model,

@@ -26,6 +26,16 @@ class Problems(NamedTuple):
     total: int
 
 
+class Compiling(NamedTuple):
+    """Progress of compiling the kernels of a stage, counted in calls of its model."""
+
+    done: int
+    total: int
+
+
+_UNITS = {Problems: "problem", Compiling: "warm-up call"}
+
+
 class Display:
     """Shows progress bars on a terminal and prints plain lines elsewhere."""
 
@@ -53,9 +63,9 @@ class Display:
         else:
             print(f"{name:24s} started", flush=True)
 
-    def progress(self, name: str, p: Progress | Problems) -> None:
+    def progress(self, name: str, p: Progress | Problems | Compiling) -> None:
         """Updates the stage `name`. A count that falls, or another unit, begins a new phase."""
-        unit, done, total = ("problem" if isinstance(p, Problems) else "step"), p[0], p[1]
+        unit, done, total = _UNITS.get(type(p), "step"), p[0], p[1]
         now = time.monotonic()
         last_unit, last = self._last.get(name, ("", 0))
         anew = unit != last_unit or done < last
@@ -68,6 +78,8 @@ class Display:
         if isinstance(p, Progress):
             correct = f"correct {p.chain_accuracy:6.1%}"
             note = f"loss {p.loss:.4f}  {correct}  {p.samples_per_s:.0f} samples/s"
+        elif isinstance(p, Compiling):
+            note = "compiling kernels"
         if self._bars:
             if anew:
                 self._bars.reset(self._ids[name])

@@ -122,6 +122,10 @@ class Task(ABC):
         """Returns the lengths from `shortest` to `longest` that there are problems of."""
         return np.arange(shortest, longest + 1)
 
+    def tested_lengths(self, shortest: int, longest: int) -> np.ndarray:
+        """Returns those of `lengths_between` that there are unseen problems of."""
+        return self.lengths_between(shortest, longest)
+
     def knows_truth(self, length: int) -> bool:
         """Tells whether the problems of a length that are drawn are all solved."""
         return True

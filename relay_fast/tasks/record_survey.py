@@ -151,7 +151,7 @@ class Survey:
             raise self._wrong(
                 index,
                 f"has a round of {longest} tokens, more than max_round_tokens = "
-                f"{rules.max_round_tokens}",
+                f"{rules.max_round_tokens}: shorten it, or allow longer ones",
             )
         room = problem - 1  # the boundary <pad> stands before the round
         longest += rules.round_extra

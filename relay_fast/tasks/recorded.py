@@ -43,6 +43,10 @@ class RecordedTask(TokenizedTask):
     def lengths_between(self, shortest: int, longest: int) -> np.ndarray:
         return self.text.lengths_between(shortest, longest)
 
+    def tested_lengths(self, shortest: int, longest: int) -> np.ndarray:
+        lengths, pools = self.lengths_between(shortest, longest), self.text.pools
+        return lengths[[len(pools.unseen(length)) > 0 for length in lengths.tolist()]]
+
     def check_range(self, shortest: int, longest: int) -> None:
         self.text.check_range(shortest, longest)
 

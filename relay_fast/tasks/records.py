@@ -20,6 +20,7 @@ from relay_fast.tasks.recorded import RecordedTask
 from relay_fast.tasks.text import Sample, Sizes, TextTask
 from relay_fast.tasks.tokenisers import make_tokeniser
 from relay_fast.tasks.vocabulary import RESERVED, Vocabulary
+from relay_fast.utils.lengths import ranges_text
 
 SHOWS = ("both", "round")
 
@@ -128,7 +129,7 @@ class RecordsTask(TextTask):
         if length not in self._sizes:
             raise ValueError(
                 f"{self.pools.index.source.shown} has no records of length {length}: it has "
-                f"{_ranges(self._sizes)}"
+                f"{ranges_text(self._sizes)}"
             )
 
     def sizes(self, length: int) -> Sizes:
@@ -169,6 +170,9 @@ class RecordsTask(TextTask):
                     f"{place} has the token {token!r}, which the vocabulary lacks: add it to "
                     f"vocabulary.tokens, or leave these out to collect them from the records"
                 )
+
+    def drawable(self, length: int) -> bool:
+        return len(self.pools.drawn(length)) > 0
 
     def pinned(self) -> dict[str, Any]:
         """Returns the hashes by which a run recognises its files."""
@@ -244,15 +248,3 @@ def _absolute(paths: Mapping[str, str | None]) -> dict[str, str]:
 
 def _missing(record: Record) -> str:
     return "rounds" if record.rounds is None else "answer"
-
-
-def _ranges(lengths: Iterable[int], most: int = 5) -> str:
-    """Describes ascending numbers, as in `1..10, 12`."""
-    parts: list[list[int]] = []
-    for n in lengths:
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], n]
-        else:
-            parts.append([n])
-    texts = ["..".join(map(str, part)) for part in parts]
-    return ", ".join(texts[:most]) + (", …" if len(texts) > most else "")

@@ -152,6 +152,10 @@ class TextTask(ABC):
         """Returns the part of a run's config that builds this task again."""
         return {"class": reference_of(type(self)), "parameters": self.arguments}
 
+    def drawable(self, length: int) -> bool:
+        """Tells whether problems of a length can be drawn, as far as that is known beforehand."""
+        return True
+
     def pinned(self) -> dict[str, Any]:
         """Returns parameters that a run adds to its config to recognise what they stand for."""
         return {}

@@ -21,12 +21,11 @@ from relay_fast.tasks.base import (
     until_eos,
 )
 from relay_fast.tasks.feedback import Inputs, Written, problems_shown, right_aligned
-from relay_fast.tasks.own_code import own_code
+from relay_fast.tasks.proving import prove_samples
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, PAD, RESERVED, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
 
-PROVED = 8  # samples of a length that are looked at before a run
 _UNREADABLE = (ValueError, LookupError, TypeError, ArithmeticError)  # of a model's texts
 
 
@@ -93,7 +92,7 @@ class TokenizedTask(Task):
         for length in np.unique(array).tolist():
             self.check_length(length)
         drawn = [
-            self._encoded(*self.text.draw(length, int(seed), start + i))
+            self.encoded(*self.text.draw(length, int(seed), start + i))
             for i, length in enumerate(array.tolist())
         ]
         samples = self._samples(array, drawn)
@@ -101,41 +100,20 @@ class TokenizedTask(Task):
         return samples
 
     def prove(self, lengths: Iterable[int]) -> None:
-        """Raises ValueError for samples that cannot be encoded, that differ between two calls with
-        one seed, that have another length than asked, or that `solve` contradicts."""
-        for length in lengths:
-            self.check_length(length)
-            for index in range(PROVED):
-                with own_code(self.text):
-                    self._prove(length, index)
+        """Raises ValueError for samples that cannot be encoded, that differ when they are drawn
+        again, that have another length than asked, or that `solve` contradicts."""
+        prove_samples(self, lengths)
 
-    def _prove(self, length: int, index: int) -> None:
-        problem, rounds, answer = first = self.text.draw(length, 0, index)
-        if self.text.draw(length, 0, index) != first:
-            raise ValueError(
-                f"task {self.name!r}: sample({length}, rng) differs between two calls with one "
-                f"seed; draw all that is random from rng."
-            )
-        self._encoded(*first)
-        if self.text.tells_lengths and (found := self.text.length_of(problem)) != length:
-            raise ValueError(
-                f"task {self.name!r}: sample({length}, rng) returned the problem {problem!r:.60}, "
-                f"of length {found}; return one of the length asked for, or mend length_of."
-            )
-        if self.solves:
-            solved, implied = self.text.solve(problem)
-            if ([*solved], implied) != ([*rounds], answer):
-                raise ValueError(
-                    f"task {self.name!r}: the problem {problem!r:.60} has the rounds "
-                    f"{[*rounds]!r:.60} and the answer {answer!r:.40} in sample, but "
-                    f"{[*solved]!r:.60} and {implied!r:.40} in solve; make them the same."
-                )
-
-    def _encoded(
+    def encoded(
         self, problem: str, rounds: Sequence[str], answer: str
     ) -> tuple[list[int], list[list[int]], int]:
         """Returns a sample in token ids; raises ValueError for texts that do not fit together."""
         ids = [self.token, *self._ids(problem), self.end]
+        if len(ids) == 2:
+            raise ValueError(
+                f"task {self.name!r}: the problem {problem!r:.60} of the rounds {[*rounds]!r:.60} "
+                f"is empty; give every problem at least one token."
+            )
         chain = [[*self._ids(text), self.end] for text in rounds]
         for text, tokens in zip(rounds, chain, strict=True):
             if len(tokens) == 1:
@@ -244,7 +222,7 @@ class TokenizedTask(Task):
                 f"define {type(self.text).__name__}.solve"
             )
         rounds, answer = self.text.solve(text)
-        _, chain, answer = self._encoded(text, list(rounds), answer)
+        _, chain, answer = self.encoded(text, list(rounds), answer)
         tokens = np.array([token for tokens in chain for token in tokens], np.int32)
         return tokens, lengths_to_offsets(np.array([*map(len, chain)], np.int64)), answer
 

@@ -14,13 +14,15 @@ import torch
 from torch.utils.data import Dataset
 
 from relay_fast.batch.capacity import Capacity
+from relay_fast.batch.packed import PackedBatch
 from relay_fast.data.streams import Step, prefetch
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
-from relay_fast.reporting.progress import Progress
+from relay_fast.reporting.progress import Compiling, Progress
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
-from relay_fast.training.cuda_graph import GraphedStep, graph_reason, take_step
+from relay_fast.training.cuda_graph import PART_TOKENS, GraphedStep, graph_reason, take_step
 from relay_fast.training.optim import make_optimizer, set_lr_scale
 from relay_fast.training.ranks import Exchange, Ranks, Stopped
+from relay_fast.training.warmup import warmup
 from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
 from relay_fast.utils.interrupts import interrupts_deferred
@@ -37,6 +39,7 @@ PART_BYTES = 12 << 20  # split the files of a resume point at this size
 # other batches of preset paper-fast exceeded it (12 % do at slack 0.1 without the spread).
 CAPACITY_BATCHES, SLACK, SPREAD = 12, 0.05, 2.0
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+WARMED_UP = ("cuda",)  # kinds of devices for which kernels are compiled
 
 
 class Trained(NamedTuple):
@@ -101,6 +104,8 @@ def train_model(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     before_step: BeforeStep | None = None,
     ranks: Ranks | None = None,
+    warm_up: bool = True,
+    on_compiling: Callable[[Compiling], None] = lambda compiling: None,
 ) -> Trained:
     """Trains a model in place on all steps of a stream; continues a saved state if there is one.
 
@@ -122,6 +127,9 @@ def train_model(
             it for the steps taken before.
         ranks: the processes that train together, each with the same model, stream and arguments;
             default: this one alone. Their number changes nothing but rounding.
+        warm_up: whether to compile all kernels before the first step on a GPU, rather than during
+            the first steps. RELAY_FAST_WARM_UP=0 in the environment leaves it out too.
+        on_compiling: called with the progress of the compilation.
 
     Raises:
         KeyboardInterrupt: after an interruption, with the state saved.
@@ -130,6 +138,8 @@ def train_model(
         CheckpointError: if the state cannot be read or written, or belongs to another recipe.
     """
     training = _Training(model, stream, recipe, Path(state_path), seed, before_step, ranks)
+    if warm_up and os.environ.get("RELAY_FAST_WARM_UP") != "0":
+        training.warm_up(on_compiling)
     with interrupts_deferred() as interrupted:
         return training.run(data_workers, on_progress, interrupted)
 
@@ -179,7 +189,9 @@ class _Training:
         self._generators = {"cpu": torch.default_generator}
         if model.device.type == "cuda":
             self._generators["cuda"] = torch.cuda.default_generators[model.device.index or 0]
-        self.take = self._step_taker(DTYPES[recipe.get("autocast", "fp32")], recipe.get("graph"))
+        self.autocast = DTYPES[recipe.get("autocast", "fp32")]
+        self.capacity: Capacity | None = None  # of the CUDA graph
+        self.take = self._step_taker(self.autocast, recipe.get("graph"))
         if self.ranks.same(path.exists()):
             self._resume()
 
@@ -197,8 +209,26 @@ class _Training:
             )
         steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
         drawn = (self.stream[step].batch for step in sorted(set(steps.tolist())))
-        capacity = Capacity.of(drawn, SLACK, SPREAD)
-        return GraphedStep(self.model, self.optimizer, capacity, **options)
+        self.capacity = Capacity.of(drawn, SLACK, SPREAD)
+        return GraphedStep(self.model, self.optimizer, self.capacity, **options)
+
+    def warm_up(self, on_compiling: Callable[[Compiling], None]) -> None:
+        """Compiles the kernels of the remaining steps: by the next batch, the last one, whose
+        problems are the longest, and the CUDA graph's capacity."""
+        device = self.model.device
+        if device.type not in WARMED_UP or self.step == len(self.stream):
+            return
+        batches = []
+        for step in sorted({self.step, len(self.stream) - 1}):
+            batch = self.stream[step].batch
+            if not self.ranks.alone:
+                batch, _ = self.ranks.share(batch)
+            if isinstance(batch, PackedBatch):
+                batch = next(batch.parts(PART_TOKENS[device.type]))
+            batches.append(batch.to(device))
+        capacity = [] if self.capacity is None else [self.capacity]
+        on_call = lambda done, total: on_compiling(Compiling(done, total))
+        warmup(self.model, batches + capacity, autocast=self.autocast, on_call=on_call)
 
     def run(
         self,

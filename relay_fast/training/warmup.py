@@ -27,6 +27,7 @@ def warmup(
     *,
     autocast: torch.dtype | None = None,
     show: bool = True,
+    on_call: Callable[[int, int], None] | None = None,
 ) -> None:
     """Compiles the Triton kernels that a run will need, with a progress bar on a terminal.
 
@@ -41,6 +42,8 @@ def warmup(
             arguments of `model` (a tuple, or one argument). A few that differ in kind are enough.
         autocast: dtype of the GEMMs, None for that of the parameters.
         show: whether to show the bar.
+        on_call: called before each call and after the last, instead of showing the bar, with how
+            many are done and how many there are.
     """
     parameter = next(model.parameters())
     device = parameter.device
@@ -52,7 +55,7 @@ def warmup(
         nullcontext() if autocast is None else torch.autocast(device.type, autocast),
         torch.set_grad_enabled(model.training),
     ):
-        for call in _shown(calls, show):
+        for call in _shown(calls, show) if on_call is None else _counted(calls, on_call):
             _without_trace(call, model)
 
 
@@ -99,3 +102,12 @@ def _shown(calls: list[Callable[[], Any]], show: bool) -> Iterable[Callable[[], 
     from rich.progress import track
 
     return track(calls, "compiling kernels")
+
+
+def _counted(
+    calls: list[Callable[[], Any]], on_call: Callable[[int, int], None]
+) -> Iterator[Callable[[], Any]]:
+    for done, call in enumerate(calls):
+        on_call(done, len(calls))
+        yield call
+    on_call(len(calls), len(calls))

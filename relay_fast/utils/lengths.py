@@ -1,6 +1,8 @@
-"""Parses ranges of lengths from the command line."""
+"""Ranges of lengths as text: parsed from the command line, and written in messages."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 def parse_lengths(text: str | None) -> range | None:
@@ -11,3 +13,15 @@ def parse_lengths(text: str | None) -> range | None:
     if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
         raise ValueError(f"--lengths {text!r} is not understood; give a range like 10-13.")
     return range(int(first), int(last or first) + 1)
+
+
+def ranges_text(lengths: Iterable[int], most: int = 5) -> str:
+    """Describes ascending numbers, as in `1..10, 12`."""
+    parts: list[list[int]] = []
+    for n in lengths:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], n]
+        else:
+            parts.append([n])
+    texts = ["..".join(map(str, part)) for part in parts]
+    return ", ".join(texts[:most]) + (", …" if len(texts) > most else "")

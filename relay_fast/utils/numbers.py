@@ -25,7 +25,8 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
         number = value
     else:
         try:
-            if is_bool(value):
+            # Asked first: torch.compile of PyTorch 2.11 lets the TypeError of a float pass.
+            if is_bool(value) or not hasattr(value, "__index__"):
                 raise TypeError
             number = operator.index(value)
         except TypeError:

@@ -6,6 +6,7 @@ large offset to their seed. (Short problems are few and still occur in several o
 
 EVAL_SEED_OFFSET = 1 << 40
 DATASET_SEED_OFFSET = 1 << 41
+FILTER_SEED_OFFSET = 1 << 39  # beside that of evaluation: problems that set the filter's bound
 
 # Numbers of the sample streams of a run.
 TRAIN_STREAM, CHAINS_STREAM, IN_RANGE_STREAM, SELF_CHAINS_STREAM = 1, 2, 3, 4

@@ -118,9 +118,3 @@ def test_peak_memory_sees_what_is_there_for_a_moment():
         float(x.sum() + x.sum())
         del x
     assert 60e6 < memory.bytes < 100e6
-
-
-def test_huggingface_writes_what_ours_writes():
-    pytest.importorskip("transformers")
-    names = ["ar_eager", "ar_hf", "ar_relay_fast"]
-    chain_generation.check_equal(names, CONFIG, case(), "cpu")

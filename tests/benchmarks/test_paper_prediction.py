@@ -1,7 +1,5 @@
 """What the paper's experiment should take on a card: sums that can be checked by hand."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,7 @@ from benchmarks.card import predict
 from benchmarks.card.predict import Training, Writing
 from relay_fast.relay.presets import load_preset, override
 from relay_fast.relay.stages import Context
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.fresh_python import run_fresh
 
 
 def context(**options) -> Context:
@@ -123,8 +120,5 @@ assert twice.flops >= once.flops
 
 
 def test_steps_of_a_growing_curriculum_and_of_iterations_side_by_side_are_quicker() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL], cwd=ROOT, capture_output=True, text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_fresh(SMALL, environment={"PATH": "/usr/bin:/bin"})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -20,6 +20,7 @@ from benchmarks.card.option_cases import option_cases
 from benchmarks.card.session import Deadline, Session, Skip, Unit
 from relay_fast.functional import TORCH
 from relay_fast.kernels.supports import Unsupported
+from tests.support.fresh_python import run_fresh
 
 SCRIPT = Path(run_all.__file__)
 LABEL = {"mode": "interpreted", "machine": "m", "versions": "v", "commit": "c", "date": "d"}
@@ -100,6 +101,18 @@ def test_timings_of_a_kernel_that_failed_its_check_are_withheld(tmp_path: Path) 
     again.run(units)
     assert clock.now == before + 20
     assert again.summary() == ("ok 2 checks, 4 rows", True)
+
+
+def test_a_kernel_is_trusted_when_all_its_checks_have_passed(tmp_path: Path) -> None:
+    clock = Clock()
+    bad = [{"op": "mlp", "status": "failed", "note": "dx is NaN"}]
+    first = session(tmp_path)
+    first.run([
+        unit("checks/mlp/bf16", clock, rows=bad, table="checks", checks=("mlp",)),
+        unit("checks/mlp/fp32", clock, table="checks", checks=("mlp",)),
+        unit("time/mlp", clock, needs=("mlp",)),
+    ])  # fmt: skip
+    assert [row["status"] for row in first.rows()] == ["failed", "ok", "withheld"]
 
 
 def test_a_card_too_small_and_an_absent_tool_are_skipped_with_a_line(tmp_path: Path) -> None:
@@ -351,6 +364,40 @@ def test_a_lost_card_ends_the_session(tmp_path: Path, monkeypatch) -> None:
     assert not right and "the card is lost to this process: CUDA error: an illegal" in line
 
 
+def ending(code: str, tmp_path: Path) -> Path:
+    """A script in the place of run_all.py."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys\n{code}\n")
+    return script
+
+
+def test_a_kernel_that_may_take_the_card_is_checked_last_and_apart(tmp_path: Path) -> None:
+    timer = device.Timer("cuda")
+    units = agenda.units(session(tmp_path), timer, 0, False, False, 7, SCRIPT)
+    ops = [u.checks[0] for u in units[: [u.name for u in units].index("ceilings")]]
+    first = ops.index("whole_loop")
+    assert set(ops[first:]) == {"whole_loop"} and len(ops[first:]) == 2 * 3 + 1
+    unit = units[first]
+    case, index, seed, _ = unit.run.args
+    same, dtype = agenda.checked(False, False)[index]
+    assert (same.name, dtype) == (case.name, torch.bfloat16)
+    assert unit.name == f"checks/{case.name}/bfloat16" and seed == 7 + index
+
+    reply = """said = os.environ["RELAY_FAST_WHOLE_LOOP"] + " ".join(sys.argv[1:])
+print("other lines")
+print('[{"note": "' + said + '"}]')"""
+    rows = checks.check_apart(case, 3, 5, ending(reply, tmp_path))
+    assert rows == [{"note": "1--check 3/5"}]
+    lost = ending("sys.exit('CUDA error: unspecified launch failure')", tmp_path)
+    (row,) = checks.check_apart(case, 3, 5, lost)
+    assert row["op"] == "whole_loop" and row["status"] == "failed"
+    assert row["note"] == "CUDA error: unspecified launch failure"
+    assert "RELAY_FAST_WHOLE_LOOP" not in os.environ
+    seen = lambda: os.environ.get("RELAY_FAST_WHOLE_LOOP")
+    assert agenda.let_in(case, seen) == "1"
+    assert agenda.let_in(linear_residual(5, 32), seen) is None is seen()
+
+
 PROFILED = """
 import os, sys
 os.environ.pop("TRITON_INTERPRET", None)
@@ -376,10 +423,7 @@ assert "| – | – | – |" in profile.page([6], None)
 
 def test_the_profile_counts_launches_and_takes_measurements_in(tmp_path: Path) -> None:
     """A looped step of 3 layers an iteration: forward twice, backward once."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROFILED, str(tmp_path / "profile.csv")], cwd=SCRIPT.parents[1],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_fresh(PROFILED, str(tmp_path / "profile.csv"))
     assert done.returncode == 0, done.stderr[-2000:]
 
 

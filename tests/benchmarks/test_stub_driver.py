@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.stub_driver import installed, launch_problem
-
-ROOT = Path(__file__).parents[2]
+from tests.support.fresh_python import run_fresh
 
 
 def run(script: str, *arguments: str) -> str:
     """Runs Python with kernels that are not interpreted; returns what it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_fresh(script, *arguments, environment=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 

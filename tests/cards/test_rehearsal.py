@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,20 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
-def python(*arguments: str) -> str:
+def python(environment: dict[str, str], *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.parametrize("arch", [89, 90])
-def test_every_policy_and_decoding_on_a_card(arch: int) -> None:
-    printed = python("benchmarks/rehearse.py", "--arch", str(arch), "--samples", "512")
+def test_every_policy_and_decoding_on_a_card(environment: dict[str, str], arch: int) -> None:
+    arguments = ("--arch", str(arch), "--samples", "512")
+    printed = python(environment, "benchmarks/rehearse.py", *arguments)
     stages = re.findall(
         r"^(\S+: .*|generation.*|decoding.*) new variants in .*: ok$", printed, re.M
     )
@@ -54,6 +53,6 @@ print(first, log.variant_count)
 """
 
 
-def test_two_hundred_batches_add_no_variant_to_the_first() -> None:
-    first, last = map(int, python("-c", STEADY).split())
+def test_two_hundred_batches_add_no_variant_to_the_first(environment: dict[str, str]) -> None:
+    first, last = map(int, python(environment, "-c", STEADY).split())
     assert first == last <= 22

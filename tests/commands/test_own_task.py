@@ -36,7 +36,7 @@ if __name__ == "__main__":
     config = load_preset("cpu")
     config["tasks"] = {"parity": {"train": [1, 3], "test": [3, 5]}}
     config["model"] |= {"d_model": 16, "n_heads": 2, "n_layers": 1}
-    config = override(config, steps=2, batch_size=8, eval_problems=3)
+    config = override(config, steps=2, batch_size=8, eval_problems=3, values=["workers=1"])
     train(config, "run", tasks=[Parity()])
 """
 

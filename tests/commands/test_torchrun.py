@@ -6,13 +6,15 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from relay_fast.train import main
+from tests.support.forked import Rank, ended, start_ranks
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -23,37 +25,9 @@ SMALL = [
 ]
 
 
-def train(out: Path, ranks: int, *more: str) -> list[subprocess.Popen]:
+def train(out: Path, ranks: int, *more: str) -> list[Rank]:
     """Starts the ranks of a training, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(ranks):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": 1}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {k: str(v) for k, v in own.items()} if ranks > 1 else os.environ
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "relay_fast.train", "--out", str(out), *SMALL, *more],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return started
-
-
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """Waits for processes; returns exit status, output and errors of each."""
-    try:
-        texts = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+    return start_ranks(ranks, out.parent, main, ["--out", str(out), *SMALL, *more])
 
 
 def numbers(out: Path) -> dict:

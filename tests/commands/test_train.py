@@ -29,8 +29,11 @@ def small(**options):
     return override(load_preset("cpu"), steps=2, batch_size=8, eval_problems=4, **options)
 
 
+pytestmark = pytest.mark.usefixtures("quick_workers")  # but in processes of the command's own
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick_workers):
     """The folder of a whole run, made by the command."""
     out = tmp_path_factory.mktemp("runs") / "cpu"
     assert main([*SMALL, "--out", str(out)]) == 0
@@ -223,7 +226,7 @@ def test_a_killed_worker_ends_the_run_with_one_sentence(tmp_path, capsys, monkey
         reported.add(name)
         if len(reported) == len(stages):  # both have taken a step
             workers = multiprocessing.active_children()
-            next(p for p in workers if p.name.startswith("SpawnProcess")).kill()
+            next(p for p in workers if p.name.startswith("ForkServerProcess")).kill()
 
     monkeypatch.setattr(Display, "progress", kill_one)
     command = ["--preset", "cpu", "--steps", "30000", "--batch-size", "8"]
@@ -240,7 +243,7 @@ def test_out_of_minutes(finished, tmp_path, capsys) -> None:
     out, stage = tmp_path / "run", "looped_vanilla"
     command = ["--preset", "cpu", "--steps", "100000", "--batch-size", "8", "--stages", stage]
     state = out / "checkpoints" / f"{stage}.state.safetensors"
-    for minutes in (0.1, 0.2, 0.4, 0.8, 1.6):  # a busy machine may need more to take a step
+    for minutes in (0.02, 0.1, 0.4, 1.6):  # a busy machine may need more to take a step
         assert main([*command, "--minutes", str(minutes), "--out", str(out)]) == 0
         text = f"{minutes} minutes are over; the same command continues this run"
         assert text in capsys.readouterr().out

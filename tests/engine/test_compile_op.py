@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.numerics import assert_bitwise, assert_close
 from relay_fast import LoopedBlock
 from relay_fast.config import BlockConfig
+from tests.support.forked import ended, start_ranks
 
 D = 16
 
@@ -233,16 +233,14 @@ def test_bad_input_under_compile() -> None:
         compiled(block)(x, torch.tensor([1, -3]))
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    _two_steps(rank, folder)  # its model is gone before the group is
+def _worker(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    _two_steps(dist.get_rank(), folder)  # its model is gone before the group is
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _two_steps(rank: int, folder: str) -> None:
+def _two_steps(rank: int, folder: Path) -> None:
     torch.manual_seed(0)
     block = LoopedBlock(D, 2, 1).double()
     model = nn.parallel.DistributedDataParallel(block)
@@ -251,7 +249,7 @@ def _two_steps(rank: int, folder: str) -> None:
         model.zero_grad()
         model(x[2 * rank : 2 * rank + 2], loops[2 * rank : 2 * rank + 2]).square().sum().backward()
     if rank == 0:
-        torch.save([p.grad for p in block.parameters()], f"{folder}/grads.pt")
+        torch.save([p.grad for p in block.parameters()], folder / "grads.pt")
 
 
 def _data() -> tuple[Tensor, list[int]]:
@@ -260,15 +258,8 @@ def _data() -> tuple[Tensor, list[int]]:
 
 
 def test_ddp_averages_the_gradients(tmp_path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    workers = mp.spawn(_worker, (port, str(tmp_path)), nprocs=2, join=False)
-    try:
-        assert any(workers.join(timeout=60) for _ in range(3)), "the workers hang"
-    finally:
-        for process in workers.processes:
-            process.kill()
+    found = ended(start_ranks(2, tmp_path, _worker, tmp_path))
+    assert [rank.code for rank in found] == [0, 0], found
     torch.manual_seed(0)
     block = LoopedBlock(D, 2, 1).double()
     x, loops = _data()

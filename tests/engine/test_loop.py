@@ -111,7 +111,7 @@ def cases(draw) -> Case:
 
 
 @settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(cases())
 def test_equals_eager_everywhere(case: Case) -> None:
@@ -236,6 +236,8 @@ def test_nothing_is_read_back_after_the_plan(monkeypatch, policy: str) -> None:
     with NoReadBack():
         loss, _ = relay(case, inputs)
         loss.backward()
+    monkeypatch.undo()
+    assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in inputs.leaves.values())
 
 
 def test_gradient_accumulation_and_scaling() -> None:

@@ -57,9 +57,15 @@ def test_nested_state_and_aux(policy: str, loops: list[int]) -> None:
     module, (carry, x0) = TwoLevels().double(), inputs(3)
     leaves = [carry["low"], carry["high"][0], x0, *module.parameters()]
     got, ran, aux = relay_fast.loop(
-        module, carry, loops, per_row={"x0": x0}, aux=True, return_loops=True, start=4,
+        module,
+        carry,
+        loops,
+        per_row={"x0": x0},
+        aux=True,
+        return_loops=True,
+        start=4,
         recompute=policy,
-    )  # fmt: skip
+    )
     truth = naive(module, carry, x0, loops, 4)
     results = (got["low"], got["high"][0], aux["size"], aux["each"])
     assert isinstance(got["high"], tuple) and ran.tolist() == loops
@@ -68,8 +74,9 @@ def test_nested_state_and_aux(policy: str, loops: list[int]) -> None:
     loss = lambda low, high, size, each: low.sum() + high.prod(2).sum() + size**2 + each.prod()
     for value, expected in zip(
         torch.autograd.grad(loss(*results), leaves),
-        torch.autograd.grad(loss(*truth), leaves), strict=True,
-    ):  # fmt: skip
+        torch.autograd.grad(loss(*truth), leaves),
+        strict=True,
+    ):
         assert_close("gradient", value, expected)
 
 
@@ -127,8 +134,9 @@ def test_the_gradient_of_aux_alone(policy: str) -> None:
     assert_close("aux", aux, truth)
     for value, expected in zip(
         torch.autograd.grad(aux, list(module.gate.parameters())),
-        torch.autograd.grad(truth, list(module.gate.parameters())), strict=True,
-    ):  # fmt: skip
+        torch.autograd.grad(truth, list(module.gate.parameters())),
+        strict=True,
+    ):
         assert_close("gradient", value, expected)
 
 

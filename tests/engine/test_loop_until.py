@@ -92,7 +92,9 @@ def test_packed_equals_each_sequence_alone(policy: str) -> None:
     cu_seqlens = torch.tensor([0, 2, 6, 7, 7, 10, 15])
     until, seen = StateChange(0.16), []
     counted = lambda t, new, old, cu_seqlens: (
-        seen.append(len(new)), until(t, new, old, cu_seqlens))[1]  # fmt: skip
+        seen.append(len(new)),
+        until(t, new, old, cu_seqlens),
+    )[1]
     out, loops = relay_fast.loop(
         module, x, 30, cu_seqlens=cu_seqlens, until=counted, return_loops=True, recompute=policy
     )
@@ -114,8 +116,9 @@ def test_packed_equals_each_sequence_alone(policy: str) -> None:
     assert_close("output", out, truth)
     for value, expected in zip(
         gradients(out, x, *module.parameters()),
-        gradients(truth, x, *module.parameters()), strict=True,
-    ):  # fmt: skip
+        gradients(truth, x, *module.parameters()),
+        strict=True,
+    ):
         assert_close("gradient", value, expected)
 
 

@@ -53,9 +53,16 @@ def test_bits_are_those_of_the_engine(uses: Uses, dtype, packed: bool, want_stat
     for policy, way in (("none", "plain_loop"), ("state", "_run")):
         torch.manual_seed(1)
         got = relay_fast.loop(
-            module, x, 4, per_row={"x0": x0}, shared={"shift": shift}, recompute=policy, start=2,
-            return_states=want_states, cu_seqlens=[0, 1, 3] if packed else None,
-        )  # fmt: skip
+            module,
+            x,
+            4,
+            per_row={"x0": x0},
+            shared={"shift": shift},
+            recompute=policy,
+            start=2,
+            return_states=want_states,
+            cu_seqlens=[0, 1, 3] if packed else None,
+        )
         assert uses.last() == way
         states = got if isinstance(got, list) else [got]
         loss = sum((s * (i + 1)).sum() for i, s in enumerate(states))

@@ -64,17 +64,31 @@ def test_trl_trains_on_completions(offline):
     data = data.filter(lambda row: row["passed"])
     tokenizer = _tokenizer([*data["prompt"], *data["completion"]])
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=256, pad_token_id=0, eos_token_id=1,
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
         bos_token_id=1,
-    )  # fmt: skip
+    )
     model = transformers.LlamaForCausalLM(config)
     before = model.lm_head.weight.detach().clone()
     arguments = trl.SFTConfig(
-        output_dir=str(offline / "out"), max_steps=1, per_device_train_batch_size=4, use_cpu=True,
-        bf16=False, fp16=False, report_to=[], save_strategy="no", disable_tqdm=True, max_length=256,
+        output_dir=str(offline / "out"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        max_length=256,
         logging_steps=1,
-    )  # fmt: skip
+    )
     trainer = trl.SFTTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=tokenizer
     )

@@ -31,19 +31,42 @@ def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, causal: bool) -> Te
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False, block_table=None,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
     assert cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
     assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
     return attend(q, k, v, cu_seqlens_q, causal)
 
 
 def varlen_attn(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-    window_size=(-1, -1), enable_gqa=False,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+):
     assert enable_gqa == (query.shape[1] != key.shape[1])
     return attend(query, key, value, cu_seq_q, window_size == (-1, 0))
 

@@ -4,13 +4,14 @@ what is taken; `auto` falls back and `explain` says why."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
@@ -18,9 +19,11 @@ from triton.runtime.jit import JITFunction
 from relay_fast.batch.plan import Plan
 from relay_fast.kernels import supports as supports_module
 from relay_fast.kernels.attention_ref import PaddedLayout
-from relay_fast.kernels.supports import Unsupported, layout_reason
+from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights
+from relay_fast.kernels.supports import Unsupported, layout_reason, loop_reason
 from relay_fast.ops import dispatch
 from relay_fast.ops.dispatch import TORCH, _auto_ops, explain, select, supports
+from tests.support.fresh_python import run_fresh
 from tests.support.kernel_checks import DEVICE
 
 
@@ -162,6 +165,43 @@ def test_auto_falls_back_where_triton_raises() -> None:
     assert "float64 is not one of" in explain("meta", dtype=torch.float64)
 
 
+def test_auto_takes_one_implementation_forward_and_backward(monkeypatch) -> None:
+    """Whatever only the forward can know of: here a bias with strides, which it has copied."""
+    taken: list[str] = []
+
+    def watched(name: str, kernel):
+        def op(*args, **kwargs):
+            out = kernel(*args, **kwargs)
+            taken.append(name)
+            return out
+
+        return op
+
+    kernels = dispatch.Ops(*map(watched, dispatch.Ops._fields, dispatch._triton_ops()))
+    monkeypatch.setattr(dispatch, "_triton_ops", lambda: kernels)
+    ops = _auto_ops.__wrapped__()
+    torch.manual_seed(0)
+    for dtype, used in ((torch.float32, ["fwd", "bwd"]), (torch.float64, [])):
+        a, weight, g = (torch.randn(n, 16, dtype=dtype, device=DEVICE) for n in (4, 16, 4))
+        bias = torch.randn(16, 2, dtype=dtype, device=DEVICE)[:, 0]
+        outs = [o.linear_residual_fwd(a, weight, bias, g) for o in (ops, TORCH)]
+        torch.testing.assert_close(*outs)
+        grads = [o.linear_residual_bwd(g, weight)[0] for o in (ops, TORCH)]
+        torch.testing.assert_close(*grads)
+        assert taken == [f"linear_residual_{name}" for name in used]
+        taken.clear()
+
+
+def test_only_what_an_op_reads_is_copied() -> None:
+    args = (strided(4, 16), None, W, strided(16))
+    forward = dispatch._dense("mlp_fwd", args)
+    assert all(a is None or a.is_contiguous() for a in forward) and forward[2] is W
+    assert torch.equal(forward[0], args[0])
+    backward = dispatch._dense("mlp_bwd", args)
+    assert backward[0].is_contiguous() and backward[2] is W and backward[3] is args[3]
+    assert dispatch._dense("weight_grad", args) is dispatch._dense("mlp_fwd", (X, W)) is None
+
+
 def test_supports_names_what_is_missing() -> None:
     sizes = {"d_model": 256, "head_dim": 64, "vocabulary": 320, "activation": "swiglu"}
     assert supports("meta", **sizes) is None
@@ -201,9 +241,7 @@ def test_without_interpreter_a_cpu_is_refused_and_triton_not_imported() -> None:
         "assert 'triton' not in sys.modules"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    done = run_fresh(code, environment=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -235,3 +273,29 @@ def test_older_and_other_gpus_are_named(monkeypatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert reason(0) == "this is a GPU for ROCm, and the kernels are for NVIDIA's from sm_80 on"
     assert explain("mps") == "torch: Triton kernels run on CUDA devices, not on 'mps'"
+
+
+def test_the_whole_loop_kernel_waits_for_a_card(monkeypatch) -> None:
+    """Refused on GPUs, until one environment variable lets it in."""
+    monkeypatch.delenv("RELAY_FAST_WHOLE_LOOP", raising=False)
+    monkeypatch.setattr(supports_module, "_card_reason", lambda index: None)
+    layout = LoopLayout(np.array([3, 2]), np.array([2, 1]), "cpu")
+
+    def reason(device: str) -> str | None:
+        with FakeTensorMode():
+            new = lambda *shape, of=torch.float32: torch.empty(shape, dtype=of, device=device)
+            half = partial(new, of=torch.bfloat16)
+            weights = LoopWeights(
+                new(1, 16), half(1, 48, 16), half(1, 16, 16), new(1, 16), half(1, 32, 16), None,
+                half(1, 16, 32), None, new(16), half(9, 16),
+            )  # fmt: skip
+            return loop_reason(new(5, 16), layout, weights, None, None, 2, 2, "gelu", "rms")
+
+    assert reason("cpu") is None
+    refused = "the whole-loop kernel has not been right on a GPU yet"
+    refused += " (RELAY_FAST_WHOLE_LOOP=1 tries it)"
+    assert reason("cuda") == refused
+    monkeypatch.setenv("RELAY_FAST_WHOLE_LOOP", "0")
+    assert reason("cuda") == refused
+    monkeypatch.setenv("RELAY_FAST_WHOLE_LOOP", "1")
+    assert reason("cuda") is None

@@ -69,9 +69,12 @@ def test_carried_states_with_true_rounds_or_its_own(truth: float) -> None:
                 y = torch.nn.functional.rms_norm(state, (D,), model.norm.weight, 1e-6)
                 assert torch.equal(model.chain_head(y).argmax(-1), read[t - 1][rows])
         loss, right = row_cross_entropy(
-            state, torch.tensor([len(state) - 1]), batch.answers[k : k + 1], model.norm.weight,
+            state,
+            torch.tensor([len(state) - 1]),
+            batch.answers[k : k + 1],
+            model.norm.weight,
             model.answer_head.weight,
-        )  # fmt: skip
+        )
         total = total + loss[0] * batch.answer_weights[k].double()
         if not truth:
             assert bool(right) == bool(answers[k] == batch.answers[k])

@@ -47,9 +47,14 @@ def test_side_by_side_is_the_loss_of_one_iteration_after_the_other(weighting: st
     draws["edit_distance"] = FeedbackDraws(0.5, 20, cut=9)
     model = new_model().double()
     batch = PackedBatch.side_by_side(
-        samples, TASKS, task_weights=task_weights, chain_weight=0.7, weighting=weighting,
-        draws=draws, rng=np.random.default_rng(0),
-    )  # fmt: skip
+        samples,
+        TASKS,
+        task_weights=task_weights,
+        chain_weight=0.7,
+        weighting=weighting,
+        draws=draws,
+        rng=np.random.default_rng(0),
+    )
     losses = model.loss(batch)
     losses.loss.backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}

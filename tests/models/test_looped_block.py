@@ -226,8 +226,10 @@ def test_parts_must_be_those_of_the_config() -> None:
     refused(lambda b: setattr(b.layers[0], "qkv", linear()), "", "'layers.0.qkv.bias'")
     refused(
         lambda b: setattr(b.layers[0], "qkv", linear(bias=False)),
-        "'layers.0.qkv.bias'", "", bias=True,
-    )  # fmt: skip
+        "'layers.0.qkv.bias'",
+        "",
+        bias=True,
+    )
     own = lambda b: b.layers[0].register_parameter("own", torch.nn.Parameter(torch.ones(D)))
     refused(own, "", "'layers.0.own'")
     refused(lambda b: b.layers.pop(0), "'layers.0.*", "")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
@@ -20,6 +18,7 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.tasks import Vocabulary, build_tasks
 from relay_fast.training.cuda_graph import take_step
 from relay_fast.training.optim import make_optimizer
+from tests.support.fresh_python import run_fresh
 
 VOCABULARY = Vocabulary()
 TASKS = build_tasks(["arithmetic"], VOCABULARY)
@@ -147,4 +146,4 @@ def test_every_public_module_has_a_forward() -> None:
 
 def test_importing_the_models_leaves_torch_s_compiler_alone() -> None:
     code = "import sys, relay_fast.models.looped_block; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert run_fresh(code).returncode == 0

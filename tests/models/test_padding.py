@@ -59,8 +59,9 @@ def test_kinds_of_masks_states_and_stops(kind) -> None:
     x, mask = torch.randn(4, N, D, dtype=torch.float64), torch.tensor(BOTH)
     given = BOTH if kind is list else mask.to(kind)
     until = StateChange(0.4)
-    states, loops = block(x, 6, attention_mask=given, until=until, return_states=True,
-                          return_loops=True)  # fmt: skip
+    states, loops = block(
+        x, 6, attention_mask=given, until=until, return_states=True, return_loops=True
+    )
     truth = [alone(eager, x[i][m], 6, until=until) for i, m in enumerate(mask.bool())]
     assert loops.tolist() == [len(t) - 1 for t in truth] and len(set(loops.tolist())) > 1
     for t, (state, who) in enumerate(zip(states, states.sequences, strict=True), start=1):
@@ -95,9 +96,10 @@ def test_classifier_takes_the_mask() -> None:
     offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
     same, _ = model.loss(packed, offsets[1:] - 1, tokens[:, 0], cu_seqlens=offsets)
     assert_close("loss", loss, same)
-    assert model.predict(tokens, rows, attention_mask=mask).tolist() == model.predict(
-        packed, offsets[1:] - 1, cu_seqlens=offsets
-    ).tolist()  # fmt: skip
+    assert (
+        model.predict(tokens, rows, attention_mask=mask).tolist()
+        == model.predict(packed, offsets[1:] - 1, cu_seqlens=offsets).tolist()
+    )
 
 
 def test_bad_masks() -> None:

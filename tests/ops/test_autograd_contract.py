@@ -141,7 +141,12 @@ def test_what_is_added_to_may_be_changed_in_place(x: Tensor) -> None:
     residual = x * 1.0
     out = F.linear_residual(x, weight, residual)
     residual += 1.0
-    torch.autograd.grad(out.sum(), [x, weight])
+    values = torch.autograd.grad(out.square().sum(), [x, weight])
+    plain = torch.nn.functional.linear(x, weight) + x
+    for value, expected in zip(
+        values, torch.autograd.grad(plain.square().sum(), [x, weight]), strict=True
+    ):
+        assert_close("gradient", value, expected, 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -34,9 +34,12 @@ def test_qk_norm(heads: int, kv_heads: int, width: int, rows: int) -> None:
         tables = angle.cos() * 1.3, angle.sin() * 1.3
         cos, sin = (t[:, None] for t in tables)
         turn = lambda x: torch.cat(
-            (x[..., : width // 2] * cos - x[..., width // 2 :] * sin,
-             x[..., width // 2 :] * cos + x[..., : width // 2] * sin), dim=-1
-        )  # fmt: skip
+            (
+                x[..., : width // 2] * cos - x[..., width // 2 :] * sin,
+                x[..., width // 2 :] * cos + x[..., : width // 2] * sin,
+            ),
+            dim=-1,
+        )
         q, k = turn(q), turn(k)
     out = torch.cat((q, k, v), dim=1).flatten(1)
     g = torch.randn_like(out)
@@ -57,9 +60,11 @@ def test_qk_norm(heads: int, kv_heads: int, width: int, rows: int) -> None:
 def test_norm_residual(kind: str, bias: bool, p: float, rows: int) -> None:
     branch, residual, weight, b = randn(rows, 12), randn(rows, 12), randn(12), randn(12)
     dropout = Dropout(p, torch.tensor(5), 1, 2, torch.arange(rows)) if p else None
-    normed = F.layer_norm(branch, (12,), weight, None, EPS) if kind == "layer" else F.rms_norm(
-        branch, (12,), weight, EPS
-    )  # fmt: skip
+    normed = (
+        F.layer_norm(branch, (12,), weight, None, EPS)
+        if kind == "layer"
+        else F.rms_norm(branch, (12,), weight, EPS)
+    )
     y = normed + b if bias else normed
     y = y * dropout_mask_ref(dropout, 12, y.dtype) if p else y
     out, g = residual + y, torch.randn(rows, 12, dtype=torch.float64)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import interpreter
 from benchmarks.numerics import assert_close, describe, rms_ratio
 from relay_fast.functional import attention, linear_residual, mlp, norm_linear
+from tests.support.fresh_python import run_fresh
 
 COUNTER = "torch.utils.flop_counter"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,7 +182,7 @@ def test_flops_are_registered_whatever_is_imported_first() -> None:
             "names = {str(op) for op in flop_registry if 'relay_fast' in str(op)}\n"
             "print(early, len(names))"
         )
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        said = run_fresh(code)
         assert said.stdout.split() == [str(first == COUNTER), "8"], said.stderr
 
 

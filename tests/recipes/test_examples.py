@@ -52,7 +52,7 @@ def test_parity_has_one_bit_less_each_round() -> None:
         assert own_jsonl.parity(bits)["answer"] == str(sum(bits) % 2)
 
 
-def test_own_jsonl_runs(tmp_path, capsys) -> None:
+def test_own_jsonl_runs(quick_workers, tmp_path, capsys) -> None:
     """Data, config and run stay in its folder; the models are evaluated beyond the training too."""
     sizes = ["scale=0.0005", "trained=2", "tested=3", "records=40", "problems=4"]
     changes = [word for size in sizes for word in ("--set", size)]

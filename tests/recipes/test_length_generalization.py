@@ -155,6 +155,7 @@ def test_short_parities_are_learned(tmp_path) -> None:
     training = replace(CPU.training, steps=250, batch_size=32)
     parity = replace(CPU.parity, longest=4, grow_every=50, tests=(2, 4))
     settings = replace(CPU, training=training, parity=parity, d_model=32, problems=200)
+    settings = replace(settings, tasks=("parity",))
     tests = run(tmp_path, settings)["tasks"]["parity"]["tests"]
     assert tests["2"]["oracle"] > 0.95 and tests["4"]["oracle"] > 0.9
 

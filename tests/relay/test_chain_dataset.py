@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +19,7 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.data.streams import BatchFormat, SampleStream
 from relay_fast.decoding.chains import generate_looped_chains
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
-from relay_fast.relay import chain_dataset
+from relay_fast.relay import chain_dataset, chain_parts
 from relay_fast.relay.chain_dataset import (
     ChainDataset,
     DatasetError,
@@ -32,11 +29,11 @@ from relay_fast.relay.chain_dataset import (
 )
 from relay_fast.tasks import TASK_NAMES, Samples, Vocabulary, build_tasks
 from relay_fast.tasks.verify import verify_chains
-from relay_fast.training.model_files import save_model
 from relay_fast.training.schedule import Schedule
 from relay_fast.utils import tensor_files
 from relay_fast.utils.seeds import DATASET_SEED_OFFSET
 from relay_fast.utils.tensor_files import CheckpointError
+from tests.support.forked import fork
 
 VOCABULARY = Vocabulary(max_number=60, multiple=1)
 TASKS = build_tasks(
@@ -97,8 +94,23 @@ def test_the_chains_are_the_models(folder):
     assert equal(generate_looped_chains(looped_model(), everything, TASKS), everything)
     passed = verify_chains(everything, TASKS, "task")
     assert len(ChainDataset(folder)) == passed.sum()
-    if passed.any():
-        assert equal(ChainDataset(folder).take(slice(None)), everything.take(passed))
+
+
+def test_chains_that_did_not_pass_are_left_out(tmp_path, monkeypatch):
+    """Every third chain is the truth, which an untrained model hardly ever writes."""
+    wrong = chain_parts.generate_looped_chains
+
+    def third(model, problems, tasks, **options):
+        index = np.arange(len(problems))
+        parts = [problems, wrong(model, problems, tasks, **options)]
+        return Samples.concat(parts).take(np.where(index % 3, index + len(problems), index))
+
+    monkeypatch.setattr(chain_parts, "generate_looped_chains", third)
+    write(tmp_path, verify="task")
+    everything = ChainDataset(tmp_path, only_passed=False).take(slice(None))
+    passed = verify_chains(everything, TASKS, "task")
+    assert len(everything) / 4 < passed.sum() < len(everything) / 2
+    assert equal(ChainDataset(tmp_path).take(slice(None)), everything.take(passed))
 
 
 def test_every_shard_has_its_share(folder):
@@ -148,59 +160,32 @@ def test_the_same_command_continues(own_folder, folder):
     assert [done for done, _ in seen] == [13, 34] and {total for _, total in seen} == {41}
 
 
-WRITER = """
-import os, sys
-sys.path.insert(0, sys.argv[3])
-from tests.relay.test_chain_dataset import TASKS
-from relay_fast.relay.chain_dataset import write_dataset
-from relay_fast.training.model_files import load_model
-model, _ = load_model(sys.argv[1])
-TASKS["arithmetic"].sample([2], 0)
-for _ in sys.stdin:  # a child for each line: its process id, and how it ended
-    child = os.fork()
-    if not child:
-        write_dataset(sys.argv[2], model, TASKS, {"arithmetic": {2: 60, 3: 60}}, shard_chains=4)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
 def test_killed_at_random_moments(tmp_path):
     """The finished folder is that of an uninterrupted writer, bit for bit."""
     model, counts = looped_model(), {"arithmetic": {2: 60, 3: 60}}
-    save_model(tmp_path / "model.safetensors", model, {})
     write(tmp_path / "whole", model, counts, shard_chains=4)
     expected = content(tmp_path / "whole")
     killed = tmp_path / "killed"
-    arguments = (tmp_path / "model.safetensors", killed, Path(__file__).parents[3])
-    command = [sys.executable, "-c", WRITER, *map(str, arguments)]
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    writer = lambda: write_dataset(killed, model, TASKS, counts, shard_chains=4)
     rng = random.Random(0)
     done: set[str] = set()
-    with subprocess.Popen(command, env=environment, **options) as server:
-
-        def start() -> int:
-            print("go", file=server.stdin, flush=True)
-            return int(server.stdout.readline())
-
-        for _ in range(7):
-            target = len(done) + rng.randint(0, 3)
-            child, deadline = start(), time.monotonic() + 60
-            while len(list(killed.glob("shard-*"))) < target and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(rng.random() * 0.02)
-            os.kill(child, signal.SIGKILL)
-            assert int(server.stdout.readline()) == signal.SIGKILL, "killed before it was done"
-            there = {n: value for n, value in content(killed).items() if n.startswith("shard")}
-            assert done <= set(there) and len(there) >= target
-            assert all(expected[name] == value for name, value in there.items())
-            done = set(there)
-        assert 0 < len(done) < 30
-        start()
-        assert int(server.stdout.readline()) == 0
-        server.stdin.close()
+    for _ in range(7):
+        target = len(done) + rng.randint(0, 3)
+        child, deadline = fork(writer), time.monotonic() + 60
+        while len(list(killed.glob("shard-*"))) < target and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, "killed before it was done"
+        there = {n: value for n, value in content(killed).items() if n.startswith("shard")}
+        assert done <= set(there) and len(there) >= target
+        assert all(expected[name] == value for name, value in there.items())
+        done = set(there)
+    assert 0 < len(done) < 30
+    last = fork(writer)
+    last.join()
+    assert last.exitcode == 0
     assert content(killed) == expected
 
 

@@ -247,8 +247,12 @@ def test_the_answer_after_one_iteration(trained):
         float(part.mean()) for part in np.split(expected, 3)
     ]
     assert table[1]["answer_once"] == table[1]["answer"] and set(table[4]) == {
-        "answer", "answer_once", "bit", "chain", "n",
-    }  # fmt: skip
+        "answer",
+        "answer_once",
+        "bit",
+        "chain",
+        "n",
+    }
 
 
 def test_one_iteration_of_a_model_that_is_fed_its_rounds():

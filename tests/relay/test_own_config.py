@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 
@@ -106,6 +107,27 @@ def test_used_lengths_are_all_that_a_run_draws() -> None:
     entry = {"train": [2, 4], "test": [4, 5], "merge_beyond": [1, 1, 1], "self_lengths": [9],
              "hit_matrix": [3]}  # fmt: skip
     assert used_lengths(entry) == [2, 3, 4, 5, 6, 7, 9]
+
+
+def test_self_chains_are_of_lengths_that_there_are_records_of(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RELAY_FAST_CACHE", str(tmp_path / "cache"))
+    lines = [
+        json.dumps({"problem": f"{n} {k}", "rounds": ["0"] * n, "answer": "0"}) + "\n"
+        for n in (1, 2, 3, 5)
+        for k in range(9)
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(lines))
+
+    def lengths(train: list[int], test: list[int], **table) -> list[int]:
+        entry = {"data": str(tmp_path / "r.jsonl"), "train": train, "test": test, **table}
+        config = load_preset("cpu") | {"tasks": {"r": entry}}
+        return resolved(config)["tasks"]["r"]["self_lengths"]
+
+    assert lengths([1, 3], [3, 3]) == [3], "the length beyond has no records"
+    assert lengths([1, 2], [2, 5]) == [3, 3, 5]
+    assert lengths([1, 3], [3, 7]) == [3, 5, 5]
+    own = {"self_lengths": [4], "self_counts": [2]}
+    assert lengths([1, 3], [3, 5], **own) == [4], "what was given is refused, not changed"
 
 
 class Unsteady(Parity):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from relay_fast.evaluate import main as evaluate
 from relay_fast.generate import main as generate
 from relay_fast.relay import filter_metrics
 from relay_fast.relay.presets.own import read_config, resolved
@@ -76,7 +77,10 @@ def test_a_run_without_a_generator(folder, capsys):
     train_problems = {record(n, k)["problem"] for n in range(1, 7) for k in range(20)}
     tested = [record(n, k)["problem"] for n in (1, 2, 3, 4, 6) for k in range(100, 108)]
     assert counts["duplicates"] == sum(problem in train_problems for problem in tested) > 0
-    assert f"duplicates {counts['duplicates']}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"duplicates {counts['duplicates']}" in printed
+    assert counts["untested"] == [5]
+    assert "note: sums has no solved problems for evaluation of 5, which no table shows" in printed
     # 5 chains of length 5 and all 12 of 6, whose truth is not known; 6 known ones of length 6.
     trust = filter_metrics.from_json(results["trust"])["sums"]
     assert (trust["5"].written, trust["5"].unjudged, trust["5"].keep_rate) == (5, 5, None)
@@ -97,6 +101,13 @@ def test_a_run_without_a_generator(folder, capsys):
     by_rules = [*arguments, "--export", str(folder / "more.jsonl"), "--verify", "task"]
     assert generate(by_rules) == 2
     assert "length 5 have no rounds or no answer, so that chains" in capsys.readouterr().err
+
+    assert evaluate(["--out", str(run), "--models", "looped_aligned", "--problems", "2"]) == 0
+    assert "note: sums has no solved problems for evaluation of 5, " in capsys.readouterr().out
+    assert json.loads((run / "evaluation.json").read_text())["untested"] == {"sums": [5]}
+    assert evaluate(["--out", str(run), "--models", "looped_aligned", "--lengths", "5"]) == 2
+    error = capsys.readouterr().err
+    assert "sums has no solved problems of length 5 for evaluation: add some to" in error
 
     with open(folder / "chains.jsonl", "a") as file:
         file.write(json.dumps(record(3, 99)) + "\n")
@@ -138,8 +149,13 @@ def test_chains_of_unknown_truth_are_not_judged(folder):
     # The third agrees with its rounds, whatever these are; the second and the fourth do not.
     solved = made.sample(np.array([4, 4, 4, 4]), 0)
     wrong = np.where(np.arange(4) % 2, solved.answer[0] % 10 + 3, solved.answer)
-    written = replace(truth, rounds=solved.rounds, round_offsets=solved.round_offsets,
-                      loops=solved.loops, answer=wrong.astype(np.int32))  # fmt: skip
+    written = replace(
+        truth,
+        rounds=solved.rounds,
+        round_offsets=solved.round_offsets,
+        loops=solved.loops,
+        answer=wrong.astype(np.int32),
+    )
     assert (truth.answer == NO_ANSWER).tolist() == [False, False, True, True]
     table = filter_metrics.count(written, truth, {"sums": made})["sums"]
     four, five = table["4"], table["5"]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +23,7 @@ from relay_fast.relay.stages import Context, run_stage, scratch_files
 from relay_fast.tasks import Samples, Vocabulary, build_tasks
 from relay_fast.training.model_files import save_model
 from relay_fast.utils.tensor_files import CheckpointError
+from tests.support.forked import fork
 
 TASKS = build_tasks(
     ["arithmetic", "lis"],
@@ -132,54 +130,24 @@ def test_a_damaged_file(tmp_path, often):
         generate_in_parts(make_model(), make_problems(), TASKS, tmp_path / "chains")
 
 
-WRITER = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import torch
-from tests.relay.test_resumable_chains import TASKS, make_model, make_problems
-from relay_fast.relay import resumable_chains
-from relay_fast.decoding import chains
-torch.set_num_threads(1)
-resumable_chains.SAVE_EVERY, chains.BATCH_TOKENS["cpu"] = 0.0, 100
-model, problems = make_model(), make_problems()
-for _ in sys.stdin:  # a child for each line: its process id, and how it ended
-    child = os.fork()
-    if not child:
-        resumable_chains.generate_in_parts(model, problems, TASKS, Path(sys.argv[1]))
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
 def test_killed_at_random_moments(tmp_path, often, monkeypatch):
     monkeypatch.setitem(chains.BATCH_TOKENS, "cpu", 100)
     model, problems = make_model(), make_problems()
-    command = [
-        sys.executable,
-        "-c",
-        WRITER,
-        str(tmp_path / "chains"),
-        str(Path(__file__).parents[2]),
-    ]
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    environment, rng = {**os.environ, "OMP_NUM_THREADS": "1"}, random.Random(0)
+    writer = lambda: generate_in_parts(model, problems, TASKS, tmp_path / "chains")
+    rng = random.Random(0)
     before: list[Path] = []
-    with subprocess.Popen(command, env=environment, **options) as server:
-        for _ in range(4):
-            target, deadline = len(before) + rng.randint(0, 6), time.monotonic() + 60
-            print("go", file=server.stdin, flush=True)
-            child = int(server.stdout.readline())
-            while len(files(tmp_path)) < target and time.monotonic() < deadline:
-                time.sleep(0.0005)
-            time.sleep(rng.random() * 0.02)
-            os.kill(child, signal.SIGKILL)
-            assert int(server.stdout.readline()) == signal.SIGKILL, "killed before it was done"
-            there = files(tmp_path)
-            assert len(there) >= target and there[: len(before)] == before
-            before = there
-        server.stdin.close()
+    for _ in range(4):
+        target, deadline = len(before) + rng.randint(0, 6), time.monotonic() + 60
+        child = fork(writer)
+        while len(files(tmp_path)) < target and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(rng.random() * 0.02)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, "killed before it was done"
+        there = files(tmp_path)
+        assert len(there) >= target and there[: len(before)] == before
+        before = there
     written = generate_in_parts(model, problems, TASKS, tmp_path / "chains")
     assert same(written, generate_looped_chains(model, problems, TASKS))
     assert 0 < len(before) < len(files(tmp_path))

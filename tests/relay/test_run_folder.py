@@ -4,9 +4,6 @@ import errno
 import io
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +11,7 @@ from relay_fast.relay import run_folder
 from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
 from relay_fast.reporting.tables import print_report, table_text
 from relay_fast.utils.files import replacing
+from tests.support.fresh_python import run_fresh
 from tests.support.users import as_nobody, open_folder
 
 CONFIG = {"preset": "cpu", "seed": 0, "tasks": {"arithmetic": {"prime": 3, "lengths": (1, 10)}}}
@@ -166,8 +164,8 @@ from relay_fast.relay.run_folder import versions
 versions()
 assert "triton" not in sys.modules
 """
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
 
 
 def results(lengths=range(1, 15), longest=10) -> dict:

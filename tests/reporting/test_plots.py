@@ -1,8 +1,6 @@
 """Plots: that they come out, what is in them, and that nothing global is touched."""
 
 import builtins
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +8,7 @@ import pytest
 
 from relay_fast.reporting import plots
 from relay_fast.reporting.tables import MODEL_NAMES
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.fresh_python import run_fresh
 
 
 def results(tasks=("lis", "arithmetic"), far=14) -> dict:
@@ -168,4 +165,5 @@ assert "matplotlib" not in sys.modules
 plots.plot_losses({{"m": {{"step": [0], "loss": [1.0]}}}}, {str(tmp_path / "l.png")!r})
 assert "matplotlib.pyplot" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from relay_fast.reporting.progress import Display, Problems, Progress
+from relay_fast.reporting.progress import Compiling, Display, Problems, Progress
 
 
 def test_plain_progress_has_rate_and_time_left(capsys, monkeypatch) -> None:
@@ -32,6 +32,8 @@ def test_progress_of_stages_in_phases(capsys, monkeypatch) -> None:
         *map(train_step, (11, 21)),
         Problems(30, 90),
         Problems(60, 90),
+        Compiling(0, 4),
+        Compiling(2, 4),
     ]
     with Display() as display:
         display.start("ar_self_truth")
@@ -39,8 +41,9 @@ def test_progress_of_stages_in_phases(capsys, monkeypatch) -> None:
             display.progress("ar_self_truth", progress)
             clock[0] += 10.0
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert ["left" in line for line in lines] == [False, True] * 3  # each phase by its own rate
+    assert ["left" in line for line in lines] == [False, True] * 4  # each phase by its own rate
     assert lines[1].endswith("10 s left") and lines[3].endswith("80 s left")
+    assert lines[7].split()[1:] == "warm-up call 2/4 compiling kernels 10 s left".split()
     assert lines[5].split() == "ar_self_truth problem 60/90 3 problems/s 10 s left".split()
 
 

@@ -10,10 +10,12 @@ from relay_fast.tasks.vocabulary import PAD
 
 VOCABULARY = Vocabulary(49, 1)
 TASKS = build_tasks(
-    TASK_NAMES, VOCABULARY,
-    arithmetic={"prime": 11}, edit_distance={"letters": 4, "alphabet": [2, 4]},
+    TASK_NAMES,
+    VOCABULARY,
+    arithmetic={"prime": 11},
+    edit_distance={"letters": 4, "alphabet": [2, 4]},
     lis={"group": 3, "low": 0, "high": 49},
-)  # fmt: skip
+)
 D = 16
 
 

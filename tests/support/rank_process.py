@@ -1,14 +1,11 @@
-"""One rank of a training: `python -m tests.support.rank_process FOLDER CASE…`, started as torchrun
-starts it. A case `NAME@STEP:RANK` is interrupted on that rank at that step."""
+"""One rank of a training, started as torchrun starts it. A case `NAME@STEP:RANK` is interrupted on
+that rank at that step."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -21,8 +18,8 @@ from relay_fast.training.ranks import Ranks, joined_ranks
 from relay_fast.training.schedule import Schedule
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from tests.support.fed_models import TASKS, VOCABULARY
+from tests.support.forked import ended, start_ranks
 
-ROOT = Path(__file__).parents[2]
 STEPS = 50
 RECIPE = {"lr": 3e-3, "muon_lr": 0.02, "weight_decay": 0.01, "betas": [0.9, 0.95], "clip": 1.0}
 RANGES = {"arithmetic": (1, 4), "edit_distance": (1, 4), "lis": (1, 9)}
@@ -90,40 +87,16 @@ def run(case: str, folder: Path, ranks: Ranks) -> dict:
 
 def start(size: int, folder: Path, *cases: str) -> list[dict]:
     """Runs cases in `size` processes; returns what each rank found, by case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": 1}
-    command = [sys.executable, "-m", "tests.support.rank_process", str(folder), *cases]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ
-            | {k: str(v) for k, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()},
-        )
-        for r in range(size)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * size
+    found = ended(start_ranks(size, folder, _rank, folder, cases))
+    assert [rank.code for rank in found] == [0] * size, found
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(size)]
 
 
-def main(folder: str, *cases: str) -> None:
+def _rank(folder: Path, cases: tuple[str, ...]) -> None:
     trainer.LOG_EVERY = 0.0
-    torch.set_num_threads(1)
     with joined_ranks("cpu") as (ranks, _):
         found = {}
         for case in cases:
             on_interrupt(interrupt_once)
-            found[case] = run(case, Path(folder), ranks)
-    (Path(folder) / f"rank{ranks.rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+            found[case] = run(case, folder, ranks)
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))

@@ -13,10 +13,12 @@ from tests.support.fed_inputs import naive_inputs
 
 VOCABULARY = Vocabulary(63, 1)
 TASKS = build_tasks(
-    TASK_NAMES, VOCABULARY,
-    arithmetic={"prime": 11}, edit_distance={"letters": 4, "alphabet": [2, 4]},
+    TASK_NAMES,
+    VOCABULARY,
+    arithmetic={"prime": 11},
+    edit_distance={"letters": 4, "alphabet": [2, 4]},
     lis={"group": 3, "low": 0, "high": 49},
-)  # fmt: skip
+)
 
 
 def drawn(name: str, number: int = 12, most: int = 9) -> Samples:
@@ -212,9 +214,12 @@ def test_draws_that_do_not_fit() -> None:
         samples = drawn(name)
         with pytest.raises(ValueError, match=message):
             iterations_of(
-                Written.truth(samples), TASKS, *every_iteration(samples),
-                {name: FeedbackDraws(**values)}, np.random.default_rng(0),
-            )  # fmt: skip
+                Written.truth(samples),
+                TASKS,
+                *every_iteration(samples),
+                {name: FeedbackDraws(**values)},
+                np.random.default_rng(0),
+            )
     samples, far = drawn("edit_distance"), {"edit_distance": FeedbackDraws(shift=60)}
     with pytest.raises(ValueError, match="'edit_distance' needs numbers up to .* ends at 63: use"):
         collate_side_by_side(samples, TASKS, draws=far, rng=np.random.default_rng(0))

@@ -156,7 +156,8 @@ GOOD = {"problem": "a b", "rounds": ["c d"], "answer": "d"}
         ),
         (
             GOOD | {"rounds": ["a a a a d"]},
-            "has a round of 5 tokens, more than max_round_tokens = 4",
+            "has a round of 5 tokens, more than max_round_tokens = 4: shorten it, or allow longer "
+            "ones",
         ),
         (
             GOOD | {"answer": "c"},

@@ -127,12 +127,15 @@ def test_the_answer_is_read_off_the_last_round(rounds: str, answer: str | None) 
     assert [token for tokens in read for token in tokens] == VOCABULARY.encode(rounds)
     sizes = [len(tokens) for tokens in read]
     samples = Samples(
-        task=np.array([3], np.int32), length=np.array([2], np.int32),
-        problem=np.zeros(0, np.int32), problem_offsets=np.zeros(2, np.int64),
+        task=np.array([3], np.int32),
+        length=np.array([2], np.int32),
+        problem=np.zeros(0, np.int32),
+        problem_offsets=np.zeros(2, np.int64),
         rounds=np.array(VOCABULARY.encode(rounds), np.int32),
-        round_offsets=np.cumsum([0, *sizes]), loops=np.array([len(read)], np.int32),
+        round_offsets=np.cumsum([0, *sizes]),
+        loops=np.array([len(read)], np.int32),
         answer=np.zeros(1, np.int32),
-    )  # fmt: skip
+    )
     assert task.answers_of(samples).tolist() == [NO_ANSWER if found is None else found]
 
 

@@ -3,9 +3,6 @@ them never asks the host."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +21,7 @@ from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTran
 from relay_fast.training import cuda_graph
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason
 from relay_fast.training.optim import make_optimizer, set_lr_scale
+from tests.support.fresh_python import run_fresh
 
 VOCABULARY = 40
 SHAPES = (  # lengths and loops; the last ones are over before the capacity is
@@ -202,10 +200,7 @@ assert parts["_weight_grad_kernel"].launches == 4 * 2 * 4 + 2, parts
 
 def test_kernels_bring_nothing_from_the_host_either() -> None:
     """The launchers on meta tensors, their launches recorded instead of made."""
-    done = subprocess.run(
-        [sys.executable, "-c", KERNELS_ON_META], cwd=Path(__file__).parents[2],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_fresh(KERNELS_ON_META)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

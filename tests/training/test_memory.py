@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -18,6 +15,7 @@ from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTran
 from relay_fast.training.memory import memory_estimate
 from relay_fast.training.optim import make_optimizer
 from tests.support.chain_models import TASKS, VOCABULARY, mixed_problems
+from tests.support.fresh_python import run_fresh
 from tests.support.memory import peak_bytes
 
 LOOPED = ModelConfig(BlockConfig(32, 2, 2), VOCABULARY.size, 64)
@@ -95,5 +93,5 @@ assert half < sizes[0] and sizes == sorted(sizes, reverse=True), (half, sizes)
 
 def test_the_kernels_buffers_are_counted_without_a_card(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    done = subprocess.run([sys.executable, "-c", CARD], capture_output=True, text=True)
+    done = run_fresh(CARD)
     assert done.returncode == 0, done.stderr

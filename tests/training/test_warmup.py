@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,10 @@ from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.ops import dispatch
+from relay_fast.training import trainer
+from relay_fast.training.trainer import train_model
+from relay_fast.training.warmup import warmup
+from tests.training.test_trainer import RECIPE, make_model, make_stream
 
 VOCABULARY = 40
 BLOCK = BlockConfig(16, 2, 1, causal=True, dropout=0.3)
@@ -95,3 +102,66 @@ def test_a_bar_on_a_terminal_only(monkeypatch, capsys) -> None:
     assert terminal.getvalue() == ""
     relay_fast.warmup(model, [BATCH])
     assert "compiling kernels" in terminal.getvalue() and "100%" in terminal.getvalue()
+
+
+# In a training
+
+
+def trained(tmp_path: Path, name: str = "", steps: int = 3, **options) -> list[torch.Tensor]:
+    """The parameters after a training with dropout, whose random numbers a call would move."""
+    model = make_model(dropout=0.2)
+    train_model(
+        model, make_stream(steps, longest=3), RECIPE, tmp_path / f"{name}.state", seed=3, **options
+    )
+    return [p.detach() for p in model.parameters()]
+
+
+def test_a_training_compiles_first_and_is_the_same(tmp_path: Path, monkeypatch) -> None:
+    without, calls, said = trained(tmp_path, "without"), [], []
+    monkeypatch.setattr(trainer, "WARMED_UP", ("cpu",))
+
+    def watched(model, batches, **options):
+        calls.append((len(batches), options["autocast"]))
+        warmup(model, batches, **options)
+
+    monkeypatch.setattr(trainer, "warmup", watched)
+    with_it = trained(tmp_path, "with", on_compiling=said.append)
+    assert calls == [(2, None)]  # the first batch and the last one
+    assert [c.done for c in said] == list(range(said[0].total + 1)) and said[0].total >= 2
+    assert all(map(torch.equal, with_it, without))
+    for options, variable in (({"warm_up": False}, "1"), ({}, "0")):
+        monkeypatch.setenv("RELAY_FAST_WARM_UP", variable)
+        trained(tmp_path, f"left out {variable}", **options)
+    monkeypatch.delenv("RELAY_FAST_WARM_UP")
+    trained(tmp_path, "with")  # has taken all its steps
+    assert len(calls) == 1
+
+
+STEADY = """
+import sys
+from pathlib import Path
+from benchmarks.stub_driver import installed
+from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.training import trainer
+from tests.training.test_trainer import RECIPE, make_model, make_stream
+trainer.WARMED_UP, trainer.PART_TOKENS["meta"] = ("meta",), 1 << 17
+model = LoopedTransformer(make_model().config, impl="triton").to("meta")
+stream = make_stream(9, longest=9, batch_size=16)
+with installed(90, compile=False) as log:
+    training = trainer._Training(model, stream, RECIPE, Path(sys.argv[1]), 0, None)
+    training.warm_up(lambda compiling: None)
+    warm = log.variant_count
+    for step in range(9):
+        model(stream[step].batch.to("meta")).loss.backward()
+print(warm, log.variant_count)
+"""
+
+
+def test_no_step_after_it_needs_another_variant(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", STEADY, str(tmp_path / "state")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    warm, last = map(int, done.stdout.split())
+    assert warm == last > 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 PHASES = 3  # of the self-chain controls, where no task says
@@ -22,6 +22,25 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     phases = _phases(list(tasks.values()))
     config["tasks"] = {name: _completed(table, phases) for name, table in tasks.items()}
     return config
+
+
+def with_drawable(table: Mapping[str, Any], drawable: Callable[[int], bool]) -> Mapping[str, Any]:
+    """Returns a task's completed table with self-chains of lengths that there are problems of: in
+    place of each that was left to this module, the next shorter one.
+
+    Args:
+        table: The table.
+        drawable: Tells whether problems of a length can be drawn.
+    """
+    lengths = table.get("self_lengths", [])
+    ranges = {key: table[key] for key in ("train", "test") if key in table}
+    if not _has_ranges(table) or lengths != _completed(ranges, len(lengths))["self_lengths"]:
+        return table
+    shortest, fitting = table["train"][0], []
+    for wanted in lengths:
+        there = (n for n in range(wanted, shortest - 1, -1) if drawable(n))
+        fitting.append(next(there, wanted))
+    return {**table, "self_lengths": fitting}
 
 
 def _phases(tables: Sequence[Mapping[str, Any]]) -> int:

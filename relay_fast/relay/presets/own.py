@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.relay.presets import load_preset
-from relay_fast.relay.presets.complete import completed, used_lengths
+from relay_fast.relay.presets.complete import completed, used_lengths, with_drawable
 from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE
 from relay_fast.tasks import TextTask, open_text_task
 from relay_fast.tasks.registry import is_compiled
@@ -112,7 +112,7 @@ def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[
         if isinstance(table, Mapping) and not is_compiled(name, table)
     }
     for name, task in own.items():
-        entries[name] = _pinned(task, entries[name])
+        entries[name] = with_drawable(_pinned(task, entries[name]), task.drawable)
     if own:
         config["vocabulary"] = _vocabulary(config, own)
     return config

@@ -24,6 +24,8 @@ def open_run(path: str | os.PathLike, write: bool = False) -> RunFolder:
     """
     folder = RunFolder.open(path)
     try:
+        if "recipe" in folder.config:  # which may have tasks too
+            raise ValueError("recipe is no setting of a run of RELAY")
         check(SavedRun, folder.config, others=True)
     except ValueError as error:
         raise RunFolderError(
