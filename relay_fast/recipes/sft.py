@@ -65,6 +65,7 @@ def write_chains(
     """Trains the looped model, and lets it write chains; returns those that passed the check."""
     from relay_fast.relay.chain_parts import chain_parts
     from relay_fast.relay.export import export_chains
+    from relay_fast.relay.label_free import confidence_bounds
     from relay_fast.train import train
     from relay_fast.training.model_files import load_run_model, run_tasks
 
@@ -76,7 +77,9 @@ def write_chains(
     wanted = {"parity": dict.fromkeys(range(1, s.tested + 1), s.chains)}
     file = folder / "chains.jsonl"
     file.unlink(missing_ok=True)
-    parts = chain_parts(model, tasks, wanted, seed=seed, verify="self", part_chains=10_000)
+    bounds = confidence_bounds(model, tasks, {"parity": [1, s.trained]}, seed)
+    checks = {"verify": "self", "bounds": bounds}
+    parts = chain_parts(model, tasks, wanted, seed=seed, part_chains=10_000, **checks)
     export_chains(file, parts, tasks, form="sft")
     chains = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     return [chain for chain in chains if chain["passed"]]
