@@ -33,7 +33,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks import common  # noqa: E402
-from benchmarks.card.predict import HOST, made_per_second  # noqa: E402
+from benchmarks.card.predict import HOST, NODE, made_per_second  # noqa: E402
 from benchmarks.card.profile import ARCH, LAUNCH, traced  # noqa: E402
 from benchmarks.card.table import markdown  # noqa: E402
 from benchmarks.kernel_costs import CARDS  # noqa: E402
@@ -44,8 +44,9 @@ from relay_fast.data.streams import BatchFormat, TruthStream  # noqa: E402
 from relay_fast.relay.context import Context  # noqa: E402
 from relay_fast.relay.presets import load_preset, recipe  # noqa: E402
 from relay_fast.training.cuda_graph import PART_TOKENS, take_step  # noqa: E402
+from relay_fast.training.exchange import Exchange  # noqa: E402
 from relay_fast.training.optim import make_optimizer  # noqa: E402
-from relay_fast.training.ranks import Exchange, joined_ranks  # noqa: E402
+from relay_fast.training.ranks import Ranks, joined_ranks  # noqa: E402
 from relay_fast.training.schedule import Schedule  # noqa: E402
 from relay_fast.utils.cores import usable_cores  # noqa: E402
 from relay_fast.utils.files import replacing  # noqa: E402
@@ -140,8 +141,9 @@ def single_group() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def train_step(model: nn.Module, optimizer, part: PackedBatch) -> None:
-    take_step(model, optimizer, part, clip=1.0, exchange=Exchange(model, part, stop=False))
+def train_step(model: nn.Module, optimizer, part: PackedBatch, exchange: Exchange) -> None:
+    exchange.begin(part, stop=False)
+    take_step(model, optimizer, part, clip=1.0, exchange=exchange)
 
 
 def messages(preset: str, stage: str) -> dict[str, object]:
@@ -149,9 +151,9 @@ def messages(preset: str, stage: str) -> dict[str, object]:
     context = context_of(preset)
     model = context.new_model(STAGES[stage])
     optimizer = make_optimizer(model, lr=1e-4)
-    batch = share_of(stream_of(context, stage, samples=8)[0].batch, 0, 8)
+    batch = share_of(stream_of(context, stage, samples=8)[0].batch, 0, RANKS)
     with single_group(), counted() as seen:
-        train_step(model, optimizer, batch)
+        train_step(model, optimizer, batch, Exchange(model, Ranks(0, RANKS)))
     return {
         "what": "a step's messages",
         "preset": preset,
@@ -210,7 +212,7 @@ def timed_steps(preset: str, samples: int | None) -> dict[str, float]:
         model = context.new_model("looped").train()
         optimizer = make_optimizer(model, lr=1e-4)
         stream = stream_of(context, "looped_aligned", samples)
-        reduce_all, seconds = dist.all_reduce, []
+        reduce_all, seconds, exchange = dist.all_reduce, [], Exchange(model, ranks)
 
         def timing(tensor):
             began = time.perf_counter()
@@ -224,10 +226,10 @@ def timed_steps(preset: str, samples: int | None) -> dict[str, float]:
                 if ranks.alone:
                     take_step(model, optimizer, batch, clip=1.0)
                 else:
-                    train_step(model, optimizer, ranks.share(batch)[0])
+                    train_step(model, optimizer, ranks.share(batch)[0], exchange)
                 seconds.append(time.perf_counter() - began)
-    exchange = float(np.median(waited[WARM_UP:])) if waited else 0.0
-    return {"seconds": float(np.median(seconds[WARM_UP:])), "exchange": exchange}
+    in_exchange = float(np.median(waited[WARM_UP:])) if waited else 0.0
+    return {"seconds": float(np.median(seconds[WARM_UP:])), "exchange": in_exchange}
 
 
 def run_processes(preset: str, samples: int | None, size: int, threads: int) -> dict[str, float]:
@@ -243,9 +245,8 @@ def run_processes(preset: str, samples: int | None, size: int, threads: int) -> 
         own = shared | {"RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}
         own |= {"OMP_NUM_THREADS": threads}
         environment = os.environ | {name: str(value) for name, value in own.items()}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        )
+        started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        processes.append(started)
     try:
         texts = [process.communicate(timeout=600)[0] for process in processes]
     finally:
@@ -265,16 +266,10 @@ def timing(preset: str, rounds: int = 3) -> dict[str, object]:
         one.append(run_processes(preset, samples, 1, cores))
     best = min(several, key=lambda run: run["seconds"])
     alone = min(run["seconds"] for run in one)
-    return {
-        "what": "timing",
-        "preset": preset,
-        "processes": cores,
-        "samples": samples or recipe(load_preset(preset), "looped_aligned")["batch_size"],
-        "one_process_s": alone,
-        "processes_s": best["seconds"],
-        "exchange_s": best["exchange"],
-        "times_one_process": alone / best["seconds"],
-    }
+    samples = samples or recipe(load_preset(preset), "looped_aligned")["batch_size"]
+    return {"what": "timing", "preset": preset, "processes": cores, "samples": samples,
+            "one_process_s": alone, "processes_s": best["seconds"], "exchange_s": best["exchange"],
+            "times_one_process": alone / best["seconds"]}  # fmt: skip
 
 
 # Prediction
@@ -318,19 +313,23 @@ def predictions(
             work[own] = work.get(own) or device_work(context, stage, own)
             on_card, launches = work[own]
             slowest = on_card * (1 + excess * (devices > 1))
-            step = max(slowest, LAUNCH * launches) + HOST[STAGES[stage]]
             exchange = exchange_seconds(size, devices)
+            beside = HOST[STAGES[stage]] + exchange
+            step = max(slowest, LAUNCH * launches) + beside
+            graphed = slowest + NODE * launches + beside
             rows.append({
                 "what": "predicted", "preset": preset, "stage": stage, "batch": batch_of,
                 "gpus": devices, "samples": own * devices, "card_ms": 1e3 * slowest,
                 "launches_ms": 1e3 * LAUNCH * launches, "exchange_ms": 1e3 * exchange,
-                "step_ms": 1e3 * (step + exchange),
-                "samples_per_s": own * devices / (step + exchange),
-                "cores_for_data": own * devices / (step + exchange) / made,
+                "step_ms": 1e3 * step, "samples_per_s": own * devices / step,
+                "graph_step_ms": 1e3 * graphed, "graph_samples_per_s": own * devices / graphed,
+                "cores_for_data": own * devices / graphed / made,
             })  # fmt: skip
-    first = {row["batch"]: row["samples_per_s"] for row in rows if row["gpus"] == 1}
-    for row in rows:
-        row["efficiency"] = row["samples_per_s"] / first[row["batch"]] / row["gpus"]
+    for kind in ("", "graph_"):
+        rate = f"{kind}samples_per_s"
+        first = {row["batch"]: row[rate] for row in rows if row["gpus"] == 1}
+        for row in rows:
+            row[f"{kind}efficiency"] = row[rate] / first[row["batch"]] / row["gpus"]
     return rows
 
 
@@ -378,23 +377,28 @@ def _timing_text(rows: list[dict[str, object]]) -> str:
     )
 
 
+PREDICTED = {
+    "stage": "{stage}", "batch": "{batch}", "GPUs": "{gpus}", "samples": "{samples:,}",
+    "card, ms": "{card_ms:.3g}", "launches, ms": "{launches_ms:.3g}",
+    "all-reduce, ms": "{exchange_ms:.3g}", "step, ms": "{step_ms:.3g}",
+    "samples/s": "{samples_per_s:,.0f}", "efficiency": "{efficiency:.0%}",
+    "step in graphs, ms": "{graph_step_ms:.3g}", "samples/s ": "{graph_samples_per_s:,.0f}",
+    "efficiency ": "{graph_efficiency:.0%}", "cores a rank for data": "{cores_for_data:.1f}",
+}  # fmt: skip
+
+
 def _prediction_text(rows: list[dict[str, object]]) -> str:
     card = CARDS[ARCH]
-    lines = [(r["stage"], r["batch"], r["gpus"], f"{r['samples']:,}", f"{r['card_ms']:.3g}",
-              f"{r['launches_ms']:.3g}", f"{r['exchange_ms']:.3g}", f"{r['step_ms']:.3g}",
-              f"{r['samples_per_s']:,.0f}", f"{100 * r['efficiency']:.0f} %",
-              f"{r['cores_for_data']:.1f}") for r in rows]  # fmt: skip
-    columns = ("stage", "batch", "GPUs", "samples", "card, ms", "launches, ms", "all-reduce, ms",
-               "step, ms", "samples/s", "efficiency", "cores a rank for data")  # fmt: skip
+    lines = [[shown.format(**row) for shown in PREDICTED.values()] for row in rows]
     return (
         f"\n## Predicted: preset `paper` on {card.name}\n\n**None of it is measured.** Assumed:\n\n"
         "- Card: the launches of a share, each max(FLOPs / peak, bytes / bandwidth) over the share "
         f"of processors at work ({card.flops_16_bit / 1e12:.0f} TFLOP/s in bf16, "
         f"{card.bandwidth / 1e12:.1f} TB/s), times one plus the mean imbalance above.\n"
-        f"- Launches: {1e6 * LAUNCH:.0f} µs each from Python. With several ranks no CUDA graph is "
-        "used, because they add up gradients in the middle of a step; to compare like with like, "
-        "one GPU has none here either.\n"
-        "- Step: the larger of the two, the host's "
+        f"- Launches: {1e6 * LAUNCH:.0f} µs each from Python, while the card works; in graphs "
+        f"(before and after the all-reduce) {1e6 * NODE:.0f} µs each beside that work, without "
+        "the rows that a graph's capacity has beyond the batch's.\n"
+        "- Step: the larger of card and launches (in graphs their sum), the host's "
         + ", ".join(f"{1e3 * v:.0f} ms ({k})" for k, v in HOST.items())
         + ", and the all-reduce, which nothing hides: shared weights have their gradients only "
         "when the loop's backward is over.\n"
@@ -403,7 +407,7 @@ def _prediction_text(rows: list[dict[str, object]]) -> str:
         f"{INFINIBAND.name}, {1e6 * INFINIBAND.latency:.0f} µs; 80 % of either bandwidth.\n"
         "- Data: every rank draws the whole batch and takes its share, so that the cores a rank "
         "needs grow with the batch (samples made a second by one core, measured here).\n\n"
-        + markdown(columns, lines)
+        + markdown(tuple(PREDICTED), lines)
     )
 
 

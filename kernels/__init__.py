@@ -18,17 +18,18 @@ implementation serves, and why. `impl="auto"` is the default, `impl="torch"` tak
 | mlp | 4 activations; one kernel to d 256, two to d 512, else composed | yes | yes | H200 |
 | cross_entropy | V ≤ 1,024 in one pass, split to 262,144; smoothing, z-loss | yes | yes | H200 |
 | weight_grad | deterministic, accumulates in fp32 | yes | yes | H200 |
-| loop | whole loop in one launch, inference; d ≤ 128, ≤ 128 tokens | yes | yes | failed |
+| loop | whole loop in one launch, inference; d, tokens ≤ 128 | yes | yes | failed, mended |
 
 "Interpreted" is Triton's interpreter against the reference in fp32, fp16 and bf16. "Compiled" is
 ahead of time, by default for sm_80, 86, 89, 90, 100 and 120 (`benchmarks/compile_report.py` prints
 registers, spills, shared memory and matrix instructions of each launch configuration). A
 configuration is only picked if it fits the shared memory that the device reports. In fp32 mlp is
-one kernel to d 128 and two to d 256, where it has no SwiGLU; loop takes d ≤ 64 and 32 tokens. On
-the card loop read beyond its shared memory, through descriptors that ptxas 12.8 took from registers
-that it had not written. It has others now, and is refused on GPUs until one has shown it right
-(`RELAY_FAST_WHOLE_LOOP=1` tries it). Where it serves, it takes blocks without biases, injection,
-loop embedding, QK-norm or sandwich norms.
+one kernel to d 128 and two to d 256, where it has no SwiGLU, and loop takes d ≤ 64 and 32 tokens.
+Where d and tokens are both over 64, loop takes head_dim to 32. On the card it read beyond its
+shared memory, through descriptors that ptxas 12.8 took from registers that it had not written. It
+has others now, and is refused on GPUs until one has shown it right (`RELAY_FAST_WHOLE_LOOP=1` tries
+it). Where it serves, it takes blocks without biases, injection, loop embedding, QK-norm or sandwich
+norms.
 
 Above V 1,024 `relay_fast.functional.iteration_cross_entropy` forms the gradient in forward. On a
 GPU `auto` leaves 16-bit attention over sequences of more than 128 tokens to flash-attn where it is

@@ -1,5 +1,5 @@
 """The whole loop in one launch, for inference: d ≤ 128, sequences of at most 128 rows (fp32: d ≤
-64, 32 rows).
+64, 32 rows); head_dim ≤ 32 where both are over 64.
 
 A program holds consecutive whole sequences, at most `BLOCK_M` packed rows, and runs all layers of
 all iterations on them. The residual stream stays in registers, where the output projections

@@ -315,6 +315,12 @@ def loop_reason(
     most = 32 if w.qkv.dtype == torch.float32 else 128
     if longest > most:
         return f"the whole-loop kernel supports sequences of up to {most} rows, not {longest}"
+    head_dim = w.qkv.shape[1] // (heads + 2 * kv_heads)
+    if x.shape[1] > 64 and longest > 64 and head_dim > 32:  # 0.8 KB a thread would be spilled
+        return (
+            "the whole-loop kernel supports head_dim up to 32 for widths and sequences of over 64, "
+            f"not {head_dim}"
+        )
     if not all(t is None or t.is_contiguous() for t in (*w, cos, sin)):
         return "the whole-loop kernel needs contiguous weights and tables"
     return None

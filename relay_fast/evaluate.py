@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from relay_fast.relay.context import untested_lengths, untested_notes
 from relay_fast.relay.evaluation import Metrics, evaluate_problems, evaluation_problems
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
-from relay_fast.relay.shards import EvaluationShards, Share, share_lengths, share_wanted
+from relay_fast.relay.shards import EvaluationShards, Share, Start, share_lengths, shared_start
 from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
@@ -32,7 +32,9 @@ from relay_fast.training.model_files import (
     model_path,
     run_tasks,
 )
+from relay_fast.training.ranks import silent, speaks
 from relay_fast.utils.cores import limit_threads
+from relay_fast.utils.errors import RunStopped
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.lengths import parse_lengths
 from relay_fast.utils.settings import Seed, check_value
@@ -48,6 +50,7 @@ def evaluate_run(
     device: str = "cpu",
     display: Display | None = None,
     share: Share = (0, 1),
+    ready: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluates models of a run folder and writes RUN/evaluation.json.
 
@@ -62,6 +65,7 @@ def evaluate_run(
         device: "cpu" or a CUDA device.
         display: Shows the progress.
         share: (i, n): evaluate the i-th of n shares of the lengths.
+        ready: Called when all is checked, before the work.
 
     Returns:
         The content of evaluation.json; or this share's, with the names of those "missing".
@@ -87,6 +91,7 @@ def evaluate_run(
     problems = {name: draw(tasks[name], own) for name, own in wanted.items()}
     if shards is None:
         folder = open_run(run, write=True)
+    ready()
     _measure(loaded, tasks, problems, results, display, folder if shards is None else None)
     if shards is None:
         return results
@@ -195,33 +200,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(_parser().parse_args(arguments))
 
 
+def _asked(a: argparse.Namespace) -> dict[str, Any]:
+    """Returns what must be the same in all processes that evaluate together."""
+    return {name: value for name, value in vars(a).items() if name != "device"}
+
+
+def _evaluate(a: argparse.Namespace, start: Start) -> dict[str, Any]:
+    """Does what the arguments ask for; returns what `evaluate_run` does."""
+    if a.problems < 1:
+        raise ValueError(f"--problems is {a.problems}; give at least 1.")
+    models = None if a.models is None else a.models.split(",")
+    asked = (models, parse_lengths(a.lengths), a.problems, a.seed)
+    share, device, ready = start
+    try:
+        with Display() as display:
+            shown = display if speaks() else None
+            return evaluate_run(a.out, *asked, device, display=shown, share=share, ready=ready)
+    except MemoryError as error:
+        raise ValueError(f"no memory for {a.problems} problems a length: give fewer") from error
+
+
 def _main(a: argparse.Namespace) -> int:
     limit_threads()
     file = Path(a.out) / "evaluation.json"
     before = None
     try:
         before = file.stat().st_mtime_ns if file.is_file() else None
-        if a.problems < 1:
-            raise ValueError(f"--problems is {a.problems}; give at least 1.")
-        models = None if a.models is None else a.models.split(",")
-        lengths = parse_lengths(a.lengths)
-        share, device = share_wanted(a.shard, a.device)
-        with Display() as display:
-            results = evaluate_run(
-                a.out, models, lengths, a.problems, a.seed, device, display=display, share=share
-            )
+        with shared_start(a.shard, a.device, partial(_asked, a)) as start:
+            results = _evaluate(a, start)
     except (ValueError, RunFolderError, CheckpointError, OSError) as error:
-        return refused(error)
-    except MemoryError:
-        print(f"error: no memory for {a.problems} problems a length: give fewer", file=sys.stderr)
-        return 2
+        return 2 if silent(error) else refused(error)
+    except RunStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        written = file.is_file() and file.stat().st_mtime_ns != before
-        kept = f"the models finished by then are in {file}" if written else "no model was finished"
-        print(f"\ninterrupted; {kept}, the same command begins anew", file=sys.stderr)
+        if speaks():
+            written = file.is_file() and file.stat().st_mtime_ns != before
+            kept = f"the models finished by then are in {file}"
+            kept = kept if written else "no model was finished"
+            print(f"\ninterrupted; {kept}, the same command begins anew", file=sys.stderr)
         return 130
     if missing := results.get("missing"):
-        print(f"shard {share[0]}/{share[1]} is done; missing: {', '.join(missing)}")
+        i, n = start.share
+        print(f"shard {i}/{n} is done; missing: {', '.join(missing)}")
         return 0
     from relay_fast.reporting.tables import print_report
 

@@ -48,7 +48,7 @@ from relay_fast.relay.chain_dataset import (
 from relay_fast.relay.chain_parts import chain_parts
 from relay_fast.relay.presets.saved import open_run
 from relay_fast.relay.run_folder import RunFolderError
-from relay_fast.relay.shards import share_wanted
+from relay_fast.relay.shards import shared_start
 from relay_fast.reporting.progress import Display, Problems
 from relay_fast.reporting.tables import MODEL_NAMES
 from relay_fast.reporting.terminal import lenient_output, refused
@@ -57,8 +57,10 @@ from relay_fast.tasks.base import matches
 from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.verify import same_answers
 from relay_fast.training.model_files import Model, load_run_model, run_tasks
+from relay_fast.training.ranks import silent, speaks
 from relay_fast.utils.cores import limit_threads
 from relay_fast.utils.deprecation import warn_renamed
+from relay_fast.utils.errors import RunStopped
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.lengths import parse_lengths
 from relay_fast.utils.settings import Seed, check_value
@@ -152,7 +154,8 @@ def _write(a: argparse.Namespace) -> None:
     """Writes a dataset of chains (`--dataset`), text of chains (`--export`), or both."""
     if a.export is not None:
         export.check_export(a.export, a.format)
-    if a.share[1] > 1 and (a.dataset is None or a.export is not None):
+    (share, n), ready = a.start.share, a.start.ready
+    if n > 1 and (a.dataset is None or a.export is not None):
         raise ValueError(
             "a shard of chains goes into a --dataset: write text of all with --show DIR --export."
         )
@@ -168,32 +171,34 @@ def _write(a: argparse.Namespace) -> None:
     numbers = np.full(len(lengths), a.number // len(lengths))
     numbers[: a.number % len(lengths)] += 1
     counts = dict(zip(lengths.tolist(), numbers.tolist(), strict=True))
-    print(
-        f"{a.model} writes {a.number} chains of {a.task} into {a.dataset or a.export}", flush=True
-    )
-    started = time.monotonic()
+    started, shown = time.monotonic(), speaks()
+    if shown:
+        print(
+            f"{a.model} writes {a.number} chains of {a.task} into {a.dataset or a.export}",
+            flush=True,
+        )
     with Display() as display:
-        display.start(a.model)
         bounds = _bounds(a, model, tasks[a.task], config)
-        options = {"seed": a.seed, "verify": CHECKS[a.verify]}
-        options |= {"progress": lambda *done: display.progress(a.model, Problems(*done))}
-        options["bounds"] = bounds
+        options = {"seed": a.seed, "verify": CHECKS[a.verify], "bounds": bounds}
+        if shown:
+            display.start(a.model)
+            options["progress"] = lambda *done: display.progress(a.model, Problems(*done))
         wanted = {a.task: counts}
         if a.dataset is None:
             parts = chain_parts(model, tasks, wanted, part_chains=a.shard_chains, **options)
             exported = export.export_chains(a.export, parts, tasks, a.format)
         else:
-            options |= {"shard_chains": a.shard_chains, "share": a.share}
+            options |= {"shard_chains": a.shard_chains, "share": a.start.share, "ready": ready}
             manifest = write_dataset(a.dataset, model, tasks, wanted, **options)
-        display.finish(a.model, time.monotonic() - started)
+        if shown:
+            display.finish(a.model, time.monotonic() - started)
     if a.dataset is None:
         print(_exported(a, exported))
     else:
         print(_summary(a.dataset, manifest))
         if missing := missing_shards(a.dataset, manifest):
-            n = a.share[1]
             waiting = ", ".join(f"{k}/{n}" for k in sorted({index % n for index in missing}))
-            print(f"shard {a.share[0]}/{n} is done; files of {waiting} are missing")
+            print(f"shard {share}/{n} is done; files of {waiting} are missing")
         if a.export is not None:
             _export_folder(a, a.dataset, tasks)
 
@@ -260,7 +265,7 @@ def _load(a: argparse.Namespace) -> tuple[Model, dict[str, Task], dict]:
     _, tasks = run_tasks(config)
     if a.task not in tasks:
         raise ValueError(f"unknown task {a.task!r}; this run has {', '.join(tasks)}.")
-    return load_run_model(a.out, a.model, a.device), tasks, config
+    return load_run_model(a.out, a.model, a.start.device), tasks, config
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -308,17 +313,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
-    """Selects the function for the arguments. Raises ValueError if they do not fit together."""
+def _check_numbers(a: argparse.Namespace) -> None:
     if a.number < 1:
         raise ValueError(f"--number is {a.number}; give at least 1.")
     check_value("--seed", a.seed, Seed)
-    if a.shard is not None and re.fullmatch("[0-9]+", a.shard):
-        warn_renamed("--shard N", "--shard-chains N")
-        a.shard, a.shard_chains = None, int(a.shard)
-    if a.show is not None:
-        return _show
-    a.share, a.device = share_wanted(a.shard, a.device)
+
+
+def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
+    """Selects the function for the arguments. Raises ValueError if they do not fit together."""
+    _check_numbers(a)
     if a.out is None or a.task is None:
         raise ValueError("give --out RUN and --task, or --show DIR.")
     if a.dataset is not None or a.export is not None:
@@ -335,11 +338,20 @@ def _mode(a: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
             f"--number is {a.number}; at most {MOST_PRINTED} chains are printed, any number goes "
             f"into a folder with --lengths and --dataset."
         )
-    if a.share[1] > 1:
+    if a.start.share[1] > 1:
         raise ValueError("a shard of chains goes into a folder: give --lengths and --dataset.")
     if a.length is None:
         raise ValueError("give --length to print chains, or --lengths and --dataset to write them.")
     return _print_some
+
+
+def _run(a: argparse.Namespace) -> None:
+    if a.show is not None:
+        _check_numbers(a)
+        return _show(a)
+    asked = {name: value for name, value in vars(a).items() if name != "device"}
+    with shared_start(a.shard, a.device, lambda: asked) as a.start:
+        _mode(a)(a)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -350,12 +362,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(a: argparse.Namespace) -> int:
     limit_threads()
+    if a.shard is not None and re.fullmatch("[0-9]+", a.shard):
+        warn_renamed("--shard N", "--shard-chains N")
+        a.shard, a.shard_chains = None, int(a.shard)
     try:
-        _mode(a)(a)
+        _run(a)
     except (*_REFUSED, OSError, MemoryError) as error:
-        return refused(error)
+        return 2 if silent(error) else refused(error)
+    except RunStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues a folder of chains", file=sys.stderr)
+        if speaks():
+            print("\ninterrupted; the same command continues a folder of chains", file=sys.stderr)
         return 130
     return 0
 

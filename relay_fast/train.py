@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from relay_fast.ops.dispatch import select
-from relay_fast.relay.context import untested_notes
 from relay_fast.relay.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.relay.presets import load_preset, override, preset_names, recipe
 from relay_fast.relay.presets.own import config_text, read_config, resolved
 from relay_fast.relay.presets.saved import refuse_foreign
 from relay_fast.relay.presets.schema import RunConfig
-from relay_fast.relay.run_folder import MACHINE, RunFolder, RunFolderError, versions
+from relay_fast.relay.run_folder import (
+    MACHINE,
+    RunFolder,
+    RunFolderError,
+    code_versions,
+    versions,
+)
 from relay_fast.relay.stages import STAGE_DEPENDENCIES, Context
 from relay_fast.relay.together import run_together
 from relay_fast.reporting.progress import Display
@@ -30,7 +35,14 @@ from relay_fast.reporting.terminal import draw_all, lenient_output, refused
 from relay_fast.tasks import TextTask
 from relay_fast.tasks.references import refuse_while_loading
 from relay_fast.training.model_files import check_device
-from relay_fast.training.ranks import agree, first_rank, joined_ranks, speaks
+from relay_fast.training.ranks import (
+    agree,
+    first_rank,
+    joined_ranks,
+    refuse_together,
+    silent,
+    speaks,
+)
 from relay_fast.utils.deprecation import renamed_keywords
 from relay_fast.utils.errors import RunStopped, WorkerDied
 from relay_fast.utils.files import json_text
@@ -74,11 +86,7 @@ def train(
         RunStopped: A training diverged, or a worker process died.
         OutOfTime: `minutes` are over; everything is saved.
     """
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes = {minutes:g}: give more than 0")
-    refuse_while_loading()
-    names = with_needs(STAGE_DEPENDENCIES if stages is None else stages)
-    config = resolved(config, tasks)
+    names, config = _checked(config, stages, device, minutes, tasks)
     with joined_ranks(device) as (ranks, device):
         agree(ranks, lambda: prove(config, device, impl, ranks.size), _identity(config, names))
         options = {"device": device, "impl": impl, "minutes": minutes}
@@ -103,12 +111,31 @@ def train(
     return results
 
 
+def _checked(
+    config: Mapping[str, Any],
+    stages: Sequence[str] | None,
+    device: str,
+    minutes: float | None,
+    tasks: Sequence[TextTask],
+) -> tuple[list[str], dict[str, Any]]:
+    """Returns the stages and the whole config; raises an error on all ranks."""
+    try:
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"minutes = {minutes:g}: give more than 0")
+        refuse_while_loading()
+        return with_needs(STAGE_DEPENDENCIES if stages is None else stages), resolved(config, tasks)
+    except (ValueError, RuntimeError, OSError) as error:
+        refuse_together(error, device)
+
+
 def _begin(config: Mapping[str, Any], out: str | Path, device: str, impl: str):
     """Makes or continues the folder of a run; returns it and the record of this call."""
     refuse_foreign(out)
     device = device.split(",")[0]
     folder, context = RunFolder(out, config), Context(Path(), config, device, impl)
     call = _Call(folder, device, context.labels)
+    for note in context.notes:
+        print(note, flush=True)
     _report_data(folder, context.data, context.untested)
     return folder, call
 
@@ -118,13 +145,11 @@ def _report_data(
     data: Mapping[str, Mapping[str, int]],
     untested: Mapping[str, Sequence[int]],
 ) -> None:
-    """Prints counts of the records that tasks are trained and tested on and which lengths cannot be
-    evaluated, and keeps both."""
+    """Prints counts of the records that tasks are trained and tested on, and keeps them and the
+    lengths that cannot be evaluated."""
     for name, counts in data.items():
         shown = ", ".join(f"{key.replace('_', ' ')} {n:,}" for key, n in counts.items())
         print(f"records of {name}: {shown}", flush=True)
-    for note in untested_notes(untested):
-        print(note, flush=True)
     if data:
         without = {name: {"untested": [*lengths]} for name, lengths in untested.items()}
         kept = {name: {**counts, **without.get(name, {})} for name, counts in data.items()}
@@ -135,8 +160,7 @@ def _identity(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
     """Returns what must be the same on all ranks."""
     shared = {key: value for key, value in config.items() if key not in MACHINE}
     digest = hashlib.sha256(json_text(shared, sort_keys=True).encode()).hexdigest()[:16]
-    code = {key: versions()[key] for key in ("torch", "numpy", "relay_fast", "commit")}
-    return {"config": digest, "stages": ", ".join(names), **code}
+    return {"config": digest, "stages": ", ".join(names), **code_versions()}
 
 
 def prove(
@@ -297,9 +321,10 @@ def _chosen_config(a: argparse.Namespace) -> dict[str, Any]:
     return read_config(a.config)
 
 
-def _main(a: argparse.Namespace) -> int:
+def _wanted_config(a: argparse.Namespace) -> dict[str, Any]:
+    """Returns the config that the arguments ask for. Raises ValueError, OSError."""
     try:
-        config = override(
+        return override(
             _chosen_config(a),
             tasks=_names(a.tasks),
             steps=a.steps,
@@ -309,6 +334,15 @@ def _main(a: argparse.Namespace) -> int:
             scale=a.scale,
             values=a.values,
         )
+    except (ValueError, OSError) as error:
+        if a.print_config:
+            raise
+        refuse_together(error, a.device)
+
+
+def _main(a: argparse.Namespace) -> int:
+    try:
+        config = _wanted_config(a)
         if a.print_config:
             print(config_text(resolved(config)), end="")
             return 0
@@ -317,7 +351,7 @@ def _main(a: argparse.Namespace) -> int:
         options["print_table"] = not a.no_report
         train(config, a.out, stages=stages, **options)
     except (ValueError, RunFolderError, CheckpointError, OSError, MemoryError) as error:
-        return refused(error) if speaks() else 2
+        return 2 if silent(error) else refused(error)
     except RunStopped as error:
         if speaks() or isinstance(error, WorkerDied):
             print(f"\nerror: {error}", file=sys.stderr)

@@ -87,9 +87,13 @@ def check_apart(case: Case, index: int, seed: int, script: Path) -> list[Row]:
     command = [sys.executable, str(script), "--check", f"{index}/{seed}"]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {WHOLE_LOOP: "1"}, capture_output=True, text=True,
+            command,
+            cwd=ROOT,
+            env=os.environ | {WHOLE_LOOP: "1"},
+            capture_output=True,
+            text=True,
             timeout=APART_SECONDS,
-        )  # fmt: skip
+        )
         text, ended = done.stdout + done.stderr, done.returncode == 0
     except subprocess.TimeoutExpired:
         text, ended = f"took more than {APART_SECONDS:.0f} s", False
@@ -111,9 +115,13 @@ def sanitize(device: str, script: Path, apart: bool = False) -> list[Row]:
                "--sanitize", "apart" if apart else "usual"]  # fmt: skip
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | ({WHOLE_LOOP: "1"} if apart else {}),
-            capture_output=True, text=True, timeout=SANITIZER_SECONDS,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=os.environ | ({WHOLE_LOOP: "1"} if apart else {}),
+            capture_output=True,
+            text=True,
+            timeout=SANITIZER_SECONDS,
+        )
     except subprocess.TimeoutExpired as error:
         raise Skip(f"compute-sanitizer took more than {SANITIZER_SECONDS:.0f} s") from error
     ended, ops = done.returncode == 0, ", ".join(APART) if apart else "all other ops"

@@ -106,6 +106,33 @@ def true_rounds(
     return rounds, sizes
 
 
+def unclear_iterations(task: Task, samples: Samples) -> tuple[int, int, int] | None:
+    """Finds a problem in which two iterations see the same and have to write different rounds, so
+    that no model can learn both.
+
+    Args:
+        task: The task.
+        samples: Solved problems of it.
+
+    Returns:
+        The problem's place in `samples` and how many rounds are before the two iterations, or None.
+    """
+    owner = np.repeat(np.arange(len(samples)), samples.loops)
+    before = np.arange(len(owner)) - samples.first_round[owner]
+    tasks, none = {task.name: task}, np.zeros_like(owner)
+    inputs, widths, _ = iterations_of(Written.truth(samples), tasks, owner, before)
+    rounds, sizes = true_rounds(samples, tasks, owner, before, none)
+    ends, round_ends, seen = np.cumsum(widths), np.cumsum(sizes), {}
+    for k, i in enumerate(owner.tolist()):
+        own = slice(ends[k] - widths[k], ends[k])
+        key = i, *(part[own].tobytes() for part in inputs[:3])
+        wanted = rounds[round_ends[k] - sizes[k] : round_ends[k]].tobytes()
+        first, before_first = seen.setdefault(key, (wanted, int(before[k])))
+        if first != wanted:
+            return i, before_first, int(before[k])
+    return None
+
+
 def collate_next(
     written: Written,
     tasks: Mapping[str, Task],

@@ -2,8 +2,9 @@
 
 The forward op returns the kept states as one flat tensor in addition to its outputs; the backward
 is an op of its own. Every option is a typed argument: the block's are the fields of BlockConfig, in
-their order. The plan is built inside the ops from host tensors, and cached. Recompute
-policies "none" and "auto" are "state": the inside of an iteration cannot leave an op.
+their order. The plan is built inside the ops from host tensors, and cached; a batch with an
+attention mask is packed inside them. Recompute policies "none" and "auto" are "state": the inside
+of an iteration cannot leave an op.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
+from relay_fast.batch.attention_mask import Padding
 from relay_fast.batch.plan import check_cu_seqlens, check_loops
 from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.config import BIASES, BlockConfig
@@ -27,7 +29,7 @@ from relay_fast.engine.loop import backward_pass, forward_pass, kept_states
 from relay_fast.engine.loop_flops import LoopFlops
 from relay_fast.engine.parameter_names import parameter_names
 from relay_fast.engine.recompute import RecomputePolicy
-from relay_fast.engine.resumption import check_max_loops
+from relay_fast.engine.resumption import Entry, check_max_loops
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.ops.dispatch import launch_context, select
 from relay_fast.ops.flops import count_flops, is_fake
@@ -66,6 +68,9 @@ _OPTIONS = (
     "SymInt count, "  # loops of every sequence if `loops` is None
     "Tensor? loops, "  # (sequences,)
     "Tensor? positions, "  # (rows,)
+    "Tensor? mask, "  # (batch, n) of a padded batch: where its tokens are
+    "SymInt start, "  # iterations that the state has been through
+    "bool injected, "  # whether the last parameter is what injection adds, (rows, d)
     "Tensor? seed, "  # () of the dropout masks and the state noise
     "SymInt[] states, SymInt truncate"  # 0: no truncation; -1: to no iteration
 )
@@ -83,6 +88,9 @@ class _Call(NamedTuple):
     count: int
     loops: Tensor | None
     positions: Tensor | None
+    mask: Tensor | None
+    start: int
+    injected: bool
     seed: Tensor | None
     states: list[int]
     truncate: int
@@ -109,23 +117,29 @@ def _parse(options: Sequence) -> tuple[BlockConfig, list[str], _Call]:
     return *_block(tuple(block)), _Call(*options[count:])
 
 
-def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
+def _make_spec(x: Tensor, options: Sequence) -> tuple[LoopSpec, _Rows]:
     config, names, call = _parse(options)
-    if call.cu_seqlens is None:
+    positions, padding = call.positions, None
+    if call.mask is not None:
+        padded = (call.batch, len(x) // max(1, call.batch))
+        padding = Padding(call.mask, torch.Size(padded), x.device)
+        lengths = padding.lengths
+        positions = None if positions is None else positions[padding.rows]
+    elif call.cu_seqlens is None:
         lengths = np.full(call.batch, len(x) // max(1, call.batch))
     else:
         lengths = np.diff(check_cu_seqlens(call.cu_seqlens, len(x)))
     counts = check_loops(call.count if call.loops is None else call.loops, len(lengths))
-    where = None if call.positions is None else call.positions.cpu().numpy()
+    where = None if positions is None else positions.cpu().numpy()
     plan = cached_plan(lengths, counts, x.device, where)
     check_max_loops(config, plan)
     ops = select(call.impl, x.device)
 
     def make_iteration(x: Tensor, parameters) -> BlockIteration:
-        named = dict(zip(names, parameters, strict=True))
+        named = dict(zip(names, parameters, strict=False))  # behind them: what is injected
         return BlockIteration(config, named, plan, x, ops, call.dtype, call.seed)
 
-    return LoopSpec(
+    spec = LoopSpec(
         plan,
         make_iteration,
         ops,
@@ -135,6 +149,54 @@ def _make_spec(x: Tensor, options: Sequence) -> LoopSpec:
         gather_rows=call.gather_rows,
         compute_dtype=call.dtype,
     )
+    spec = Entry(call.start, x if call.injected else None).enter(spec, config)
+    return spec, _Rows(spec, padding, len(x), call.injected)
+
+
+class _Rows:
+    """Takes rows from the caller's order to the engine's, and back.
+
+    Args:
+        spec: of the pass.
+        padding: of a batch with a mask, whose rows the engine does not have.
+        count: the caller's rows.
+        injected: whether the last parameter has a row for each of x.
+    """
+
+    def __init__(self, spec: LoopSpec, padding: Padding | None, count: int, injected: bool):
+        self._spec, self._count, self.injected = spec, count, injected
+        self._padded = padding is not None
+        self._index = spec.plan.to_sorted
+        if padding is not None:
+            rows = padding.rows
+            self._index = rows if self._index is None else rows[self._index]
+
+    def enter(self, rows: Tensor) -> Tensor:
+        return rows if self._index is None else rows[self._index]
+
+    def leave(self, rows: Tensor) -> Tensor:
+        if self._padded:
+            return rows.new_zeros(self._count, *rows.shape[1:]).index_copy(0, self._index, rows)
+        to_caller = self._spec.plan.to_caller
+        return rows if to_caller is None else rows[to_caller]
+
+    def with_parameters(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the parameters with what is injected in the engine's order."""
+        if not self.injected:
+            return list(parameters)
+        return [*parameters[:-1], self.enter(parameters[-1])]
+
+    def states(self, flat: Tensor, leave: bool) -> Tensor:
+        """Takes returned states, end to end, to the caller's order, or back.
+
+        With a mask all of them have all rows: several numbers of loops return no states.
+        """
+        if not self._padded:
+            return _reordered(self._spec, flat, leave)
+        count = len(self._spec.states)
+        parts = flat.chunk(count) if count else []
+        move = self.leave if leave else self.enter
+        return torch.cat([flat[:0], *map(move, parts)])
 
 
 def _policy(recompute: str) -> RecomputePolicy:
@@ -167,15 +229,12 @@ def loop_fwd(x: Tensor, parameters: list[Tensor], *options) -> tuple[Tensor, Ten
     x (rows, d) is in the caller's order, the parameters in that of `parameter_names`.
     """
     *options, keep = options
-    spec = _make_spec(x, options)
-    plan = spec.plan
+    spec, rows = _make_spec(x, options)
     with torch.no_grad(), launch_context(x):
-        h = x if plan.to_sorted is None else x[plan.to_sorted]
-        done = forward_pass(spec, h, parameters, keep)
+        done = forward_pass(spec, rows.enter(x), rows.with_parameters(parameters), keep)
         final, chosen, _, _ = done.outputs
-        final = final if plan.to_caller is None else final[plan.to_caller]
         kept = torch.cat([x[:0], *done.kept.values()])
-        return final, _reordered(spec, chosen, to_caller=True), kept
+        return rows.leave(final), rows.states(chosen, leave=True), kept
 
 
 @loop_fwd.register_fake
@@ -188,7 +247,8 @@ def _(x, parameters, *options):
         return x.new_empty(x.shape), x.new_empty(0, *x.shape[1:]), x.new_empty(size(), *x.shape[1:])
     policy = _policy(call.recompute)
     kept = 0
-    if keep and (policy.kind == "budget" or isinstance(count, torch.SymInt)):
+    sizes_unknown = policy.kind == "budget" or call.mask is not None
+    if keep and (sizes_unknown or isinstance(count, torch.SymInt)):
         kept_rows = torch.library.get_ctx().new_dynamic_size()  # avoids a guard on `count`
     else:
         if keep:
@@ -222,35 +282,34 @@ def loop_bwd(
     *options,
 ) -> list[Tensor]:
     """Returns the gradients of x and the parameters, for those that are `needed`."""
-    spec = _make_spec(x, options)
-    states = spec.states
-    plan = spec.plan
+    spec, rows = _make_spec(x, options)
     names = sorted(kept_states(spec, x[:1].nbytes))
-    parts = kept.split([plan.rows_at(t) for t in names]) if names else ()
-    order = plan.to_sorted
-    to_sorted = lambda t: t if order is None else t[order]
+    parts = kept.split([spec.plan.rows_at(t) for t in names]) if names else ()
     with torch.no_grad():
         dx, *grads = backward_pass(
             SimpleNamespace(
                 spec=spec,
                 saved_tensors=(
-                    to_sorted(x),
+                    rows.enter(x),
                     None,
-                    _reordered(spec, chosen, to_caller=False),
+                    rows.states(chosen, leave=False),
                     x.new_empty(0),
-                    *parameters,
+                    *rows.with_parameters(parameters),
                     *parts,
                 ),
                 kept=tuple(names),
                 parameters=len(parameters),
                 needs_input_grad=(False, *needed),
             ),
-            to_sorted(g_final),
-            _reordered(spec, g_states, to_caller=False) if states else None,
+            rows.enter(g_final),
+            rows.states(g_states, leave=False) if spec.states else None,
             None,
         )[1:]
         if dx is not None:
-            dx = dx.clone() if plan.to_caller is None else dx[plan.to_caller]
+            left = rows.leave(dx)
+            dx = dx.clone() if left is dx else left
+        if grads and rows.injected and grads[-1] is not None:
+            grads[-1] = rows.leave(grads[-1])
     return [g.contiguous() for g in (dx, *grads) if g is not None]
 
 
@@ -279,9 +338,14 @@ def _backward(ctx, g_final, g_states, _):
         loop_bwd(
             x.new_zeros(x.shape) if g_final is None else g_final.contiguous(),
             chosen.new_zeros(chosen.shape) if g_states is None else g_states.contiguous(),
-            x, chosen, kept, parameters, ctx.needed, *rest,
+            x,
+            chosen,
+            kept,
+            parameters,
+            ctx.needed,
+            *rest,
         )
-    )  # fmt: skip
+    )
     dx, *others = (next(grads) if need else None for need in ctx.needed)
     nothing = [[] if value == [] else None for value in rest]  # torch takes [] for tensors
     return dx, others, *nothing, None
@@ -295,13 +359,13 @@ loop_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 def _flops(x: Tensor, parameters: list[Tensor], options: Sequence) -> LoopFlops:
     config, names, call = _parse(options)
-    given = (call.loops, call.cu_seqlens, call.positions)
+    given = (call.loops, call.cu_seqlens, call.positions, call.mask)
     if any(is_fake(t) for t in given if t is not None):  # no values: every sequence loops once
         sequences = len(call.loops) if call.loops is not None else call.batch
-        rest = {"cu_seqlens": None, "loops": None, "positions": None}
+        rest = {"cu_seqlens": None, "loops": None, "positions": None, "mask": None}
         call = call._replace(batch=sequences, count=call.count or 1, **rest)
-    spec = _make_spec(x, (*options[: len(_FIELDS)], *call))
-    return LoopFlops(config, spec, dict(zip(names, parameters, strict=True)))
+    spec, _ = _make_spec(x, (*options[: len(_FIELDS)], *call))
+    return LoopFlops(config, spec, dict(zip(names, parameters, strict=False)))
 
 
 def _forward_flops(x, parameters, *options, out_val=None, **_) -> int:

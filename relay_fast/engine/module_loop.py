@@ -82,7 +82,8 @@ def loop(
             waits for its answer, once an iteration. See `relay_fast.engine.criteria`.
         start: number of iterations that x has already been through.
         aux: the module returns (state, aux), aux being floating-point tensors of fixed shapes, also
-            in containers. Their sums over all calls are returned, and have gradients.
+            in containers. Their sums over all calls are returned, and have gradients. Not with both
+            `until` and `truncate`.
 
     Returns:
         The final state, or a list of states as `LoopedBlock.forward` returns it; then the loops if
@@ -114,6 +115,11 @@ def loop(
     plan = _make_plan(rows, loops, cu_seqlens, stops=until is not None)
     check_rows(per_row, plan.rows, rows.device)
     truncate = check_truncate(truncate, plan.sequences)
+    if aux and until is not None and truncate is not None:
+        raise ValueError(
+            "aux=True with until and truncate: aux is a sum over sequences, and for which of them "
+            "truncation leaves it a gradient is only known at the end; leave out truncate"
+        )
     policy = RecomputePolicy.parse(recompute)
     if policy.kind == "none" and has_saved_tensor_hooks():  # hooks cannot save graphs
         policy = RecomputePolicy("state")

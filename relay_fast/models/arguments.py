@@ -94,7 +94,6 @@ def flat_positions(positions: Tensor | None, shape: torch.Size) -> Tensor | None
 def refuse_compiled(**options: object) -> None:
     """Raises RuntimeError if an option is given that the op of torch.compile does not have."""
     given = [name for name, value in options.items() if value is not None and value is not False]
-    given = [name for name in given if name != "start" or options[name] != 0]
     if given:
         raise RuntimeError(
             f"under torch.compile a LoopedBlock does not take {', '.join(given)}: call it outside "

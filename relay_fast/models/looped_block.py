@@ -37,7 +37,7 @@ from relay_fast.models.arguments import (
 )
 from relay_fast.models.from_hf import read_layers
 from relay_fast.models.layer import Layer, Norm, ZeroEmbedding
-from relay_fast.models.padding import forward_padded
+from relay_fast.models.padding import check_masked, forward_padded
 from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
@@ -219,13 +219,25 @@ class LoopedBlock(nn.Module):
 
         Raises:
             ValueError, TypeError: for arguments that do not fit together.
-            RuntimeError: under torch.compile, for attention_mask, inject, start, seed, until and
-                return_loops.
+            RuntimeError: under torch.compile, for until and return_loops.
         """
         options = {"inject": inject, "start": start, "seed": seed, "until": until,
                    "return_loops": return_loops}  # fmt: skip
         if torch.compiler.is_compiling():
-            refuse_compiled(attention_mask=attention_mask, **options)
+            refuse_compiled(until=until, return_loops=return_loops)
+            return_states = bool(return_states) if is_bool(return_states) else return_states
+            return self._as_op(
+                x,
+                loops,
+                cu_seqlens,
+                attention_mask,
+                positions,
+                inject,
+                start,
+                seed,
+                return_states,
+                truncate,
+            )
         if attention_mask is not None:
             return forward_padded(
                 self.forward,
@@ -240,10 +252,6 @@ class LoopedBlock(nn.Module):
             )
         packed, shape = packed_rows(x, cu_seqlens, self.config.d_model)
         return_states = bool(return_states) if is_bool(return_states) else return_states
-        if torch.compiler.is_compiling():
-            return self._as_op(
-                packed, x, shape, loops, cu_seqlens, positions, return_states, truncate
-            )
         refuse_transforms(x, module=self)
         plan = make_plan(x, loops, cu_seqlens, positions, stops=until is not None)
         wanted = plan.chosen_states(return_states)
@@ -273,33 +281,32 @@ class LoopedBlock(nn.Module):
         return (result, loops_run(plan)) if return_loops else result
 
     def _called_forward(
-        self, x: Tensor, loops, cu_seqlens, positions, return_states, truncate
+        self, x, loops, cu_seqlens, mask, positions, inject, start, seed, return_states, truncate
     ) -> Tensor | list[Tensor]:
         """`forward` with positional arguments."""
         return self.forward(
             x,
             loops,
             cu_seqlens=cu_seqlens,
+            attention_mask=mask,
             positions=positions,
+            inject=inject,
+            start=start,
+            seed=seed,
             return_states=return_states,
             truncate=truncate,
         )
 
     def _as_op(
-        self,
-        x: Tensor,
-        given: Tensor,
-        shape: torch.Size,
-        loops,
-        cu_seqlens,
-        positions,
-        return_states,
-        truncate,
+        self, x, loops, cu_seqlens, mask, positions, inject, start, seed, return_states, truncate
     ) -> Tensor | list[Tensor]:
         """Runs the forward under torch.compile as one op (`relay_fast.engine.compile_op`).
 
         States are returned for an int `loops` only; otherwise their sizes depend on data.
         """
+        if mask is not None:
+            check_masked(x, cu_seqlens)
+        packed, shape = packed_rows(x, cu_seqlens, self.config.d_model)
         count = loops if isinstance(loops, int) else 0
         tensor = lambda t: (
             t if t is None or isinstance(t, Tensor) else torch.tensor(t, device="cpu")
@@ -313,21 +320,36 @@ class LoopedBlock(nn.Module):
         if weights.called:  # an op cannot call modules
             from relay_fast.ops.eager import eager
 
-            return eager(
-                self._called_forward, given, loops, cu_seqlens, positions, return_states, truncate
-            )
+            given = (cu_seqlens, mask, positions, inject, start, seed, return_states, truncate)
+            return eager(self._called_forward, x, loops, *given)
+        entry = Entry.of(self.config, x, inject, start, seed)
         seed = None
         if self.training and (self.config.dropout or self.config.state_noise):
-            seed = torch.randint(2**31, (), device=x.device)
+            seed = torch.randint(2**31, (), device=x.device) if entry.seed is None else entry.seed
         final, states, _ = torch.ops.relay_fast.loop_fwd(
-            x, weights.tensors, *self._spec, self.recompute, self.impl, self.gather_rows,
-            compute_dtype(weights.of_gemms), 0 if cu_seqlens is not None else shape[0],
-            tensor(cu_seqlens), count, None if isinstance(loops, int) else tensor(loops),
-            flat_positions(positions, shape), seed, wanted, last, torch.is_grad_enabled(),
-        )  # fmt: skip
+            packed,
+            [*weights.tensors, *entry.parameters],
+            *self._spec,
+            self.recompute,
+            self.impl,
+            self.gather_rows,
+            compute_dtype(weights.of_gemms),
+            0 if cu_seqlens is not None else shape[0],
+            tensor(cu_seqlens),
+            count,
+            None if isinstance(loops, int) else tensor(loops),
+            flat_positions(positions, shape),
+            tensor(mask),
+            entry.start,
+            inject is not None,
+            seed,
+            wanted,
+            last,
+            torch.is_grad_enabled(),
+        )
         if return_states is False:
             return final.view(shape)
-        return [s.view(shape) for s in states.split(x.shape[0])] if wanted else []
+        return [s.view(shape) for s in states.split(len(packed))] if wanted else []
 
     def run(self, plan: Plan, weights: BlockWeights | None = None, **options) -> LoopSpec:
         """Describes a pass of this block over a plan for the engine.

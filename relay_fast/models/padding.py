@@ -4,60 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from relay_fast.batch.paddings import device_tensor
+from relay_fast.batch.attention_mask import Padding
 from relay_fast.engine.states import States
 from relay_fast.models.arguments import flat_positions
-from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
-class Padding:
-    """Where the tokens of a padded batch are. The mask is copied to the host.
-
-    Args:
-        mask: (B, n), 1 or True for tokens, 0 or False for padding; each row's tokens are
-            consecutive, with padding on the left, on the right or on both sides.
-        shape: of the padded batch, (B, n, …).
-        device: of the padded batch.
-
-    Raises:
-        ValueError: for any other mask.
-    """
-
-    def __init__(self, mask: Tensor, shape: torch.Size, device: torch.device):
-        self._width, self._device = shape[1], device
-        tokens = _check_mask(torch.as_tensor(mask).detach().cpu().numpy(), shape)
-        self._starts, self._lengths = tokens.argmax(1) if tokens.size else 0, tokens.sum(1)
-        firsts = np.arange(len(tokens)) * self._width + self._starts
-        self._rows = device_tensor(concat_ranges(firsts, self._lengths), torch.int64, device)
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """(B + 1,) row offsets on the host."""
-        return torch.from_numpy(lengths_to_offsets(self._lengths))
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Returns the rows (N, …) of the tokens of x (B, n, …)."""
-        return x.flatten(0, 1).index_select(0, self._rows)
-
-    def pad(self, packed: Tensor, sequences: np.ndarray | None = None) -> Tensor:
-        """Returns packed rows (N, …) as (B, n, …), with zeros for padding.
-
-        Args:
-            packed: rows of the tokens.
-            sequences: indices of the sequences that they belong to; None: all.
-        """
-        rows, count = self._rows, len(self._lengths)
-        if sequences is not None and len(sequences) < count:
-            count = len(sequences)
-            firsts = np.arange(count) * self._width + self._starts[sequences]
-            index = concat_ranges(firsts, self._lengths[sequences])
-            rows = device_tensor(index, torch.int64, self._device)
-        padded = packed.new_zeros(count * self._width, *packed.shape[1:])
-        return padded.index_copy(0, rows, packed).unflatten(0, (count, self._width))
+def check_masked(x: Tensor, cu_seqlens: object) -> None:
+    """Raises ValueError if a call has no place for an attention mask."""
+    if cu_seqlens is not None:
+        raise ValueError("attention_mask and cu_seqlens are both given: a packed batch has no mask")
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}: an attention_mask needs (B, n, d)")
 
 
 def forward_padded(
@@ -78,10 +37,7 @@ def forward_padded(
         inject: (B, n, d).
         **options: further arguments of the forward.
     """
-    if options.pop("cu_seqlens", None) is not None:
-        raise ValueError("attention_mask and cu_seqlens are both given: a packed batch has no mask")
-    if x.ndim != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}: an attention_mask needs (B, n, d)")
+    check_masked(x, options.pop("cu_seqlens", None))
     padding = Padding(mask, x.shape, x.device)
     if inject is not None:
         if inject.shape != x.shape:
@@ -105,34 +61,3 @@ def forward_padded(
     if isinstance(result, tuple):  # with the loops
         return padded(result[0]), *result[1:]
     return padded(result)
-
-
-def _check_mask(mask: np.ndarray, shape: torch.Size) -> np.ndarray:
-    """Returns the mask as bool."""
-    if mask.shape != tuple(shape[:2]):
-        raise ValueError(
-            f"attention_mask has shape {mask.shape} but x has {tuple(shape)}: pass "
-            f"{tuple(shape[:2])}, 1 for tokens and 0 for padding"
-        )
-    wrong = np.argwhere((mask != 0) & (mask != 1))
-    if len(wrong):
-        i, j = wrong[0].tolist()
-        raise ValueError(
-            f"attention_mask[{i}, {j}] = {mask[i, j]}: give 1 for tokens and 0 for padding"
-        )
-    tokens = mask.astype(bool)
-    counts = tokens.sum(1)
-    if len(counts) and not counts.min():
-        i = int(counts.argmin())
-        raise ValueError(
-            f"attention_mask[{i}] leaves no token of sequence {i}: leave the sequence out of the "
-            "batch"
-        )
-    pieces = tokens[:, :1].sum(1) + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
-    if len(pieces) and pieces.max() > 1:
-        i = int(pieces.argmax())
-        raise ValueError(
-            f"attention_mask[{i}] has padding between tokens of sequence {i}: put it before or "
-            "after them"
-        )
-    return tokens

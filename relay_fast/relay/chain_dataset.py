@@ -50,7 +50,7 @@ from relay_fast.utils.files import (
 )
 from relay_fast.utils.locks import LOCK, FolderInUse, lock_folder
 from relay_fast.utils.ragged import lengths_to_offsets
-from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
+from relay_fast.utils.tensor_files import load_checkpoint, load_metadata, save_checkpoint
 
 KIND = "relay_fast chains"
 _MANIFEST = ("identity", "shards", "complete")
@@ -72,13 +72,13 @@ def write_dataset(
     verify: str | None = "self",
     shard_chains: int = SHARD_CHAINS,
     share: tuple[int, int] = (0, 1),
+    ready: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], Any] | None = None,
     bounds: Bounds | None = None,
 ) -> dict[str, Any]:
     """Generates chains with a model and writes them into a folder, or continues such a folder.
 
-    Each shard has its share of every task and length, in random order. All chains are kept, with a
-    record of those that passed the check.
+    Each shard has its share of every task and length. All chains are kept, passed or not.
 
     Args:
         folder: The dataset's folder, made if it is missing.
@@ -89,6 +89,7 @@ def write_dataset(
         verify: The check, see `relay_fast.tasks.verify.verify_chains`.
         shard_chains: The most chains in a shard.
         share: (i, n): write every n-th shard from shard i on; n writers may work side by side.
+        ready: Called when all is checked, before the work.
         progress: Called with (chains done, chains in all), those of the share.
         bounds: Of the label-free filter, see `relay_fast.relay.label_free.confidence_bounds`; a
             folder that is continued keeps its own.
@@ -109,11 +110,12 @@ def write_dataset(
     manifest = {"kind": KIND, "identity": identity, "shards": len(sizes), "complete": False}
     with _locked(folder, share):
         _open(folder, manifest, alone=share[1] == 1)
-        own, done = range(share[0], len(sizes), share[1]), 0
-        chains, tables = sum(sizes[index] for index in own), {}
+        ready()
+        own, done, tables = range(share[0], len(sizes), share[1]), 0, {}
+        chains = sum(sizes[index] for index in own)
         for index in own:
-            options = {"verify": verify, "bounds": bounds}
-            options["progress"] = progress and (lambda k, _, n=done: progress(n + k, chains))
+            advance = progress and (lambda k, _, n=done: progress(n + k, chains))
+            options = {"verify": verify, "bounds": bounds, "progress": advance}
             draw = partial(draw_problems, tasks, counts, seed, index, len(sizes))
             tables[index] = _shard_counts(folder, index, identity, model, draw, tasks, options)
             done += sizes[index]
@@ -145,11 +147,10 @@ def _complete(
     folder: Path, fingerprint: str, manifest: dict[str, Any], tables: dict[int, Any]
 ) -> None:
     """Completes and writes the manifest; reads the counts of shards that are not in `tables`."""
-    shards = manifest["shards"]
-    for index in sorted(set(range(shards)) - set(tables)):
+    for index in sorted(set(range(manifest["shards"])) - set(tables)):
         _, metadata = _read_shard(shard_path(folder, index), fingerprint, index)
         tables[index] = filter_metrics.from_json(metadata["counts"])
-    counted = filter_metrics.add([tables[index] for index in range(shards)])
+    counted = filter_metrics.add([tables[index] for index in range(manifest["shards"])])
     manifest |= {"complete": True, "counts": filter_metrics.to_json(counted)}
     _write_manifest(folder, manifest)
 
@@ -363,7 +364,7 @@ def _locked(folder: Path, share: tuple[int, int]) -> Iterator[None]:
 
 
 def _open(folder: Path, manifest: Mapping[str, Any], alone: bool) -> None:
-    """Writes the manifest of a new folder; raises DatasetError for one with other chains.
+    """Writes the manifest of a new folder; raises DatasetError for one with other chains or files.
 
     What a killed writer left is deleted if this one is alone.
     """
@@ -378,6 +379,10 @@ def _open(folder: Path, manifest: Mapping[str, Any], alone: bool) -> None:
             f"the folder {folder} holds other chains: {first_differences(found)}; give another "
             f"--dataset, or the same command and model to continue it."
         )
+    for index in range(manifest["shards"]):
+        path = shard_path(folder, index)
+        if path.exists():
+            _check_place(path, load_metadata(path), _fingerprint(manifest["identity"]), index)
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -410,11 +415,7 @@ def _read_shard(
     path: Path, fingerprint: str, index: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = load_checkpoint(path)
-    if (metadata.get("dataset"), metadata.get("index")) != (fingerprint, index):
-        raise DatasetError(
-            f"{path} belongs to another dataset or index; move it out of the folder and run the "
-            f"command that writes the chains again."
-        )
+    _check_place(path, metadata, fingerprint, index)
     if missing := {"passed", *(f.name for f in fields(Samples))} - set(tensors):
         raise DatasetError(
             f"{path} was written by another version of relay_fast, without {min(missing)!r}; use "
@@ -426,6 +427,15 @@ def _read_shard(
             f"command that writes the chains again."
         )
     return tensors, metadata
+
+
+def _check_place(path: Path, metadata: Mapping[str, Any], fingerprint: str, index: int) -> None:
+    """Raises DatasetError for a shard of another dataset, or of another place in this one."""
+    if (metadata.get("dataset"), metadata.get("index")) != (fingerprint, index):
+        raise DatasetError(
+            f"{path} belongs to another dataset or index; move it out of the folder and run the "
+            f"command that writes the chains again."
+        )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.data.feedback import check_draws
+from relay_fast.data.feedback import check_draws, unclear_iterations
 from relay_fast.data.streams import BatchFormat
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay.presets import recipe
@@ -23,6 +23,7 @@ from relay_fast.training.ranks import Ranks
 from relay_fast.training.trainer import Trained
 from relay_fast.utils.cores import machine_memory
 from relay_fast.utils.lengths import ranges_text
+from relay_fast.utils.seeds import TRAIN_STREAM
 
 # Keys of the table `model` that only looped models have.
 _OF_LOOPED = ("feedback", "carry_state", "feedback_noise")
@@ -91,6 +92,33 @@ class Context:
         """The lengths of each task that the run's evaluation has no problems of."""
         ranges = {n: (self.ranges[n][0], self.task_config(n)["test"][1]) for n in self.tasks}
         return untested_lengths(self.tasks, ranges)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a run should know before it begins: one sentence each."""
+        return [*untested_notes(self.untested), *self._unclear_notes()]
+
+    def _unclear_notes(self) -> list[str]:
+        """Names the tasks whose rounds a model that is fed them cannot learn."""
+        model = self.model_config("looped")
+        if model.feedback == "none" or model.carry_state:
+            return []
+        notes = []
+        for name, task in self.tasks.items():
+            lengths = task.lengths_between(*self.ranges[name])[-4:]
+            samples = task.sample(np.repeat(lengths, 4), self.stream_seed(TRAIN_STREAM))
+            if (found := unclear_iterations(task, samples)) is None:
+                continue
+            i, *places = found
+            problem, rounds = task.decode(samples.problem_of(i)), samples.rounds_of(i)
+            one, other = (task.decode(rounds[k]) for k in places)
+            notes.append(
+                f"note: {name} cannot be learned by a model that is fed its rounds: in the problem "
+                f"{problem!r:.60}, rounds {places[0] + 1} and {places[1] + 1} are {one!r:.30} and "
+                f"{other!r:.30}, and the iterations that write them see the same; let a round hold "
+                f"what is left to do, say more in shown, or set model.looped.feedback = none"
+            )
+        return notes
 
     @property
     def labels(self) -> dict[str, dict[str, str]]:

@@ -260,6 +260,12 @@ def versions(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def code_versions() -> dict[str, Any]:
+    """Returns the versions that must be the same in all processes of a run."""
+    found = versions()
+    return {key: found[key] for key in ("torch", "numpy", "relay_fast", "commit")}
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())

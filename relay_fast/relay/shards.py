@@ -1,23 +1,24 @@
 """Shards of work that independent processes do: `--shard I/N`, or one for each of torchrun's.
 
-The processes never talk to each other; whoever finishes last merges what all have written.
+The processes of torchrun begin together, or not at all if one of them is refused. After that none
+talks to another; whoever finishes last merges what all have written.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from relay_fast.batch.shares import deal
-from relay_fast.relay.run_folder import RunFolder, RunFolderError
+from relay_fast.relay.run_folder import RunFolder, RunFolderError, code_versions
 from relay_fast.tasks import Task
-from relay_fast.training.ranks import ranks_wanted
+from relay_fast.training.ranks import agree, joined_ranks, refuse
 from relay_fast.utils.files import differences, first_differences
 
 Share = tuple[int, int]  # (i, n): the i-th of n, 0 ≤ i < n
@@ -35,24 +36,52 @@ def parse_shard(text: str) -> Share:
     return i, n
 
 
-def share_wanted(text: str | None, device: str) -> tuple[Share, str]:
-    """Returns this process's share of the work, and its device.
+class Start(NamedTuple):
+    """How a process starts: its share of the work, its device, and `ready`, to be called when all
+    is checked; it raises RefusedTogether if another process is not ready."""
+
+    share: Share
+    device: str
+    ready: Callable[[], None]
+
+
+@contextmanager
+def shared_start(
+    text: str | None, device: str, identity: Callable[[], dict[str, Any]]
+) -> Iterator[Start]:
+    """Yields this process's `Start`; the work is the body.
+
+    Until `ready`, an error of the body is raised as RefusedTogether in all processes that torchrun
+    or Slurm started.
 
     Args:
         text: "I/N", or None for the share of its rank under torchrun or Slurm, else everything.
         device: "cpu", or "cuda" for the GPU of this process's number on its machine.
+        identity: returns what must be equal in all processes, JSON-able.
 
     Raises:
         ValueError: `text` is wrong, or the variables of torchrun are.
+        RefusedTogether: the processes do not come together, or one of them is refused.
     """
     if text is not None:
-        return parse_shard(text), device
-    found = ranks_wanted()
-    if found is None:
-        return (0, 1), device
-    if device == "cuda":
-        device = f"cuda:{found['LOCAL_RANK']}"
-    return (int(found["RANK"]), int(found["WORLD_SIZE"])), device
+        yield Start(parse_shard(text), device, lambda: None)
+        return
+    with ExitStack() as group:
+        ranks, device = group.enter_context(joined_ranks(device))
+
+        def ready() -> None:
+            nonlocal waiting
+            waiting = False
+            with group:  # nothing is said after it
+                agree(ranks, lambda: None, {} if ranks.alone else identity() | code_versions())
+
+        waiting = True
+        try:
+            yield Start((ranks.rank, ranks.size), device, ready)
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+            if waiting:
+                refuse(ranks, error)
+            raise
 
 
 def share_lengths(

@@ -73,14 +73,17 @@ def _reconfigure(stream: Any, errors: str | None) -> None:
 
 def refused(error: Exception) -> int:
     """Prints an error about the input in one line; returns the exit status, 2."""
-    if isinstance(error, MemoryError):
-        text = "there is not enough memory for so many problems: give fewer"
-    elif isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename or 'a file'} cannot be used ({error.strerror}): give another"
-    else:
-        text = " ".join(str(error).split())
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {error_text(error)}", file=sys.stderr)
     return 2
+
+
+def error_text(error: Exception) -> str:
+    """Returns an error about the input as one sentence."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for so many problems: give fewer"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'} cannot be used ({error.strerror}): give another"
+    return " ".join(str(error).split())
 
 
 def draw_all(pictures: Iterable[tuple[Path, Callable[[], Any]]]) -> None:

@@ -4,6 +4,10 @@ The first steps run eagerly over the static buffers, which also compiles every k
 is captured; from then on, each batch is copied into the buffers and the graph is replayed, without
 launches, allocations or synchronization in Python. Where a graph is not possible, the step runs
 eagerly and `GraphedStep.reason` says why.
+
+Of several ranks, each has two graphs, and adds up the gradients with the others between them: what
+is before, each rank replays or computes eagerly as its own batches allow; what comes after, all of
+them replay or none, so that their weights stay equal bit by bit.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.ops.dispatch import on_device
+from relay_fast.training.exchange import Exchange
 from relay_fast.utils.draws import Rewind
 
 __all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
@@ -71,10 +76,16 @@ def take_step(
     losses = add_gradients(model, batch, autocast)
     if exchange is not None:
         losses = exchange(losses)
+    _apply_gradients(model, optimizer, clip)
+    return losses
+
+
+def _apply_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None
+) -> None:
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
-    return losses
 
 
 def add_gradients(
@@ -139,6 +150,8 @@ class GraphedStep:
         capacity: the largest batch of the graph.
         clip: largest norm of all gradients, None for no clipping.
         autocast: dtype of the GEMMs, None for that of the parameters.
+        exchange: of several ranks, which all make this object and call it equally often; its
+            `begin` comes before each call with this rank's share.
 
     Attributes:
         reason: why the last step was not a replay; None if it was.
@@ -152,14 +165,16 @@ class GraphedStep:
         *,
         clip: float | None = None,
         autocast: torch.dtype | None = None,
+        exchange: Exchange | None = None,
     ):
         self.model, self.optimizer, self.capacity = model, optimizer, capacity
-        self.clip, self.autocast = clip, autocast
+        self.clip, self.autocast, self.exchange = clip, autocast, exchange
         self.reason: str | None = None
         self._never = graph_reason(model.device, optimizer) or feedback_graph_reason(model)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._losses: Losses | None = None
-        self._warm = 0
+        self._replay: Callable[[], Losses] | None = None
+        self._update: Callable[[], Any] = self._update_eagerly
+        self._eager_update: str | None = "warming up"
+        self._warm = self._steps = 0
         if self._never is None:
             self._static = CapacityBatch(capacity, model.device)
             for group in optimizer.param_groups:
@@ -174,6 +189,19 @@ class GraphedStep:
 
     def _step(self, batch: PackedBatch) -> Losses:
         self.model._check(batch)
+        losses = self._captured_part(batch)
+        if self.exchange is None:
+            return losses
+        self.exchange.send()
+        if self._steps == WARM_UP:
+            self._capture_update()
+        self._update()
+        self._steps += 1
+        self.reason = self.reason or self._eager_update
+        return self.exchange.losses()
+
+    def _captured_part(self, batch: PackedBatch) -> Losses:
+        """Takes the step, or with an exchange the part before the ranks' message."""
         self.reason = self._never or self.capacity.reason(batch)
         if self.reason is not None:
             return self._take(batch)
@@ -182,51 +210,56 @@ class GraphedStep:
             self._warm += 1
             self.reason = f"warming up, step {self._warm} of {WARM_UP}"
             try:
-                return self._own(self._warm_up(), batch)
-            except (
-                Unsupported
-            ) as error:  # raised before the optimizer step, which is still to be taken
+                losses = on_side_stream(lambda: self._take(self._static.batch))
+                return self._own(losses, batch)
+            except Unsupported as error:  # raised before the optimizer step, still to be taken
                 self.reason = self._never = str(error)
                 return self._take(batch)
-        if self._graph is None:
-            self.reason = self._capture()
-            if self.reason is not None:
-                self._never = self.reason
+        if self._replay is None:
+            try:
+                self._replay = self._captured(lambda: self._take(self._static.batch))
+            except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
+                self.reason = self._never = _not_captured(error)
                 return self._take(batch)
-        self._graph.replay()
-        return self._own(self._losses, batch)
+        return self._own(self._replay(), batch)
 
     def _take(self, batch: PackedBatch) -> Losses:
-        """Takes one eager step; this is what a graph captures."""
+        """Computes eagerly what a graph captures."""
         batch = batch.to(self.model.device)
-        losses = take_step(
-            self.model, self.optimizer, batch, clip=self.clip, autocast=self.autocast
-        )
+        if self.exchange is None:
+            losses = take_step(
+                self.model, self.optimizer, batch, clip=self.clip, autocast=self.autocast
+            )
+        else:
+            self.optimizer.zero_grad()
+            losses = add_gradients(self.model, batch, self.autocast)
+            self.exchange.pack(losses, batch)
         return Losses(*(value.detach() for value in losses))
 
-    def _warm_up(self) -> Losses:
-        """Takes an eager step on a side stream, as a capture does."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            losses = self._take(self._static.batch)
-        torch.cuda.current_stream().wait_stream(side)
-        return losses
+    def _update_eagerly(self) -> None:
+        self.exchange.unpack()
+        _apply_gradients(self.model, self.optimizer, self.clip)
 
-    def _capture(self) -> str | None:
-        """Captures the step without running it; returns the reason if that fails."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._losses = self._take(self._static.batch)
-        except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
-            torch.cuda.synchronize()
-            return f"the step could not be captured: {' '.join(str(error).split())[:300]}"
-        self._graph = graph
-        return None
+    def _capture_update(self) -> None:
+        """Captures the update where all ranks can; each must call this after the same step."""
+        replay, reason = None, self._never
+        if reason is None:
+            try:
+                replay = self._captured(self._update_eagerly)
+            except RuntimeError as error:
+                reason = _not_captured(error)
+        self._eager_update = self.exchange.ranks.first_reason(reason)
+        if self._eager_update is None:
+            self._update = replay
+
+    def _captured(self, body: Callable[[], Any]) -> Callable[[], Any]:
+        # NCCL's thread that watches messages may ask CUDA during a capture.
+        return captured(body, "global" if self.exchange is None else "thread_local")
 
     def _own(self, losses: Losses, batch: PackedBatch) -> Losses:
         """Rescales the accuracies of the padded static batch to the batch's own rows."""
+        if self.exchange is not None:  # it has counted what is right, and the batches' own rows
+            return losses
         full = self._static.batch
         rows = len(full.targets) / max(1, len(batch.targets))
         sequences = len(full) / max(1, len(batch))
@@ -237,3 +270,42 @@ class GraphedStep:
             losses.chain_correct * rows,
             losses.answer_correct * sequences,
         )
+
+
+def on_side_stream(body: Callable[[], Any]) -> Any:
+    """Returns what `body` returns; launches it on another stream, as a capture does."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = body()
+    torch.cuda.current_stream().wait_stream(side)
+    return result
+
+
+def captured(body: Callable[[], Any], mode: str) -> Callable[[], Any]:
+    """Captures what `body` launches without running it; returns a call that replays it.
+
+    Args:
+        body: launches on the current device.
+        mode: "global", or "thread_local" if other threads may meanwhile call CUDA.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode=mode):
+            result = body()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        raise
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _not_captured(error: RuntimeError) -> str:
+    return f"the step could not be captured: {' '.join(str(error).split())[:300]}"

@@ -11,17 +11,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.shares import deal, take_sequences
-from relay_fast.models.transformers import Losses
-from relay_fast.utils.errors import WorkerDied
+from relay_fast.reporting.terminal import error_text
+from relay_fast.utils.errors import RefusedTogether, WorkerDied
 
 JOIN = 120.0  # seconds until all ranks must have started
 SILENT = 1800.0  # seconds that a rank may let the others wait, such as while one evaluates
@@ -78,54 +77,18 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def add_up(self, values: torch.Tensor) -> None:
+        """Replaces a tensor by its sum over all ranks."""
+        if not self.alone:
+            with lost_ranks():
+                dist.all_reduce(values)
 
-class Exchange:
-    """Sums gradients and losses over all ranks, in one message; `take_step` calls it between
-    backward and clipping.
-
-    Args:
-        model: has the gradients of its share; a parameter without one counts as zero.
-        part: the share.
-        stop: whether this rank was asked to stop.
-        before: the exchange of the step before.
-    """
-
-    def __init__(
-        self, model: nn.Module, part: PackedBatch, stop: bool, before: Exchange | None = None
-    ):
-        self.part, self.stop = part, stop
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._stopping: Tensor | None = None
-        self._before = None if before is None else before._stopping
-
-    def stopped_before(self) -> bool:
-        """Tells whether a rank was asked to stop by the step before; the same on all ranks.
-
-        One step later than the request, so that no GPU is waited for.
-        """
-        return self._before is not None and bool(self._before)
-
-    @torch.no_grad()
-    def __call__(self, losses: Losses) -> Losses:
-        counts = (len(self.part.targets), len(self.part))
-        values = torch.stack([value.detach().to(losses.loss.dtype) for value in losses])
-        right = values[3:] * values.new_tensor(counts)
-        told = values.new_tensor((*counts, float(self.stop)))
-        small = torch.cat([values[:3], right, told])
-        pieces = [
-            p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel())
-            for p in self.parameters
-        ]
-        dtype = torch.promote_types(small.dtype, torch.float32)
-        flat = torch.cat([piece.to(dtype) for piece in (*pieces, small)])
-        with lost_ranks():
-            dist.all_reduce(flat)
-        *pieces, small = flat.split([*map(len, pieces), len(small)])
-        for p, piece in zip(self.parameters, pieces, strict=True):
-            p.grad = piece.view_as(p).to(p.dtype)
-        self._stopping = small[7]
-        shares = small[3:5] / small[5:7].clamp(min=1)
-        return Losses(*small[:3], *shares)
+    def first_reason(self, reason: str | None) -> str | None:
+        """Returns the reason of the first rank that gives one, on every rank; waits for them."""
+        reasons = self.gather(reason)
+        if all(told == reason for told in reasons):
+            return reason
+        return next(f"rank {k}: {told}" for k, told in enumerate(reasons) if told is not None)
 
 
 @contextmanager
@@ -151,9 +114,12 @@ def ranks_wanted(environment: Mapping[str, str] = os.environ) -> dict[str, str] 
     if "RANK" not in found and "WORLD_SIZE" not in found:
         if environment.get("SLURM_STEP_ID") is None or int(environment.get("SLURM_NTASKS", 1)) < 2:
             return None
-        found |= {name: environment[slurm] for name, slurm in _SLURM.items()}
+        found |= {name: environment.get(slurm, "") for name, slurm in _SLURM.items()}
         found.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR", ""))
-        found.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+        job = environment.get("SLURM_JOB_ID", "0")
+        found.setdefault("MASTER_PORT", str(20000 + int(job) % 20000))
+    if found.get("WORLD_SIZE") == "1" and found.get("RANK", "0") == "0":
+        return None  # some schedulers say so, and no more, to a process alone
     missing = [name for name in _TORCHRUN if not found.get(name)]
     if missing:
         raise ValueError(
@@ -180,21 +146,61 @@ def joined_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
         device: "cpu", or "cuda" for the GPU of this process's number on its machine.
 
     Raises:
-        ValueError: the variables are incomplete, or the ranks do not come together in JOIN seconds.
+        ValueError: the variables are incomplete, or this process does not reach rank 0.
+        RefusedTogether: not all came together in JOIN seconds, or they share a device.
     """
     found = ranks_wanted()
     if found is None or int(found["WORLD_SIZE"]) == 1:
         yield Ranks(), device
         return
     rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    device = own_device(device, found)
+    where = f"{found['MASTER_ADDR']}:{found['MASTER_PORT']}"
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    try:
+        store = _met(found, where)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=SILENT)
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise RefusedTogether(
+            f"the processes of this run met at {where}, but could not speak to each other: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    try:
+        yield Ranks(rank, size), device
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: str, found: Mapping[str, str]) -> str:
+    """Returns the device of one of several processes.
+
+    Args:
+        device: as in `joined_ranks`.
+        found: what `ranks_wanted` returns.
+
+    Raises:
+        RefusedTogether: `device` is not one for each process.
+    """
+    size = int(found["WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
     if "," in device:
-        raise ValueError(
+        raise RefusedTogether(
             f"device {device!r} names several, but each of the {size} processes has one: use cuda "
             f"for the GPU of its number"
         )
-    if device == "cuda":
-        device = f"cuda:{found['LOCAL_RANK']}"
-    where = f"{found['MASTER_ADDR']}:{found['MASTER_PORT']}"
+    if device.startswith("cuda:") and here > 1:
+        raise RefusedTogether(
+            f"device {device!r} is a single one, but {here} processes share this machine: use "
+            f"cuda for the GPU of each one's number"
+        )
+    return f"cuda:{found['LOCAL_RANK']}" if device == "cuda" else device
+
+
+def _met(found: Mapping[str, str], where: str) -> dist.Store:
+    """Returns a store that all processes have reached, at the address `where`."""
+    rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
@@ -203,28 +209,32 @@ def joined_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
             None if agent else size,
             is_master=rank == 0 and not agent,
             timeout=timedelta(seconds=JOIN),
-            wait_for_workers=not agent,
-        )
-        # A restarted group must not read the keys of the one before it.
-        prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"relay_fast.{prefix}", store)
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=SILENT)
+            wait_for_workers=False,
         )
     except (dist.DistError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        why = (
-            "the port is in use: give another with torchrun --master-port"
-            if "EADDRINUSE" in text or "address already in use" in text.lower()
-            else f"not all {size} processes came within {JOIN:.0f} s: start all of them with the "
-            f"same address and port"
-        )
-        raise ValueError(f"the processes of this run could not meet at {where}: {why}") from error
-    try:
-        yield Ranks(rank, size), device
-    finally:
-        dist.destroy_process_group()
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
+            raise RefusedTogether(
+                f"the processes of this run cannot meet at {where}: the port is in use; give "
+                f"another with torchrun --master-port"
+            ) from error
+        raise ValueError(
+            f"rank {rank} of {size} did not reach rank 0 at {where} within {JOIN:.0f} s: start all "
+            f"with torchrun --nproc-per-node=N, or unset RANK and WORLD_SIZE for a process alone"
+        ) from error
+    # A restarted group must not read the keys of the one before it.
+    prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"relay_fast.{prefix}", store)
+    store.set(f"came.{rank}", "")
+    for other in range(size):
+        try:
+            store.wait([f"came.{other}"], timedelta(seconds=JOIN))
+        except (dist.DistError, RuntimeError) as error:
+            raise RefusedTogether(
+                f"rank {other} of {size} did not come to {where} within {JOIN:.0f} s: start all "
+                f"with the same address, port and number of processes"
+            ) from error
+    return store
 
 
 def agree(ranks: Ranks, prove: Callable[[], None], identity: Mapping[str, Any]) -> None:
@@ -236,32 +246,49 @@ def agree(ranks: Ranks, prove: Callable[[], None], identity: Mapping[str, Any]) 
         identity: JSON-able; must be equal on all ranks.
 
     Raises:
-        ValueError: of the first rank that cannot run, or differs from rank 0.
+        RefusedTogether: the first rank that cannot run, or differs from rank 0, and why. Of a
+            single process, its own error.
     """
     reason = None
     try:
         prove()
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         if ranks.alone:
             raise
-        reason = str(error)
+        reason = error_text(error)
     told = ranks.gather((reason, dict(identity)))
     for rank, (reason, theirs) in enumerate(told):
         if reason is not None:
             where = "" if all(other == reason for other, _ in told) else f"rank {rank}: "
-            raise ValueError(where + reason)
+            raise RefusedTogether(where + reason)
         for key, value in told[0][1].items():
             if theirs.get(key) != value:
-                raise ValueError(
+                raise RefusedTogether(
                     f"rank {rank} has another {key} than rank 0 ({theirs.get(key)!r}, not "
                     f"{value!r}): start all with the same command and the same version"
                 )
 
 
+def refuse(ranks: Ranks, error: Exception) -> NoReturn:
+    """Raises an error of this rank on all ranks, which must be about to `agree`."""
+
+    def prove() -> None:
+        raise error
+
+    agree(ranks, prove, {})
+    raise error
+
+
+def refuse_together(error: Exception, device: str) -> NoReturn:
+    """Joins the processes, if there are several, to raise an error of this one on all of them."""
+    with joined_ranks(device) as (ranks, _):
+        refuse(ranks, error)
+
+
 def first_rank(ranks: Ranks, body: Callable[[], Any]) -> Any:
     """Returns what `body` returns on rank 0, and None on the others.
 
-    If it raises ValueError, RuntimeError or OSError, the other ranks raise ValueError.
+    If it raises ValueError, RuntimeError or OSError, the other ranks raise RefusedTogether.
     """
     value = error = None
     if ranks.writes:
@@ -273,10 +300,16 @@ def first_rank(ranks: Ranks, body: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if told is not None:
-        raise ValueError(told)
+        raise RefusedTogether(told)
     return value
 
 
 def speaks(environment: Mapping[str, str] = os.environ) -> bool:
     """Tells whether this process is rank 0, which prints what all have to say, or alone."""
-    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+    rank = environment.get("RANK", environment.get("SLURM_PROCID", "0"))
+    return not (rank.isdigit() and int(rank) > 0)
+
+
+def silent(error: Exception) -> bool:
+    """Tells whether another process says an error."""
+    return isinstance(error, RefusedTogether) and not speaks()

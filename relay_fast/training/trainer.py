@@ -20,8 +20,9 @@ from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTran
 from relay_fast.reporting.progress import Compiling, Progress
 from relay_fast.training.checkpoint import pack_training_state, unpack_training_state
 from relay_fast.training.cuda_graph import PART_TOKENS, GraphedStep, graph_reason, take_step
+from relay_fast.training.exchange import Exchange
 from relay_fast.training.optim import make_optimizer, set_lr_scale
-from relay_fast.training.ranks import Exchange, Ranks, Stopped
+from relay_fast.training.ranks import Ranks, Stopped
 from relay_fast.training.warmup import warmup
 from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
@@ -170,7 +171,7 @@ class _Training:
         self.before_step = before_step or (lambda step, optimizer: None)
         self.ranks = ranks or Ranks()
         self.rows = np.zeros(self.ranks.size, np.int64)
-        self._told: Exchange | None = None  # of the last step: whether a rank was asked to stop
+        self.exchange = None if self.ranks.alone else Exchange(model, self.ranks)
         self.name = path.name.removesuffix(".safetensors").removesuffix(".state")
         self.clip, self.ema_decay = recipe.get("clip"), recipe.get("ema")
         seed = as_int("seed", seed)
@@ -196,19 +197,18 @@ class _Training:
             self._resume()
 
     def _step_taker(self, autocast: torch.dtype | None, graph: bool | None) -> Callable:
-        options = {"clip": self.clip, "autocast": autocast}
+        options = {"clip": self.clip, "autocast": autocast, "exchange": self.exchange}
         self.no_graph: str | None = "not asked for"
         if graph:
-            self.no_graph = graph_reason(self.model.device, self.optimizer)
-            if not self.no_graph and not self.ranks.alone:
-                self.no_graph = "the ranks add up their gradients in the middle of a step"
+            own = graph_reason(self.model.device, self.optimizer)
+            self.no_graph = self.ranks.first_reason(own)
         if self.no_graph:
             device = self.model.device
-            return lambda batch, **more: take_step(
-                self.model, self.optimizer, batch.to(device), **options, **more
-            )
+            return lambda batch: take_step(self.model, self.optimizer, batch.to(device), **options)
         steps = np.linspace(0, len(self.stream) - 1, CAPACITY_BATCHES).astype(int)
         drawn = (self.stream[step].batch for step in sorted(set(steps.tolist())))
+        if not self.ranks.alone:
+            drawn = (self.ranks.share(batch)[0] for batch in drawn)
         self.capacity = Capacity.of(drawn, SLACK, SPREAD)
         return GraphedStep(self.model, self.optimizer, self.capacity, **options)
 
@@ -270,7 +270,7 @@ class _Training:
                 for name, p in self.model.named_parameters():
                     p.copy_(self.ema[name])
         self.model.eval()
-        graph = self.no_graph or self.take.reason or "replayed"
+        graph = self.no_graph or self.ranks.first_reason(self.take.reason) or "replayed"
         return Trained(
             self.history,
             self.longest_true,
@@ -294,14 +294,11 @@ class _Training:
 
     def _train_step(self, batch, interrupted: Callable[[], bool]):
         set_lr_scale(self.optimizer, self.stream.schedule.lr_scale(self.step))
-        if self.ranks.alone:
-            losses = self.take(batch)
-        else:
-            part, rows = self.ranks.share(batch)
+        if not self.ranks.alone:
+            batch, rows = self.ranks.share(batch)
             self.rows += rows
-            exchange = Exchange(self.model, part, interrupted(), before=self._told)
-            losses = self.take(part, exchange=exchange)
-            self._told = exchange
+            self.exchange.begin(batch, interrupted())
+        losses = self.take(batch)
         self.step += 1
         if self.ema is not None:
             with torch.no_grad():
@@ -315,7 +312,7 @@ class _Training:
         """Raises KeyboardInterrupt after an interruption; on all ranks after the same step."""
         if self.ranks.alone and interrupted():
             raise KeyboardInterrupt
-        if self._told is not None and self._told.stopped_before():
+        if self.exchange is not None and self.exchange.stopped_before():
             raise Stopped
 
     def _log(self, losses: Losses, samples_per_s: float) -> Progress:

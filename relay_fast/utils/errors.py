@@ -1,4 +1,8 @@
-"""Errors that stop a run although its config is valid."""
+"""Errors of a run: those that stop it although its config is valid, and of several processes."""
+
+
+class RefusedTogether(ValueError):
+    """Raised in all processes of a run for what one of them, or all, cannot do; rank 0 says it."""
 
 
 class RunStopped(RuntimeError):

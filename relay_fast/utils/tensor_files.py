@@ -112,13 +112,18 @@ def load_checkpoint(
     return tensors, metadata
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the metadata of a checkpoint, without reading its tensors. Raises CheckpointError."""
+    return _read(Path(path), tensors=False)[1]
+
+
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with open(path, "rb"):  # names the cause; safe_open reports every error as "No such file"
             pass
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            read = {name: file.get_tensor(name) for name in file.keys() if tensors}
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(
             f"there is no checkpoint {path}; check the path, or train first to make it."
@@ -138,7 +143,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} was not written by relay_fast (its header has no relay_fast metadata); give a "
             f"checkpoint made by relay_fast.utils.tensor_files.save_checkpoint."
         )
-    return tensors, metadata
+    return read, metadata
 
 
 def _own_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def test_the_op_passes_opcheck() -> None:
     x = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
     arguments = (
         x, list(block.parameters()), *block._spec, "state", "torch", 0, torch.float64, 2, None,
-        2, None, None, None, [], 0, True,
+        2, None, None, None, 0, False, None, [], 0, True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.relay_fast.loop_fwd, arguments)
 

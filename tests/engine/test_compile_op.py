@@ -65,6 +65,49 @@ def test_the_same_bits(policy: str, call: str) -> None:
         assert_bitwise(f"{i}", value, expected)
 
 
+MASK = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("policy", "loops", "options"),
+    [
+        ("state", 3, {"attention_mask": MASK, "positions": torch.arange(12).view(3, 4)}),
+        ("every:2", torch.tensor([1, 4, 0]), {"attention_mask": MASK.bool(), "seed": 7}),
+        ("budget:4000", 3, {"attention_mask": MASK, "return_states": [1, 3], "truncate": 2}),
+        ("sqrt", torch.tensor([1, 4, 2]), {"start": 2, "truncate": 1, "seed": torch.tensor(7)}),
+    ],
+)
+def test_masks_injection_and_resumption(policy: str, loops, options: dict) -> None:
+    block = LoopedBlock(
+        D, 2, 1, injection="concat", max_loops=6, dropout=0.2, causal=True, recompute=policy
+    )
+    torch.nn.init.normal_(block.loop_embedding.weight)
+    x, inject, *cotangents = torch.randn(5, 3, 4, D)
+    leaves = [x.requires_grad_(), inject.requires_grad_(), *block.parameters()]
+
+    def run(call) -> list[Tensor]:
+        torch.manual_seed(2)
+        outputs = call(x, loops, inject=inject, **options)
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        loss = sum((out * g).sum() for out, g in zip(outputs, cotangents, strict=False))
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+    for i, (got, truth) in enumerate(zip(run(compiled(block)), run(block), strict=True)):
+        assert_bitwise(f"{i}", got, truth)
+
+
+def test_bad_arguments_under_compile() -> None:
+    block, x = LoopedBlock(D, 2, 1, injection="add", max_loops=4), torch.randn(3, 4, D)
+    for options, message in (
+        ({"attention_mask": 2 * MASK}, r"attention_mask\[0, 0\] = 2: give 1 for tokens"),
+        ({"attention_mask": MASK[:2]}, "attention_mask has shape"),
+        ({"start": 3}, "start \\+ loops = 3 \\+ 2 is more than the 4 iterations"),
+        ({"inject": x[:2]}, "inject has shape"),
+    ):
+        with pytest.raises(Exception, match=message):
+            compiled(block)(x, 2, **options)
+
+
 def test_a_state_asked_for_twice_comes_once() -> None:
     block, x = LoopedBlock(D, 2, 1), torch.randn(2, 3, D)
     got = compiled(block)(x, 2, return_states=[1, 1])
@@ -152,8 +195,8 @@ def op_arguments(block: LoopedBlock, x: Tensor, **changed) -> tuple:
     """Of torch.ops.relay_fast.loop_fwd: two sequences, three loops."""
     call = {
         "recompute": "state", "impl": "torch", "gather_rows": 256, "dtype": torch.float32,
-        "batch": 2, "cu_seqlens": None, "count": 3, "loops": None, "positions": None, "seed": None,
-        "states": [], "truncate": 0, "keep": True,
+        "batch": 2, "cu_seqlens": None, "count": 3, "loops": None, "positions": None, "mask": None,
+        "start": 0, "injected": False, "seed": None, "states": [], "truncate": 0, "keep": True,
     } | changed  # fmt: skip
     return (x, list(block.parameters()), *block._spec, *call.values())
 
@@ -164,7 +207,9 @@ def test_ops_keep_the_rules_of_custom_ops(options) -> None:
     x = torch.randn(6, D, requires_grad=True)
     op = torch.ops.relay_fast.loop_fwd.default
     torch.library.opcheck(op, op_arguments(block, x, states=[1, 3]))
-    assert len(op._schema.arguments) == len(dataclasses.fields(BlockConfig)) + 15
+    assert len(op._schema.arguments) == len(dataclasses.fields(BlockConfig)) + 18
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    torch.library.opcheck(op, op_arguments(block, x, states=[1, 3], mask=mask, start=2))
 
 
 MATRICES = 16 * 48 + 16 * 16 + 3 * 16 * 64  # qkv, out; up, gate, down

@@ -211,6 +211,8 @@ def test_what_is_refused() -> None:
         (Returns(lambda h, w: h), x, {"truncate": [1, 2, 3]}, ValueError, "for each of the 2 seq"),
         (Returns(lambda h, w: h), x, {"truncate": [1, -2]}, ValueError, "for each of the 2 seq"),
         (Returns(lambda h, w: h), x, {"truncate": 1.5}, ValueError, "a whole number of iterations"),
+        (Returns(lambda h, w: (h * w, w)), x, {"aux": True, "truncate": 2, "until": torch.eq},
+         ValueError, "aux=True with until and truncate: .* leave out truncate"),
     ]  # fmt: skip
     for policy in ("none", "state"):
         for module, state, options, error, message in cases:

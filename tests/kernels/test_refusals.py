@@ -275,27 +275,44 @@ def test_older_and_other_gpus_are_named(monkeypatch) -> None:
     assert explain("mps") == "torch: Triton kernels run on CUDA devices, not on 'mps'"
 
 
+def whole_loop_reason(device: str, d: int = 16, heads: int = 2, longest: int = 3) -> str | None:
+    """Why the whole-loop kernel does not take a model of width d, of which nothing is allocated."""
+    layout = LoopLayout(np.array([longest, 2]), np.array([2, 1]), "cpu")
+    with FakeTensorMode():
+        new = lambda *shape, of=torch.float32: torch.empty(shape, dtype=of, device=device)
+        half = partial(new, of=torch.bfloat16)
+        weights = LoopWeights(
+            new(1, d),
+            half(1, 3 * d, d),
+            half(1, d, d),
+            new(1, d),
+            half(1, 32, d),
+            None,
+            half(1, d, 32),
+            None,
+            new(d),
+            half(9, d),
+        )
+        x = new(longest + 2, d)
+        return loop_reason(x, layout, weights, None, None, heads, heads, "gelu", "rms")
+
+
 def test_the_whole_loop_kernel_waits_for_a_card(monkeypatch) -> None:
     """Refused on GPUs, until one environment variable lets it in."""
     monkeypatch.delenv("RELAY_FAST_WHOLE_LOOP", raising=False)
     monkeypatch.setattr(supports_module, "_card_reason", lambda index: None)
-    layout = LoopLayout(np.array([3, 2]), np.array([2, 1]), "cpu")
-
-    def reason(device: str) -> str | None:
-        with FakeTensorMode():
-            new = lambda *shape, of=torch.float32: torch.empty(shape, dtype=of, device=device)
-            half = partial(new, of=torch.bfloat16)
-            weights = LoopWeights(
-                new(1, 16), half(1, 48, 16), half(1, 16, 16), new(1, 16), half(1, 32, 16), None,
-                half(1, 16, 32), None, new(16), half(9, 16),
-            )  # fmt: skip
-            return loop_reason(new(5, 16), layout, weights, None, None, 2, 2, "gelu", "rms")
-
-    assert reason("cpu") is None
+    assert whole_loop_reason("cpu") is None
     refused = "the whole-loop kernel has not been right on a GPU yet"
     refused += " (RELAY_FAST_WHOLE_LOOP=1 tries it)"
-    assert reason("cuda") == refused
+    assert whole_loop_reason("cuda") == refused
     monkeypatch.setenv("RELAY_FAST_WHOLE_LOOP", "0")
-    assert reason("cuda") == refused
+    assert whole_loop_reason("cuda") == refused
     monkeypatch.setenv("RELAY_FAST_WHOLE_LOOP", "1")
-    assert reason("cuda") is None
+    assert whole_loop_reason("cuda") is None
+
+
+def test_the_whole_loop_kernel_keeps_wide_heads_off_its_registers() -> None:
+    reason = whole_loop_reason("meta", d=128, heads=2, longest=65)
+    assert reason.endswith("head_dim up to 32 for widths and sequences of over 64, not 64")
+    for sizes in ({"heads": 4}, {"longest": 64}, {"d": 64, "heads": 1}):
+        assert whole_loop_reason("meta", **{"d": 128, "heads": 2, "longest": 65} | sizes) is None

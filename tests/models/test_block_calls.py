@@ -160,8 +160,7 @@ def test_bad_calls() -> None:
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
-    for name, value in (("start", 1), ("until", StateChange(1)), ("inject", x), ("seed", 1),
-                        ("attention_mask", torch.ones(2, 3)), ("return_loops", True)):  # fmt: skip
+    for name, value in (("until", StateChange(1)), ("return_loops", True)):
         compiled = torch.compile(block, backend="eager", fullgraph=True)
         with pytest.raises(Exception, match=f"does not take {name}: call it outside"):
             compiled(x, 2, **{name: value})

@@ -126,8 +126,8 @@ def test_self_chains_are_of_lengths_that_there_are_records_of(tmp_path, monkeypa
     assert lengths([1, 3], [3, 3]) == [3], "the length beyond has no records"
     assert lengths([1, 2], [2, 5]) == [3, 3, 5]
     assert lengths([1, 3], [3, 7]) == [3, 5, 5]
-    own = {"self_lengths": [4], "self_counts": [2]}
-    assert lengths([1, 3], [3, 5], **own) == [4], "what was given is refused, not changed"
+    own = {"self_lengths": [4, 4], "self_counts": [2, 2]}
+    assert lengths([1, 3], [3, 5], **own) == [4, 4], "what was given is refused, not changed"
 
 
 class Unsteady(Parity):

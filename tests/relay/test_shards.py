@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from relay_fast import evaluate, generate
+from relay_fast.relay import shards
 from relay_fast.relay.chain_dataset import ChainDataset, DatasetError, read_manifest
-from relay_fast.relay.shards import parse_shard, share_lengths, share_wanted
+from relay_fast.relay.shards import parse_shard, share_lengths, shared_start
 from relay_fast.training.model_files import model_path, save_model
+from relay_fast.training.ranks import Ranks
+from relay_fast.utils.errors import RefusedTogether
 from tests.support.chain_models import TASKS, VOCABULARY, ar_model, looped_model
-
-TORCHRUN = {
-    "RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1",
-    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
-}  # fmt: skip
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -79,6 +78,11 @@ def test_shards_of_other_chains_are_refused(run, tmp_path, capsys) -> None:
     error = capsys.readouterr().err
     assert "shard-00001.safetensors belongs to another dataset" in error
     assert error.count("\n") == 1
+    before = files(mine)
+    for name in ("shard-00000.safetensors", "shard-00002.safetensors"):
+        (mine / name).unlink()
+    assert write(run, mine, "--shard", "0/2") == 2  # before its own are written again
+    assert set(files(mine)) == set(before) - {"shard-00000.safetensors", "shard-00002.safetensors"}
 
 
 def test_a_number_of_chains_under_its_old_name(run, tmp_path) -> None:
@@ -165,10 +169,77 @@ def test_bad_shards_get_one_sentence(run, tmp_path, capsys) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_ranks_of_torchrun_are_shards(monkeypatch) -> None:
-    assert share_wanted(None, "cuda") == ((0, 1), "cuda")
-    for name, value in TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    assert share_wanted(None, "cuda") == ((1, 3), "cuda:1")
-    assert share_wanted(None, "cpu") == ((1, 3), "cpu")
-    assert share_wanted("0/2", "cuda") == ((0, 2), "cuda")
+class Hearing(Ranks):
+    """A rank that hears from the others what a test says; None: the same as this one says."""
+
+    def __init__(self, rank: int, *heard):
+        super().__init__(rank, len(heard))
+        self.heard = heard
+
+    def gather(self, value):
+        return [value if other is None else other for other in self.heard]
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """Makes this process a rank of several that torchrun started."""
+
+    def start(rank: int, *heard) -> None:
+        monkeypatch.setenv("RANK", str(rank))
+        ranks = Hearing(rank, *heard)
+        monkeypatch.setattr(shards, "joined_ranks", lambda device: nullcontext((ranks, device)))
+
+    return start
+
+
+@pytest.mark.parametrize("command", [write, measure])
+def test_bad_input_of_ranks_is_said_once(command, run, tmp_path, capsys, heard) -> None:
+    arguments = (run, tmp_path / "new") if command is write else (run,)
+    wrong = ["--device", "cuda:9"]
+    for rank, said in ((0, 1), (1, 0)):
+        heard(rank, None, None)
+        assert command(*arguments, *wrong) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == said and ("device 'cuda:9'" in error) == bool(said)
+    here, there = (None, {}), ("its disk is full", {})
+    for rank, said in ((0, "error: rank 1: its disk is full\n"), (1, "")):
+        heard(rank, here, there)
+        assert command(*arguments) == 2
+        assert capsys.readouterr().err == said
+    assert not (run / "evaluation.json").exists()
+    assert not [*(tmp_path / "new").glob("*.safetensors")]
+
+
+def test_ranks_with_other_arguments_are_refused(run, tmp_path, capsys, heard) -> None:
+    theirs = (None, {"lengths": "1-3", "number": 17, "seed": 5})
+    heard(0, None, theirs)
+    assert write(run, tmp_path / "new") == 2
+    assert "rank 1 has another out than rank 0 (None, not " in capsys.readouterr().err
+
+
+def test_ranks_of_torchrun_are_shards(run, tmp_path, capsys, heard) -> None:
+    assert write(run, tmp_path / "whole") == 0
+    for rank in (1, 0):
+        heard(rank, None, None)
+        capsys.readouterr()
+        assert write(run, tmp_path / "parts") == 0
+        shown = capsys.readouterr().out
+        assert ("started" in shown) == (rank == 0)  # rank 0 shows the progress
+        assert ("shard 1/2 is done; files of 0/2 are missing" in shown) == (rank == 1)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_an_explicit_shard_needs_no_others(monkeypatch) -> None:
+    monkeypatch.setattr(shards, "joined_ranks", lambda device: pytest.fail("joined"))
+    with shared_start("0/2", "cuda", dict) as start:
+        start.ready()
+    assert start[:2] == ((0, 2), "cuda")
+
+
+def test_an_error_after_the_start_is_ones_own(heard) -> None:
+    heard(1, None, None)
+    with pytest.raises(ValueError, match="^disk full$") as caught:
+        with shared_start(None, "cpu", dict) as start:
+            start.ready()
+            raise ValueError("disk full")
+    assert start[:2] == ((1, 2), "cpu") and not isinstance(caught.value, RefusedTogether)

@@ -3,8 +3,6 @@ them never asks the host."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -314,18 +312,15 @@ def test_without_cuda_the_step_is_eager_and_says_so() -> None:
     assert found == train(plain_step(model, optimizer), model, optimizer)
 
 
+def play_graphs(patch: pytest.MonkeyPatch) -> None:
+    """A graph is played by taking again, over the static buffers, what it would capture."""
+    patch.setattr(cuda_graph, "graph_reason", lambda *_: None)
+    patch.setattr(cuda_graph, "on_side_stream", lambda body: body())
+    patch.setattr(cuda_graph, "captured", lambda body, mode: body)
+
+
 def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -> None:
-    """The graph is played by a function that takes the step again over the static buffers."""
-    monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
-    monkeypatch.setattr(GraphedStep, "_warm_up", lambda self: self._take(self._static.batch))
-
-    def capture(self) -> None:
-        def replay() -> None:
-            self._losses = self._take(self._static.batch)
-
-        self._graph = SimpleNamespace(replay=replay)
-
-    monkeypatch.setattr(GraphedStep, "_capture", capture)
+    play_graphs(monkeypatch)
     model = make_model()
     optimizer = sgd(model)
     graphed = GraphedStep(model, optimizer, Capacity.of(batches()), clip=0.1)
@@ -349,7 +344,11 @@ def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -
 def test_a_failed_capture_is_told_and_the_step_taken(monkeypatch) -> None:
     monkeypatch.setattr(cuda_graph, "graph_reason", lambda *_: None)
     monkeypatch.setattr(cuda_graph, "WARM_UP", 0)
-    monkeypatch.setattr(GraphedStep, "_capture", lambda self: "the step could not be captured: x")
+
+    def fails(*_) -> None:
+        raise RuntimeError("x")
+
+    monkeypatch.setattr(cuda_graph, "captured", fails)
     model = make_model()
     step = GraphedStep(model, sgd(model), Capacity.of(batches()))
     before = model.norm.weight.detach().clone()

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
+from relay_fast.training import ranks as ranks_module
 from relay_fast.training import trainer
-from relay_fast.training.ranks import Ranks, agree, ranks_wanted
+from relay_fast.training.ranks import (
+    Ranks,
+    agree,
+    joined_ranks,
+    own_device,
+    ranks_wanted,
+    speaks,
+)
+from relay_fast.utils.errors import RefusedTogether
 from tests.support.rank_process import CASES, STEPS, run, start
 
 
@@ -65,6 +76,52 @@ def test_variables_of_torchrun_and_slurm() -> None:
         "MASTER_ADDR": "10.0.0.1",
         "MASTER_PORT": "21234",
     }
+
+
+def test_a_process_alone_under_a_scheduler() -> None:
+    assert ranks_wanted({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert ranks_wanted({"WORLD_SIZE": "1", "MASTER_ADDR": "here"}) is None
+    with pytest.raises(ValueError, match="of torchrun is set but LOCAL_RANK is not"):
+        ranks_wanted({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"})
+
+
+def test_devices_of_processes(monkeypatch) -> None:
+    found = TORCHRUN | {"LOCAL_RANK": "1"}
+    assert [own_device(d, found) for d in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:1", "cuda:1"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(RefusedTogether, match="'cuda:1' is a single one, but 2 processes share"):
+        own_device("cuda:1", found)
+    with pytest.raises(RefusedTogether, match="'cpu,cpu' names several, but each of the 2"):
+        own_device("cpu,cpu", found)
+
+
+def test_who_says_an_error() -> None:
+    assert [speaks({"RANK": r}) for r in ("0", "1", "two", "")] == [True, False, True, True]
+    assert speaks({}) and not speaks({"SLURM_PROCID": "3"})
+
+
+def test_a_port_in_use_and_ranks_that_do_not_come(monkeypatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_module, "JOIN", 0.2)
+
+    def join(rank: int) -> str:
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(ValueError) as caught, joined_ranks("cpu"):
+            pass
+        assert isinstance(caught.value, RefusedTogether) == (rank == 0)
+        return str(caught.value)
+
+    with socket.socket() as taken, socket.socket() as free:
+        for place in (taken, free):
+            place.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        assert "the port is in use; give another" in join(0)
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+        assert "rank 1 of 2 did not reach rank 0 at 127.0.0.1:" in join(1)
+    assert "rank 1 of 2 did not come to 127.0.0.1:" in join(0)
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,16 @@ import relay_fast
 from benchmarks.common import synthetic_batch
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.config import BlockConfig, ModelConfig
+from relay_fast.data.streams import BatchFormat, TruthStream
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.ops import dispatch
+from relay_fast.tasks import Vocabulary, build_tasks
 from relay_fast.training import trainer
+from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import train_model
 from relay_fast.training.warmup import warmup
-from tests.training.test_trainer import RECIPE, make_model, make_stream
 
 VOCABULARY = 40
 BLOCK = BlockConfig(16, 2, 1, causal=True, dropout=0.3)
@@ -106,13 +108,28 @@ def test_a_bar_on_a_terminal_only(monkeypatch, capsys) -> None:
 
 # In a training
 
+NUMBERS = Vocabulary(max_number=2, multiple=4)
+RECIPE = {"lr": 3e-3, "optimizer": "adamw", "clip": 1.0}
+
+
+def numbers_model(**options) -> LoopedTransformer:
+    torch.manual_seed(1)
+    return LoopedTransformer(
+        ModelConfig(BlockConfig(16, 2, 1, dropout=0.2), NUMBERS.size, 64), **options
+    )
+
+
+def numbers_stream(steps: int) -> TruthStream:
+    """Problems of up to nine operators, the longer ones later."""
+    tasks = build_tasks(["arithmetic"], NUMBERS, arithmetic={"prime": 3, "operators": "+"})
+    schedule, form = Schedule.by_steps(steps), BatchFormat("looped")
+    return TruthStream(tasks, {"arithmetic": (1, 9)}, form, schedule, batch_size=8, seed=0)
+
 
 def trained(tmp_path: Path, name: str = "", steps: int = 3, **options) -> list[torch.Tensor]:
     """The parameters after a training with dropout, whose random numbers a call would move."""
-    model = make_model(dropout=0.2)
-    train_model(
-        model, make_stream(steps, longest=3), RECIPE, tmp_path / f"{name}.state", seed=3, **options
-    )
+    model = numbers_model()
+    train_model(model, numbers_stream(steps), RECIPE, tmp_path / f"{name}.state", seed=3, **options)
     return [p.detach() for p in model.parameters()]
 
 
@@ -141,14 +158,12 @@ STEADY = """
 import sys
 from pathlib import Path
 from benchmarks.stub_driver import installed
-from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.training import trainer
-from tests.training.test_trainer import RECIPE, make_model, make_stream
+from tests.training import test_warmup as here
 trainer.WARMED_UP, trainer.PART_TOKENS["meta"] = ("meta",), 1 << 17
-model = LoopedTransformer(make_model().config, impl="triton").to("meta")
-stream = make_stream(9, longest=9, batch_size=16)
+model, stream = here.numbers_model(impl="triton").to("meta"), here.numbers_stream(9)
 with installed(90, compile=False) as log:
-    training = trainer._Training(model, stream, RECIPE, Path(sys.argv[1]), 0, None)
+    training = trainer._Training(model, stream, here.RECIPE, Path(sys.argv[1]), 0, None)
     training.warm_up(lambda compiling: None)
     warm = log.variant_count
     for step in range(9):
