@@ -87,9 +87,14 @@ def _draw_kept(axes: Any) -> None:
         for t in range(1, 9):
             full = t in kept
             axes.plot(
-                t, y + 0.85, marker="o", markersize=8, markeredgecolor=GREEN,
-                markerfacecolor=GREEN if full else "none", markeredgewidth=1,
-            )  # fmt: skip
+                t,
+                y + 0.85,
+                marker="o",
+                markersize=8,
+                markeredgecolor=GREEN,
+                markerfacecolor=GREEN if full else "none",
+                markeredgewidth=1,
+            )
             if policy == "none" and t < 8:
                 axes.plot([t + 0.3, t + 0.7], [y + 0.85] * 2, color=GREEN, linewidth=4)
     _text(axes, 4.5, 9.0, "the rest is computed again in backward;")

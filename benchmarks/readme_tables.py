@@ -123,10 +123,13 @@ def tasks() -> list[str]:
             own = [r for r in table if (r["task"], r["model"]) == (task, model)]
             seeds = sorted({r["seed"] for r in own})
             inside = [
-                min(float(r["chain"]) for r in own
-                    if r["seed"] == seed and int(r["length"]) <= int(r["trained_to"]))
+                min(
+                    float(r["chain"])
+                    for r in own
+                    if r["seed"] == seed and int(r["length"]) <= int(r["trained_to"])
+                )
                 for seed in seeds
-            ]  # fmt: skip
+            ]
             at = lambda n, own=own: [float(r["chain"]) for r in own if int(r["length"]) == n]
             first = title if model.startswith("looped") else ""
             cells = [_span(values) for values in (inside, at(fifth), at(third))]

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
-import relay_fast
+from relay_fast import __version__
 
 # Packages by the extra of pyproject.toml that installs them.
 REQUIRED = ("torch", "triton", "einops", "numpy", "safetensors", "numba", "filelock", "pydantic")
@@ -40,7 +40,7 @@ SIZES = {"d_model": 64, "head_dim": 16, "vocabulary": 64, "activation": "gelu"}
 
 def report() -> Iterator[tuple[str, str]]:
     """Yields the lines of the report as (name, text)."""
-    yield "relay_fast", f"{relay_fast.__version__} in {os.path.dirname(relay_fast.__file__)}"
+    yield "relay_fast", f"{__version__} in {os.path.dirname(__file__)}"
     yield "commit", _said(_commit)
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     yield "packages", _installed(REQUIRED)
@@ -122,9 +122,12 @@ def _explained(device: str) -> str:
     """Returns which kernels a small block uses, and that it runs forward and backward."""
     import torch
 
-    kernels = relay_fast.explain(device, dtype=torch.float32, **SIZES)
+    from relay_fast.functional import explain
+    from relay_fast.models.looped_block import LoopedBlock
+
+    kernels = explain(device, dtype=torch.float32, **SIZES)
     torch.manual_seed(0)
-    block = relay_fast.LoopedBlock(d_model=64, n_heads=4, n_layers=1).to(device)
+    block = LoopedBlock(d_model=64, n_heads=4, n_layers=1).to(device)
     x = torch.randn(2, 7, 64, device=device, requires_grad=True)
     block(x, 3).square().mean().backward()
     finite = all(p.grad.isfinite().all() for p in block.parameters()) and x.grad.isfinite().all()

@@ -26,7 +26,8 @@ FLOORS = (
     ("models",),
     ("training", "decoding"),
     ("relay",),
-    ("train", "generate", "evaluate", "recipes", "__main__"),
+    ("train", "generate", "evaluate"),
+    ("recipes", "__main__"),
 )
 LEVEL = {wing: level for level, wings in enumerate(FLOORS) for wing in wings}
 # Documented aliases: PackedBatch.looped and PackedBatch.autoregressive collate samples.

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-import relay_fast
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.recipes._common import Heads, Panel, Problems, Width, draw_panels
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
@@ -52,7 +52,7 @@ class Lookup(nn.Module):
         self.places = nn.Embedding(symbols, d_model)
         self.values = nn.Embedding(symbols, d_model)
         self.start = nn.Embedding(symbols, d_model)
-        self.block = relay_fast.LoopedBlock(d_model, n_heads, n_layers=1, recompute="state")
+        self.block = LoopedBlock(d_model, n_heads, n_layers=1, recompute="state")
         self.norm = nn.RMSNorm(d_model)
         self.head = nn.Linear(d_model, symbols)
 

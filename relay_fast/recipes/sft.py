@@ -28,7 +28,16 @@ from relay_fast.recipes._optional import need
 from relay_fast.relay.run_folder import RunFolder
 from relay_fast.reporting.progress import Display
 from relay_fast.reporting.progress import Problems as Done
-from relay_fast.utils.settings import BatchSize, Count, LearningRate, Positive, Steps, settings
+from relay_fast.training.optim import make_optimizer, set_lr_scale
+from relay_fast.utils.settings import (
+    BatchSize,
+    Count,
+    LearningRate,
+    MuonRate,
+    Positive,
+    Steps,
+    settings,
+)
 
 PUBLISHED: dict[str, Any] = {}  # an example, no paper's experiment
 PAD, END = 0, 1  # token ids in front of those of the characters
@@ -43,10 +52,11 @@ class Settings(own_jsonl.Settings):
     tested: Count = Field(6, description="the most rounds of the test")
     scale: Positive = Field(0.05, description="share of the preset's steps and problems")
     chains: Count = Field(600, description="chains of each length that the looped model writes")
-    steps: Steps = 500
-    tuning: Steps = Field(250, description="steps of the fine-tuning")
+    steps: Steps = 300
+    tuning: Steps = Field(200, description="steps of the fine-tuning")
     batch_size: BatchSize = 32
-    lr: LearningRate = 3e-3
+    lr: LearningRate = 1e-3
+    muon_lr: MuonRate = 0.01
     d_model: Width = 64
     n_heads: Heads = 4
 
@@ -114,10 +124,16 @@ def make_llama(tokens: int, longest: int, s: Settings) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=tokens, hidden_size=s.d_model, intermediate_size=4 * s.d_model,
-        num_hidden_layers=2, num_attention_heads=s.n_heads, max_position_embeddings=longest,
-        pad_token_id=PAD, eos_token_id=END, bos_token_id=END,
-    )  # fmt: skip
+        vocab_size=tokens,
+        hidden_size=s.d_model,
+        intermediate_size=4 * s.d_model,
+        num_hidden_layers=2,
+        num_attention_heads=s.n_heads,
+        max_position_embeddings=longest,
+        pad_token_id=PAD,
+        eos_token_id=END,
+        bos_token_id=END,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -145,8 +161,7 @@ def tune(
     progress: Callable[[int, int], None],
 ) -> None:
     """Trains a causal model of transformers in place on random batches of pairs."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
+    optimizer = make_optimizer(model, lr=s.lr, muon_lr=s.muon_lr)  # any other will do
     rng, device = np.random.default_rng(seed), next(model.parameters()).device
     model.train()
     for step in range(steps):
@@ -154,8 +169,8 @@ def tune(
         batch = collate([pairs[i] for i in chosen], tokeniser)
         loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
         loss.backward()
+        set_lr_scale(optimizer, 1 - step / steps)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         progress(step + 1, steps)
 
