@@ -47,6 +47,7 @@ def report() -> Iterator[tuple[str, str]]:
     for extra, packages in EXTRAS.items():
         yield f"[{extra}]", _installed(packages)
     yield "processor", _said(_processor)
+    yield "cores", _said(_cores)
     variables = {k: v for k, v in sorted(os.environ.items()) if re.fullmatch(VARIABLES, k)}
     yield "variables", ", ".join(f"{k}={v}" for k, v in variables.items()) or "none set"
     cards = _said_of(_cards)
@@ -86,17 +87,21 @@ def _installed(packages: tuple[str, ...]) -> str:
 
 
 def _commit() -> str:
-    from relay_fast.relay.run_folder import versions
+    from relay_fast.relay.run_folder import checkout_commit
 
-    return versions()["commit"] or "none (installed from a package)"
+    return checkout_commit() or "none (installed from a package)"
 
 
 def _processor() -> str:
-    from relay_fast.relay.run_folder import versions
+    from relay_fast.relay.run_folder import processor_name
+
+    return f"{processor_name()}, {os.cpu_count()} cores"
+
+
+def _cores() -> str:
     from relay_fast.utils.cores import usable_cores, usable_threads
 
-    cores = f"{usable_cores()} of {os.cpu_count()} cores, {usable_threads()} threads"
-    return f"{versions()['processor']}, {cores}"
+    return f"{usable_cores()} usable cores, {usable_threads()} threads"
 
 
 def _cards() -> list[str]:

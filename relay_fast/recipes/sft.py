@@ -53,7 +53,7 @@ class Settings(own_jsonl.Settings):
     scale: Positive = Field(0.05, description="share of the preset's steps and problems")
     chains: Count = Field(600, description="chains of each length that the looped model writes")
     steps: Steps = 300
-    tuning: Steps = Field(200, description="steps of the fine-tuning")
+    tuning: Steps = Field(300, description="steps of the fine-tuning")
     batch_size: BatchSize = 32
     lr: LearningRate = 1e-3
     muon_lr: MuonRate = 0.01
