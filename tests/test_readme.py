@@ -210,16 +210,16 @@ def _run_snippets(folder: Path) -> Iterator[str]:
             yield "interop"
         elif "TextTask" in text:
             assert len(text.strip().splitlines()) <= 24
-            sizes = "scale=0.0003, eval_problems=1, values=['workers=1', 'model.n_layers=1']"
-            smaller = text.replace("scale=0.1", sizes)
-            assert smaller != text
+            smaller = text.replace("scale=0.1", "scale=0.0003, values=['workers=1']")
+            smaller = smaller.replace("tasks=[", "stages=['looped_aligned'], tasks=[")
+            assert len(smaller) > len(text) + 40
             (folder / "my_tasks.py").write_text(smaller)
             done = subprocess.run(
                 [sys.executable, "my_tasks.py"], cwd=folder, capture_output=True, text=True,
                 timeout=300,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
-            assert (folder / "runs" / "parity" / "ar_relay.safetensors").is_file()
+            assert (folder / "runs" / "parity" / "looped_aligned.safetensors").is_file()
             yield "class"
         else:
             exec(compile(text, "README.md", "exec"), {})
