@@ -11,10 +11,11 @@ The launchers run on meta tensors, so that configurations, flags and specialisat
 GPU would get; each launch is recorded instead of made, then compiled. A row of the report is ok if
 the kernel keeps its bound (`compile_bounds.py`): shared memory within its rule's and the
 architecture's, no more spilled bytes than SPILLS allows, matrix instructions of the operands' own
-dtype in every kernel with a dot (on sm_90 warp-group ones from tiles of 64 rows on), and never TF32
-for fp32; and if sm_80 runs the same size with the same kernels, or the row says why not. Beside it
-stand the FLOPs and bytes of that launch (`kernel_costs.py` has the formulas), the FLOPs a byte, and
-the time that a card needs at least, by what binds it.
+dtype in every kernel with a dot (on sm_90 warp-group ones from tiles of 64 rows on), never TF32 for
+fp32, and no uniform register read that nothing has written (`machine_code.py`); and if sm_80 runs
+the same size with the same kernels, or the row says why not. Beside it stand the FLOPs and bytes of
+that launch (`kernel_costs.py` has the formulas), the FLOPs a byte, and the time that a card needs
+at least, by what binds it.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
         dropout=dropout, **common,
     )  # fmt: skip
     ops.weight_grad(new(s.hidden, d, of=state), dup, y, **count)
-    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden, **count)
+    ops.weight_grad(new(d, s.hidden, of=state), dbranch, hidden, bias=norm_bias, **count)
     do, _ = ops.linear_residual_bwd(g, out_weight, dropout, **count)
     dqkv = ops.attention_bwd(do, qkv, o, lse, layout, heads, kv_heads, s.causal, **count)
     *_, dz, y = ops.norm_linear_bwd(dqkv, x, *norm, qkv_weight, *rope, **common)
@@ -246,7 +247,8 @@ def run_ops(s: Sizes, dtype: torch.dtype, rows: int) -> None:
 
 
 def run_readout(s: Sizes, dtype: torch.dtype, rows: int) -> None:
-    """Argmax and cross-entropy, forward and backward, on meta tensors of these sizes."""
+    """What enters the first layer, argmax and cross-entropy, forward and backward, on meta tensors
+    of these sizes."""
     ops, state = select("triton", "meta"), torch.float32
 
     def new(*shape: int, of: torch.dtype = state) -> Tensor:
@@ -257,6 +259,7 @@ def run_readout(s: Sizes, dtype: torch.dtype, rows: int) -> None:
     x, norm_bias = new(rows, s.d), new(s.d) if s.bias else None
     norm, head = (new(s.d), norm_bias), new(s.vocabulary, s.d, of=dtype)
     targets = new(rows, of=torch.int64)
+    ops.state_input_bwd(x, ops.state_input_fwd(x, x, norm[0], **count), norm[0], **count)
     ops.argmax(x, *norm, head, **common)
     if s.d > 512:  # the reference's chunks read nothing that a meta tensor does not have
         return

@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
+from relay_fast.kernels.weight_grad import MOST_OPERANDS
+
 
 @dataclass(frozen=True)
 class Card:
@@ -116,6 +118,8 @@ def _loop(a: Any) -> int:
 
 
 FLOPS: Mapping[str, Callable[[Any], int]] = {
+    "_state_input_fwd_kernel": _elementwise(2),
+    "_state_input_bwd_kernel": _elementwise(2),
     "_norm_fwd_kernel": _elementwise(6),
     "_norm_bwd_kernel": _elementwise(12),
     "_norm_linear_fwd_kernel": _gemm(1, "M", "N", "D"),
@@ -140,10 +144,15 @@ FLOPS: Mapping[str, Callable[[Any], int]] = {
     "_cross_entropy_fwd_kernel": _gemm(1, "M", "V", "D"),
     "_cross_entropy_bwd_kernel": _gemm(2, "M", "V", "D"),
     "_logit_grad_kernel": _elementwise(12),
-    "_weight_grad_kernel": _gemm(1, "M", "N", "D"),
+    "_weight_grad_kernel": lambda a: 2 * rows_together(a) * a.N * a.D,
     "_weight_grad_sum_kernel": lambda a: a.splits * a.N * a.D,
     "_loop_fwd_kernel": _loop,
 }
+
+
+def rows_together(a: Any) -> int:
+    """Rows of all pairs of operands of a weight_grad launch."""
+    return a.M + sum(getattr(a, f"M{k}", 0) for k in range(1, MOST_OPERANDS))
 
 
 def _is_matrix(value: Any) -> bool:
@@ -154,6 +163,8 @@ def _updated(name: str, a: Any) -> tuple[Tensor, ...]:
     """Buffers that are read and written."""
     if name == "_rope_kernel":
         return (a.z_ptr,)
+    if name == "_state_input_bwd_kernel":
+        return () if a.x_grad_ptr is None else (a.x_grad_ptr,)
     if name == "_logit_grad_kernel":  # read twice, written once
         return (a.logits_ptr,) * 2
     if name == "_weight_grad_sum_kernel" or (name == "_weight_grad_kernel" and a.ADD):
@@ -165,4 +176,7 @@ def launch_cost(name: str, arguments: Mapping[str, Any]) -> Cost:
     """Of a launch of the kernel `name` with its arguments by name."""
     a = SimpleNamespace(**arguments)
     tensors = (*(v for v in arguments.values() if isinstance(v, Tensor)), *_updated(name, a))
-    return Cost(int(FLOPS[name](a)), sum(t.numel() * t.element_size() for t in tensors))
+    moved = sum(t.numel() * t.element_size() for t in tensors)
+    if name == "_weight_grad_kernel":  # the arguments have the first pair of operands only
+        moved += (rows_together(a) - a.M) * (a.N * a.dy_ptr.itemsize + a.D * a.x_ptr.itemsize)
+    return Cost(int(FLOPS[name](a)), moved)

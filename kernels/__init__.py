@@ -13,11 +13,12 @@ implementation serves, and why. `impl="auto"` is the default, `impl="torch"` tak
 | norm_linear | RMSNorm, LayerNorm, bias, RoPE; fused to d 512 | yes | yes | H200 |
 | qk_norm | RMSNorm of each query and key head, then RoPE | yes | yes | H200 |
 | norm_residual | sandwich norms: norm of a branch, dropout, residual | yes | yes | H200 |
+| state_input | state + injected input + loop embedding | yes | yes | no |
 | attention | short (≤ 128 rows) and long, both masks, GQA, head_dim 8–128 | yes | yes | H200 |
 | linear_residual | bias, dropout; d ≤ 512 | yes | yes | H200 |
-| mlp | 4 activations; one kernel to d 256, two to d 512, else composed | yes | yes | H200 |
+| mlp | 4 activations; one launch to d 256, 2 for few rows or to d 512 | yes | yes | H200 |
 | cross_entropy | V ≤ 1,024 in one pass, split to 262,144; smoothing, z-loss | yes | yes | H200 |
-| weight_grad | deterministic, accumulates in fp32 | yes | yes | H200 |
+| weight_grad | deterministic, fp32 sums; iterations in one launch | yes | yes | earlier form |
 | loop | whole loop in one launch, inference; d, tokens ≤ 128 | yes | yes | failed, mended |
 
 "Interpreted" is Triton's interpreter against the reference in fp32, fp16 and bf16. "Compiled" is

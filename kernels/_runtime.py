@@ -34,6 +34,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # specialised, since the vector width of loads depends on them.
 _VARYING_INTEGERS = (
     "M", "tiles_each", "column_blocks", "each", "rows_each", "splits", "offset", "counter",
+    *(f"{name}{k}" for name in ("M", "at", "dy", "x", "count") for k in range(1, 8)),
 )  # fmt: skip
 _PER_ROW_POINTERS = (
     "count_ptr", "cu_ptr", "index_ptr", "target_ptr", "grad_ptr", "loss_ptr", "lse_ptr",

@@ -20,8 +20,9 @@ from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, dot, jit
 from .cross_entropy import check_readout, load_states, readout_config
 from .cross_entropy_ref import cross_entropy_bwd_ref
 from .norm import (
-    clear_norm_partials,
+    NormPartials,
     norm_input_grad,
+    norm_partial_buffers,
     normalize,
     scale_shift,
     store_norm_partials,
@@ -53,7 +54,6 @@ def _cross_entropy_bwd_kernel(
     base = program * BLOCK_M
     inside = tl.arange(0, BLOCK_D)
     if base >= M:
-        clear_norm_partials(dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, False)
         return
     at = base + tl.arange(0, BLOCK_M)
     row_mask = at < M
@@ -94,11 +94,12 @@ def _cross_entropy_bwd_kernel(
     x_hat, rstd = normalize(
         load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D), inside, D, EPS, IS_LAYER
     )
-    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, False)
+    store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, True)
     dh = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
     tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
 
 
+# Long: the signature and its description are half of it.
 def cross_entropy_bwd(
     grad: Tensor,  # (rows,) gradient of each row's loss
     h: Tensor,
@@ -117,8 +118,14 @@ def cross_entropy_bwd(
     z_loss: float = 0.0,
     *,
     row_count: Tensor | None = None,
+    partials: NormPartials | None = None,
+    operands: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """Returns dh (rows, d) in fp32. Args: as `cross_entropy_bwd_ref`; row_count: see `_runtime`."""
+    """Returns dh (rows, d) in fp32.
+
+    Args: as `cross_entropy_bwd_ref`; row_count: see `_runtime`; partials: see `norm_grad_buffers`,
+    instead of the norm's accumulators; operands: gets dl and y, instead of head_grad their product.
+    """
     check_readout(h, norm_weight, norm_bias, head, kind, row_count, targets, index, grad, lse)
     if not norm_is_fused(h.shape[1], head.dtype):
         return cross_entropy_bwd_ref(
@@ -136,25 +143,35 @@ def cross_entropy_bwd(
         count = part.stop - start
         config = readout_config(count, d, head.dtype, h.device)
         programs = cdiv(count, config.block_m)
-        dnorm = torch.empty(2, programs, d, dtype=torch.float32, device=h.device)
-        dlogits = y = None
-        if head_grad is not None:
-            dlogits = torch.empty(count, vocabulary, dtype=head.dtype, device=h.device)
-            y = torch.empty(count, d, dtype=head.dtype, device=h.device)
+        sums = partials
+        if sums is None:  # zeros, so that one variant of the kernel serves both
+            zeros = torch.zeros(2, programs, d, dtype=torch.float32, device=h.device)
+            sums = zeros[0], None if norm_bias_grad is None else zeros[1]
+        dnw, dnb = norm_partial_buffers(h, programs, sums[1] is not None, sums)
+        widths = (vocabulary, d) if head_grad is not None else ()
+        kept = [torch.empty(count, n, dtype=head.dtype, device=h.device) for n in widths]
+        dlogits, y = kept or (None, None)
         _cross_entropy_bwd_kernel[(programs,)](
             grad[part], h if index is not None else h[part],
             None if index is None else index[part], targets[part], lse[part],
-            norm_weight, norm_bias, head, dh[part], dlogits, y, dnorm[0],
-            None if norm_bias_grad is None else dnorm[1], row_count,
+            norm_weight, norm_bias, head, dh[part], dlogits, y, dnw, dnb, row_count,
             stride_g=grad.stride(0), stride_hm=h.stride(0), stride_vn=head.stride(0),
             M=count, V=vocabulary, offset=start, D=d, EPS=eps, IS_LAYER=kind == "layer",
             SMOOTHING=label_smoothing, Z_LOSS=z_loss,
             BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
-        if head_grad is not None:
+        if operands is not None and head_grad is not None:
+            operands.append((dlogits, y))
+        elif head_grad is not None:
             weight_grad(head_grad, dlogits, y, row_count=row_count, offset=start)
-        if norm_grad is not None:
-            norm_grad.add_(dnorm[0].sum(0))
-        if norm_bias_grad is not None:
-            norm_bias_grad.add_(dnorm[1].sum(0))
+        if partials is None:
+            _add_norm_grads(norm_grad, norm_bias_grad, dnw, dnb)
     return dh
+
+
+def _add_norm_grads(
+    norm_grad: Tensor | None, norm_bias_grad: Tensor | None, dnw: Tensor, dnb: Tensor | None
+) -> None:
+    for total, parts in ((norm_grad, dnw), (norm_bias_grad, dnb)):
+        if total is not None:
+            total.add_(parts.sum(0))

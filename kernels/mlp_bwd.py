@@ -217,6 +217,6 @@ def _mlp_wide_bwd(
     y = norm_fwd(x, *norm, eps, kind, up_weight.dtype, row_count)
     dy = torch.addmm(dup @ up_weight, dgate, gate_weight)
     dx, dnw, dnb = norm_bwd(
-        dy, x, norm_weight, eps, kind, norm_bias is not None, row_count, partials
+        dy, x, norm_weight, eps, kind, norm_bias is not None, row_count, partials, residual
     )
-    return dx if residual is None else dx.add_(residual), dnw, dnb, y, dup, dgate, dbranch
+    return dx, dnw, dnb, y, dup, dgate, dbranch

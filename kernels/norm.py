@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._runtime import block_of, cdiv, contiguous_columns, counted_rows, jit_kernel
-from .supports import norm_reason, require, row_count_reason, shapes_reason
+from .supports import norm_reason, require, row_count_reason, shapes_reason, tensor_reason
 
 
 @triton.jit
@@ -123,9 +123,9 @@ def _norm_fwd_kernel(
 @jit_kernel
 def _norm_bwd_kernel(
     # pointers
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, count_ptr,
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, dweight_ptr, dbias_ptr, residual_ptr, count_ptr,
     # strides, sizes
-    stride_dm, stride_xm, M,
+    stride_dm, stride_xm, stride_rm, M,
     # flags and blocks
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -143,6 +143,7 @@ def _norm_bwd_kernel(
         dy = dy.to(tl.float32)
         x_hat, rstd = normalize(x.to(tl.float32), columns, D, EPS, IS_LAYER)
         dx = norm_input_grad(dy, x_hat, rstd, weight_ptr, columns, D, IS_LAYER)
+        dx = add_tile(dx, residual_ptr, stride_rm, rows, columns, mask)
         tl.store(dx_ptr + rows[:, None] * D + columns[None, :], dx, mask=mask)
         dweight += tl.sum(dy * x_hat, 0)
         dbias += tl.sum(dy, 0)
@@ -207,25 +208,33 @@ def norm_bwd(
     has_bias: bool = True,
     row_count: Tensor | None = None,
     partials: NormPartials | None = None,
+    residual: Tensor | None = None,  # (rows, d), added to dx
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns dx (rows, d), dweight (d,) and dbias (d,) (None unless `has_bias`), all in fp32.
 
-    Args: as `norm_bwd_ref`; row_count: see `_runtime`; partials: see `norm_grad_buffers`.
+    Args: as `norm_bwd_ref`; row_count: see `_runtime`; partials, out: see `norm_grad_buffers`.
     """
     require(
-        norm_reason(x, weight, dy, kind=kind)
-        or shapes_reason(("the norm's weight", weight, x.shape[1:]), ("dy", dy, x.shape))
+        norm_reason(x, weight, dy, residual, kind=kind)
+        or shapes_reason(
+            ("the norm's weight", weight, x.shape[1:]),
+            ("dy", dy, x.shape),
+            ("residual", residual, x.shape),
+        )  # fmt: skip
         or row_count_reason(row_count, x)
     )
+    residual = None if residual is None else contiguous_columns(residual)
     x, dy = contiguous_columns(x), contiguous_columns(dy)
     rows, d = x.shape
     block = block_rows(d)
     programs = min(cdiv(rows, block), MOST_PROGRAMS)
-    dx, dweight, dbias = norm_grad_buffers(x, programs, has_bias, partials)
+    dx, dweight, dbias = norm_grad_buffers(x, programs, has_bias, partials, out)
     if rows:
         _norm_bwd_kernel[(programs,)](
-            dy, x, weight, dx, dweight, dbias, row_count,
-            stride_dm=dy.stride(0), stride_xm=x.stride(0), M=rows,
+            dy, x, weight, dx, dweight, dbias, residual, row_count,
+            stride_dm=dy.stride(0), stride_xm=x.stride(0),
+            stride_rm=0 if residual is None else residual.stride(0), M=rows,
             D=d, EPS=eps, IS_LAYER=kind == "layer", ADD=partials is not None,
             BLOCK_M=block, BLOCK_D=block_of(d), num_warps=4,
         )  # fmt: skip
@@ -233,7 +242,11 @@ def norm_bwd(
 
 
 def norm_grad_buffers(
-    x: Tensor, programs: int, has_bias: bool, partials: NormPartials | None = None
+    x: Tensor,
+    programs: int,
+    has_bias: bool,
+    partials: NormPartials | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Allocates dx (rows, d) and the partials (programs, d) of dweight and dbias in fp32.
 
@@ -243,16 +256,30 @@ def norm_grad_buffers(
         has_bias: whether there is a bias.
         partials: sums (at least programs, d) of dweight and dbias over earlier launches, to which
             the programs add their parts; None: the parts are stored, and summed by the launcher.
+        out: (rows, d) fp32, contiguous, the buffer of dx; it may be one that the launch reads, row
+            by row as it writes. None: a new one.
     """
+    if out is not None:
+        reason = tensor_reason(x, out) or shapes_reason(("out", out, x.shape))
+        if reason is None and not (out.dtype == torch.float32 and out.is_contiguous()):
+            reason = "out must be fp32 and contiguous"
+        require(reason)
+    dx = torch.empty(x.shape, dtype=torch.float32, device=x.device) if out is None else out
+    return dx, *norm_partial_buffers(x, programs, has_bias, partials)
+
+
+def norm_partial_buffers(
+    x: Tensor, programs: int, has_bias: bool, partials: NormPartials | None
+) -> tuple[Tensor, Tensor | None]:
+    """The partials of `norm_grad_buffers`."""
     d = x.shape[1]
-    dx = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if partials is None:
         own = [torch.empty(programs, d, dtype=torch.float32, device=x.device) for _ in "wb"]
-        return dx, own[0], own[1] if has_bias else None
+        return own[0], own[1] if has_bias else None
     for part in partials:
         if part is not None and (part.shape[0] < programs or part.shape[1:] != (d,)):
             require(f"partial sums of shape {tuple(part.shape)} do not hold {programs} × {d}")
-    return dx, partials[0][:programs], partials[1][:programs] if has_bias else None
+    return partials[0][:programs], partials[1][:programs] if has_bias else None
 
 
 def sum_norm_partials(

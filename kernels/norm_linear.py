@@ -344,11 +344,13 @@ def norm_linear_bwd(
     *,
     row_count: Tensor | None = None,
     partials: NormPartials | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
     """Returns dx, dnorm_weight, dnorm_bias (None without a bias), and the weight gradient's
     operands dz (rows, columns), y (rows, d).
 
-    Args: as `norm_linear_bwd_ref`; row_count: see `_runtime`; partials: see `norm_grad_buffers`.
+    Args: as `norm_linear_bwd_ref`; row_count: see `_runtime`; partials, out: see
+    `norm_grad_buffers`.
     """
     require(norm_reason(x, residual) or shapes_reason(("residual", residual, x.shape)))
     residual = None if residual is None else contiguous_columns(residual)
@@ -360,15 +362,15 @@ def norm_linear_bwd(
         y = norm_fwd(x, norm_weight, norm_bias, eps, kind, weight.dtype, row_count)
         has_bias = norm_bias is not None
         dx, dnw, dnb = norm_bwd(
-            dz @ weight, x, norm_weight, eps, kind, has_bias, row_count, partials
+            dz @ weight, x, norm_weight, eps, kind, has_bias, row_count, partials, residual, out
         )
-        return dx if residual is None else dx.add_(residual), dnw, dnb, dz, y
+        return dx, dnw, dnb, dz, y
     # Not in place: other threads may still read the same elements.
     dz = torch.empty(dout.shape, dtype=dout.dtype, device=x.device) if rotary else dout
     y = torch.empty(rows, d, dtype=weight.dtype, device=x.device)
     config = _config(rows, d, weight.dtype, x.device, back=True)
     programs = cdiv(rows, config.block_m)
-    dx, dnw, dnb = norm_grad_buffers(x, programs, norm_bias is not None, partials)
+    dx, dnw, dnb = norm_grad_buffers(x, programs, norm_bias is not None, partials, out)
     if rows:
         _norm_linear_bwd_kernel[(programs,)](
             dout, x, norm_weight, norm_bias, weight, cos if rotary else None,

@@ -84,6 +84,8 @@ def norm_linear_bwd_ref(
     eps: float = 1e-6,
     kind: str = "rms",
     residual: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes the backward of `norm_linear_fwd_ref`.
 
@@ -99,6 +101,7 @@ def norm_linear_bwd_ref(
         eps: epsilon of the norm.
         kind: "rms" or "layer".
         residual: (rows, d), added to dx: the gradient of x on another way; or None.
+        out: (rows, d), the buffer of dx; None: a new one.
 
     Returns:
         dx, dnorm_weight, dnorm_bias, and the weight gradient's operands dz (rows, columns), y
@@ -108,4 +111,5 @@ def norm_linear_bwd_ref(
     dx, dnorm_weight, dnorm_bias, y = norm_bwd_ref(
         dz @ weight, x, norm_weight, norm_bias, eps, kind, weight.dtype
     )
-    return add_residual_ref(dx, residual), dnorm_weight, dnorm_bias, dz, y
+    dx = add_residual_ref(dx, residual)
+    return dx if out is None else out.copy_(dx), dnorm_weight, dnorm_bias, dz, y

@@ -116,9 +116,24 @@ def norm_bwd_ref(
 
 
 def norm_grads_ref(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, kind: str = "rms", has_bias: bool = True
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    kind: str = "rms",
+    has_bias: bool = True,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns dx, dweight and dbias (None unless `has_bias`) of `norm_bwd_ref`."""
+    """Returns dx, dweight and dbias (None unless `has_bias`) of `norm_bwd_ref`.
+
+    Args:
+        residual: (rows, d), added to dx: the gradient of x on another way; or None.
+        out: (rows, d), the buffer of dx; None: a new one.
+        others: as `norm_bwd_ref`.
+    """
     bias = torch.zeros_like(weight) if has_bias else None
     dx, dweight, dbias, _ = norm_bwd_ref(dy, x, weight, bias, eps, kind)
-    return dx, dweight, dbias if has_bias else None
+    dx = add_residual_ref(dx, residual)
+    return dx if out is None else out.copy_(dx), dweight, dbias if has_bias else None

@@ -147,7 +147,7 @@ def shapes_reason(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> str 
         if t is None:
             continue
         if t.shape != shape:
-            return f"{name} is {tuple(t.shape)} instead of {shape}"
+            return f"{name} is {tuple(t.shape)} instead of {tuple(shape)}"
         if t.ndim == 1 and shape[0] > 1 and t.stride(0) != 1:
             return f"{name} has stride {t.stride(0)} instead of 1"
     return None

@@ -37,6 +37,7 @@ from ._runtime import Config, cdiv, device_props
 
 ANY = 1 << 30
 AHEAD = "2026-11-21 compile_report.py"  # by registers, spills and instructions; not timed yet
+H200 = "2026-11-26 run_all.py"  # 24,000 rows, d 256: benchmarks/results/h200
 
 
 class Rule(NamedTuple):
@@ -56,6 +57,7 @@ class Rule(NamedTuple):
 # fmt: off
 TABLE = (
     #    op                   bits widest rows    Config(block_m, block_n, warps, stages), shared
+    Rule("norm_linear_fwd",     16,  256, "many", Config(128,  32, 8, 3), 168, 90, 90, H200),
     Rule("norm_linear_fwd",     16,  256, "many", Config(128,  32, 8, 2), 104),
     Rule("norm_linear_fwd",     16,  256, "many", Config(128,  16, 8, 2), 84),
     Rule("norm_linear_fwd",     16,  256, "few",  Config( 64,  32, 4, 2), 68),
@@ -66,6 +68,7 @@ TABLE = (
     Rule("norm_linear_bwd",     16,  128, "many", Config(128,  32, 8, 2), 80),
     Rule("norm_linear_bwd",     16,   64, "few",  Config( 64,  32, 4, 2), 40),
     Rule("norm_linear_bwd",     16,  128, "few",  Config( 64,  32, 8, 2), 48),
+    Rule("norm_linear_bwd",     16,  256, "any",  Config( 32,  16, 4, 2), 227, 90, 90, H200),
     Rule("norm_linear_bwd",     16,  256, "any",  Config( 64,  16, 8, 2), 32),
     Rule("norm_linear_bwd",     16,  ANY, "any",  Config( 32,  16, 8, 2), 40),
     Rule("norm_linear_bwd",     32,  ANY, "any",  Config( 16,  16, 4, 1), 34),
@@ -73,6 +76,7 @@ TABLE = (
     Rule("attention_short_fwd", 16,  128, "any",  Config(  0,   0, 8, 1), 20),
     Rule("attention_short_fwd", 32,  128, "any",  Config(  0,   0, 4, 1), 16),
     Rule("attention_short_bwd", 16,   64, "any",  Config( 32,   0, 4, 1), 72),
+    Rule("attention_short_bwd", 16,  128, "any",  Config( 32,   0, 4, 1),  72, 90, 90, H200),
     Rule("attention_short_bwd", 16,  128, "any",  Config( 32,   0, 8, 1), 72),
     Rule("attention_short_bwd", 32,  128, "any",  Config( 32,   0, 8, 1), 40),
     Rule("attention_wide_fwd",  16,   64, "any",  Config(  0,   0, 4, 1), 24),
@@ -100,6 +104,7 @@ TABLE = (
     Rule("mlp",                 16,   64, "many", Config(128,  64, 8, 2), 64),
     Rule("mlp",                 16,   64, "few",  Config( 64,  64, 4, 2), 40),
     Rule("mlp",                 16,  128, "any",  Config( 64,  64, 8, 2), 72),
+    Rule("mlp",                 16,  ANY, "any",  Config( 64,  32, 8, 4), 176, 90, 90, H200),
     Rule("mlp",                 16,  ANY, "any",  Config( 64,  32, 8, 2), 76),
     Rule("mlp",                 32,  ANY, "any",  Config( 16,  16, 8, 1), 17),
     Rule("mlp_gated",           16,   32, "many", Config(128,  32, 4, 2), 34),

@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def weight_grad_ref(acc: Tensor, dy: Tensor, x: Tensor, *, fresh: bool = False) -> None:
+def weight_grad_ref(
+    acc: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    *,
+    fresh: bool = False,
+    bias: Tensor | None = None,
+    more: Sequence[tuple[Tensor, Tensor, None]] = (),
+    sums: dict[str, Tensor] | None = None,
+) -> None:
     """acc += dyᵀ · x, summed in acc's dtype.
 
     Args:
@@ -15,9 +26,17 @@ def weight_grad_ref(acc: Tensor, dy: Tensor, x: Tensor, *, fresh: bool = False) 
         dy: (rows, columns).
         x: (rows, d).
         fresh: whether acc is uninitialised and is overwritten.
+        bias: (columns,), fp32 or fp64, to which the sum of dy over its rows is added, or None.
+        more: further dy, x and None, which are added too.
+        sums: stays empty.
     """
-    dy, x = dy.to(acc.dtype).t(), x.to(acc.dtype)
+    del sums
+    dy, x = dy.to(acc.dtype), x.to(acc.dtype)
     if fresh:
-        torch.mm(dy, x, out=acc)
+        torch.mm(dy.t(), x, out=acc)
     else:
-        acc.addmm_(dy, x)
+        acc.addmm_(dy.t(), x)
+    if bias is not None:
+        bias.add_(dy.sum(0))
+    for dy, x, _ in more:
+        weight_grad_ref(acc, dy, x, bias=bias)

@@ -133,11 +133,26 @@ def _begin(config: Mapping[str, Any], out: str | Path, device: str, impl: str):
     refuse_foreign(out)
     device = device.split(",")[0]
     folder, context = RunFolder(out, config), Context(Path(), config, device, impl)
+    _refuse_other_samples(folder, context.fingerprints)
     call = _Call(folder, device, context.labels)
     for note in context.notes:
         print(note, flush=True)
     _report_data(folder, context.data, context.untested)
     return folder, call
+
+
+def _refuse_other_samples(folder: RunFolder, fingerprints: Mapping[str, str]) -> None:
+    """Raises RunFolderError for a task that draws other samples than when the run began; keeps the
+    hashes of a new run."""
+    before = folder.results().get("samplers", {})
+    for name, digest in fingerprints.items():
+        if before.get(name, digest) != digest:
+            raise RunFolderError(
+                f"the class of task {name!r} draws other samples than when the run {folder.path} "
+                f"began: restore it, or give another --out"
+            )
+    if fingerprints.keys() - before.keys():
+        folder.update_results({"samplers": dict(fingerprints)})
 
 
 def _report_data(

@@ -32,12 +32,13 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad
 from triton.runtime.jit import JITFunction
 
 from benchmarks import common
 from benchmarks.card.table import markdown
 from benchmarks.card.torch_ops import TorchOps
-from benchmarks.kernel_costs import CARDS, launch_cost
+from benchmarks.kernel_costs import CARDS, launch_cost, rows_together
 from benchmarks.stub_driver import installed
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.kernels._runtime import DEVICE_PROPS, cdiv
@@ -114,9 +115,9 @@ def again_from_l2(name: str, arguments: Mapping[str, Any]) -> float:
     """
     a = SimpleNamespace(**arguments)
     if name == "_weight_grad_kernel":
-        return (cdiv(a.D, a.BLOCK_D) - 1) * a.dy_ptr.nbytes + (
-            cdiv(a.N, a.BLOCK_N) - 1
-        ) * a.x_ptr.nbytes
+        rows, size = rows_together(a), a.x_ptr.itemsize
+        tiles = (cdiv(a.D, a.BLOCK_D) - 1) * a.N + (cdiv(a.N, a.BLOCK_N) - 1) * a.D
+        return float(rows * size * tiles)
     if not hasattr(a, "BLOCK_M") or not hasattr(a, "M"):
         return 0.0
     weights = [
@@ -229,19 +230,31 @@ def predict(samples: int, policy: str = "none", muon: bool = True, **options: An
     model = LoopedTransformer(replace(config, block=block), impl="triton", recompute=policy)
     model = model.to("meta")
     optimizer = make_optimizer(model, lr=1e-3, muon_lr=1e-2 if muon else None)
+    plain = [p for g in optimizer.param_groups if not g.get("muon") for p in g["params"]]
+    for group in optimizer.param_groups:
+        group["capturable"], group["lr"] = True, torch.empty((), device="meta")
+        for p in group["params"] if group.get("muon") else ():
+            p.grad = torch.empty_like(p)
+    optimizer.step()  # makes Muon's state, before the capture
+    model.zero_grad()
     with under_autocast(), predicted() as (step, part):
         model.loss(batch).loss.backward()
         part.append("clipping")
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with _many_tensors_at_once():
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         part.append("Muon")
-        plain = [p for g in optimizer.param_groups if not g.get("muon") for p in g["params"]]
         for p in plain:
             p.grad = None
-        for group in optimizer.param_groups:
-            group["capturable"], group["lr"] = True, torch.empty((), device="meta")
         optimizer.step()
     step.groups["AdamW"] = adamw(plain)
     return step
+
+
+@contextmanager
+def _many_tensors_at_once() -> Iterator[None]:
+    """Makes torch clip tensors without data as those on a card: all gradients in one launch."""
+    with mock.patch.object(clip_grad, "_has_foreach_support", lambda *_: True):
+        yield
 
 
 def adamw(parameters: Sequence[Tensor]) -> Group:

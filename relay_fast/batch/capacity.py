@@ -10,7 +10,7 @@ gradients unchanged, and their targets are ignored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -94,6 +94,18 @@ class Capacity:
             max(int(b.plan.lengths.max(initial=1)) for b in batches),
         )
 
+    def depths(self, count: int) -> list[Capacity]:
+        """Returns up to `count` capacities of evenly spaced numbers of iterations, the smallest
+        first: this one, and its first iterations. Raises ValueError for a count below 1."""
+        if count < 1:
+            raise ValueError(f"depths = {count}: give 1 or more")
+        loops = len(self.rows)
+        ends = sorted({-(-loops * k // count) for k in range(1, count + 1)})
+        return [
+            replace(self, rows=self.rows[:t], active=self.active[:t], targets=self.targets[:t])
+            for t in ends
+        ]
+
     def reason(self, batch: PackedBatch) -> str | None:
         """Returns why a batch does not fit, or None if it does."""
         plan = batch.plan
@@ -147,9 +159,9 @@ class CapacityPlan(Plan):
         # The host knows the sizes only; the sequences' offsets are on the device.
         self.active_sequences, self.active_rows = c.active, c.rows
         self.state_offsets = (0, *np.cumsum(c.rows).tolist())
-        self.positions, self.tokens, self.cu_seqlens, self.active_counts, self.last_rows = indices
-        self._offsets: dict[int, Tensor] = {}
-        self._live: dict[int, Tensor] = {}
+        self.positions, self.tokens, self.cu_seqlens, self.active_counts = indices[:4]
+        self.last_rows, self.final_rows = indices[4:]
+        self.forget()
 
     @property
     def sequences(self) -> int:
@@ -162,7 +174,8 @@ class CapacityPlan(Plan):
     @staticmethod
     def index_sizes(capacity: Capacity) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Returns shape and dtype of the index tensors: positions, tokens, cu_seqlens,
-        active_counts (sequences and rows of each iteration) and last_rows."""
+        active_counts (sequences and rows of each iteration), last_rows and final_rows (where the
+        last state of each row is in the input and all states, end to end)."""
         rows, sequences = capacity.rows[0], capacity.sequences
         return [
             ((rows,), torch.int32),
@@ -170,6 +183,7 @@ class CapacityPlan(Plan):
             ((sequences + 1,), torch.int32),
             ((len(capacity.rows), 2), torch.int32),
             ((sequences,), torch.int64),
+            ((rows,), torch.int64),
         ]
 
     def indices(self) -> list[Tensor]:
@@ -179,7 +193,7 @@ class CapacityPlan(Plan):
 
     def write(self, plan: Plan, indices: Sequence[Tensor]) -> None:
         """Writes a plan's counts and indices into tensors like this plan's; the rest is empty."""
-        positions, tokens, cu_seqlens, active_counts, last_rows = indices
+        positions, tokens, cu_seqlens, active_counts, last_rows, final_rows = indices
         _fill(positions, plan.positions)
         _fill(tokens, plan.tokens)
         offsets = np.full(self.sequences + 1, plan.rows)
@@ -189,11 +203,15 @@ class CapacityPlan(Plan):
         counts[: plan.max_loops] = np.array([plan.active_sequences, plan.active_rows]).T
         active_counts.copy_(torch.from_numpy(counts), non_blocking=True)
         _fill(last_rows, plan.last_rows)
+        final = np.arange(self.rows)
+        starts = np.concatenate(([0], np.add(self.state_offsets[:-1], self.rows)))
+        final[: plan.rows] += np.repeat(starts[plan.loops], plan.lengths)
+        final_rows.copy_(torch.from_numpy(final), non_blocking=True)
 
     def forget(self) -> None:
         """Drops what was computed from the previous batch."""
-        self._offsets.clear()
-        self._live.clear()
+        self._offsets: Tensor | None = None  # (T, sequences + 1)
+        self._live: Tensor | None = None  # (T, rows)
 
     def row_ranges(self, iteration: int, truncate: int | None = None) -> tuple[RowRange, ...]:
         if truncate is not None:
@@ -205,24 +223,25 @@ class CapacityPlan(Plan):
         """Returns the number of live rows of an iteration, (1,) int32."""
         return self.active_counts[iteration - 1, 1:]
 
-    # The cached tensors below must not be inference tensors: training may use them later.
+    # The cached tensors below, each of all iterations at once, must not be inference tensors:
+    # training may use them later.
 
     @torch.inference_mode(False)
     def live(self, iteration: int) -> Tensor:
         """Returns which rows of an iteration are live, (N_t, 1) bool."""
-        if iteration not in self._live:
-            rows = torch.arange(self.active_rows[iteration - 1], device=self.device)
-            self._live[iteration] = (rows < self.row_count(iteration)).unsqueeze(1)
-        return self._live[iteration]
+        if self._live is None:
+            rows = torch.arange(self.rows, device=self.device)
+            self._live = rows < self.active_counts[:, 1:]
+        return self._live[iteration - 1, : self.active_rows[iteration - 1]].unsqueeze(1)
 
     @torch.inference_mode(False)
     def layout_of(self, row_range: RowRange) -> PaddedLayout:
         """Returns the offsets of the sequences that loop in this iteration; the others are
         empty."""
         t, last = row_range.iteration, row_range.last_sequence
-        if t not in self._offsets:
-            self._offsets[t] = torch.minimum(self.cu_seqlens[: last + 1], self.row_count(t))
-        offsets, longest = self._offsets[t], self.capacity.longest
+        if self._offsets is None:
+            self._offsets = torch.minimum(self.cu_seqlens, self.active_counts[:, 1:])
+        offsets, longest = self._offsets[t - 1, : last + 1], self.capacity.longest
         return PaddedLayout(offsets, longest, lambda: self._make_padding(t, offsets), 0)
 
     @torch.inference_mode(False)

@@ -180,6 +180,7 @@ class Plan:
     # `CapacityPlan` overrides these: its live rows are known on the device only. Here all are.
 
     fixed_capacity = False
+    final_rows: Tensor | None = None
 
     def live(self, iteration: int) -> Tensor | None:
         """Returns which rows of an iteration are live, (N_t, 1) bool; None: all."""

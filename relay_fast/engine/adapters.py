@@ -92,12 +92,13 @@ def mixes_adapters(part: nn.Module) -> bool:
 
 
 def has_hooks(part: nn.Module) -> bool:
-    return bool(
-        part._forward_pre_hooks
-        or part._forward_hooks
-        or part._backward_pre_hooks
-        or part._backward_hooks
+    hooks = (
+        part._forward_pre_hooks,
+        part._forward_hooks,
+        part._backward_pre_hooks,
+        part._backward_hooks,
     )
+    return any(len(kind) > 0 for kind in hooks)  # torch.compile of PyTorch 2.11 knows no bool of it
 
 
 def _active(part: nn.Module) -> list[str]:

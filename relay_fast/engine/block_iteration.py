@@ -24,7 +24,6 @@ from relay_fast.engine.parameter_names import is_linear
 from relay_fast.engine.rope import block_rope_table
 from relay_fast.kernels.dropout_ref import Dropout, noise_table, state_noise_ref
 from relay_fast.kernels.norm_ref import upcast_dtype
-from relay_fast.kernels.supports import require
 from relay_fast.ops.dispatch import TORCH, Ops
 from relay_fast.ops.gradients import GradientBuffers
 
@@ -63,9 +62,6 @@ class BlockIteration:
         ops: the implementation of the ops.
         compute_dtype: dtype of the GEMMs.
         dropout_seed: () int64 seed of the dropout masks and the state noise; None: neither.
-
-    Raises:
-        Unsupported: for a block that the kernels cannot run with a fixed-capacity plan.
     """
 
     aux: Tensor | None = None
@@ -90,7 +86,8 @@ class BlockIteration:
         self.seed = dropout_seed
         self.kernels = ops.loop_fwd is not None
         self.skips_dead_rows = plan.fixed_capacity and ops is not TORCH
-        require(dead_rows_reason(config) if self.skips_dead_rows else None)
+        # In fp32 an operand may be the gradient of the state, which is written over.
+        self.keeps_operands = self.kernels and compute_dtype in (torch.bfloat16, torch.float16)
         self.saved_width = config.n_layers * len(LayerSaved._fields) + (config.loop_norm == "post")
         self.dx: Tensor | None = None
         self.rotary = 0
@@ -162,14 +159,12 @@ class BlockIteration:
         h = self._add_state_noise(h, row_range)
         if c.loop_norm == "pre":
             h = self._norm(h, "loop_norm", row_range)
-        if c.injection == "add":
-            h = h + self.x[row_range.rows]
-        elif c.injection == "concat":
+        added = self.x[row_range.rows] if c.injection == "add" else None
+        if c.injection == "concat":
             joined = torch.cat((h, self.x[row_range.rows].to(h.dtype)), dim=-1)
             h = self._inject(joined).to(h.dtype)
-        if c.max_loops:
-            h = h + self._loop_embedding(self.start + row_range.iteration).to(h.dtype)
-        return h
+        line = self._loop_embedding(self.start + row_range.iteration) if c.max_loops else None
+        return self.ops.state_input_fwd(h, added, line, **self._row_count_kwargs(row_range))
 
     def _inject(self, joined: Tensor) -> Tensor:
         weight = self._weight("injection.weight")
@@ -246,29 +241,36 @@ class BlockIteration:
         """Returns the gradient of state t − 1, and adds those of the parameters to `grads`.
 
         Args:
-            g: (rows, d), the gradient of state t.
+            g: (rows, d), the gradient of state t; the kernels write the result over it.
             h: (rows, d), state t − 1.
             saved: the result of `forward`.
             row_range: the rows, and the iteration.
             grads: accumulators of the parameters' gradients.
         """
-        c = self.config
+        c, out = self.config, {"out": g} if self.kernels else {}
         if c.loop_norm == "post":
             g = self._norm_backward(g, saved[-1], "loop_norm", row_range, grads)
         width = len(LayerSaved._fields)
         for i in reversed(range(c.n_layers)):
             layer = LayerSaved(*saved[i * width : (i + 1) * width])
-            g = self._layer_backward(g, layer, i, row_range, grads)
-        return self._prepare_state_backward(g, h, row_range, grads)
+            last = i == 0 and c.loop_norm != "pre" and c.injection != "concat"
+            g = self._layer_backward(g, layer, i, row_range, grads, out if last else {})
+        return self._prepare_state_backward(g, h, row_range, grads, out)
 
     def _norm_backward(
-        self, g: Tensor, x: Tensor, name: str, row_range: RowRange, grads: GradientBuffers
+        self,
+        g: Tensor,
+        x: Tensor,
+        name: str,
+        row_range: RowRange,
+        grads: GradientBuffers,
+        out: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         c = self.config
         dx, dweight, dbias = self.ops.norm_bwd(
             g, x, self._weight(f"{name}.weight"), c.eps, c.norm,
             self._weight(f"{name}.bias") is not None, **self._row_count_kwargs(row_range),
-            **self._partials(name, grads),
+            **self._partials(name, grads), **(out or {}),
         )  # fmt: skip
         self._add_norm_grads(name, dweight, dbias, grads)
         return dx
@@ -288,15 +290,20 @@ class BlockIteration:
                 grads.vector(self.index.get(f"{name}.{kind}"), value)
 
     def _layer_backward(
-        self, g: Tensor, s: LayerSaved, i: int, row_range: RowRange, grads: GradientBuffers
+        self,
+        g: Tensor,
+        s: LayerSaved,
+        i: int,
+        row_range: RowRange,
+        grads: GradientBuffers,
+        out: Mapping[str, Tensor],
     ) -> Tensor:
         c, ops, w = self.config, self.ops, self._weight
         p, count = f"layers.{i}.", self._row_count_kwargs(row_range)
 
         def linear(name: str, dy: Tensor | None, x: Tensor) -> None:
             if dy is not None:
-                grads.weight(self.index.get(f"{p}{name}.weight"), dy, x, **count)
-                grads.bias(self.index.get(f"{p}{name}.bias"), dy)
+                self._add_linear_grads(f"{p}{name}", dy, x, grads, count)
 
         def norm(name: str, dweight: Tensor, dbias: Tensor | None) -> None:
             self._add_norm_grads(f"{p}{name}", dweight, dbias, grads)
@@ -335,11 +342,27 @@ class BlockIteration:
         g, dweight, dbias, dz, y = ops.norm_linear_bwd(
             dqkv, s.u, w(p + "norm1.weight"), w(p + "norm1.bias"), w(p + "qkv.weight"),
             *(NO_ROPE if c.qk_norm else rope), c.eps, c.norm, residual=g, **count,
-            **self._partials(p + "norm1", grads),
+            **self._partials(p + "norm1", grads), **out,
         )  # fmt: skip
         linear("qkv", dz, y)
         norm("norm1", dweight, dbias)
         return g
+
+    def _add_linear_grads(
+        self,
+        name: str,
+        dy: Tensor,
+        x: Tensor,
+        grads: GradientBuffers,
+        count: Mapping[str, Tensor],
+    ) -> None:
+        """Adds the gradients of a linear layer's weight and bias; the kernels sum both at once."""
+        weight, bias = self.index.get(f"{name}.weight"), self.index.get(f"{name}.bias")
+        if self.kernels:
+            grads.weight(weight, dy, x, bias=bias, **count)
+        else:
+            grads.weight(weight, dy, x, **count)
+            grads.bias(bias, dy)
 
     def _enter_branch(
         self,
@@ -381,44 +404,46 @@ class BlockIteration:
         return state_noise_ref(self._dropout_key(p, NOISE_SITE, row_range), h, table)
 
     def _prepare_state_backward(
-        self, g: Tensor, h: Tensor, row_range: RowRange, grads: GradientBuffers
+        self,
+        g: Tensor,
+        h: Tensor,
+        row_range: RowRange,
+        grads: GradientBuffers,
+        out: Mapping[str, Tensor],
     ) -> Tensor:
         c = self.config
         if c.loop_norm == "pre":
             h = self._add_state_noise(h, row_range)
+        line = None
         if c.max_loops and grads.needs(index := self.index["loop_embedding.weight"]):
-            grads.buffer(index)[self.start + row_range.iteration - 1].add_(g.sum(0))
+            line = grads.buffer(index)[self.start + row_range.iteration - 1]
         if c.injection == "add":
-            self._add_dx(g, row_range, grads)
-        elif c.injection == "concat":
+            self._add_dx(g, row_range, grads, line)
+        elif line is not None:
+            self.ops.state_input_bwd(g, None, line, **self._row_count_kwargs(row_range))
+        if c.injection == "concat":
             entered = self._norm(h, "loop_norm", row_range) if c.loop_norm == "pre" else h
             weight = self._weight("injection.weight")
             joined = torch.cat((entered, self.x[row_range.rows].to(h.dtype)), -1).to(weight.dtype)
             dy = g.to(weight.dtype)
-            grads.weight(self.index["injection.weight"], dy, joined)
+            count = self._row_count_kwargs(row_range)
+            grads.weight(self.index["injection.weight"], dy, joined, **count)
             g, dx = (dy @ weight).to(g.dtype).chunk(2, dim=-1)
             self._add_dx(dx, row_range, grads)
         if c.loop_norm == "pre":
-            g = self._norm_backward(g, h, "loop_norm", row_range, grads)
+            g = self._norm_backward(g, h, "loop_norm", row_range, grads, out)
         return g
 
-    def _add_dx(self, g: Tensor, row_range: RowRange, grads: GradientBuffers) -> None:
-        if self.inject_index is not None:
-            if grads.needs(self.inject_index):
-                grads.buffer(self.inject_index)[row_range.rows] += g
+    def _add_dx(
+        self, g: Tensor, row_range: RowRange, grads: GradientBuffers, line: Tensor | None = None
+    ) -> None:
+        """Adds g to the gradient of what is injected, and its sum over the rows to `line`."""
+        dx = self.dx if self.inject_index is None else grads.buffer(self.inject_index)
+        if self.inject_index is None and dx is None:
+            self.dx = dx = torch.zeros(self.x.shape, dtype=g.dtype, device=g.device)
+        rows, count = row_range.rows, self._row_count_kwargs(row_range)
+        if dx is None or isinstance(rows, slice):
+            self.ops.state_input_bwd(g, None if dx is None else dx[rows], line, **count)
             return
-        if self.dx is None:
-            self.dx = torch.zeros(self.x.shape, dtype=g.dtype, device=g.device)
-        self.dx[row_range.rows] += g
-
-
-def dead_rows_reason(config: BlockConfig) -> str | None:
-    """Returns why the kernels cannot skip dead rows in this block, or None if they can: biases,
-    injection and the loop-index embedding are plain torch sums over all rows."""
-    parts = {
-        "biases": config.bias,
-        "injection": config.injection != "none",
-        "a loop-index embedding": config.max_loops > 0,
-    }
-    found = " and ".join(name for name, there in parts.items() if there)
-    return f"fixed-capacity batches do not support {found}" if found else None
+        self.ops.state_input_bwd(g, None, line)
+        dx[rows] += g

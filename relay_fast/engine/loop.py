@@ -18,11 +18,12 @@ from torch import Tensor
 
 from relay_fast.batch.plan import RowRange
 from relay_fast.engine.auto_policy import choose_policy
+from relay_fast.engine.row_losses import RowLosses, StateGradients
 from relay_fast.engine.spec import Iteration, LoopSpec, Pass
 from relay_fast.engine.stopping import forward_until
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.dispatch import differentiable_once, launch_context, refuse_transforms
-from relay_fast.ops.gradients import GradientBuffers
+from relay_fast.ops.gradients import GROUP_ROWS, GradientBuffers
 
 
 def run_loop(
@@ -98,21 +99,34 @@ def iterate(
 
 class _States:
     """Allocates the states of one pass: in the returned buffer, among the kept states, or in one of
-    two alternating buffers."""
+    two alternating buffers. Where the host does not know which sequences end and all states are
+    kept, they lie behind the input in one buffer, from which the final state is gathered."""
 
     def __init__(self, spec: LoopSpec, x: Tensor, kept: Sequence[int]):
         self._plan, self._x = spec.plan, x
         self._spans = spec.state_spans()
         self.output = x.new_empty(sum(spec.plan.rows_at(t) for t in spec.states), *x.shape[1:])
+        self._passing: dict[int, Tensor] = {}
+        self._all: Tensor | None = None
+        every = not spec.states and len(kept) == spec.plan.max_loops - 1
+        if spec.plan.fixed_capacity and every:
+            self._all = self._new(spec.plan.rows + spec.plan.token_iterations)
+            self._all[: spec.plan.rows] = x
+            self.kept = {t: self.slot(t) for t in sorted(kept)}
+            return
         self.final = x.new_empty(x.shape)
         self.kept = {t: self._new(spec.plan.rows_at(t)) for t in sorted(kept)}
-        self._passing: dict[int, Tensor] = {}
+        idle = slice(0 if spec.plan.fixed_capacity else spec.plan.rows_at(1), None)
+        self.final[idle] = x[idle]
 
     def _new(self, rows: int) -> Tensor:
         return self._x.new_empty(rows, *self._x.shape[1:])
 
     def slot(self, t: int) -> Tensor:
         """Returns the buffer (N_t, …) of state t."""
+        if self._all is not None:
+            start = self._plan.rows + self._plan.state_offsets[t - 1]
+            return self._all[start : start + self._plan.rows_at(t)]
         if t in self._spans:
             return self.output[self._spans[t]]
         if t in self.kept:
@@ -125,13 +139,21 @@ class _States:
 
     def store_finished(self, t: int, state: Tensor) -> None:
         """Copies the rows of sequences that end at iteration t into the final state."""
+        if self._all is not None:
+            return
         live = self._plan.live(t)
         if live is not None:  # the host does not know which end: later iterations overwrite
             rows = slice(0, self._plan.rows_at(t))
-            self.final[rows] = torch.where(live, state, self.final[rows])
+            torch.where(live, state, self.final[rows], out=self.final[rows])
         elif state.data_ptr() != self.final.data_ptr():
             rows = slice(self._plan.rows_at(t + 1), self._plan.rows_at(t))
             self.final[rows] = state[rows]
+
+    def finish(self) -> Tensor:
+        """Returns the final state."""
+        if self._all is None:
+            return self.final
+        return self._all.index_select(0, self._plan.final_rows)
 
 
 def kept_states(spec: LoopSpec, row_bytes: int) -> set[int]:
@@ -159,10 +181,8 @@ def forward_pass(
     plan = spec.plan
     body = spec.make_iteration(x, parameters)
     states = _States(spec, x, kept_states(spec, x[:1].nbytes) if keep else ())
-    losses = _RowLosses(spec, x, parameters) if spec.readout is not None else None
+    losses = RowLosses(spec, x, parameters) if spec.readout is not None else None
     saved: list[Tensor | None] = []
-    idle = slice(0 if plan.fixed_capacity else plan.rows_at(1), None)
-    states.final[idle] = x[idle]
     h = x
     for t in range(1, plan.max_loops + 1):
         out = states.slot(t)
@@ -179,7 +199,7 @@ def forward_pass(
     empty = torch.empty(0, device=x.device)
     loss, lse, correct = losses.outputs() if losses else (empty, empty, empty)
     # Aliases: autograd marks the returned tensors, and `saved` holds views of the same buffers.
-    final, output = states.final.detach(), states.output.detach()
+    final, output = states.finish().detach(), states.output.detach()
     aux = empty if body.aux is None else body.aux
     return Pass((final, output, loss, correct), lse, states.kept, saved, aux)
 
@@ -195,47 +215,6 @@ def _run_range(
     inside = body.forward(h[source], row_range, part, keep)
     out[target] = part
     return inside
-
-
-class _RowLosses:
-    """Computes the readout of each iteration from its state; keeps only the log-sum-exp."""
-
-    def __init__(self, spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]):
-        self._spec, self._readout = spec, spec.readout
-        self._parameters = _readout_parameters(spec, parameters)
-        rows = spec.readout.offsets[-1]
-        self._loss = torch.empty(rows, dtype=upcast(x[:0]).dtype, device=x.device)
-        self._lse = torch.empty_like(self._loss)
-        self._correct = torch.empty(rows, dtype=torch.bool, device=x.device)
-        self._held: list[Tensor] = []
-
-    def forward(self, t: int, state: Tensor) -> None:
-        """Collects the rows of state t, and computes their losses once their chunk is complete."""
-        readout = self._readout
-        chunk = readout.chunk_of(t)
-        if len(chunk) > 1:
-            self._held.append(state.index_select(0, readout.rows[readout.rows_of(t)]))
-            if t != chunk[-1]:
-                return
-            h, index, self._held = torch.cat(self._held), None, []
-        else:
-            h, index = state, readout.rows[readout.rows_of(t)]
-        part = readout.chunk_rows(chunk)
-        if part.stop > part.start:
-            self._loss[part], self._lse[part], self._correct[part] = (
-                self._spec.ops.cross_entropy_fwd(
-                    h, readout.targets[part], *self._parameters, index, **readout.options
-                )
-            )
-
-    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._loss, self._lse, self._correct
-
-
-def _readout_parameters(spec: LoopSpec, parameters: Sequence[Tensor | None]):
-    """Returns the final norm's weight and bias, and the head in the compute dtype."""
-    norm_weight, norm_bias, head = parameters[-3:]
-    return norm_weight, norm_bias, head.to(spec.compute_dtype or head.dtype)
 
 
 class _Loop(torch.autograd.Function):
@@ -315,7 +294,11 @@ class _Backward:
         if g_aux is not None and g_aux.numel():
             self.body.g_aux = g_aux
         self.grads = GradientBuffers(
-            parameters, self.needed, self.spec.ops.weight_grad, self.spec.gather_rows
+            parameters,
+            self.needed,
+            self.spec.ops.weight_grad,
+            self.spec.gather_rows,
+            self._group_rows(),
         )
         body_needed = self.needed[:-3] if self.spec.readout is not None else self.needed
         self.x_needed = ctx.needs_input_grad[1]
@@ -327,23 +310,33 @@ class _Backward:
             last = self.plan.max_loops
             self.states[last] = final[: self.plan.rows_at(last)]
 
+    def _group_rows(self) -> int:
+        """Returns how many rows of operands are kept for one launch: no more than those of the
+        largest iteration, which fit anyway."""
+        return max(GROUP_ROWS, self.plan.rows_at(1)) if self.body.keeps_operands else 0
+
     def run_all(self, g_final: Tensor | None, g_states: Tensor | None, g_loss: Tensor | None):
         plan, spec = self.plan, self.spec
         g = upcast(self.x).new_zeros(self.x.shape) if g_final is None else upcast(g_final).clone()
         spans = spec.state_spans()
+        readout = None
+        if g_loss is not None:
+            readout = StateGradients(
+                spec, self.parameters, self.grads, self._state, self.lse, g_loss
+            )
         for t in range(plan.max_loops, 0, -1):
             prefix = plan.prefix(t)
             if g_states is not None and t in spans:
                 _add_rows(g, prefix, g_states[spans[t]])
-            if g_loss is not None:
-                self._readout(t, g[prefix], g_loss)
+            if readout is not None:
+                readout.add(t, g[prefix])
             stopped = plan.rows_without_gradient(t, spec.truncate)
             if stopped is not None:
                 g[stopped] = 0
             row_ranges = plan.row_ranges(t, spec.truncate)
             for row_range in row_ranges if self.body_needed else ():
                 if row_range.grad:
-                    g[row_range.rows] = self._iteration(t, row_range, g[row_range.rows])
+                    self._iteration(t, row_range, g)
                 else:
                     g[row_range.rows] = 0
             self.states.pop(t, None)
@@ -352,18 +345,24 @@ class _Backward:
         results = self.grads.results()
         return None, g.to(self.x.dtype) if self.x_needed else None, *results
 
-    def _iteration(self, t: int, row_range: RowRange, g: Tensor) -> Tensor:
-        h = self._state(t - 1)[row_range.source]
+    def _iteration(self, t: int, row_range: RowRange, g: Tensor) -> None:
+        """Turns the gradient of state t in the range's rows of g into that of state t − 1."""
+        h, rows = self._state(t - 1)[row_range.source], g[row_range.rows]
         if self.spec.policy.kind == "none":
             inside = self._pop_saved()
         else:
             inside = self.body.forward(h, row_range, h.new_empty(h.shape))
-        live = self.plan.live(t)
-        if live is None:
-            return self.body.backward(g, h, inside, row_range, self.grads)
-        # The gradient of a finished sequence is kept until its own last iteration.
-        entering = g if self.body.skips_dead_rows else g.masked_fill(~live, 0)
-        return torch.where(live, self.body.backward(entering, h, inside, row_range, self.grads), g)
+        self.grads.make_room(len(rows))
+        entering, fixed = rows, self.plan.fixed_capacity
+        if fixed and not self.body.skips_dead_rows:
+            entering = rows.masked_fill(~self.plan.live(t), 0)
+        new = self.body.backward(entering, h, inside, row_range, self.grads)
+        if new is rows and isinstance(row_range.rows, slice):
+            return
+        if fixed:  # the gradient of a finished sequence is kept until its own last iteration
+            torch.where(self.plan.live(t), new, rows, out=rows)
+        else:
+            g[row_range.rows] = new
 
     def _pop_saved(self) -> list[Tensor | None]:
         width = self.body.saved_width
@@ -382,36 +381,3 @@ class _Backward:
                     _run_range(self.body, h, row_range, out, keep=False)
                 self.states[s] = h = out
         return self.states[t]
-
-    def _readout(self, t: int, g_t: Tensor, g_loss: Tensor) -> None:
-        """Adds the loss gradient of iteration t's rows to g_t (N_t, d)."""
-        readout = self.spec.readout
-        chunk = readout.chunk_of(t)
-        if t == chunk[-1]:
-            self._dh = self._chunk_gradient(chunk, g_loss)
-        part, start = readout.rows_of(t), readout.chunk_rows(chunk).start
-        if part.stop > part.start:
-            dh = self._dh[part.start - start : part.stop - start]
-            g_t.index_add_(0, readout.rows[part], dh.to(g_t.dtype))
-
-    def _chunk_gradient(self, chunk: range, g_loss: Tensor) -> Tensor | None:
-        """Returns the gradient of the chunk's state rows, end to end."""
-        readout, part = self.spec.readout, self.spec.readout.chunk_rows(chunk)
-        if part.stop == part.start:
-            return None
-        if len(chunk) > 1:
-            rows = [self._state(u).index_select(0, readout.rows[readout.rows_of(u)]) for u in chunk]
-            h, index = torch.cat(rows), None
-        else:
-            h, index = self._state(chunk[0]), readout.rows[part]
-        norm, norm_bias, head = (len(self.parameters) - i for i in (3, 2, 1))
-        return self.spec.ops.cross_entropy_bwd(
-            g_loss[part],
-            h,
-            readout.targets[part],
-            self.lse[part],
-            *_readout_parameters(self.spec, self.parameters),
-            *(self.grads.buffer(i) for i in (head, norm, norm_bias)),
-            index,
-            **readout.options,
-        )

@@ -30,6 +30,8 @@ class Iteration(Protocol):
         saved_width: number of tensors that `forward` returns.
         skips_dead_rows: True if the body leaves the dead rows of a fixed-capacity plan out by
             itself.
+        keeps_operands: True if what `backward` hands to `GradientBuffers.weight` is not changed
+            later, so that the weight gradients of several iterations may be taken together.
         aux: sum of the auxiliary values of the iterations so far, (A,); None: the body has none.
     """
 
@@ -37,6 +39,7 @@ class Iteration(Protocol):
     aux: Tensor | None
     saved_width: int
     skips_dead_rows: bool
+    keeps_operands: bool
 
     def forward(
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
@@ -54,7 +57,8 @@ class Iteration(Protocol):
         grads: GradientBuffers,
     ) -> Tensor:
         """Returns the gradient of state t − 1, given that of state t in `g`; adds those of the
-        parameters to `grads`."""
+        parameters to `grads`. It may be `g` itself, written over; dead rows then keep what they
+        have."""
         ...
 
 
@@ -96,6 +100,12 @@ class Readout:
     def chunk_rows(self, chunk: range) -> slice:
         """Returns the slice of a chunk's rows in the flat lists."""
         return slice(self.offsets[chunk[0] - 1], self.offsets[chunk[-1]])
+
+    @property
+    def most_rows(self) -> int:
+        """The rows of the largest chunk."""
+        sizes = (self.chunk_rows(chunk) for chunk in self._chunks)
+        return max((part.stop - part.start for part in sizes), default=0)
 
     @cached_property
     def _chunks(self) -> list[range]:

@@ -41,6 +41,7 @@ from relay_fast.kernels.norm_linear_ref import norm_linear_bwd_ref, norm_linear_
 from relay_fast.kernels.norm_ref import norm_fwd_ref, norm_grads_ref
 from relay_fast.kernels.norm_residual_ref import norm_residual_bwd_ref, norm_residual_fwd_ref
 from relay_fast.kernels.qk_norm_ref import qk_norm_bwd_ref, qk_norm_fwd_ref
+from relay_fast.kernels.state_input_ref import state_input_bwd_ref, state_input_fwd_ref
 from relay_fast.kernels.supports import (
     SHORT,
     Unsupported,
@@ -66,6 +67,8 @@ class Ops(NamedTuple):
     such kernel.
     """
 
+    state_input_fwd: Callable
+    state_input_bwd: Callable
     norm_fwd: Callable
     norm_bwd: Callable
     norm_linear_fwd: Callable
@@ -89,6 +92,8 @@ class Ops(NamedTuple):
 
 
 REFERENCE = Ops(
+    state_input_fwd_ref,
+    state_input_bwd_ref,
     norm_fwd_ref,
     norm_grads_ref,
     norm_linear_fwd_ref,
@@ -187,9 +192,12 @@ def _triton_ops() -> Ops:
     from relay_fast.kernels.norm_linear import norm_linear_bwd, norm_linear_fwd
     from relay_fast.kernels.norm_residual import norm_residual_bwd, norm_residual_fwd
     from relay_fast.kernels.qk_norm import qk_norm_bwd, qk_norm_fwd
+    from relay_fast.kernels.state_input import state_input_bwd, state_input_fwd
     from relay_fast.kernels.weight_grad import weight_grad
 
     ops = Ops(
+        state_input_fwd,
+        state_input_bwd,
         norm_fwd,
         norm_bwd,
         norm_linear_fwd,
@@ -281,7 +289,7 @@ def _auto_ops() -> Ops:
                         return kernel(*dense, **kwargs)
                 if kwargs.get("row_count") is not None:  # the reference cannot read it
                     raise
-                for option in ("row_count", "partials"):  # returned instead of added up
+                for option in ("row_count", "partials", "operands"):  # added up at once instead
                     kwargs.pop(option, None)
                 return reference(*args, **kwargs)
 

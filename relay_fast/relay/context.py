@@ -94,6 +94,12 @@ class Context:
         return untested_lengths(self.tasks, ranges)
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of what the tasks draw, of those that have one."""
+        found = {n: task.fingerprint(self.ranges[n]) for n, task in self.tasks.items()}
+        return {name: digest for name, digest in found.items() if digest is not None}
+
+    @property
     def notes(self) -> list[str]:
         """What a run should know before it begins: one sentence each."""
         return [*untested_notes(self.untested), *self._unclear_notes()]

@@ -96,6 +96,11 @@ class Task(ABC):
         for length in lengths:
             self.check_length(length)
 
+    def fingerprint(self, lengths: Iterable[int]) -> str | None:
+        """Returns a hash of some problems of these lengths, by which a run notices that the task
+        draws others than before; None where something else tells that."""
+        return None
+
     @property
     def solves(self) -> bool:
         """Whether `solve` can be called: the task's rules tell the rounds of any problem."""

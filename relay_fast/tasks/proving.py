@@ -111,7 +111,7 @@ def _prove_elsewhere(task: Any, seen: Mapping[tuple[int, int], tuple]) -> None:
     if isinstance(digests, str):
         raise OwnCodeError(f"task {task.name!r} cannot be used in another process: {digests}")
     for ((length, _), sample), digest in zip(wanted.items(), digests, strict=True):
-        if _digest(sample) != digest:
+        if digest_of(sample) != digest:
             with own_code(text):
                 raise ValueError(
                     f"task {task.name!r}: sample({length}, rng) differs in another process; draw "
@@ -151,11 +151,12 @@ def answer() -> None:
     sys.path[:] = path
     try:
         text = load_class(reference)(**json.loads(arguments))
-        found: Any = [_digest(text.draw(length, 0, index)) for length, index in places]
+        found: Any = [digest_of(text.draw(length, 0, index)) for length, index in places]
     except Exception as error:
         found = str(error)
     print(f"\n{_MARK}{json.dumps(found)}", flush=True)
 
 
-def _digest(sample: tuple) -> str:
+def digest_of(sample: Any) -> str:
+    """Returns a short hash of samples."""
     return hashlib.blake2b(json.dumps(sample).encode(), digest_size=8).hexdigest()

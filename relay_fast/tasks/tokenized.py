@@ -21,7 +21,7 @@ from relay_fast.tasks.base import (
     until_eos,
 )
 from relay_fast.tasks.feedback import Inputs, Written, problems_shown, right_aligned
-from relay_fast.tasks.proving import prove_samples
+from relay_fast.tasks.proving import digest_of, prove_samples
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, PAD, RESERVED, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
@@ -103,6 +103,10 @@ class TokenizedTask(Task):
         """Raises ValueError for samples that cannot be encoded, that differ when they are drawn
         again, that have another length than asked, or that `solve` contradicts."""
         prove_samples(self, lengths)
+
+    def fingerprint(self, lengths: Iterable[int]) -> str | None:
+        drawn = [self.text.draw(length, 0, i) for length in lengths for i in range(2)]
+        return digest_of(drawn)
 
     def encoded(
         self, problem: str, rounds: Sequence[str], answer: str

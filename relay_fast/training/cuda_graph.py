@@ -5,6 +5,10 @@ is captured; from then on, each batch is copied into the buffers and the graph i
 launches, allocations or synchronization in Python. Where a graph is not possible, the step runs
 eagerly and `GraphedStep.reason` says why.
 
+A graph replays all iterations of its capacity, so there are a few of different depths, each
+captured when a batch first needs it: the short problems that a curriculum begins with take a short
+one. They share their memory, since only one runs at a time.
+
 Of several ranks, each has two graphs, and adds up the gradients with the others between them: what
 is before, each rank replays or computes eagerly as its own batches allow; what comes after, all of
 them replay or none, so that their weights stay equal bit by bit.
@@ -13,6 +17,7 @@ them replay or none, so that their weights stay equal bit by bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +35,8 @@ __all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
 
 # Tokens per pass for batches whose iterations train side by side; bounds the memory of a pass.
 PART_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
-WARM_UP = 3  # eager steps before the capture, as PyTorch recommends
+WARM_UP = 3  # eager steps before the first capture, as PyTorch recommends
+DEPTHS = 3  # graphs of different depths
 
 
 def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str | None:
@@ -132,8 +138,19 @@ def _joined(losses: Sequence[Losses], parts: Sequence[PackedBatch]) -> Losses:
     return Losses(*(values.sum() for values in total[:3]), *shares)
 
 
+@dataclass
+class _Depth:
+    """The step over batches that loop up to so many times, and what its graph computes into."""
+
+    capacity: Capacity
+    static: CapacityBatch | None = None
+    warm: bool = False  # whether an eager step over the static batch has compiled its kernels
+    replay: Callable[[], Losses] | None = None
+    gradients: list[Tensor | None] = field(default_factory=list)
+
+
 class GraphedStep:
-    """Takes training steps of a model, as replays of one CUDA graph where it can.
+    """Takes training steps of a model, as replays of CUDA graphs where it can.
 
         step = GraphedStep(model, optimizer, Capacity.of(some_batches), clip=1.0)
         losses = step(batch)
@@ -147,9 +164,10 @@ class GraphedStep:
         model: the model to train.
         optimizer: AdamW or `MuonAdamW`. On CUDA its learning rates become tensors, which
             `relay_fast.training.optim.set_lr_scale` updates in place.
-        capacity: the largest batch of the graph.
+        capacity: the largest batch of the graphs.
         clip: largest norm of all gradients, None for no clipping.
         autocast: dtype of the GEMMs, None for that of the parameters.
+        depths: number of graphs, of evenly spaced numbers of iterations; several ranks have one.
         exchange: of several ranks, which all make this object and call it equally often; its
             `begin` comes before each call with this rank's share.
 
@@ -165,18 +183,20 @@ class GraphedStep:
         *,
         clip: float | None = None,
         autocast: torch.dtype | None = None,
+        depths: int = DEPTHS,
         exchange: Exchange | None = None,
     ):
         self.model, self.optimizer, self.capacity = model, optimizer, capacity
         self.clip, self.autocast, self.exchange = clip, autocast, exchange
         self.reason: str | None = None
         self._never = graph_reason(model.device, optimizer) or feedback_graph_reason(model)
-        self._replay: Callable[[], Losses] | None = None
+        count = depths if exchange is None else 1
+        self._depths = [_Depth(part) for part in capacity.depths(count)]
+        self._pool: Any = None  # of the graphs' memory
         self._update: Callable[[], Any] = self._update_eagerly
         self._eager_update: str | None = "warming up"
         self._warm = self._steps = 0
         if self._never is None:
-            self._static = CapacityBatch(capacity, model.device)
             for group in optimizer.param_groups:
                 group["capturable"] = True
                 if not isinstance(group["lr"], Tensor):
@@ -205,23 +225,39 @@ class GraphedStep:
         self.reason = self._never or self.capacity.reason(batch)
         if self.reason is not None:
             return self._take(batch)
-        self._static.load(batch)
-        if self._warm < WARM_UP:
-            self._warm += 1
+        depth = next(d for d in self._depths if batch.plan.max_loops <= len(d.capacity.rows))
+        if depth.static is None:
+            depth.static = CapacityBatch(depth.capacity, self.model.device)
+        depth.static.load(batch)
+        if self._warm < WARM_UP or (WARM_UP and not depth.warm):
+            self._warm, depth.warm = self._warm + 1, True
             self.reason = f"warming up, step {self._warm} of {WARM_UP}"
+            if self._warm > WARM_UP:
+                self.reason = f"warming up {len(depth.capacity.rows)} iterations"
             try:
-                losses = on_side_stream(lambda: self._take(self._static.batch))
-                return self._own(losses, batch)
+                losses = on_side_stream(lambda: self._take(depth.static.batch))
+                return self._own(losses, batch, depth)
             except Unsupported as error:  # raised before the optimizer step, still to be taken
                 self.reason = self._never = str(error)
                 return self._take(batch)
-        if self._replay is None:
+        if depth.replay is None:
             try:
-                self._replay = self._captured(lambda: self._take(self._static.batch))
+                depth.replay = self._captured(lambda: self._take_depth(depth))
             except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
                 self.reason = self._never = _not_captured(error)
                 return self._take(batch)
-        return self._own(self._replay(), batch)
+        losses = depth.replay()
+        if self.exchange is None:
+            for parameter, gradient in zip(self.model.parameters(), depth.gradients, strict=True):
+                parameter.grad = gradient
+        return self._own(losses, batch, depth)
+
+    def _take_depth(self, depth: _Depth) -> Losses:
+        """Computes what a depth's graph captures, and holds the gradients: the next capture may use
+        all memory that is not held."""
+        losses = self._take(depth.static.batch)
+        depth.gradients = [p.grad for p in self.model.parameters()]
+        return losses
 
     def _take(self, batch: PackedBatch) -> Losses:
         """Computes eagerly what a graph captures."""
@@ -253,14 +289,18 @@ class GraphedStep:
             self._update = replay
 
     def _captured(self, body: Callable[[], Any]) -> Callable[[], Any]:
-        # NCCL's thread that watches messages may ask CUDA during a capture.
-        return captured(body, "global" if self.exchange is None else "thread_local")
+        if self.exchange is not None:
+            # NCCL's thread that watches messages may ask CUDA during a capture.
+            return captured(body, "thread_local")
+        if self._pool is None and torch.cuda.is_available():
+            self._pool = torch.cuda.graph_pool_handle()
+        return captured(body, "global", self._pool)
 
-    def _own(self, losses: Losses, batch: PackedBatch) -> Losses:
+    def _own(self, losses: Losses, batch: PackedBatch, depth: _Depth) -> Losses:
         """Rescales the accuracies of the padded static batch to the batch's own rows."""
         if self.exchange is not None:  # it has counted what is right, and the batches' own rows
             return losses
-        full = self._static.batch
+        full = depth.static.batch
         rows = len(full.targets) / max(1, len(batch.targets))
         sequences = len(full) / max(1, len(batch))
         return Losses(
@@ -282,19 +322,20 @@ def on_side_stream(body: Callable[[], Any]) -> Any:
     return result
 
 
-def captured(body: Callable[[], Any], mode: str) -> Callable[[], Any]:
+def captured(body: Callable[[], Any], mode: str, pool: Any = None) -> Callable[[], Any]:
     """Captures what `body` launches without running it; returns a call that replays it.
 
     Args:
         body: launches on the current device.
         mode: "global", or "thread_local" if other threads may meanwhile call CUDA.
+        pool: memory that graphs share of which one runs at a time; None: its own.
 
     Raises:
         RuntimeError: it cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode=mode):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
             result = body()
     except RuntimeError:
         torch.cuda.synchronize()

@@ -34,7 +34,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+        inner = torch.add(_B * gram, gram @ gram, alpha=_C)
+        x = torch.add(inner @ x, x, alpha=_A)
     return x if wide else x.mT
 
 

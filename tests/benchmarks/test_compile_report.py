@@ -16,6 +16,7 @@ from benchmarks.compile_rows import Row, write_rows
 from benchmarks.kernel_costs import Cost, launch_cost
 from relay_fast.kernels._runtime import DEVICE_PROPS
 
+WITHOUT_PRODUCTS = ("_weight_grad_sum_", "_state_input_")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compile_report.py"
 
 
@@ -67,6 +68,8 @@ def test_every_kernel_keeps_its_bound(tmp_path: Path) -> None:
         "_linear_residual_bwd_kernel",
         "_mlp_fwd_kernel",
         "_mlp_bwd_kernel",
+        "_state_input_fwd_kernel",
+        "_state_input_bwd_kernel",
         "_cross_entropy_fwd_kernel",
         "_cross_entropy_bwd_kernel",
         "_weight_grad_kernel",
@@ -80,7 +83,9 @@ def test_every_kernel_keeps_its_bound(tmp_path: Path) -> None:
         assert "nothing has written" not in row["bound"], row
         if row["dtype"] == "bf16" and row["kernel"] == "_loop_fwd_kernel":
             assert row["mma"] == "mma.bf16", row  # ptxas 12.8 gets its warp-group ones wrong
-        elif row["dtype"] == "bf16" and "_sum_" not in row["kernel"]:
+        elif row["dtype"] == "bf16" and row["kernel"] == "_norm_linear_bwd_kernel":
+            assert row["mma"] == "mma.bf16", row  # blocks of 32 rows, faster on an H200
+        elif row["dtype"] == "bf16" and not row["kernel"].startswith(WITHOUT_PRODUCTS):
             assert "wgmma.bf16" in row["mma"], row
 
 

@@ -50,9 +50,11 @@ def test_what_is_read_again() -> None:
     rows = {"a_ptr": new(100, 4), "weight_ptr": new(8, 4), "M": 100, "BLOCK_M": 64}
     found = again_from_l2("_linear_residual_fwd_kernel", rows | {"column_blocks": 3})
     assert found == 2 * 8 * 4 + 2 * 2 * 100 * 4
-    grad = {"dy_ptr": new(100, 32), "x_ptr": new(100, 8), "N": 32, "D": 8}
+    grad = {"dy_ptr": new(100, 32), "x_ptr": new(100, 8), "M": 100, "N": 32, "D": 8}
     found = again_from_l2("_weight_grad_kernel", grad | {"BLOCK_N": 16, "BLOCK_D": 8})
     assert found == 2 * 100 * 8
+    more = grad | {"M1": 50, "BLOCK_N": 16, "BLOCK_D": 8}  # a second pair of operands
+    assert again_from_l2("_weight_grad_kernel", more) == 2 * 150 * 8
     assert again_from_l2("_weight_grad_sum_kernel", {"acc_ptr": new(4, 4)}) == 0
 
 

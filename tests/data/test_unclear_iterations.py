@@ -63,11 +63,12 @@ def test_what_can_be_learned_is_left_alone(text) -> None:
 
 
 def test_the_package_s_own_tasks_are_clear() -> None:
-    tasks = build_tasks(
-        ["arithmetic", "edit_distance", "lis"], Vocabulary(63, 1),
-        arithmetic={"prime": 11}, edit_distance={"letters": 4, "alphabet": [2, 4]},
-        lis={"group": 3, "low": 0, "high": 49},
-    )  # fmt: skip
+    parameters = {
+        "arithmetic": {"prime": 11},
+        "edit_distance": {"letters": 4, "alphabet": [2, 4]},
+        "lis": {"group": 3, "low": 0, "high": 49},
+    }
+    tasks = build_tasks(parameters, Vocabulary(63, 1), **parameters)
     vocabulary = Vocabulary(None, 8, ("[addition]", *Addition.tokens))
     tasks["addition"] = make_task("addition", vocabulary)
     for task in tasks.values():

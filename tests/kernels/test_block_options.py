@@ -73,6 +73,22 @@ def test_norm_residual(rows, d, kind, bias, p, dtype) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows", "d", "dtype"),
+    [(65, 64, torch.float32), (63, 33, torch.float16), (5, 600, torch.float32),
+     (0, 16, torch.float32)],
+)  # fmt: skip
+def test_state_input(rows: int, d: int, dtype: torch.dtype) -> None:
+    def case(ops: Ops, make: Make) -> Outputs:
+        h, x, line = make(rows, d), make(rows, d), make(d, state=True)
+        g, dx, dline = make(rows, d, state=True), make(rows, d, state=True), make(d, state=True)
+        ops.state_input_bwd(g, dx, dline)
+        values = ops.state_input_fwd(h, x, line), ops.state_input_fwd(h, None, line), dx, dline
+        return named("out line dx dline", values)
+
+    check(case, dtype)
+
+
+@pytest.mark.parametrize(
     ("d", "dtype"),
     [(16, torch.float32), (33, torch.float16), (136, torch.float32), (520, torch.float16)],
 )

@@ -124,3 +124,73 @@ def test_auto_returns_what_it_cannot_add_up(case: Case) -> None:
     for v, t in zip(value, case(REFERENCE, 1, None, {}, 20, 300), strict=True):
         assert torch.equal(v, t)
     assert not any(part.any() for part in sums)
+
+
+@pytest.mark.parametrize("case", [norm, norm_linear])
+@WIDTHS
+def test_the_gradient_is_written_over_one_that_was_read(case: Case, d: int) -> None:
+    """Into the residual's buffer, as into that of the gradient of the state; rows beyond the count
+    keep what they have."""
+    ops, residual = select("triton", DEVICE), drawing(5)(67, d)
+    count = torch.tensor([9], dtype=torch.int32, device=DEVICE)
+    given = None if case is norm else residual
+    for implementation, options, live in ((ops, {}, 67), (ops, {"row_count": count}, 9),
+                                          (REFERENCE, {}, 67)):  # fmt: skip
+        truth = case(implementation, 1, given, options, d)[0]
+        out = residual.clone()
+        written = out if case is not norm else None
+        dx = case(implementation, 1, written, {**options, "out": out}, d)[0]
+        assert dx is out and torch.equal(out[:live], truth[:live])
+        assert torch.equal(out[live:], residual[live:])
+
+
+def test_a_norm_adds_another_gradient() -> None:
+    """Behind the GEMMs of widths that are not fused."""
+    draw = drawing(3)
+    dy, x, weight, residual = draw(67, 20), draw(67, 20), draw(20), draw(67, 33)[:, :20]
+    for ops in (select("triton", DEVICE), REFERENCE):
+        plain, *_ = ops.norm_bwd(dy, x, weight, 1e-5, "layer", False)
+        dx, *_ = ops.norm_bwd(dy, x, weight, 1e-5, "layer", False, residual=residual)
+        assert rms_ratio(dx, plain + residual) < 1e-6
+
+
+def test_buffers_that_cannot_be_written_are_refused() -> None:
+    draw, ops = drawing(3), select("triton", DEVICE)
+    dy, x, weight = draw(4, 20), draw(4, 20), draw(20)
+    for out, reason in (
+        (draw(3, 20), r"out is \(3, 20\) instead of \(4, 20\)"),
+        (draw(4, 24)[:, :20], "out must be fp32 and contiguous"),
+        (draw(4, 20).half(), "out must be fp32 and contiguous"),
+    ):
+        with pytest.raises(Unsupported, match=reason):
+            ops.norm_bwd(dy, x, weight, 1e-5, "layer", False, out=out)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_readout_adds_up_over_launches(bias: bool) -> None:
+    """The final norm's gradients in partial sums, the operands of the head's handed out."""
+    ops, sums = select("triton", DEVICE), [torch.zeros(5, 20, device=DEVICE) for _ in "wb"]
+    partials, total = (sums[0], sums[1] if bias else None), None
+    norm_weight, norm_bias, head = (
+        drawing(9)(20),
+        drawing(8)(20) if bias else None,
+        drawing(7)(30, 20),
+    )
+    for seed in (1, 2):
+        h = drawing(seed)(33, 20)
+        targets = torch.arange(33, device=DEVICE) % 31 - 1
+        _, lse, _ = REFERENCE.cross_entropy_fwd(h, targets, norm_weight, norm_bias, head)
+        args = (drawing(4)(33), h, targets, lse, norm_weight, norm_bias, head)
+        truth = [torch.zeros_like(t) for t in (head, norm_weight, norm_weight)]
+        into = (*truth[:2], truth[2] if bias else None)
+        expected = REFERENCE.cross_entropy_bwd(*args, *into)
+        untouched, operands = [torch.zeros_like(t) for t in truth], []
+        with guarded_outputs():
+            dh = ops.cross_entropy_bwd(*args, *untouched[:2], untouched[2] if bias else None,
+                                       partials=partials, operands=operands)  # fmt: skip
+        assert rms_ratio(dh, expected) < 1e-5 and not any(t.any() for t in untouched)
+        ((dlogits, y),) = operands
+        assert rms_ratio(dlogits.T @ y, truth[0]) < 1e-5
+        total = truth if total is None else [a + b for a, b in zip(total, truth, strict=True)]
+    assert rms_ratio(sums[0].sum(0), total[1]) < 1e-5
+    assert rms_ratio(sums[1].sum(0), total[2]) < 1e-5 if bias else not sums[1].any()

@@ -12,6 +12,7 @@ from benchmarks import interpreter
 from benchmarks.numerics import assert_bitwise, describe, rms_ratio
 from relay_fast.batch.plan import Plan
 from relay_fast.functional import REFERENCE, Ops, row_cross_entropy, select
+from relay_fast.kernels import mlp
 from relay_fast.kernels.dropout_ref import dropout_mask_ref
 from tests.support.kernel_checks import DEVICE, Make, Outputs, check, dropout_of, named
 
@@ -119,6 +120,7 @@ def test_linear_residual(rows, columns, d, bias, p, dtype) -> None:
         (17, 136, 64, "swiglu", "layer", True, 0.3, torch.float32),
         (17, 264, 33, "swiglu", "layer", True, 0.3, torch.float16),
         (17, 264, 33, "gelu", "rms", False, 0.0, torch.bfloat16),
+        (17, 136, 33, "gelu_tanh", "rms", True, 0.3, torch.float16),  # few rows
     ],
 )
 def test_mlp(rows, d, hidden, activation, kind, bias, p, dtype) -> None:
@@ -158,6 +160,21 @@ def test_mlp_that_keeps_nothing_computes_the_same(activation: str, d: int) -> No
     kept, dropped = ops.mlp_fwd(*args), ops.mlp_fwd(*args, keep=False)
     assert_bitwise("out", dropped[0], kept[0])
     assert dropped[1:] == (None, None, None)
+
+
+def test_few_rows_leave_the_hidden_layer_in_memory(monkeypatch) -> None:
+    few = lambda rows, d, dtype: mlp._has_few_rows(rows, d, dtype, torch.device("cpu"))
+    # 132 processors, blocks of 64 rows
+    assert few(64 * 66, 256, torch.bfloat16) and not few(64 * 66 + 1, 256, torch.bfloat16)
+    assert not few(64, 256, torch.float32) and not few(64, 128, torch.bfloat16)
+    make, ops = Make("eager", torch.float16), select("triton", DEVICE)
+    args = (make(9, 136, state=True), make.positive(136), None, make(24, 136, scale=0.1), None,
+            None, None, make(136, 24, scale=0.2), None)  # fmt: skip
+    apart, alone = ops.mlp_fwd(*args), ops.mlp_fwd(*args, keep=False)
+    monkeypatch.setattr(mlp, "_has_few_rows", lambda *_: False)
+    for name, a, b in zip(("out", "up", "gate", "hidden"), apart, ops.mlp_fwd(*args), strict=True):
+        assert (a is None and b is None) or rms_ratio(a, b) < 1e-3, name
+    assert_bitwise("out", alone[0], apart[0])
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,22 @@ def test_weight_grad(count: int) -> None:
     compare(case, count)
 
 
+@counts
+@pytest.mark.parametrize("parts", ["x", "line", "x line"])
+def test_state_input(count: int, parts: str) -> None:
+    def case(ops: Ops, rows: Rows, options: dict) -> dict[str, Tensor]:
+        h, g, x, line = rows(20), rows(20), rows(20), rows.shared(20)
+        dline = rows.shared(20)
+        given = [x if "x" in parts else None, line if "line" in parts else None]
+        out = ops.state_input_fwd(h, *given, **options)
+        dx = rows(20)
+        into = [dx if "x" in parts else None, dline if "line" in parts else None]
+        ops.state_input_bwd(g, *into, **options)
+        return {"out": out, "dx": dx, "sum line": dline}
+
+    compare(case, count)
+
+
 def test_refusals() -> None:
     ops = select("triton", DEVICE)
     x, weight = torch.randn(4, 16, device=DEVICE), torch.randn(48, 16, device=DEVICE)

@@ -98,14 +98,15 @@ def test_the_chains_are_the_models(folder):
 
 def test_chains_that_did_not_pass_are_left_out(tmp_path, monkeypatch):
     """Every third chain is the truth, which an untrained model hardly ever writes."""
-    wrong = chain_parts.generate_looped_chains
+    wrong = chain_parts.generate_confident
 
     def third(model, problems, tasks, **options):
         index = np.arange(len(problems))
-        parts = [problems, wrong(model, problems, tasks, **options)]
-        return Samples.concat(parts).take(np.where(index % 3, index + len(problems), index))
+        written, confidence = wrong(model, problems, tasks, **options)
+        both = Samples.concat([problems, written])
+        return both.take(np.where(index % 3, index + len(problems), index)), confidence
 
-    monkeypatch.setattr(chain_parts, "generate_looped_chains", third)
+    monkeypatch.setattr(chain_parts, "generate_confident", third)
     write(tmp_path, verify="task")
     everything = ChainDataset(tmp_path, only_passed=False).take(slice(None))
     passed = verify_chains(everything, TASKS, "task")

@@ -11,8 +11,9 @@ import pytest
 from relay_fast.relay.presets import load_preset, override, preset_names
 from relay_fast.relay.presets.complete import completed, used_lengths
 from relay_fast.relay.presets.own import config_text, read_config, resolved
+from relay_fast.relay.run_folder import RunFolderError
 from relay_fast.tasks import TextTask
-from relay_fast.train import main, prove
+from relay_fast.train import _begin, main, prove
 from tests.support.text_tasks import Parity, Total
 
 CLASS = "tests.support.text_tasks:"
@@ -128,6 +129,23 @@ def test_self_chains_are_of_lengths_that_there_are_records_of(tmp_path, monkeypa
     assert lengths([1, 3], [3, 7]) == [3, 5, 5]
     own = {"self_lengths": [4, 4], "self_counts": [2, 2]}
     assert lengths([1, 3], [3, 5], **own) == [4, 4], "what was given is refused, not changed"
+
+
+def test_a_class_that_was_changed_under_its_run_is_refused(file, tmp_path, monkeypatch) -> None:
+    config, run = resolved(read_config(file(PARITY))), tmp_path / "run"
+    begin = lambda: _begin(config, run, "cpu", "torch")
+    begin()
+    kept = json.loads((run / "results.json").read_text())["samplers"]
+    begin()
+    assert list(kept) == ["parity"]
+    assert json.loads((run / "results.json").read_text())["samplers"] == kept
+    monkeypatch.setattr(Parity, "title", "Another title")
+    begin()
+    monkeypatch.setattr(Parity, "sample", lambda self, n, rng: ("0", *self.solve("0")))
+    with pytest.raises(RunFolderError, match="the class of task 'parity' draws other samples than"):
+        begin()
+    (run / "results.json").write_text("{}")  # as an earlier version left it
+    begin()
 
 
 class Unsteady(Parity):

@@ -22,10 +22,13 @@ SMALL = [
 # gets new ones.
 DIGESTS = {
     "cpu": ("f0054a594e4f", "9658ee4cfa68"),
+    "cpu-addition": ("d958496b5d50", "e08a941c3de6"),
     "cpu-arithmetic": ("f0054a594e4f", "9658ee4cfa68"),
+    "cpu-arithmetic-long": ("df55a7f74cd3", "0df7a3bc72bb"),
     "cpu-edit-distance": ("ff375987cbee", "d945cd380b0a"),
     "cpu-latent": ("8cb1fae9a523", "d77de2a52469"),
     "cpu-lis": ("d24e5f451698", "e88141dc0e4d"),
+    "cpu-multitask": ("10b48f1a5f3a", "3d811d7a86e1"),
     "paper": ("44e8598c83ae", "42364d237289"),
     "paper-fast": ("45be4b8ddb1c", "9ad9e79a19fc"),
 }

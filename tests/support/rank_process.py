@@ -20,7 +20,7 @@ from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from tests.support.fed_models import TASKS, VOCABULARY
 from tests.support.forked import ended, start_ranks
 
-STEPS = 50
+STEPS = 30
 RECIPE = {"lr": 3e-3, "muon_lr": 0.02, "weight_decay": 0.01, "betas": [0.9, 0.95], "clip": 1.0}
 RANGES = {"arithmetic": (1, 4), "edit_distance": (1, 4), "lis": (1, 9)}
 FED = {"feedback": "tokens", "feedback_noise": 0.1}

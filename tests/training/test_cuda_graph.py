@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import synthetic_batch, task_batch
+from benchmarks.common import task_batch
 from benchmarks.numerics import assert_close
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
@@ -18,31 +18,18 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.training import cuda_graph
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason
-from relay_fast.training.optim import make_optimizer, set_lr_scale
+from relay_fast.training.optim import make_optimizer
 from tests.support.fresh_python import run_fresh
-
-VOCABULARY = 40
-SHAPES = (  # lengths and loops; the last ones are over before the capacity is
-    ([3, 7, 1, 5], [1, 4, 3, 2]),
-    ([6, 2], [3, 3]),
-    ([4, 4, 4], [1, 1, 1]),
-    ([1, 3], [4, 0]),
+from tests.support.graphed_steps import (
+    SHAPES,
+    batch_of,
+    batches,
+    make_model,
+    plain_step,
+    play_graphs,
+    sgd,
+    train,
 )
-
-
-def batch_of(lengths, loops, seed: int = 0, targets: int | None = 2) -> PackedBatch:
-    return synthetic_batch(np.array(lengths), np.array(loops), targets, VOCABULARY, seed=seed)
-
-
-def batches() -> list[PackedBatch]:
-    return [batch_of(*shape, seed=seed) for seed, shape in enumerate(SHAPES)]
-
-
-def make_model(impl: str = "torch", recompute: str = "state", **options) -> LoopedTransformer:
-    torch.manual_seed(0)
-    block = BlockConfig(**({"d_model": 16, "n_heads": 2, "n_layers": 2} | options))
-    model = LoopedTransformer(ModelConfig(block, VOCABULARY), recompute=recompute, impl=impl)
-    return model.to(torch.float64 if impl == "torch" else torch.float32)
 
 
 def gradients(model: LoopedTransformer, batch: PackedBatch) -> dict[str, Tensor]:
@@ -105,6 +92,8 @@ def test_the_papers_mix_and_the_autoregressive_model() -> None:
         {"loop_norm": "post", "state_noise": 0.1},
         {"loop_norm": "pre"},
         {"head_dim": 24, "qk_norm": True, "sandwich_norm": True, "dropout": 0.3},
+        {"injection": "add", "max_loops": 4, "bias": True},
+        {"injection": "concat", "max_loops": 4, "loop_norm": "pre", "norm": "layer", "bias": True},
     ],
     ids=str,
 )
@@ -123,13 +112,6 @@ def test_kernels_leave_dead_rows_out(options: dict) -> None:
         torch.use_deterministic_algorithms(False)
     for name, v in value.items():
         assert_close(name, v, truth[name], 1e-5)
-
-
-def test_kernels_refuse_blocks_with_sums_outside_them() -> None:
-    static = CapacityBatch(Capacity.of(batches()), "cpu")
-    model = make_model("triton", bias=True, injection="add")
-    with pytest.raises(RuntimeError, match="do not support biases and injection"):
-        model.loss(static.batch)
 
 
 class Recorded(TorchDispatchMode):
@@ -212,6 +194,33 @@ def test_capacity_of_batches_by_hand() -> None:
     assert Capacity.of([batch_of([100], [1])], slack=0.3).rows == (192,)
 
 
+def test_a_capacity_in_depths() -> None:
+    capacity = Capacity.of(batches(), slack=0.0)
+    two, three, four = capacity.depths(3)
+    assert (two.active, three.active) == ((4, 3), (4, 3, 2)) and four == capacity
+    assert (two.rows, two.targets) == ((64, 64), (7, 5)) and two.sequences == 4
+    assert capacity.depths(1) == [capacity] and len(capacity.depths(9)) == 4
+    with pytest.raises(ValueError, match="depths = 0: give 1 or more"):
+        capacity.depths(0)
+    model, batch = make_model(), batch_of(*SHAPES[2])
+    truth, static = gradients(model, batch), CapacityBatch(two, "cpu")
+    static.load(batch)
+    for name, value in gradients(model, static.batch).items():
+        assert_close(name, value, truth[name], 1e-12)
+
+
+def test_every_depth_is_warmed_up_before_its_capture(monkeypatch) -> None:
+    play_graphs(monkeypatch)
+    model = make_model()
+    step, reasons = GraphedStep(model, sgd(model), Capacity.of(batches())), []
+    for which in (0, 0, 0, 2, 2):
+        step(batches()[which])
+        reasons.append(step.reason)
+    assert reasons == [
+        *(f"warming up, step {k} of 3" for k in (1, 2, 3)), "warming up 2 iterations", None
+    ]  # fmt: skip
+
+
 def test_a_spread_makes_room_for_other_draws() -> None:
     rng = np.random.default_rng(0)
 
@@ -269,38 +278,6 @@ def test_capacities_that_make_no_sense() -> None:
         CapacityBatch(Capacity((64,), (1,), (1,), 1, 1), "cpu").plan.row_ranges(1, truncate=1)
 
 
-def train(step, model, optimizer) -> list[float]:
-    taken = []
-    for i, batch in enumerate([*batches(), batch_of([9, 3], [2, 1]), *batches()]):
-        set_lr_scale(optimizer, 1 / (1 + i))
-        losses = step(batch)
-        taken += [
-            float(losses.loss.detach()),
-            float(losses.chain_correct),
-            float(losses.answer_correct),
-        ]
-    return taken + [float(p.detach().double().sum()) for p in model.parameters()]
-
-
-def plain_step(model, optimizer):
-    def step(batch):
-        losses = model.loss(batch)
-        optimizer.zero_grad()
-        losses.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        return losses
-
-    return step
-
-
-def sgd(model) -> torch.optim.Optimizer:
-    """Takes tensor learning rates on a CPU, which a capturable AdamW does not."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    optimizer.param_groups[0]["base_lr"] = 1e-2
-    return optimizer
-
-
 def test_without_cuda_the_step_is_eager_and_says_so() -> None:
     model = make_model()
     optimizer = make_optimizer(model, lr=1e-2)
@@ -312,15 +289,17 @@ def test_without_cuda_the_step_is_eager_and_says_so() -> None:
     assert found == train(plain_step(model, optimizer), model, optimizer)
 
 
-def play_graphs(patch: pytest.MonkeyPatch) -> None:
-    """A graph is played by taking again, over the static buffers, what it would capture."""
-    patch.setattr(cuda_graph, "graph_reason", lambda *_: None)
-    patch.setattr(cuda_graph, "on_side_stream", lambda body: body())
-    patch.setattr(cuda_graph, "captured", lambda body, mode: body)
-
-
 def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -> None:
     play_graphs(monkeypatch)
+    replayed: list[int] = []
+    own = GraphedStep._own
+
+    def watched(self, losses, batch, depth):
+        if self.reason is None:
+            replayed.append(depth.static.plan.max_loops)
+        return own(self, losses, batch, depth)
+
+    monkeypatch.setattr(GraphedStep, "_own", watched)
     model = make_model()
     optimizer = sgd(model)
     graphed = GraphedStep(model, optimizer, Capacity.of(batches()), clip=0.1)
@@ -335,6 +314,8 @@ def test_every_batch_is_taken_once_by_warm_up_graph_or_eager_step(monkeypatch) -
     assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
     assert reasons[:4] == [f"warming up, step {k} of 3" for k in (1, 2, 3)] + [None]
     assert "longest sequence" in reasons[4] and reasons[5:] == [None] * 4
+    # Of graphs of 2, 3 and 4 iterations, the shortest that a batch of 4, 4, 3, 1 and 4 fits.
+    assert replayed == [4, 4, 3, 2, 4]
     model = make_model()
     optimizer = sgd(model)
     truth = train(plain_step(model, optimizer), model, optimizer)

@@ -46,10 +46,8 @@ def test_it_is_continued_with_other_workers(source, tmp_path, monkeypatch) -> No
         torch.manual_seed(1)
         config = ModelConfig(BlockConfig(16, 2, 1, dropout=0.1), vocabulary.size, 16)
         model = LoopedTransformer(config)
-        stream = TruthStream(
-            {"parity": task}, {"parity": (1, 4)}, BatchFormat("looped"), Schedule.by_steps(8),
-            batch_size=8, seed=0, curriculum=0.5,
-        )  # fmt: skip
+        parts = {"parity": task}, {"parity": (1, 4)}, BatchFormat("looped"), Schedule.by_steps(8)
+        stream = TruthStream(*parts, batch_size=8, seed=0, curriculum=0.5)
 
         def report(progress) -> None:
             if progress.step == stop_at:

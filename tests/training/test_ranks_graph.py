@@ -15,8 +15,7 @@ from relay_fast.training.cuda_graph import GraphedStep
 from relay_fast.training.exchange import Exchange
 from relay_fast.training.optim import make_optimizer
 from relay_fast.training.ranks import Ranks
-from tests.support.thread_ranks import ThreadRanks, run_ranks
-from tests.training.test_cuda_graph import (
+from tests.support.graphed_steps import (
     batch_of,
     batches,
     make_model,
@@ -25,6 +24,7 @@ from tests.training.test_cuda_graph import (
     sgd,
     train,
 )
+from tests.support.thread_ranks import ThreadRanks, run_ranks
 
 
 def graphed_training(
