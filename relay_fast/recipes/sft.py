@@ -209,6 +209,11 @@ def run(
     s = settings
     chains = write_chains(s, folder.path, seed, device, display)
     inside = [chain for chain in chains if chain["length"] <= s.trained]
+    if not inside:
+        raise ValueError(
+            f"none of the looped model's chains passed the check, at scale = {s.scale:g} of its "
+            f"training: give a larger scale"
+        )
     problems = true_problems(s, seed)
     texts = [chain["prompt"] + chain["completion"] for chain in chains]
     texts += [problem["prompt"] + problem["completion"] for problem in problems[s.tested]]

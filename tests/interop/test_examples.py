@@ -23,17 +23,27 @@ def test_fabric_trains_the_same_model_as_the_plain_loop(tmp_path, capsys) -> Non
     assert results_of("fabric", tmp_path / "fabric", *sizes) == plain
 
 
+SIZES = ["records=60", "trained=2", "tested=3", "chains=12", "problems=4"]
+SIZES += ["steps=3", "tuning=2", "d_model=16"]
+
+
 def test_a_llama_is_tuned_on_chains_beyond_its_range(tmp_path, capsys) -> None:
     pytest.importorskip("transformers")
-    sizes = ["scale=0.002", "records=60", "trained=2", "tested=3", "chains=12", "problems=4"]
-    sizes += ["steps=3", "tuning=2", "d_model=16"]
-    found = results_of("sft", tmp_path, *sizes)
+    found = results_of("sft", tmp_path, "scale=0.02", *SIZES)
     chains = [json.loads(line) for line in (tmp_path / "chains.jsonl").open()]
     assert {chain["length"] for chain in chains} == {1, 2, 3}
     passed = [chain["length"] for chain in chains if chain["passed"]]
     assert found["inside"] == sum(n <= 2 for n in passed) and found["beyond"] == passed.count(3)
     assert set(found["solved"]) == {"trained", "fine-tuned"}
     assert set(found["solved"]["trained"]) == {"1", "2", "3"}
+
+
+def test_a_looped_model_that_learned_nothing_is_one_sentence(tmp_path, capsys) -> None:
+    pytest.importorskip("transformers")
+    changes = [word for size in ("scale=0.0003", *SIZES) for word in ("--set", size)]
+    assert command.main(["sft", "--out", str(tmp_path), *changes]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: none of the looped model's chains passed the check, at scale")
 
 
 def test_the_loss_is_on_completions_alone() -> None:
