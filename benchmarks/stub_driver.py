@@ -14,6 +14,7 @@ is computed, and nothing is shown about what happens on the card.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler.compiler import max_shared_mem
-from triton.runtime.jit import JITFunction, _triton_jit_function_registry
+from triton.runtime.jit import JITFunction
 
 from benchmarks import machine_code
 from relay_fast.kernels._runtime import DEVICE_PROPS, assume_arch, device_props
@@ -188,6 +189,6 @@ def installed(arch: int = 90, compile: bool = True) -> Iterator[Log]:
 def _forget() -> None:
     """Makes Triton forget the variants that it knows, and the shared memory of the device."""
     max_shared_mem.cache_clear()
-    for function in _triton_jit_function_registry.values():
-        if isinstance(function, JITFunction):
+    for function in gc.get_objects():  # Triton 3.6 keeps no list of its functions
+        if issubclass(type(function), JITFunction):
             function.device_caches.clear()

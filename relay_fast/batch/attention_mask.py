@@ -29,7 +29,9 @@ class Padding:
 
     def __init__(self, mask: Tensor, shape: torch.Size, device: torch.device):
         self._width, self._device = shape[1], device
-        tokens = _check_mask(torch.as_tensor(mask).detach().cpu().numpy(), shape)
+        mask = torch.as_tensor(mask).detach()
+        mask = mask.double() if mask.is_floating_point() else mask  # numpy has no bfloat16
+        tokens = _check_mask(mask.cpu().numpy(), shape)
         self._starts, self.lengths = tokens.argmax(1) if tokens.size else 0, tokens.sum(1)
         firsts = np.arange(len(tokens)) * self._width + self._starts
         self.rows = device_tensor(concat_ranges(firsts, self.lengths), torch.int64, device)

@@ -74,6 +74,8 @@ def test_positions_and_a_full_mask() -> None:
     x, mask = torch.randn(4, N, D, dtype=torch.float64), torch.tensor(LEFT)
     own = (mask.cumsum(1) - 1).clamp(min=0)
     out = block(x, 2, attention_mask=mask)
+    for dtype in (torch.bfloat16, torch.float16, torch.bool, torch.uint8):
+        assert_bitwise(f"{dtype}", block(x, 2, attention_mask=mask.to(dtype)), out)
     assert_bitwise("positions", block(x, 2, attention_mask=mask, positions=own), out)
     shifted = block(x, 2, attention_mask=mask, positions=torch.arange(N))
     assert_close("RoPE is relative", shifted, out)
