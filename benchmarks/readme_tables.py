@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MODELS = ("looped, rounds fed back", "looped, latent", "AR baseline", "AR, RELAY-enhanced")
 MARK = re.compile(r"<!-- table: (\w+) -->\n((?:\|.*\n)*)")
 
 
@@ -119,7 +120,7 @@ def tasks() -> list[str]:
     }
     rows = []
     for task, (title, fifth, third) in titles.items():
-        for model in ("looped, rounds fed back", "AR baseline", "AR, RELAY-enhanced"):
+        for model in MODELS:
             own = [r for r in table if (r["task"], r["model"]) == (task, model)]
             seeds = sorted({r["seed"] for r in own})
             inside = [
@@ -131,7 +132,7 @@ def tasks() -> list[str]:
                 for seed in seeds
             ]
             at = lambda n, own=own: [float(r["chain"]) for r in own if int(r["length"]) == n]
-            first = title if model.startswith("looped") else ""
+            first = title if model == MODELS[0] else ""
             cells = [_span(values) for values in (inside, at(fifth), at(third))]
             rows.append([first, model, str(len(seeds)), *cells])
     return _lines(

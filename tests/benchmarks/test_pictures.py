@@ -33,7 +33,7 @@ def test_accuracy_is_that_of_the_files() -> None:
         for curves in panel.curves.values()
         for lengths, _ in curves
     )
-    assert points == len(table)
+    assert points == sum(row["model"] in pictures.OF_TABLE for row in table) > 150
 
 
 def test_memory_is_that_of_the_file() -> None:
