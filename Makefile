@@ -1,5 +1,6 @@
 # make demo   train and evaluate the `cpu` preset into runs/cpu
 # make test   lint and test
+# make docs   the API reference, into site/ (pages of HTML: open site/index.html)
 # make test-interop   test beside Lightning, accelerate, transformers and the Hub (large installs)
 # make test-cards     compile and rehearse the kernels for the cards from sm_80 on, without one
 # make test-oldest    what depends on their versions, with the oldest torch and triton (large installs)
@@ -10,18 +11,29 @@ ifneq ($(words $(VENV)),1)
 $(error VENV is '$(VENV)': make knows no names with spaces; give another folder)
 endif
 
+SITE ?= site
+
 OLDEST_VENV = .venv-oldest
 OLDEST_TESTS = tests/kernels tests/ops tests/engine tests/batch tests/decoding tests/training
 # A worker keeps its half of the tests, with what their modules share, until the other has none left.
 TWO_WORKERS = -n 2 --dist worksteal
 SOURCES = setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test test-interop test-cards test-oldest
+.PHONY: demo docs test test-interop test-cards test-oldest
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.with-train
 	$(VENV)/bin/python -m relay_fast.train --preset cpu --out runs/cpu
+
+# pdoc evaluates the annotations of NamedTuples in the module that it has lost, and warns of it.
+PDOC_WARNINGS = error,ignore:Error parsing type annotation ForwardRef,ignore:Cannot determine where
+DOCUMENTED = relay_fast $(addprefix relay_fast.,train generate evaluate recipes relay training \
+    decoding models data ops tasks batch reporting config utils kernels)
+
+docs: $(VENV)/.with-docs
+	PYTHONWARNINGS='$(PDOC_WARNINGS)' $(VENV)/bin/python -m pdoc -d google --no-show-source \
+	    --output-directory $(SITE) $(DOCUMENTED) '!relay_fast\.(.*\.)?_.*'
 
 test: $(VENV)/.with-test
 	$(VENV)/bin/ruff check
@@ -45,7 +57,10 @@ $(VENV)/.with-test: $(SOURCES)
 	$(call make_venv,train$(comma)test)
 
 $(VENV)/.with-interop: $(SOURCES)
-	$(call make_venv,train$(comma)test$(comma)interop)
+	$(call make_venv,train$(comma)test$(comma)interop$(comma)docs)
+
+$(VENV)/.with-docs: $(SOURCES)
+	$(call make_venv,train$(comma)data$(comma)docs)
 
 # Versions that the environment of `test` does not have, so in one of its own.
 $(OLDEST_VENV)/.with-oldest: $(SOURCES) constraints-oldest.txt

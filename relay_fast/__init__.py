@@ -13,7 +13,7 @@ from relay_fast._moved_paths import name_moved_paths
 attach_kernels(sys.modules[__name__])
 name_moved_paths()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> the module that defines it; a public module maps to itself.
 _PUBLIC = {

@@ -10,6 +10,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def train(
     minutes: float | None = None,
     print_table: bool = True,
     tasks: Sequence[TextTask] = (),
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Runs RELAY, or some of its stages, in the run folder `out`; continues an interrupted run.
 
@@ -73,6 +75,7 @@ def train(
         minutes: Time limit, by default none.
         print_table: Print the table and draw the plots at the end.
         tasks: Tasks of one's own, each named in `config["tasks"]`.
+        display: Shows the progress, by default one of its own.
 
     Returns:
         The content of results.json.
@@ -91,8 +94,8 @@ def train(
         folder, call = first_rank(ranks, begin) or (None, None)
         try:
             if ranks.alone:
-                with Display() as display:
-                    run_pipeline(folder, names, display, done=call.finish, **options)
+                with nullcontext(display) if display else Display() as shown:
+                    run_pipeline(folder, names, shown, done=call.finish, **options)
             else:
                 done = None if call is None else call.finish
                 run_together(Path(out), config, folder, names, ranks, done=done, **options)

@@ -33,7 +33,10 @@ def paths(document: str) -> list[str]:
     return sorted(
         word
         for word in named
-        if word.split("/")[0] in TOPS and "/" in word or word.endswith(SOURCES)
+        if word.split("/")[0] in TOPS
+        and "/" in word
+        or word.endswith(SOURCES)
+        and not word.startswith("runs/")
     )
 
 

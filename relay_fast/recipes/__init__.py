@@ -1,4 +1,4 @@
-"""Experiments of papers related to RELAY: `python -m relay_fast.recipes NAME`.
+"""Experiments of papers related to RELAY, and examples: `python -m relay_fast.recipes NAME`.
 
 A recipe is a module of this folder with
 
@@ -12,6 +12,8 @@ A recipe is a module of this folder with
   (`relay_fast.recipes._own_tasks.OwnTasks`);
 - `rows(results)`: returns (header, rows) of the table, measured beside published numbers;
 - `plot(results, path)`: draws a PNG.
+
+An example (`EXAMPLES`) is a recipe to copy from, with the preset "cpu" alone and nothing published.
 
 `rows` and `plot` get the results as read back from JSON: keys are strings, tuples are lists.
 """
@@ -33,7 +35,12 @@ RECIPES: dict[str, str] = {
     "cot_gd": "a chain of thought that is gradient descent (Huang, Wang, Lee 2025)",
     "gd_conditioning": "loops of linear attention against e^(-T/condition) (Chen et al. 2024)",
     "length_generalization": "as many loops as the problem is long (Fan et al. 2024)",
+    "drop_in": "example: a looped block in a plain training loop",
+    "fabric": "example: the same under Lightning Fabric",
+    "own_jsonl": "example: RELAY on your own records in a JSONL file",
+    "sft": "example: a Llama of transformers fine-tuned on a looped model's chains",
 }
+EXAMPLES = ("drop_in", "fabric", "own_jsonl", "sft")
 
 
 def load_recipe(name: str) -> ModuleType:

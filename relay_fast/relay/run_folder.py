@@ -243,7 +243,7 @@ def versions(device: str = "cpu") -> dict[str, Any]:
 
     from relay_fast import __version__
 
-    processor = _processor()
+    processor = processor_name()
     name = torch.cuda.get_device_name(device) if str(device).startswith("cuda") else processor
     return {
         "python": platform.python_version(),
@@ -251,7 +251,7 @@ def versions(device: str = "cpu") -> dict[str, Any]:
         "triton": _installed_version("triton"),
         "numpy": numpy.__version__,
         "relay_fast": __version__,
-        "commit": _commit(),
+        "commit": checkout_commit(),
         "machine": platform.platform(),
         "processor": processor,
         "cpu_count": os.cpu_count(),
@@ -294,7 +294,7 @@ def _installed_version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def checkout_commit() -> str | None:
     """Returns the checkout's commit, with `+` if tracked files have changed.
 
     Outside a checkout it is the environment variable RELAY_FAST_COMMIT, or None.
@@ -319,7 +319,7 @@ def _commit() -> str | None:
     return head + ("+" if changed else "")
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
