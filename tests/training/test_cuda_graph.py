@@ -21,7 +21,6 @@ from relay_fast.training.cuda_graph import GraphedStep, graph_reason
 from relay_fast.training.optim import make_optimizer
 from tests.support.fresh_python import run_fresh
 from tests.support.graphed_steps import (
-    SHAPES,
     batch_of,
     batches,
     make_model,
