@@ -100,14 +100,14 @@ for place in (0.0, 0.9):
 whole, growing = found
 assert whole.mean == whole.longest > growing.mean > 0, found  # shorter problems are quicker
 assert whole.batch == 6 and whole.steps == config["stages"]["looped_aligned"]["steps"]
-assert whole.nodes > 1000 and whole.memory > 1e6 and whole.flops > 1e9, whole
+assert whole.nodes > 500 and whole.memory > 1e6 and whole.flops > 1e9, whole
 
 config["stages"]["looped_aligned"]["curriculum"] = 0.0
 own = Context(Path("nowhere"), config, "cpu", "triton")
 once = predict.training(own, "looped_aligned")
 assert predict.fed(own, "looped_aligned") and not predict.fed(own, "looped_vanilla")
 assert once.batch == 6 and once.mean == once.longest < whole.longest, once
-assert once.nodes < whole.nodes / 5, once  # one pass, whatever the number of iterations
+assert once.nodes < whole.nodes / 3, once  # one pass, whatever the number of iterations
 stream = predict.stream_of(own, "looped_aligned")
 step = stream[len(stream) - 1].batch
 assert once.token_iterations == step.plan.token_iterations == step.plan.rows

@@ -406,15 +406,15 @@ from benchmarks.card import profile
 trace, useful, _ = profile.trace_step(6)
 parts = trace.parts
 loops = profile.common.task_batch("multitask", 6, 0, "cpu")[0].plan.max_loops
-assert parts["_mlp_fwd_kernel"].launches == 2 * parts["_mlp_bwd_kernel"].launches == 6 * loops
+assert parts["_mlp_up_fwd_kernel"].launches == 2 * parts["_mlp_bwd_kernel"].launches == 6 * loops
 gemms = sum(p.flops for name, p in parts.items() if name != profile.OTHER)
 assert 1.2 * useful < gemms < 1.45 * useful, (gemms, useful)  # the forward again: 4 / 3
 assert profile.utilisation(132) == 1 and profile.utilisation(133) == 133 / 264
 assert all(0 < p.floor <= p.waves for p in parts.values())
 path = Path(sys.argv[1])
-path.write_text("samples,kernel,calls,seconds,mode,status\\n6,mlp_fwd,180,0.0123,measured,ok\\n")
+path.write_text("samples,kernel,calls,seconds,mode,status\\n6,mlp_up_fwd,180,0.0123,measured,ok\\n")
 page = profile.page([6], path)
-(line,) = (s for s in page.splitlines() if s.startswith("| mlp_fwd |"))
+(line,) = (s for s in page.splitlines() if s.startswith("| mlp_up_fwd |"))
 assert line.split(" | ")[7:9] == ["12.3", "180"], line
 assert "prediction" in page and "interpreted" not in page.lower()
 assert "| – | – | – |" in profile.page([6], None)
