@@ -183,6 +183,8 @@ def test_killed_at_random_moments(tmp_path):
         assert done <= set(there) and len(there) >= target
         assert all(expected[name] == value for name, value in there.items())
         done = set(there)
+        if len(done) > 15:  # the next writer could be done before it is killed
+            break
     assert 0 < len(done) < 30
     last = fork(writer)
     last.join()
