@@ -168,8 +168,10 @@ class GradientBuffers:
 
     def _add(self, index: int, operands: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> None:
         (dy, x, row_count), *more = operands
-        given = {"row_count": row_count, "more": more, "bias": self.buffer(self._biases.get(index))}
-        given = {name: value for name, value in given.items() if value is not None and value != []}
+        given = {"row_count": row_count, "bias": self.buffer(self._biases.get(index))}
+        given = {name: value for name, value in given.items() if value is not None}
+        if more:
+            given["more"] = more
         if self._group_rows and (index in self._sums or self._room_for_sums()):
             given["sums"] = self._sums.setdefault(index, {})
         fresh = index not in self._buffers  # written instead of added to: saves zeroing

@@ -23,6 +23,7 @@ from relay_fast.utils.seeds import FILTER_SEED_OFFSET
 
 KEPT = 0.99  # share of the right chains inside the training range that reach the bound
 PROBLEMS = 256  # of each task, to set it
+UNREACHABLE = 1.0  # above every log-probability; a chain may be so sure that its own is 0
 
 Bounds = Mapping[str, float]  # least log-probability of a chain's tokens, by task
 
@@ -36,7 +37,7 @@ def confidence_bounds(
 ) -> dict[str, float] | None:
     """Returns the filter's bound for each task, None for a model whose filter has none.
 
-    A task of which no chain is right inside its range gets 0, which no chain reaches.
+    A task of which no chain is right inside its range gets UNREACHABLE.
 
     Args:
         model: The model.
@@ -52,7 +53,7 @@ def confidence_bounds(
         inside = _inside_problems(task, *ranges[name], problems, seed)
         written, confidence = generate_confident(model, inside, tasks)
         right = confidence[correct_chains(written, inside)]
-        bound = float(np.quantile(right, 1 - KEPT, method="lower")) if len(right) else 0.0
+        bound = float(np.quantile(right, 1 - KEPT, method="lower")) if len(right) else UNREACHABLE
         bounds[name] = math.floor(bound * 1e4) / 1e4  # the same on every machine
     return bounds
 
@@ -81,7 +82,7 @@ def label_free(
 
 def bound_text(task: str, bound: float) -> str:
     """Says what a task's bound means."""
-    if bound >= 0:
+    if bound == UNREACHABLE:
         return f"the filter keeps no chain of {task}: none was right inside the training range"
     return (
         f"the filter keeps chains of {task} whose tokens are each at least {math.exp(bound):.3g} "

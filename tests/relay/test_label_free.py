@@ -49,13 +49,21 @@ def test_the_bound_is_what_the_right_chains_inside_the_range_reach(graded) -> No
 def test_what_a_bound_means() -> None:
     text = "keeps chains of sums whose tokens are each at least 0.779 likely, as 99% of the right"
     assert text in label_free.bound_text("sums", -0.25)
-    assert "keeps no chain of sums: none was right inside" in label_free.bound_text("sums", 0.0)
+    nothing = label_free.bound_text("sums", label_free.UNREACHABLE)
+    assert "keeps no chain of sums: none was right inside" in nothing
+    assert "each at least 1 likely" in label_free.bound_text("sums", 0.0)
 
 
 def test_where_nothing_is_right_nothing_is_kept(monkeypatch, graded) -> None:
     never = lambda written, truth: np.zeros(len(truth), bool)
     monkeypatch.setattr(label_free, "correct_chains", never)
-    assert set(label_free.confidence_bounds(new_model(), TASKS, RANGES, 0).values()) == {0.0}
+    bounds = label_free.confidence_bounds(new_model(), TASKS, RANGES, 0)
+    assert set(bounds.values()) == {label_free.UNREACHABLE}
+    certain = np.zeros(
+        len(mixed(8)), np.float32
+    )  # a log-probability of 0: as sure as fp32 can tell
+    assert not label_free.label_free(mixed(8), TASKS, certain, bounds).any()
+    assert label_free.label_free(mixed(8), TASKS, certain, dict.fromkeys(TASKS, 0.0)).all()
 
 
 def test_the_problems_are_of_the_longest_lengths_that_there_are() -> None:
@@ -133,7 +141,7 @@ def test_a_run_measures_the_filter_and_generate_uses_it(tmp_path, capsys) -> Non
     run = tmp_path / "run"
     results = train(config, run, stages=["chains"], print_table=False)
     bounds = results["filter"]["bounds"]
-    assert list(bounds) == ["arithmetic"] and bounds["arithmetic"] <= 0
+    assert bounds == {"arithmetic": label_free.UNREACHABLE}  # two steps teach nothing
     command = ["--out", str(run), "--task", "arithmetic", "--lengths", "9", "--number", "4"]
     capsys.readouterr()
     assert generate([*command, "--dataset", str(tmp_path / "set")]) == 0
