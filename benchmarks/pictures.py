@@ -83,7 +83,7 @@ def accuracy_panels(results: Path = RESULTS) -> list[Panel]:
                 lengths, values = zip(*sorted(points), strict=True)
                 curves.setdefault(model, []).append(([*lengths], [*values]))
         panels.append(Panel(title, unit, int(own[0]["trained_to"]), curves))
-    addition = json.loads((results / "addition" / "evaluation.json").read_text())
+    addition = json.loads((results / "addition" / "results.json").read_text())
     panels.append(_panel_of_run(addition, "addition", "addition, a digit a round", "digits"))
     latent = json.loads((results / "cpu_latent" / "results.json").read_text())
     title = "arithmetic mod 3, +, the paper's loop"
