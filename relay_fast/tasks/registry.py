@@ -16,6 +16,7 @@ from relay_fast.tasks.samples import TASK_NAMES
 from relay_fast.tasks.text import TextTask
 from relay_fast.tasks.vocabulary import Vocabulary
 from relay_fast.utils.errors import RunStopped
+from relay_fast.utils.nearest import nearest
 
 _COMPILED: dict[str, type[Task]] = {cls.name: cls for cls in (Arithmetic, EditDistance, LIS)}
 TEXT_TASKS = {"addition": "relay_fast.tasks.addition:Addition"}  # of the package, by name
@@ -51,7 +52,8 @@ def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
     unknown = [key for key in params if key not in known]
     if unknown:
         raise ValueError(
-            f"unknown parameter {unknown[0]!r} of task {name}; known are {', '.join(known)}."
+            f"unknown parameter {unknown[0]!r} of task {name}; known are {', '.join(known)}: the "
+            f"nearest is {nearest(unknown[0], known)}"
         )
     if not vocabulary.has_numbers:
         raise ValueError(
@@ -153,6 +155,7 @@ def open_text_task(name: str, entry: Mapping[str, Any]) -> TextTask:
     except Exception as error:
         raise ValueError(
             f"{where}: {cls.__name__} cannot be built ({type(error).__name__}: {error})"
+            f"{_meant(cls, where, parameters)}"
         ) from error
     if not isinstance(getattr(task, "name", None), str):
         raise ValueError(f"{where}: {cls.__name__} has no name: write name = {name!r} in the class")
@@ -162,6 +165,20 @@ def open_text_task(name: str, entry: Mapping[str, Any]) -> TextTask:
             f"{task.name!r}: write it under tasks.{task.name}"
         )
     return task
+
+
+def _meant(cls: type, where: str, given: Mapping[str, Any]) -> str:
+    """Returns the end of a message: the parameter nearest to one that the class does not take."""
+    if cls.__init__ is object.__init__:
+        return ": it takes no parameters" if given else ""
+    taken = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    known = [p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [key for key in given if key not in known]
+    if not unknown or any(p.kind is p.VAR_KEYWORD for p in taken):
+        return ""
+    free = [key for key in known if key not in given]
+    near = nearest(unknown[0], free)
+    return f": the nearest is {where}.parameters.{near}" if near else ""
 
 
 def _class_of_data(where: str) -> type:

@@ -1,7 +1,5 @@
 """Error against e^(−T/κ): the loop's errors are gradient descent's, and the bound holds always."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -19,11 +17,7 @@ def results(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("gd")
     with Display() as display:
         results = gd_conditioning.run(
-            replace(PRESETS["cpu"], draws=200),
-            RunFolder(folder, {}),
-            seed=0,
-            device="cpu",
-            display=display,
+            PRESETS["cpu"], RunFolder(folder, {}), seed=0, device="cpu", display=display
         )
     header, lines = gd_conditioning.rows(results)
     assert all(len(line) == len(header) for line in lines)

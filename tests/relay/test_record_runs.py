@@ -127,7 +127,11 @@ def test_a_run_without_a_generator(folder, capsys):
         ("[1, 4]", "[1, 9]", "chains.jsonl has no records of length 9: it has 1..6"),
         ("[5, 6]", "[6, 7]", "tasks.sums.self_lengths has 7, of which no problem can be drawn"),
         ("chains.jsonl", "chain.jsonl", "chain.jsonl' does not exist: give a file of records"),
-        ('unit = "digits"', "units = 3", "tasks.sums: RecordsTask cannot be built .* 'units'"),
+        (
+            'unit = "digits"',
+            "units = 3",
+            "RecordsTask cannot be built .* 'units'.*nearest is tasks.sums.parameters.unit$",
+        ),
         (
             "[model]",
             '[vocabulary]\ntokens = ["0"]\n[model]',

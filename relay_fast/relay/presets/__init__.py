@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from relay_fast.relay.presets.complete import completed
-from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, RunConfig
+from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, RunConfig, check_tables
 from relay_fast.utils.settings import Count, Seed, changed, check, check_value
 
 
@@ -110,7 +110,9 @@ def recipe(config: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def _with_values(config: dict[str, Any], values: Sequence[str]) -> dict[str, Any]:
     """Copies a config with `values` applied. Raises ValueError for a text without effect."""
+    check_tables(config)
     new = changed(config, values, RunConfig)
+    check_tables(new)
     for text in values:
         path, _, name = text.partition("=")[0].rpartition(".")
         if (path, name) == ("", "name"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from relay_fast.relay.presets import load_preset
 from relay_fast.relay.presets.complete import completed, used_lengths, with_drawable
-from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE
+from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, check_tables
 from relay_fast.tasks import TextTask, open_text_task
 from relay_fast.tasks.registry import is_compiled
 
@@ -34,6 +34,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"the config {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"the config {path} is damaged ({error})") from error
+    if not isinstance(own, dict):
+        raise ValueError(f"the config {path} holds {own!r:.60}: give a table of settings")
     config = {"name": path.stem, **_over_base(own)}
     tasks = config.get("tasks", {})
     for table in tasks.values() if isinstance(tasks, dict) else ():
@@ -91,7 +93,8 @@ def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[
         ValueError: A task cannot be used, or the config does not name it.
     """
     config = completed(config)
-    entries = config.get("tasks", {})
+    check_tables(config)
+    entries = config["tasks"]
     for task in tasks:
         name = getattr(task, "name", None)
         if not isinstance(task, TextTask):
@@ -109,7 +112,7 @@ def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[
     own = {
         name: open_text_task(name, table)
         for name, table in entries.items()
-        if isinstance(table, Mapping) and not is_compiled(name, table)
+        if not is_compiled(name, table)
     }
     for name, task in own.items():
         entries[name] = with_drawable(_pinned(task, entries[name]), task.drawable)
