@@ -167,8 +167,37 @@ def steps() -> list[str]:
     return _lines(["provider", "policy", "samples/s", "saved, MB", "peak, MB"], rows)
 
 
+def filtered() -> list[str]:
+    """The label-free filter on addition from a file."""
+    table = _csv("addition_records/filter.csv")
+    share = lambda r: 100 * int(r["correct"]) / int(r["written"])
+    rows = {
+        "chains right": [share(r) for r in table],
+        "right, of those that the filter keeps": [100 * float(r["precision"]) for r in table],
+        "kept, of the right ones": [100 * float(r["recall"]) for r in table],
+    }
+    header = ["digits, trained on 1 to 10", *(r["length"] for r in table)]
+    return _lines(header, [[name, *map(_percent, values)] for name, values in rows.items()])
+
+
+def records() -> list[str]:
+    """Records read and encoded, a second and core."""
+    names = {
+        "read, encoded: whitespace": "whitespace",
+        "read, encoded: tokenizers file": "a file of the tokenizers library",
+        "both of these, one after the other": "reading and that library, without relay_fast",
+    }
+    rows = []
+    for r in _csv("records.csv"):
+        if r["what"] in names:
+            number = f"{int(r['records']):,}" if r["records"] else ""
+            grown = f"{float(r['grown_mb']):.0f}" if r["grown_mb"] else ""
+            rows.append([names[r["what"]], number, f"{float(r['rate']):,.0f}", grown])
+    return _lines(["tokeniser", "records in the file", "records/s", "RAM, MB more"], rows)
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
-    table.__name__: table for table in (results, demo, tasks, latent, steps)
+    table.__name__: table for table in (results, demo, tasks, latent, filtered, records, steps)
 }
 
 
