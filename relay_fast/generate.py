@@ -10,9 +10,9 @@ Its four forms:
     python -m relay_fast.generate --show DIR
 
 The same command continues an interrupted dataset. Under torchrun, or with --shard I/N from any
-scheduler, each process writes its files of the dataset. An export is text for other programs; with
---dataset beside it, it is made of that dataset (and need not begin anew), with --show of an old
-one.
+scheduler, each process writes its files of the dataset. An export is text for other programs.
+With --dataset it is made from that dataset, so that an interruption loses nothing, with --show from
+an existing one.
 """
 
 from __future__ import annotations
