@@ -311,8 +311,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status.
 
-    It is 0 (also out of minutes), 1 if training diverged, a worker died or memory ran out, 2 for bad input, 130
-    when interrupted.
+    It is 0 (also out of minutes), 1 if training diverged, a worker died or memory ran out, 2 for
+    bad input, 130 when interrupted.
     """
     with lenient_output():
         parser = _parser()

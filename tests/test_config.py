@@ -104,7 +104,7 @@ def test_bad_input(options: dict, message: str) -> None:
 
 @pytest.mark.parametrize("make", [ModelConfig.from_dict, ModelConfig.of])
 def test_an_unknown_option_names_the_nearest(make) -> None:
-    values = ModelConfig(BlockConfig(8, 2), 10, 4).to_dict()
+    values = ModelConfig(BlockConfig(8, 2, 1), 10, 4).to_dict()
     with pytest.raises(ValueError, match="'d_modle' is unknown: the nearest is d_model;"):
         make(values | {"block": values["block"] | {"d_modle": 3}})
     with pytest.raises(ValueError, match="'max_token' is unknown: the nearest is max_tokens;"):
