@@ -115,9 +115,10 @@ def _mlp_fwd_kernel(
         bias = tl.load(down_bias_ptr + inside, mask=inside < D, other=0.0)
         branch += bias.to(tl.float32)[None, :]
     if seed_ptr is not None:
-        branch *= dropout_scale(
+        kept = dropout_scale(
             seed_ptr, tokens_ptr, counter, rows, row_mask, inside, THRESHOLD, SCALE
         )
+        branch = tl.where(kept > 0.0, branch * SCALE, 0.0)  # a product with `kept` spills on sm_90
     if ADD_RESIDUAL:
         branch += tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
     tl.store(

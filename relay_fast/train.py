@@ -6,7 +6,6 @@ The same command continues an interrupted run. It writes results.json, plots and
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,7 +46,6 @@ from relay_fast.training.ranks import (
 )
 from relay_fast.utils.deprecation import renamed_keywords
 from relay_fast.utils.errors import RunStopped, WorkerDied
-from relay_fast.utils.files import json_text
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.settings import check, described_text
 from relay_fast.utils.tensor_files import CheckpointError
@@ -176,8 +174,7 @@ def _report_data(
 def _identity(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Returns what must be the same on all ranks."""
     shared = {key: value for key, value in config.items() if key not in MACHINE}
-    digest = hashlib.sha256(json_text(shared, sort_keys=True).encode()).hexdigest()[:16]
-    return {"config": digest, "stages": ", ".join(names), **code_versions()}
+    return {"config": shared, "stages": ", ".join(names), **code_versions()}
 
 
 def prove(
@@ -276,35 +273,46 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"settings (--set KEY=VALUE), as in a preset:\n{described_text(RunConfig)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (cpu)")
-    parser.add_argument("--config", metavar="FILE", help="a TOML file instead of a preset")
-    parser.add_argument("--out", metavar="RUN", help="the run folder")
+    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())}; default cpu")
+    parser.add_argument("--config", metavar="FILE", help="a TOML file in place of a preset")
+    parser.add_argument("--out", metavar="RUN", help="the run's folder")
     parser.add_argument(
-        "--print-config", action="store_true", help="print all settings of the run, as TOML"
+        "--print-config", action="store_true", help="only print all settings, as TOML"
     )
-    parser.add_argument("--tasks", help="comma-separated, default all of the preset")
-    parser.add_argument("--stages", help="comma-separated, default all; with dependencies")
+    parser.add_argument("--tasks", help="comma-separated; default all of the preset")
+    parser.add_argument(
+        "--stages",
+        help="comma-separated; what they need is run first; default all: "
+        + ", ".join(STAGE_DEPENDENCIES),
+    )
     parser.add_argument("--steps", type=int, help="steps of every training stage")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--eval-problems", type=int, help="problems a length in evaluation")
-    parser.add_argument("--scale", type=float, help="share of all steps and problems, like 0.01")
+    parser.add_argument("--batch-size", type=int, help="problems in a batch")
+    parser.add_argument("--eval-problems", type=int, help="problems of each length in evaluation")
+    parser.add_argument("--scale", type=float, help="share of all steps and problems, such as 0.01")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="values",
-        help="change a setting, like model.d_model=64",
+        help="change a setting, such as model.d_model=64; may be repeated",
     )
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--minutes", type=float, help="stop and save after so many minutes")
+    parser.add_argument("--seed", type=int, help="of all random numbers; default the preset's")
+    parser.add_argument(
+        "--minutes", type=float, help="stop and save after so many; the same command continues"
+    )
     parser.add_argument("--no-report", action="store_true", help="print no table and draw no plots")
     parser.add_argument(
         "--device",
         default="cpu",
-        help="cpu, cuda, or several like cuda:0,cuda:1 for stages side by side",
+        help="cpu (default), cuda, or several such as cuda:0,cuda:1 for stages side by side",
     )
-    parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"))
+    parser.add_argument(
+        "--impl",
+        default="auto",
+        choices=("auto", "triton", "torch"),
+        help="Triton kernels, plain PyTorch, or what suits the device (auto, the default)",
+    )
     return parser
 
 

@@ -32,7 +32,7 @@ def own_code(task: Any) -> Iterator[None]:
         yield
     except (RunStopped, OwnCodeError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if isinstance(error, ValueError) and frames[-1].filename.startswith(_PACKAGE):
             raise OwnCodeError(f"{str(error).rstrip('.')}{_sampler(task)}") from error

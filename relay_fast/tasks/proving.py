@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import product
 from typing import Any
 
 from relay_fast.tasks.own_code import OwnCodeError, own_code
@@ -48,6 +49,25 @@ def prove_samples(task: Any, lengths: Iterable[int]) -> None:
         _prove_again(task, seen)
     if type(task.text).__module__.partition(".")[0] != _PACKAGE:
         _prove_elsewhere(task, seen)
+
+
+def refuse_changed(task: Any, built: Any, lengths: Iterable[int]) -> None:
+    """Raises ValueError for a task that draws other samples than one that is built of its class and
+    its arguments, as every process does.
+
+    Args:
+        task: A `TextTask`.
+        built: The one that is built.
+        lengths: Those to try.
+    """
+    for length, index in product(lengths, range(_ELSEWHERE)):
+        first = task.draw(length, 0, index)
+        if task.draw(length, 0, index) == first != built.draw(length, 0, index):
+            raise ValueError(
+                f"task {task.name!r} draws other samples than {type(task).__name__} built of its "
+                f"arguments {task.arguments}: make what was set after the constructor an argument "
+                f"of it"
+            )
 
 
 def _prove(task: Any, length: int, index: int) -> tuple:

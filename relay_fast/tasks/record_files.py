@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from relay_fast.utils.errors import RunStopped
@@ -22,6 +23,14 @@ from relay_fast.utils.files import replacing
 from relay_fast.utils.numbers import plain_numbers
 
 HEAD = 1 << 16  # bytes at the beginning of a file that tell it from others
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}  # by how such a file begins
+_BEGIN = 8
 FIELDS = ("problem", "rounds", "answer", "length", "loops")
 
 
@@ -126,7 +135,7 @@ def parse(line: bytes) -> Record:
     if line.startswith(codecs.BOM_UTF8):
         raise ValueError("begins with a byte order mark: save the file as UTF-8 without it")
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"is not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}): convert "
@@ -137,11 +146,27 @@ def parse(line: bytes) -> Record:
     except ValueError as error:
         why = getattr(error, "msg", error)
         raise ValueError(f"is not JSON ({why}): write one object a line") from None
-    if type(value) is not dict:
+    if not isinstance(value, dict):
         raise ValueError(f"holds {_kind(value)}: write one object a line")
+    if type(value) is _Twice:
+        raise ValueError(f'has "{value.key}" twice: write it once')
     if b"\\ud" in line or b"\\uD" in line:
         _refuse_surrogates(value)
     return record_of(value)
+
+
+class _Twice(dict):
+    """An object in which a key occurs twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.key = next(name for name in names if names.count(name) > 1)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    return value if len(value) == len(pairs) else _Twice(pairs)
 
 
 def record_of(value: Mapping[str, Any]) -> Record:
@@ -179,10 +204,12 @@ def _kind(value: Any) -> str:
         (str, "a text"),
         (list, "a list"),
         (dict, "an object"),
+        (int | float, f"the number {value}"),
+        (NoneType, "null"),
     ):
         if isinstance(value, kind):
             return word
-    return "null" if value is None else f"the number {value}"
+    return f"a {type(value).__name__}"
 
 
 def _refuse_surrogates(value: Mapping[str, Any]) -> None:
@@ -195,12 +222,13 @@ def _refuse_surrogates(value: Mapping[str, Any]) -> None:
 # Where records come from
 
 
-def open_source(data: Any) -> Source:
+def open_source(data: Any, what: str = "data") -> Source:
     """Returns the JSONL file of some data, made in the cache folder where it is none yet.
 
     Args:
         data: A path of a JSONL or Parquet file, or an iterable of mappings with the fields of a
             record, such as a list or a dataset of the `datasets` library.
+        what: Names it in messages.
 
     Raises:
         ValueError: The file is missing or of another kind, or a record is none.
@@ -209,9 +237,15 @@ def open_source(data: Any) -> Source:
         return _kept(data)
     path = Path(data)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"data = {str(path)!r} {what}: give a file of records, JSONL or Parquet")
-    if path.suffix == ".parquet":
+        kind = "folder" if path.is_dir() else "device" if path.exists() else None
+        why = "does not exist" if kind is None else f"is a {kind}"
+        raise ValueError(f"{what} = {str(path)!r} {why}: give a file of records, JSONL or Parquet")
+    with open(path, "rb") as file:
+        begin = file.read(_BEGIN)
+    for packed, kind in _PACKED.items():
+        if begin.startswith(packed):
+            raise ValueError(f"{path} is packed by {kind}: unpack it")
+    if path.suffix.lower() in (".parquet", ".pq") or begin.startswith(b"PAR1"):
         return _from_parquet(path)
     return Source(str(path.resolve()), str(path))
 

@@ -22,7 +22,7 @@ from relay_fast.tasks.record_survey import ROW, Survey
 from relay_fast.tasks.tokenisers import Tokeniser
 from relay_fast.utils.ragged import lengths_to_offsets
 
-VERSION = 2  # of the files; others are ignored
+VERSION = 3  # of the files; others are ignored
 
 
 class RecordIndex:

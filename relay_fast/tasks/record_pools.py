@@ -21,8 +21,8 @@ class RecordPools:
         index: The records.
         test: Those of a file of their own that are kept for evaluation; None to keep some of
             `index`.
-        held_out: Share that is kept then. The problem's text decides, so that equal problems are in
-            the same part.
+        held_out: Share that is kept then. The problem's tokens decide, so that equal problems are
+            in the same part.
     """
 
     def __init__(self, index: RecordIndex, test: RecordIndex | None, held_out: float) -> None:

@@ -98,9 +98,30 @@ class Survey:
             before = len(texts)
             texts += texts_of(record)
             counts.append(len(texts) - before)
-        tokens, sizes = self.tokeniser.tokens(texts)
+        try:
+            tokens, sizes = self._cut(texts)
+        except ValueError:
+            raise self._uncut(first, records) from None
         bounds = lengths_to_offsets(sizes).tolist()
         return _Block(first, records, tokens, bounds, lengths_to_offsets(np.array(counts)))
+
+    def _cut(self, texts: list[str]) -> tuple[list[str], np.ndarray]:
+        tokens, sizes = self.tokeniser.tokens(texts)
+        self.tokeniser.check(texts, tokens)
+        return tokens, sizes
+
+    def _uncut(self, first: int, records: list[Record]) -> ValueError:
+        """Returns the error of the first text that the tokeniser cannot cut."""
+        for i, record in enumerate(records):
+            for text in texts_of(record):
+                try:
+                    self._cut([text])
+                except ValueError as error:
+                    why = f"has the text {text!r:.60}, {error}"
+                    return self._wrong(
+                        first + i, f"{why}: write it otherwise, or mend the tokeniser"
+                    )
+        raise AssertionError("texts are cut one by one as they are together")
 
     def _check_tokens(self, block: _Block) -> None:
         """Raises ValueError for texts without tokens and for tokens that may not occur."""
@@ -142,7 +163,8 @@ class Survey:
             if loops != length + added and facts.other_loops < 0:
                 facts.other_loops = index
         solved = bool(rounds) and record.answer is not None
-        digest = hashlib.blake2b(record.problem.encode(), digest_size=8).digest()
+        key = self.tokeniser.key(block.tokens[bounds[0] : bounds[1]])
+        digest = hashlib.blake2b(key, digest_size=8).digest()
         row["digest"] = int.from_bytes(digest, "little")
         row["length"], row["loops"], row["solved"] = length, loops, solved
         own = facts.lengths.setdefault(length, Sizes())

@@ -21,6 +21,7 @@ from relay_fast.tasks.text import Sample, Sizes, TextTask
 from relay_fast.tasks.tokenisers import make_tokeniser
 from relay_fast.tasks.vocabulary import RESERVED, Vocabulary
 from relay_fast.utils.lengths import ranges_text
+from relay_fast.utils.numbers import as_float, as_int
 
 SHOWS = ("both", "round")
 
@@ -68,8 +69,11 @@ class RecordsTask(TextTask):
         content: str | None = None,
     ) -> None:
         self.name, self.title, self.unit = name, title, unit
-        if not 0 <= held_out < 1:
+        _check_texts(data=data, test_data=test_data, tokeniser=tokeniser, title=title, unit=unit)
+        if not 0 <= as_float("held_out", held_out) < 1:
             raise ValueError(f"held_out = {held_out}: give a share of at least 0, less than 1")
+        if max_round_tokens is not None:
+            as_int("max_round_tokens", max_round_tokens, 1)
         self.arguments |= _absolute({"data": data, "test_data": test_data, "tokeniser": tokeniser})
         reserved = (*RESERVED, *self.special_tokens())
         self.rules = Rules(reserved, max_round_tokens, long_rounds, answer_is)
@@ -84,8 +88,8 @@ class RecordsTask(TextTask):
     @cached_property
     def pools(self) -> RecordPools:
         """The records, opened when they are needed first; raises ValueError as the class does."""
-        test = None if self._test_data is None else self._opened(self._test_data)
-        pools = RecordPools(self._opened(self._data), test, self._held_out)
+        test = None if self._test_data is None else self._opened(self._test_data, "test_data")
+        pools = RecordPools(self._opened(self._data, "data"), test, self._held_out)
         if self._expected not in (None, self._content(pools)):
             raise ValueError(
                 f"{pools.index.source.shown} has changed since the run began: restore the file, or "
@@ -227,8 +231,8 @@ class RecordsTask(TextTask):
         hashes = {index.facts.content: None for index in (pools.index, pools.test)}
         return "-".join([*hashes, *self.tokeniser.files])
 
-    def _opened(self, data: str) -> RecordIndex:
-        return open_index(open_source(data), self.tokeniser, self.rules)
+    def _opened(self, data: str, what: str) -> RecordIndex:
+        return open_index(open_source(data, what), self.tokeniser, self.rules)
 
     @cached_property
     def _sizes(self) -> dict[int, RecordSizes]:
@@ -238,6 +242,13 @@ class RecordsTask(TextTask):
             for length, other in self.pools.test.facts.lengths.items():
                 sizes[length] = sizes[length].joined(other) if length in sizes else other
         return dict(sorted(sizes.items()))
+
+
+def _check_texts(**arguments: Any) -> None:
+    """Raises ValueError for an argument that is no text."""
+    for name, value in arguments.items():
+        if not isinstance(value, str) and (name, value) != ("test_data", None):
+            raise ValueError(f"{name} = {value!r}: give a text")
 
 
 def _absolute(paths: Mapping[str, str | None]) -> dict[str, str]:

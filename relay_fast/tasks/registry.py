@@ -148,6 +148,7 @@ def open_text_task(name: str, entry: Mapping[str, Any]) -> TextTask:
             f"{where}.class = {entry['class']!r} is no task; derive it from "
             f"relay_fast.tasks.TextTask."
         )
+    _check_parameters(where, cls, parameters)
     try:
         task = cls(**parameters)
     except (ValueError, RunStopped):
@@ -155,10 +156,11 @@ def open_text_task(name: str, entry: Mapping[str, Any]) -> TextTask:
     except Exception as error:
         raise ValueError(
             f"{where}: {cls.__name__} cannot be built ({type(error).__name__}: {error})"
-            f"{_meant(cls, where, parameters)}"
         ) from error
-    if not isinstance(getattr(task, "name", None), str):
-        raise ValueError(f"{where}: {cls.__name__} has no name: write name = {name!r} in the class")
+    try:
+        name_of(task, name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if task.name != name:
         raise ValueError(
             f"{where}.class = {entry.get('class', cls.__name__)!r} is the task "
@@ -167,18 +169,29 @@ def open_text_task(name: str, entry: Mapping[str, Any]) -> TextTask:
     return task
 
 
-def _meant(cls: type, where: str, given: Mapping[str, Any]) -> str:
-    """Returns the end of a message: the parameter nearest to one that the class does not take."""
+def _check_parameters(where: str, cls: type, parameters: Mapping[str, Any]) -> None:
+    """Raises ValueError for a parameter that a constructor does not have."""
+    own = [*inspect.signature(cls.__init__).parameters.values()][1:]
     if cls.__init__ is object.__init__:
-        return ": it takes no parameters" if given else ""
-    taken = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    known = [p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    unknown = [key for key in given if key not in known]
-    if not unknown or any(p.kind is p.VAR_KEYWORD for p in taken):
-        return ""
-    free = [key for key in known if key not in given]
-    near = nearest(unknown[0], free)
-    return f": the nearest is {where}.parameters.{near}" if near else ""
+        own = []
+    known = [p.name for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    unknown = [name for name in parameters if name not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in own):
+        near = nearest(unknown[0], [name for name in known if name not in parameters])
+        hint = f": the nearest is {where}.parameters.{near}" if near else ""
+        known = f"known are {', '.join(known)}" if known else "it has none"
+        raise ValueError(
+            f"{where}: {cls.__name__} cannot be built (unknown parameter {unknown[0]!r}; {known})"
+            f"{hint}"
+        )
+
+
+def name_of(task: TextTask, wanted: str = "my_task") -> str:
+    """Returns the name of a task; raises ValueError, which proposes one, if it has none."""
+    if not isinstance(name := getattr(task, "name", None), str):
+        cls = type(task).__name__
+        raise ValueError(f"{cls} has no name: write name = {wanted!r} in the class")
+    return name
 
 
 def _class_of_data(where: str) -> type:

@@ -16,6 +16,7 @@ from relay_fast.tasks.own_code import own_code
 from relay_fast.tasks.references import load_class, reference_of
 from relay_fast.tasks.tokenized import TokenizedTask
 from relay_fast.tasks.vocabulary import RESERVED, Vocabulary
+from relay_fast.utils.numbers import as_int
 
 MEASURED = 48  # samples of a length that its sizes are measured on
 _MEASURING = 0x512E  # salt of their seed
@@ -127,6 +128,21 @@ class TextTask(ABC):
         return Sizes(*(b + (b - a) for a, b in zip(least, most, strict=True)))
 
     # What the package does with it
+
+    def bounds(self, length: int) -> Sizes:
+        """Returns `sizes`; raises ValueError if they are none."""
+        if type(self).sizes is TextTask.sizes:
+            return self.sizes(length)
+        with own_code(self):
+            sizes = self.sizes(length)
+        try:
+            pairs = zip(Sizes._fields, sizes, strict=True)
+            return Sizes(*(as_int(name, value, 0) for name, value in pairs))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"task {self.name!r}: sizes({length}) returned {sizes!r:.80}; return "
+                f"Sizes(problem, round, chain, rounds), whole numbers"
+            ) from None
 
     @property
     def solves(self) -> bool:
@@ -252,11 +268,12 @@ def _built(reference: str, arguments: dict[str, Any]) -> TextTask:
 def _checked(name: str, length: int, sample: Any) -> Sample:
     """Returns a sample as texts; raises ValueError for anything else."""
     try:
-        problem, rounds, answer = sample
+        problem, given, answer = sample
+        rounds = [*given]
         texts = [problem, answer, *rounds]
     except (TypeError, ValueError):
-        texts = [None]
-    if not all(isinstance(text, str) for text in texts) or isinstance(sample[1], str):
+        given, texts = None, [None]
+    if not all(isinstance(text, str) for text in texts) or isinstance(given, str):
         raise ValueError(
             f"task {name!r}: sample({length}, rng) returned {sample!r:.80}; return three things, "
             f"the problem's text, a list of the rounds' texts and the answer's text."
@@ -266,4 +283,4 @@ def _checked(name: str, length: int, sample: Any) -> Sample:
             f"task {name!r}: the problem {problem!r:.60} of length {length} has no round; give at "
             f"least one."
         )
-    return problem, list(rounds), answer
+    return problem, rounds, answer

@@ -7,6 +7,7 @@ ids. An unknown token gets UNKNOWN, so that the caller can say where it stands.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, repeat
@@ -47,6 +48,14 @@ class Tokeniser(ABC):
     @abstractmethod
     def join(self, tokens: Iterable[str]) -> str:
         """Returns the text of some tokens."""
+
+    def key(self, tokens: Iterable[str]) -> bytes:
+        """Returns bytes that are equal for equal tokens alone."""
+        return self.join(tokens).encode()
+
+    def check(self, texts: Sequence[str], tokens: Sequence[str]) -> None:  # noqa: B027
+        """Raises ValueError, as the end of a sentence, if a part of the texts is not in their
+        tokens."""
 
 
 class _Whitespace(Tokeniser):
@@ -114,6 +123,9 @@ class _Bytes(Tokeniser):
 
         return encode
 
+    def key(self, tokens: Iterable[str]) -> bytes:
+        return bytes(map(self._byte_of.__getitem__, tokens))
+
     def join(self, tokens: Iterable[str]) -> str:
         known, parts = self._byte_of, []
         for token in tokens:  # special tokens stay readable
@@ -153,6 +165,8 @@ class _FromFile(Tokeniser):
         self._library.no_truncation()
         self._ids = self._library.get_vocab(with_added_tokens=True)
         self._texts = {k: token for token, k in self._ids.items()}
+        self._unknown, self._may_drop = _of_unknown(json.loads(self._library.to_str())["model"])
+        self._kept: set[str] = set()  # characters that get tokens
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "files": self.files, "_text": self._text}
@@ -190,11 +204,43 @@ class _FromFile(Tokeniser):
                 ids = []
         return " ".join(part for part in [*parts, self._decode(ids)] if part)
 
+    def key(self, tokens: Iterable[str]) -> bytes:
+        return " ".join(tokens).encode()  # decoding may lose what tells tokens apart
+
+    def check(self, texts: Sequence[str], tokens: Sequence[str]) -> None:
+        if self._unknown is not None and self._unknown in tokens:
+            raise ValueError(f"for a part of which the tokeniser has only {self._unknown!r}")
+        if not self._may_drop:
+            return
+        for character in set("".join(texts)) - self._kept:
+            if self._written(character).strip() and not self._encode([character])[0].ids:
+                raise ValueError(f"whose {character!r} the tokeniser leaves out")
+            self._kept.add(character)
+
+    def _written(self, text: str) -> str:
+        """Returns a text as the model of the library is given it."""
+        normalizer = self._library.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
     def _encode(self, texts: Sequence[str]) -> list:
-        return self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            return self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"which the tokeniser cannot cut ({error})") from None
 
     def _decode(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False) if ids else ""
+
+
+def _of_unknown(model: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Returns the token that a model of the library gives to what it does not know, and whether it
+    leaves that out instead."""
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+    other = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    drops = model.get("type") == "BPE" and not any(map(model.get, ("unk_token", *other)))
+    return unknown, drops
 
 
 _BY_NAME = {cls.name: cls for cls in (_Whitespace, _Characters, _Bytes)}

@@ -67,16 +67,16 @@ class TokenizedTask(Task):
 
     def loops(self, length: int) -> int:
         """Returns the most rounds of a problem of this length."""
-        return self.text.sizes(length).rounds
+        return self.text.bounds(length).rounds
 
     def max_problem_tokens(self, length: int) -> int:
-        return self.text.sizes(length).problem + 2
+        return self.text.bounds(length).problem + 2
 
     def max_round_tokens(self, length: int) -> int:
-        return self.text.sizes(length).round + 1
+        return self.text.bounds(length).round + 1
 
     def max_chain_tokens(self, length: int) -> int:
-        sizes = self.text.sizes(length)
+        sizes = self.text.bounds(length)
         return sizes.chain + sizes.rounds
 
     def min_widths(self, lengths: np.ndarray) -> np.ndarray:

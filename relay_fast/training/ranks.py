@@ -21,6 +21,7 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.shares import deal, take_sequences
 from relay_fast.reporting.terminal import error_text
 from relay_fast.utils.errors import RefusedTogether, WorkerDied
+from relay_fast.utils.files import differences, first_differences
 
 JOIN = 120.0  # seconds until all ranks must have started
 SILENT = 1800.0  # seconds that a rank may let the others wait, such as while one evaluates
@@ -156,7 +157,9 @@ def joined_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
     rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
     device = own_device(device, found)
     where = f"{found['MASTER_ADDR']}:{found['MASTER_PORT']}"
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    # Without CUDA they meet all the same, to be refused together for the device.
+    on_gpus = device.startswith("cuda") and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     try:
         store = _met(found, where)
         dist.init_process_group(
@@ -262,11 +265,16 @@ def agree(ranks: Ranks, prove: Callable[[], None], identity: Mapping[str, Any]) 
             where = "" if all(other == reason for other, _ in told) else f"rank {rank}: "
             raise RefusedTogether(where + reason)
         for key, value in told[0][1].items():
-            if theirs.get(key) != value:
-                raise RefusedTogether(
-                    f"rank {rank} has another {key} than rank 0 ({theirs.get(key)!r}, not "
-                    f"{value!r}): start all with the same command and the same version"
-                )
+            if (other := theirs.get(key)) == value:
+                continue
+            how = f"{other!r}, not {value!r}"
+            if isinstance(value, Mapping) and isinstance(other, Mapping):
+                found = differences(value, other, "on rank 0", f"on rank {rank}")
+                how = first_differences(found)
+            raise RefusedTogether(
+                f"rank {rank} has another {key} than rank 0 ({how}): start all with the same "
+                f"command and the same version"
+            )
 
 
 def refuse(ranks: Ranks, error: Exception) -> NoReturn:

@@ -66,12 +66,12 @@ def as_bool(name: str, value: Any) -> bool:
 
 
 def plain_numbers(value: Any) -> Any:
-    """Converts numpy's numbers in dicts, lists and tuples to Python's, for JSON."""
+    """Converts numpy's numbers and arrays in dicts, lists and tuples to Python's, for JSON."""
     if isinstance(value, Mapping):
         return {name: plain_numbers(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain_numbers(part) for part in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def is_bool(value: Any) -> bool:

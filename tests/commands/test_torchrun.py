@@ -141,6 +141,7 @@ def killed(out: Path, seconds: float, draw: random.Random) -> int:
     [
         (2, ["--batch-size", "1"], "2 processes cannot share the 1 samples of a batch"),
         (2, ["--device", "cpu,cpu"], "names several, but each of the 2 processes has one"),
+        (2, ["--device", "cuda:9"], "device 'cuda:9'"),  # though they cannot meet over NCCL
         (2, ["--set", "model.d_modell=8"], "d_modell"),  # before the ranks have met
     ],
 )

@@ -249,3 +249,31 @@ def test_bad_files_are_refused(arguments, message, tmp_path, monkeypatch, capsys
 
 def test_the_tasks_of_the_tests_are_tasks() -> None:
     assert issubclass(Unsteady, TextTask) and not issubclass(NoTask, TextTask)
+
+
+class Widened(Parity):
+    name = "widened"
+    zeros = 0
+
+    def sample(self, length, rng):
+        problem, rounds, answer = super().sample(length, rng)
+        return "0 " * self.zeros + problem, rounds, answer
+
+
+def test_what_only_the_given_instance_has_is_refused() -> None:
+    """Every process builds a task of its class and arguments."""
+    config = load_preset("cpu") | {"tasks": {"widened": {"train": [1, 3], "test": [3, 4]}}}
+    task = Widened()
+    resolved(config, [task])
+    task.zeros = 2
+    with pytest.raises(ValueError, match="^task 'widened' draws other samples than Widened built"):
+        resolved(config, [task])
+
+
+def test_a_task_without_a_name_is_named_by_its_class() -> None:
+    class Nameless(Parity):
+        name = None
+
+    config = load_preset("cpu") | {"tasks": {"parity": {"train": [1, 3], "test": [3, 4]}}}
+    with pytest.raises(ValueError, match="^Nameless has no name: write name = 'my_task' in the"):
+        resolved(config, [Nameless()])

@@ -126,6 +126,9 @@ def test_a_run_without_a_generator(folder, capsys):
         ("[1, 4]", "[1, 5]", "chains.jsonl, line 81 has no rounds, but its length 5 is in the tra"),
         ("[1, 4]", "[1, 9]", "chains.jsonl has no records of length 9: it has 1..6"),
         ("[5, 6]", "[6, 7]", "tasks.sums.self_lengths has 7, of which no problem can be drawn"),
+        ('unit = "digits"', 'max_round_tokens = "a"', "max_round_tokens = 'a': it must be a whole"),
+        ('unit = "digits"', "unit = 3", "unit = 3: give a text"),
+        ('"test.jsonl"', '"."', "test_data = '.*' is a folder: give a file"),
         ("chains.jsonl", "chain.jsonl", "chain.jsonl' does not exist: give a file of records"),
         (
             'unit = "digits"',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
@@ -138,6 +139,7 @@ GOOD = {"problem": "a b", "rounds": ["c d"], "answer": "d"}
         ),
         (b'{"problem": "\\ud83d"}', "has half of a surrogate pair (\\ud…): write whole characters"),
         ({"rounds": ["a"], "answer": "a"}, 'has no field "problem": write the problem as a text'),
+        (b'{"problem": "a", "problem": "b"}', 'has "problem" twice: write it once'),
         (GOOD | {"problem": 3}, 'has the number 3 as "problem": write a text'),
         (GOOD | {"rounds": "c d"}, 'has a text as "rounds": write a list of texts'),
         (GOOD | {"rounds": []}, 'has no round: write at least one, or leave "rounds" out'),
@@ -235,3 +237,77 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     path.unlink()
     with pytest.raises(RecordsChanged):
         pickle.loads(pickle.dumps(index)).read(np.array([1]))
+
+
+def test_equal_tokens_are_equal_problems():
+    """Two problems that a model sees as the same have one digest, which decides what is kept for
+    evaluation and counts duplicates."""
+    values = [GOOD | {"problem": text} for text in ("a b", " a\tb  ", "ab", "a  b c")]
+    digest = lambda name: open_index(
+        open_source(values), make_tokeniser(name), Rules(answer_is="added")
+    )
+    words, letters, octets = (
+        digest(name).rows["digest"].tolist() for name in ("whitespace", "characters", "bytes")
+    )
+    assert words[0] == words[1] and len(set(words)) == 3
+    assert len(set(letters)) == 4  # there a space is a token
+    assert letters == octets and letters[0] == words[0]  # that of the text itself
+
+
+def test_a_tokeniser_that_loses_a_part_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    models, split = tokenizers.models, tokenizers.pre_tokenizers.WhitespaceSplit()
+    letters = {letter: k for k, letter in enumerate("abcd")}
+    path = write(tmp_path / "r.jsonl", [GOOD, GOOD | {"problem": "a é"}])
+    for made, why in (
+        (models.BPE(letters, []), "whose 'é' the tokeniser leaves out"),
+        (
+            models.WordLevel(letters | {"<unk>": 4}, unk_token="<unk>"),
+            "for a part of which .* has only '<unk>'",
+        ),
+        (
+            models.Unigram([(letter, -1.0) for letter in ("<unk>", *"abcd")], unk_id=0),
+            "for a part of which .* has only '<unk>'",
+        ),
+        (models.WordLevel(letters), r"which the tokeniser cannot cut \(.*\)"),
+    ):
+        library = tokenizers.Tokenizer(made)
+        library.pre_tokenizer = split
+        library.save(str(tmp_path / "t.json"))
+        tokeniser = make_tokeniser(str(tmp_path / "t.json"))
+        with pytest.raises(
+            ValueError, match=f"r.jsonl, line 2 has the text 'a é', {why}: write it"
+        ):
+            open_index(open_source(path), tokeniser, Rules())
+        write(tmp_path / "good.jsonl", [GOOD])
+        assert len(open_index(open_source(tmp_path / "good.jsonl"), tokeniser, Rules())) == 1
+
+
+def test_a_character_that_is_meant_to_vanish_may(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "d": 2}, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.normalizer = tokenizers.normalizers.Replace("c", "")
+    library.save(str(tmp_path / "t.json"))
+    index = open_index(open_source([GOOD]), make_tokeniser(str(tmp_path / "t.json")), Rules())
+    assert index.facts.tokens == ["a", "b", "d"]
+
+
+def test_arrays_are_lists(tmp_path):
+    every = np.arange(1)
+    assert index_of([GOOD | {"rounds": np.array(["c d"])}]).read(every) == index_of([GOOD]).read(
+        every
+    )
+    with pytest.raises(ValueError, match='^data, record 1 has a set as "rounds": write a list of'):
+        index_of([GOOD | {"rounds": {"c d"}}])
+
+
+def test_a_file_is_known_by_how_it_begins(tmp_path):
+    packed = tmp_path / "r.jsonl"
+    packed.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match="r.jsonl is packed by gzip: unpack it"):
+        index_of(packed)
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([GOOD]), tmp_path / "r.table")
+    assert len(index_of(tmp_path / "r.table")) == 1

@@ -225,7 +225,7 @@ class Broken(Parity):
         return {
             "two things": (problem, rounds),
             "a text": (problem, " ".join(rounds), answer),
-            "no round": (problem, [], answer),
+            "no round": (problem, iter([]), answer),
             "wrong answer": (problem, rounds, "7"),
             "other token": (f"{problem} x", rounds, answer),
             "reserved": (f"{problem} <sep>", rounds, answer),
@@ -261,6 +261,8 @@ class Raising(Parity):
             return 1 // 0
         if self.where == "library":
             np.zeros(2).reshape(3)
+        if self.where == "exit":
+            raise SystemExit(3)
         return None if self.where == "nothing" else super().sample(length, rng)
 
     def solve(self, problem):
@@ -272,6 +274,7 @@ class Raising(Parity):
     [
         ("sample", r"ZeroDivisionError in sample \(.*by zero\); mend .*, line (\d+)$"),
         ("library", r"ValueError in sample \(cannot reshape .*\); mend .*, line (\d+)$"),
+        ("exit", r"SystemExit in sample \(3\); mend .*, line (\d+)$"),
         ("nothing", r"sample\(2, rng\) returned None; return three .* text \(.*, line (\d+)\)$"),
         ("solve", r"KeyError in solve \('.*'\); mend .*, line (\d+)$"),
     ],
@@ -279,7 +282,7 @@ class Raising(Parity):
 def test_a_task_that_raises_is_named_with_its_line(where: str, message: str) -> None:
     method = Raising.solve if where == "solve" else Raising.sample
     first = method.__code__.co_firstlineno
-    line = first + {"sample": 2, "library": 4, "nothing": 0, "solve": 1}[where]
+    line = first + {"sample": 2, "library": 4, "exit": 6, "nothing": 0, "solve": 1}[where]
     with pytest.raises(ValueError, match=f"^task 'parity': {message}") as caught:
         Raising(where).bound(VOCABULARY, 3).prove([2])
     assert __file__ in str(caught.value)
@@ -308,7 +311,11 @@ class Nameless(TextTask):
         ({"class": f"{CLASS}Total"}, "is the task 'total': write it under tasks.total"),
         (
             {"class": f"{CLASS}Parity", "parameters": {"n": 1}},
-            "Parity cannot be built .*'n'.*no par",
+            "Parity cannot be built .unknown parameter 'n'; it has none",
+        ),
+        (
+            {"class": f"{CLASS}Total", "parameters": {"bas": 1}},
+            "Total cannot be built .unknown parameter 'bas'; known are base",
         ),
         ({"class": f"{CLASS}Parity", "data": "x"}, "has a class and data: give one of them"),
     ],
@@ -328,3 +335,36 @@ def test_a_class_that_no_process_could_import_is_refused() -> None:
         Inner().reference()
     with pytest.raises(ValueError, match="an argument of Total cannot be saved with a run"):
         Total(base=object())
+
+
+class Sized(Parity):
+    def __init__(self, sizes) -> None:
+        self.given = sizes
+
+    def sample(self, length, rng):
+        problem, rounds, answer = super().sample(length, rng)
+        return problem, iter(rounds), answer  # any iterable will do
+
+    def sizes(self, length):
+        return self.given[str(length)] if isinstance(self.given, dict) else self.given
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            [2, 1, 2],
+            r"sizes\(2\) returned \[2, 1, 2\]; return Sizes\(problem, round, chain, rounds",
+        ),
+        ([2, 1, 2, 1.5], r"sizes\(2\) returned .*, whole numbers"),
+        (3, r"sizes\(2\) returned 3; return Sizes"),
+        ({}, r"KeyError in sizes \('2'\); mend .*, line \d+"),
+    ],
+)
+def test_sizes_of_ones_own(sizes, message) -> None:
+    good = Sized([2, 1, 2, 2]).bound(VOCABULARY, 3)
+    assert (good.max_problem_tokens(2), good.max_round_tokens(2)) == (4, 2)
+    assert (good.max_chain_tokens(2), good.loops(2)) == (4, 2)
+    assert len(good.sample([2, 2], 0)) == 2
+    with pytest.raises(ValueError, match=f"^task 'parity': {message}"):
+        Sized(sizes).bound(VOCABULARY, 3).max_problem_tokens(2)

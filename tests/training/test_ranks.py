@@ -158,6 +158,11 @@ def test_ranks_agree() -> None:
         agree(Told(("no such task", {}), ("no such task", {})), lambda: None, {})
     with pytest.raises(ValueError, match=r"rank 1 has another config than rank 0 \('b', not 'a'\)"):
         agree(Told(fine, (None, {"config": "b"})), lambda: None, {})
+    told = [(None, {"config": {"seed": seed, "model": {"d_model": 8}}}) for seed in (0, 3)]
+    with pytest.raises(
+        ValueError, match=r"config than rank 0 \(seed \(0 on rank 0, 3 on rank 1\)\)"
+    ):
+        agree(Told(*told), lambda: None, {})
 
 
 def test_a_broken_connection_names_the_remedy() -> None:

@@ -13,7 +13,8 @@ from relay_fast.relay.presets import load_preset
 from relay_fast.relay.presets.complete import completed, used_lengths, with_drawable
 from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, check_tables
 from relay_fast.tasks import TextTask, open_text_task
-from relay_fast.tasks.registry import is_compiled
+from relay_fast.tasks.proving import refuse_changed
+from relay_fast.tasks.registry import is_compiled, name_of
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _find_beside(table: dict[str, Any], folder: Path) -> None:
     parameters = table.get("parameters")
     for place, key in ((table, "data"), (parameters, "test_data"), (parameters, "tokeniser")):
         path = place.get(key) if isinstance(place, dict) else None
-        if isinstance(path, str) and (folder / path).is_file():
+        if isinstance(path, str) and (folder / path).exists():
             place[key] = str(folder / path)
 
 
@@ -96,13 +97,13 @@ def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[
     check_tables(config)
     entries = config["tasks"]
     for task in tasks:
-        name = getattr(task, "name", None)
         if not isinstance(task, TextTask):
             raise ValueError(
                 f"tasks holds {task!r:.60}, which is no task: give instances of classes that are "
                 f"derived from relay_fast.tasks.TextTask"
             )
-        if [other.name for other in tasks if isinstance(other, TextTask)].count(name) > 1:
+        name = name_of(task)
+        if [getattr(other, "name", None) for other in tasks].count(name) > 1:
             raise ValueError(f"two tasks are called {name!r}: give each a name of its own")
         if name not in entries:
             raise ValueError(
@@ -114,6 +115,8 @@ def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[
         for name, table in entries.items()
         if not is_compiled(name, table)
     }
+    for task in tasks:
+        refuse_changed(task, own[task.name], used_lengths(entries[task.name])[:1])
     for name, task in own.items():
         entries[name] = with_drawable(_pinned(task, entries[name]), task.drawable)
     if own:
