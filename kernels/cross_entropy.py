@@ -140,16 +140,37 @@ def _cross_entropy_fwd_kernel(
 
 
 def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Returns the configuration of forward and backward; block_n is the size of a vocabulary
-    tile."""
+    """Returns the configuration of forward and backward; block_n is the size of a vocabulary tile.
+
+    Args:
+        rows: Number of rows.
+        d: Width of the states.
+        dtype: Their dtype.
+        device: Where they are.
+    """
     return pick("readout", dtype, d, rows, device)
 
 
 def check_readout(
     h, norm_weight, norm_bias, head, kind, row_count, targets=None, index=None, *per_row
 ) -> None:
-    """Raises Unsupported if the kernels do not support the call, and ValueError for targets or rows
-    out of range in lists on the host. per_row: tensors (rows,) like targets."""
+    """Checks that the kernels support a call; the arguments are those of `cross_entropy_fwd`.
+
+    Args:
+        h: States.
+        norm_weight: (d,).
+        norm_bias: (d,) or None.
+        head: (V, d).
+        kind: "rms" or "layer".
+        row_count: Number of live rows on the device, or None.
+        targets: (rows,) or None.
+        index: (rows,) the states of the rows, or None.
+        per_row: Further tensors (rows,).
+
+    Raises:
+        Unsupported: The kernels do not support the call.
+        ValueError: Targets or rows in lists on the host are out of range.
+    """
     require(norm_reason(h, norm_weight, norm_bias, head, *per_row, kind=kind))
     d = h.shape[1]
     reason = row_count_reason(row_count, h)

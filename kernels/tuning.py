@@ -172,7 +172,15 @@ def pick(
 def pick_or_none(
     op: str, dtype: torch.dtype, width: int, rows: int = 0, device: torch.device | None = None
 ) -> Config | None:
-    """As `pick`, but returns None if no rule of the table applies and fits the device."""
+    """Does what `pick` does, but returns None if no rule of the table applies and fits the device.
+
+    Args:
+        op: The operation.
+        dtype: The dtype of the GEMMs.
+        width: Width of the model.
+        rows: Number of rows, 0 if unknown.
+        device: Device of the tensors; None: the CPU.
+    """
     here = device_props(device or torch.device("cpu"))
     many = cdiv(rows, 128) >= here.processors // _BUSY.get(op, 1)
     rule = _rule(op, _bits(dtype), width, many, here.arch, here.shared_bytes)

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from relay_fast.ops.dispatch import select
 from relay_fast.relay.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.relay.presets import load_preset, override, preset_names, recipe
@@ -317,8 +319,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status.
 
-    It is 0 (also out of minutes), 1 if training diverged or a worker died, 2 for bad input, 130
-    when interrupted.
+    It is 0 (also out of minutes), 1 if training diverged, a worker died or memory ran out, 2 for
+    bad input, 130 when interrupted.
     """
     with lenient_output():
         parser = _parser()
@@ -378,6 +380,14 @@ def _main(a: argparse.Namespace) -> int:
     except RunStopped as error:
         if speaks() or isinstance(error, WorkerDied):
             print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        if speaks():
+            told = ". ".join(str(error).split(". ")[:3]).rstrip(".")  # what was asked, and is free
+            print(
+                f"\nerror: {told}. Set a smaller batch_size, or training.recompute=auto",
+                file=sys.stderr,
+            )
         return 1
     except OutOfTime:
         if speaks():
