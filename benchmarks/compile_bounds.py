@@ -13,8 +13,7 @@ SPILLS: tuple[tuple[str, str, int, str], ...] = (
     ("_cross_entropy_bwd_kernel", "IS_LAYER=True", 40, _EPILOGUE),
     ("_attention_short_bwd_kernel", "HEAD_DIM=32", 8, _EPILOGUE),
     ("_attention_short_bwd_kernel", "BLOCK_N=32", 8, "fp32 with shared keys; " + _EPILOGUE),
-    ("_attention_long_bwd_dq_kernel", "BLOCK_M=16", 176, "fp32 multiply-adds at head_dim 128"),
-    ("_attention_long_bwd_dkdv_kernel", "BLOCK_M=16", 16, "fp32 multiply-adds at head_dim 128"),
+    ("_attention_long_bwd_dkdv_kernel", "BLOCK_M=16", 8, "fp32 multiply-adds at head_dim 128"),
     ("_loop_fwd_kernel", "D=128", 344, "addresses of weight tiles, hoisted out of every loop"),
 )
 # Configurations are picked for sm_90's instructions. With others both operands lie in registers

@@ -97,7 +97,7 @@ TABLE = (
     Rule("attention_long_bwd",  16,   64, "any",  Config( 64,  64, 4, 2), 57),
     Rule("attention_long_bwd",  16,  ANY, "any",  Config( 64,  64, 8, 1), 80),
     Rule("attention_long_bwd",  32,   64, "any",  Config( 32,  32, 8, 1), 40),
-    Rule("attention_long_bwd",  32,  ANY, "any",  Config( 16,  16, 4, 1), 34),
+    Rule("attention_long_bwd",  32,  ANY, "any",  Config( 16,  16, 8, 1), 34),
     Rule("linear_residual",     16,  ANY, "many", Config(128,  64, 8, 3), 99),
     Rule("linear_residual",     16,  ANY, "few",  Config( 64,  64, 4, 3), 58),
     Rule("linear_residual",     32,  ANY, "any",  Config( 32,  32, 4, 2), 13),
