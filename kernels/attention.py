@@ -190,7 +190,8 @@ def short_config(layout: PaddedLayout, qkv: Tensor, head_dim: int, way: str) -> 
     """
     if layout.max_length > (32 if qkv.dtype == torch.float32 else SHORT):
         return None
-    op = f"attention_{'short' if head_dim <= 64 else 'wide'}_{way}"
+    kind = "narrow" if head_dim <= 32 else "short" if head_dim <= 64 else "wide"
+    op = f"attention_{kind}_{way}"
     block = block_of(layout.max_length)
     return pick_or_none(op, qkv.dtype, block, 0, qkv.device)
 

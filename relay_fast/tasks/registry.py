@@ -21,7 +21,7 @@ from relay_fast.utils.nearest import nearest
 _COMPILED: dict[str, type[Task]] = {cls.name: cls for cls in (Arithmetic, EditDistance, LIS)}
 TEXT_TASKS = {"addition": "relay_fast.tasks.addition:Addition"}  # of the package, by name
 FIRST_INDEX = len(TASK_NAMES)  # of tasks that are not compiled
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of files, too
 
 
 def is_compiled(name: str, entry: Mapping[str, Any]) -> bool:
@@ -133,7 +133,9 @@ def open_text_task(name: str, entry: Mapping[str, Any]) -> TextTask:
     """
     where, parameters = f"tasks.{name}", dict(entry.get("parameters", {}))
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{where}: use letters, digits, _ and - in the name of a task")
+        raise ValueError(
+            f"{where:.60}: use letters, digits, _ and - in the name of a task, at most 100"
+        )
     if "class" in entry and "data" in entry:
         raise ValueError(f"{where} has a class and data: give one of them")
     if "data" in entry:

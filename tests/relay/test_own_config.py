@@ -277,3 +277,38 @@ def test_a_task_without_a_name_is_named_by_its_class() -> None:
     config = load_preset("cpu") | {"tasks": {"parity": {"train": [1, 3], "test": [3, 4]}}}
     with pytest.raises(ValueError, match="^Nameless has no name: write name = 'my_task' in the"):
         resolved(config, [Nameless()])
+
+
+class Named(Parity):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "message"),
+    [
+        (
+            "ED",
+            "cpu-lis",
+            r"tasks.ED: \[ED\] is the token of a built-in task: give it another name",
+        ),
+        (
+            "x" * 101,
+            "cpu",
+            "tasks.x*: use letters, digits, _ and - in the name of a task, at most 1",
+        ),
+        ("a b", "cpu", "tasks.a b: use letters, digits, _ and - in the name of a task"),
+        ("ED", "cpu", None),  # alone, it may
+        ("x" * 100, "cpu-lis", None),
+    ],
+)
+def test_names_that_would_be_taken_for_others(name, preset, message) -> None:
+    base = load_preset(preset)
+    there = base["tasks"] if preset == "cpu-lis" else {}
+    entries = {**there, name: {"train": [1, 3], "test": [3, 4]}}
+    config = base | {"tasks": entries}
+    if message is None:
+        assert name in resolved(config, [Named(name)])["tasks"]
+        return
+    with pytest.raises(ValueError, match=f"^{message}"):
+        resolved(config, [Named(name)])

@@ -12,7 +12,7 @@ from typing import Any
 from relay_fast.relay.presets import load_preset
 from relay_fast.relay.presets.complete import completed, used_lengths, with_drawable
 from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, check_tables
-from relay_fast.tasks import TextTask, open_text_task
+from relay_fast.tasks import TextTask, Vocabulary, open_text_task
 from relay_fast.tasks.proving import refuse_changed
 from relay_fast.tasks.registry import is_compiled, name_of
 
@@ -162,6 +162,12 @@ def _vocabulary(config: Mapping[str, Any], own: Mapping[str, TextTask]) -> dict[
         table.pop("max_number", None)
     else:
         table.setdefault("max_number", 249)
+    built_in = Vocabulary(table.get("max_number"), 1)
+    for name, task in own.items():
+        if (token := task.special_tokens()[0]) in built_in:
+            raise ValueError(
+                f"tasks.{name}: {token} is the token of a built-in task: give it another name"
+            )
     return table
 
 
