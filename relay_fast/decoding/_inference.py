@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,10 +11,10 @@ from torch import nn
 
 from relay_fast.config import BlockConfig
 from relay_fast.ops.dispatch import on_device
+from relay_fast.utils import memory
 
 T = TypeVar("T")
 
-MEMINFO = Path("/proc/meminfo")
 UNKNOWN_BYTES = 4 << 30  # assumed free where the system does not report it
 
 
@@ -41,14 +40,9 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the bytes that can be allocated on `device` now."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    if not MEMINFO.exists():
-        return UNKNOWN_BYTES
-    lines = MEMINFO.read_text().splitlines()
-    return next(1024 * int(s.split()[1]) for s in lines if s.startswith("MemAvailable"))
+    """Returns the bytes that can be allocated on `device` now, UNKNOWN_BYTES if it does not say."""
+    free = memory.free_bytes(device)
+    return UNKNOWN_BYTES if free is None else free
 
 
 def bytes_a_token(c: BlockConfig, longest: int, element: int) -> int:

@@ -12,6 +12,7 @@ from relay_fast.kernels.norm_ref import NORMS
 from relay_fast.models.layer import Norm
 from relay_fast.models.readouts import NormAndHead
 from relay_fast.ops.cross_entropy import weighted_losses
+from relay_fast.ops.dispatch import check_impl
 from relay_fast.utils.numbers import as_float, as_int
 
 
@@ -61,6 +62,7 @@ class IterationCrossEntropy(nn.Module):
             raise ValueError(f"norm = {norm!r} is unknown: use one of {NORMS}")
         if bias and norm != "layer":
             raise ValueError(f'bias = True needs norm = "layer", not norm = {norm!r}')
+        check_impl(impl)
         d_model = as_int("d_model", d_model, least=1)
         vocabulary_size = as_int("vocabulary_size", vocabulary_size, least=1)
         eps, z_loss = as_float("eps", eps), as_float("z_loss", z_loss)

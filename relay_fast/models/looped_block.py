@@ -38,7 +38,7 @@ from relay_fast.models.arguments import (
 from relay_fast.models.from_hf import read_layers
 from relay_fast.models.layer import Layer, Norm, ZeroEmbedding
 from relay_fast.models.padding import check_masked, forward_padded
-from relay_fast.ops.dispatch import compute_dtype, refuse_transforms, select
+from relay_fast.ops.dispatch import check_impl, compute_dtype, refuse_transforms, select
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
 
@@ -87,6 +87,7 @@ class LoopedBlock(nn.Module):
         gather_rows = as_int("gather_rows", gather_rows, least=0)
         self.recompute, self.gather_rows, self.impl = recompute, gather_rows, impl
         RecomputePolicy.parse(recompute)
+        check_impl(impl)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layers))
         if c.loop_norm != "none":
             self.loop_norm = Norm(c.d_model, c.has_bias("norm"))

@@ -341,6 +341,12 @@ def _long_attention_bwd(otherwise: Callable) -> Callable:
     return attention_bwd
 
 
+def check_impl(impl: str) -> None:
+    """Raises ValueError for an unknown implementation."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl = {impl!r} is unknown: use one of {IMPLS}")
+
+
 def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
     """Returns the ops of an implementation; RELAY_FAST_IMPL in the environment overrides "auto".
 
@@ -353,8 +359,7 @@ def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
     """
     if impl == "auto":
         impl = os.environ.get("RELAY_FAST_IMPL", "auto")
-    if impl not in IMPLS:
-        raise ValueError(f"impl = {impl!r} is unknown: use one of {IMPLS}")
+    check_impl(impl)
     if impl == "torch" or (impl == "auto" and torch.device(device).type != "cuda"):
         return TORCH
     reason = device_reason(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 
 import numpy as np
@@ -15,6 +16,7 @@ from relay_fast.decoding._inference import bytes_a_token, free_bytes, halve_on_o
 from relay_fast.decoding.sampling import sample_tokens
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import LIS, Vocabulary
+from relay_fast.utils import memory
 from relay_fast.utils.ragged import pieces
 
 
@@ -22,9 +24,13 @@ def test_free_memory(monkeypatch, tmp_path):
     assert 1 << 20 < free_bytes(torch.device("cpu")) < 1 << 50
     file = tmp_path / "meminfo"
     file.write_text("MemTotal:       100 kB\nMemFree:    7 kB\nMemAvailable:    50 kB\n")
-    monkeypatch.setattr(_inference, "MEMINFO", file)
+    monkeypatch.setattr(memory, "_MEMINFO", file)
     assert free_bytes(torch.device("cpu")) == 50 * 1024
-    monkeypatch.setattr(_inference, "MEMINFO", tmp_path / "none")
+    # Where there is no such file: what the system says otherwise, or an assumption.
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 3}.__getitem__)
+    assert free_bytes(torch.device("cpu")) == 3 * 4096
+    monkeypatch.delattr(os, "sysconf")
     assert free_bytes(torch.device("cpu")) == _inference.UNKNOWN_BYTES
 
 

@@ -160,7 +160,7 @@ def test_bad_input_of_the_block() -> None:
             r"positions has shape \(5,\) but x has \(2, 3, 16\): pass \(2, 3\) or \(3,\)",
         ),
         (lambda: LoopedBlock(D, 2, 1, recompute="sometimes"), "recompute policy 'sometimes'"),
-        (lambda: LoopedBlock(D, 2, 1, impl="cuda")(x), "impl = 'cuda' is unknown"),
+        (lambda: LoopedBlock(D, 2, 1, impl="cuda"), "impl = 'cuda' is unknown"),
         (lambda: LoopedBlock(D, 3, 1), "not divisible by n_heads"),
         (lambda: LoopedBlock(D), "n_heads is missing: a block needs d_model, n_heads and"),
         (
