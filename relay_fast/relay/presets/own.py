@@ -29,12 +29,14 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         own = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"the config {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"the config {path} is damaged ({error})") from error
+    if not isinstance(own, dict):
+        raise ValueError(f"the config {path} holds no settings: write a table")
     config = {"name": path.stem, **_over_base(own)}
     tasks = config.get("tasks", {})
     for table in tasks.values() if isinstance(tasks, dict) else ():
