@@ -167,7 +167,7 @@ def _updated(name: str, a: Any) -> tuple[Tensor, ...]:
         return () if a.x_grad_ptr is None else (a.x_grad_ptr,)
     if name == "_logit_grad_kernel":  # read twice, written once
         return (a.logits_ptr,) * 2
-    if name == "_weight_grad_sum_kernel" or (name == "_weight_grad_kernel" and a.ADD):
+    if name == "_weight_grad_sum_kernel" or (name == "_weight_grad_kernel" and a.add):
         return (a.acc_ptr,)
     return ()
 
@@ -175,7 +175,9 @@ def _updated(name: str, a: Any) -> tuple[Tensor, ...]:
 def launch_cost(name: str, arguments: Mapping[str, Any]) -> Cost:
     """Of a launch of the kernel `name` with its arguments by name."""
     a = SimpleNamespace(**arguments)
-    tensors = (*(v for v in arguments.values() if isinstance(v, Tensor)), *_updated(name, a))
+    unread = () if arguments.get("listed", 1) else ("index_ptr",)  # stands in for no list
+    read = (v for k, v in arguments.items() if isinstance(v, Tensor) and k not in unread)
+    tensors = (*read, *_updated(name, a))
     moved = sum(t.numel() * t.element_size() for t in tensors)
     if name == "_weight_grad_kernel":  # the arguments have the first pair of operands only
         moved += (rows_together(a) - a.M) * (a.N * a.dy_ptr.itemsize + a.D * a.x_ptr.itemsize)

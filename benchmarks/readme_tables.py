@@ -74,20 +74,20 @@ def results() -> list[str]:
     return _lines(
         ["what", "relay_fast", "without it", "file"],
         [
-            ["arithmetic of 10 operators, learned on 1 to 8, %", f"**{_percent(relay[10])}**",
-             _percent(alone[10]), "`cpu/results.json`"],
-            ["arithmetic of 11 operators, %", f"**{_percent(relay[11])}**", _percent(alone[11]),
-             "`cpu/results.json`"],
-            ["training on the paper's mix, samples/s", bold(speed("relay_fast", "none")),
-             f"{speed('eager_padded'):.1f} (compiled, bucketed: {compiled:.1f})",
-             "`loop_throughput.csv`"],
-            ["kept for backward at 30 loops, MB", bold(kept("relay_fast", "state")),
+            ["arithmetic of 10 operators, learned on 1 to 8, % right", f"**{_percent(relay[10])}**",
+             _percent(alone[10]), "[`results.json`][demo]"],
+            ["the same of 11 operators, % right", f"**{_percent(relay[11])}**",
+             _percent(alone[11]), "[`results.json`][demo]"],
+            ["training on the paper's tasks, samples/s", bold(speed("relay_fast", "none")),
+             f"{speed('eager_padded'):.1f} (compiled: {compiled:.1f})",
+             "[`loop_throughput.csv`][steps]"],
+            ["kept for the backward pass, 30 loops, MB", bold(kept("relay_fast", "state")),
              f"{kept('eager_padded'):.0f} (checkpointed: {checkpoint:.1f})",
-             "`memory_vs_loops.csv`"],
-            ["chains written, a second", bold(written("relay_fast_torch")),
-             f"{written('eager_padded'):.1f}", "`chain_generation.csv`"],
-            ["a step of 512 samples on an H200, ms", bold(ms("relay_fast graph"), 0),
-             f"{ms('eager padded'):.0f}", "`steps.csv`"],
+             "[`memory_vs_loops.csv`][memory]"],
+            ["chains written per second", bold(written("relay_fast_torch")),
+             f"{written('eager_padded'):.1f}", "[`chain_generation.csv`][chains]"],
+            ["a training step of 512 samples on an H200, ms", bold(ms("relay_fast graph"), 0),
+             f"{ms('eager padded'):.0f}", "[`steps.csv`][card]"],
         ],
     )  # fmt: skip
 
@@ -167,8 +167,37 @@ def steps() -> list[str]:
     return _lines(["provider", "policy", "samples/s", "saved, MB", "peak, MB"], rows)
 
 
+def filtered() -> list[str]:
+    """The label-free filter on addition from a file."""
+    table = _csv("addition_records/filter.csv")
+    share = lambda r: 100 * int(r["correct"]) / int(r["written"])
+    rows = {
+        "chains right": [share(r) for r in table],
+        "right, of those that the filter keeps": [100 * float(r["precision"]) for r in table],
+        "kept, of the right ones": [100 * float(r["recall"]) for r in table],
+    }
+    header = ["digits, trained on 1 to 10", *(r["length"] for r in table)]
+    return _lines(header, [[name, *map(_percent, values)] for name, values in rows.items()])
+
+
+def records() -> list[str]:
+    """Records read and encoded, a second and core."""
+    names = {
+        "read, encoded: whitespace": "whitespace",
+        "read, encoded: tokenizers file": "a file of the tokenizers library",
+        "both of these, one after the other": "reading and that library, without relay_fast",
+    }
+    rows = []
+    for r in _csv("records.csv"):
+        if r["what"] in names:
+            number = f"{int(r['records']):,}" if r["records"] else ""
+            grown = f"{float(r['grown_mb']):.0f}" if r["grown_mb"] else ""
+            rows.append([names[r["what"]], number, f"{float(r['rate']):,.0f}", grown])
+    return _lines(["tokeniser", "records in the file", "records/s", "RAM, MB more"], rows)
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
-    table.__name__: table for table in (results, demo, tasks, latent, steps)
+    table.__name__: table for table in (results, demo, tasks, latent, filtered, records, steps)
 }
 
 

@@ -4,7 +4,7 @@
 
 Each record has 10 rounds of 10 whitespace tokens. Memory is what the process holds in RAM more than
 before, file pages that the system may drop included; times are of the processor, so that other
-jobs on the machine count little.
+jobs on the machine count little. The rows go to records.csv.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import common  # noqa: E402
 from relay_fast.data.streams import BatchFormat, TruthStream, prefetch  # noqa: E402
 from relay_fast.reporting.text_table import text_table  # noqa: E402
 from relay_fast.tasks import RecordsTask, Task, Vocabulary  # noqa: E402
@@ -132,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--quick", action="store_true", help="20,000 records")
+    parser.add_argument("--csv", type=Path, default=common.RESULTS / "records.csv")
     a = parser.parse_args()
     number = 20_000 if a.quick else a.records
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # rates are of one core
@@ -147,6 +149,8 @@ def main() -> None:
         same["resumed at step 5"] = drawn(task, 2, first=5) == alone[5:]
     header = ("what", "records", "file MB", "records/s", "RAM + MB")
     keys = ("what", "records", "file_mb", "rate", "grown_mb")
+    facts = common.machine("cpu")
+    common.write_rows(a.csv, [{key: row.get(key) for key in keys} | facts for row in rows])
     text = lambda value: f"{value:,.0f}" if isinstance(value, float | int) else value
     print(text_table(header, [[text(row.get(key)) for key in keys] for row in rows], left=1))
     print("the same batches as without workers:", ", ".join(f"{k} {v}" for k, v in same.items()))

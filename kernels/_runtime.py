@@ -33,7 +33,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # hold one element a row, often from the middle of a list. Model sizes and strides stay
 # specialised, since the vector width of loads depends on them.
 _VARYING_INTEGERS = (
-    "M", "tiles_each", "column_blocks", "each", "rows_each", "splits", "offset", "counter",
+    "M", "tiles_each", "column_blocks", "each", "rows_each", "splits", "offset", "counter", "add",
+    "listed",
     *(f"{name}{k}" for name in ("M", "at", "dy", "x", "count") for k in range(1, 8)),
 )  # fmt: skip
 _PER_ROW_POINTERS = (

@@ -90,7 +90,16 @@ def _activation_bwd_kernel(
 
 
 def activation_fwd(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
-    """Returns the hidden layer (rows, hidden), given its contiguous pre-activations."""
+    """Computes the hidden layer.
+
+    Args:
+        activation: Its name.
+        up: Contiguous pre-activations (rows, hidden).
+        gate: Those of the gate, or None.
+
+    Returns:
+        (rows, hidden).
+    """
     hidden = torch.empty_like(up)
     if up.numel():
         _activation_fwd_kernel[(cdiv(up.numel(), 2048),)](
@@ -102,7 +111,17 @@ def activation_fwd(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
 def activation_bwd(
     activation: str, dhidden: Tensor, up: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns dup and dgate (None without a gate), each (rows, hidden)."""
+    """Computes the gradients of the pre-activations.
+
+    Args:
+        activation: Its name.
+        dhidden: Gradient of the hidden layer, (rows, hidden).
+        up: Contiguous pre-activations (rows, hidden).
+        gate: Those of the gate, or None.
+
+    Returns:
+        dup and dgate (None without a gate), each (rows, hidden).
+    """
     dup = torch.empty_like(up)
     dgate = None if gate is None else torch.empty_like(gate)
     if up.numel():

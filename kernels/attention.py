@@ -177,11 +177,21 @@ def _attention_long_fwd_kernel(
 
 
 def short_config(layout: PaddedLayout, qkv: Tensor, head_dim: int, way: str) -> Config | None:
-    """Returns the configuration of the short kernel of `way` (fwd or bwd), or None for the long
-    ones: a sequence is too long for one tile, or the tile too large for the device."""
+    """Returns the configuration of the short kernel, or None for the long ones.
+
+    The long ones serve where a sequence is too long for one tile, or the tile too large for the
+    device.
+
+    Args:
+        layout: The sequences.
+        qkv: (rows, columns).
+        head_dim: Columns of a head.
+        way: "fwd" or "bwd".
+    """
     if layout.max_length > (32 if qkv.dtype == torch.float32 else SHORT):
         return None
-    op = f"attention_{'short' if head_dim <= 64 else 'wide'}_{way}"
+    kind = "narrow" if head_dim <= 32 else "short" if head_dim <= 64 else "wide"
+    op = f"attention_{kind}_{way}"
     block = block_of(layout.max_length)
     return pick_or_none(op, qkv.dtype, block, 0, qkv.device)
 
@@ -194,7 +204,19 @@ def check(
     row_count: Tensor | None,
     *others: Tensor,
 ) -> None:
-    """Raises Unsupported if the kernels do not support the call."""
+    """Checks that the kernels support a call.
+
+    Args:
+        qkv: (rows, columns).
+        layout: The sequences.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        row_count: Number of live rows on the device, or None.
+        others: Further tensors with the rows of qkv.
+
+    Raises:
+        Unsupported: They do not.
+    """
     require(
         rows_reason(qkv, *others)
         or heads_reason(qkv.shape[1], heads, kv_heads)

@@ -122,7 +122,10 @@ def _attention_short_bwd_kernel(
             dv = dot(tl.trans(p), do, dv)
             dk = dot(tl.trans(ds), q, dk)
             dq = dot(ds, k, tl.zeros((BLOCK_M, BLOCK_H), tl.float32))
+            # The masks of the stores are computed anew: kept in registers they spill on sm_90.
+            mask = q_at < tl.minimum(n, BLOCK_N)
             store_head(dqkv_ptr, dq, width, q_at, mask, head * HEAD_DIM, HEAD_DIM, BLOCK_H)
+    k_mask = k_at < tl.minimum(n, BLOCK_N)
     store_head(dqkv_ptr, dk, width, k_at, k_mask, k_column, HEAD_DIM, BLOCK_H)
     store_head(dqkv_ptr, dv, width, k_at, k_mask, v_column, HEAD_DIM, BLOCK_H)
 

@@ -109,7 +109,16 @@ def varlen_reason(
     kv_heads: int,
     row_count: Tensor | None = None,
 ) -> str | None:
-    """Returns why a library does not serve this call, forward and backward alike, or None."""
+    """Returns why a library does not serve this call, forward and backward alike, or None.
+
+    Args:
+        library: The library.
+        qkv: (rows, columns).
+        layout: The sequences.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        row_count: Number of live rows on the device, or None.
+    """
     divided = heads_divide_reason(qkv.shape[1], heads, kv_heads)
     if divided:
         return divided
@@ -146,7 +155,15 @@ def _shares_heads() -> bool:
 def choose_library(
     qkv: Tensor, layout: PaddedLayout, heads: int, kv_heads: int, row_count: Tensor | None = None
 ) -> Library | None:
-    """Returns the first library that serves this call, or None."""
+    """Returns the first library that serves this call, or None.
+
+    Args:
+        qkv: (rows, columns).
+        layout: The sequences.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        row_count: Number of live rows on the device, or None.
+    """
     for library in LIBRARIES:
         if varlen_reason(library, qkv, layout, heads, kv_heads, row_count) is None:
             return library

@@ -51,12 +51,14 @@ from .tuning import pick
 
 @triton.jit
 def load_states(
-    h_ptr, index_ptr, stride_hm, at, wanted, columns, D: tl.constexpr,
+    h_ptr, index_ptr, listed, stride_hm, at, wanted, columns, D: tl.constexpr,
 ):  # fmt: skip
-    """Loads the states [BLOCK_M, BLOCK_D] of list entries `at` in fp32, zeros if not wanted."""
+    """Loads the states [BLOCK_M, BLOCK_D] of list entries `at` in fp32, zeros if not wanted. They
+    are the rows `at` if not `listed`, which a kernel compiled for a list serves too."""
     rows = at
     if index_ptr is not None:
-        rows = tl.load(index_ptr + at, mask=wanted, other=0).to(tl.int64)
+        own = tl.load(index_ptr + at, mask=wanted & (listed != 0), other=0).to(tl.int64)
+        rows = tl.where(listed != 0, own, at)
     mask = wanted[:, None] & (columns < D)[None, :]
     h = tl.load(h_ptr + rows[:, None] * stride_hm + columns[None, :], mask=mask, other=0.0)
     return h.to(tl.float32)
@@ -70,7 +72,7 @@ def _cross_entropy_fwd_kernel(
     # strides
     stride_hm, stride_vn,
     # sizes, scalars
-    M, V, each,
+    M, V, each, listed,
     # flags
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
@@ -91,7 +93,7 @@ def _cross_entropy_fwd_kernel(
     if target_ptr is not None:
         target = tl.load(target_ptr + at, mask=row_mask, other=-1).to(tl.int64)
         wanted = target >= 0
-    h = load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D)
+    h = load_states(h_ptr, index_ptr, listed, stride_hm, at, wanted, inside, D)
     x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
     y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
     y = y.to(head_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
@@ -138,16 +140,37 @@ def _cross_entropy_fwd_kernel(
 
 
 def readout_config(rows: int, d: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Returns the configuration of forward and backward; block_n is the size of a vocabulary
-    tile."""
+    """Returns the configuration of forward and backward; block_n is the size of a vocabulary tile.
+
+    Args:
+        rows: Number of rows.
+        d: Width of the states.
+        dtype: Their dtype.
+        device: Where they are.
+    """
     return pick("readout", dtype, d, rows, device)
 
 
 def check_readout(
     h, norm_weight, norm_bias, head, kind, row_count, targets=None, index=None, *per_row
 ) -> None:
-    """Raises Unsupported if the kernels do not support the call, and ValueError for targets or rows
-    out of range in lists on the host. per_row: tensors (rows,) like targets."""
+    """Checks that the kernels support a call; the arguments are those of `cross_entropy_fwd`.
+
+    Args:
+        h: States.
+        norm_weight: (d,).
+        norm_bias: (d,) or None.
+        head: (V, d).
+        kind: "rms" or "layer".
+        row_count: Number of live rows on the device, or None.
+        targets: (rows,) or None.
+        index: (rows,) the states of the rows, or None.
+        per_row: Further tensors (rows,).
+
+    Raises:
+        Unsupported: The kernels do not support the call.
+        ValueError: Targets or rows in lists on the host are out of range.
+    """
     require(norm_reason(h, norm_weight, norm_bias, head, *per_row, kind=kind))
     d = h.shape[1]
     reason = row_count_reason(row_count, h)
@@ -190,10 +213,11 @@ def _launch(
     rows, d = (h.shape[0] if index is None else index.shape[0]), h.shape[1]
     config = readout_config(rows, d, head.dtype, h.device)
     _cross_entropy_fwd_kernel[(cdiv(rows, config.block_m), splits[0])](
-        h, index, targets, norm_weight, norm_bias, head, *outputs, row_count,
-        stride_hm=h.stride(0), stride_vn=head.stride(0), M=rows, V=head.shape[0], each=splits[1],
-        D=d, EPS=eps, IS_LAYER=kind == "layer", **options,
-        BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
+        h, targets if index is None else index, targets, norm_weight, norm_bias, head, *outputs,
+        row_count, stride_hm=h.stride(0), stride_vn=head.stride(0), M=rows, V=head.shape[0],
+        each=splits[1], listed=int(index is not None), D=d, EPS=eps, IS_LAYER=kind == "layer",
+        **options, BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d),
+        **config.launch,
     )  # fmt: skip
 
 

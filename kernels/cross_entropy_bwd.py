@@ -42,7 +42,7 @@ def _cross_entropy_bwd_kernel(
     # strides
     stride_g, stride_hm, stride_vn,
     # sizes, scalars
-    M, V, offset,
+    M, V, offset, listed,
     # flags
     D: tl.constexpr, EPS: tl.constexpr, IS_LAYER: tl.constexpr,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
@@ -60,7 +60,7 @@ def _cross_entropy_bwd_kernel(
     mask = row_mask[:, None] & (inside < D)[None, :]
     target = tl.load(target_ptr + at, mask=row_mask, other=-1).to(tl.int64)
     wanted = target >= 0
-    h = load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D)
+    h = load_states(h_ptr, index_ptr, listed, stride_hm, at, wanted, inside, D)
     x_hat, _ = normalize(h, inside, D, EPS, IS_LAYER)
     y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)
     y = y.to(head_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_D]
@@ -91,9 +91,8 @@ def _cross_entropy_bwd_kernel(
                 mask=row_mask[:, None] & (tokens < V)[None, :],
             )  # fmt: skip
         dy = dot(dlogits, head, dy)
-    x_hat, rstd = normalize(
-        load_states(h_ptr, index_ptr, stride_hm, at, wanted, inside, D), inside, D, EPS, IS_LAYER
-    )
+    h = load_states(h_ptr, index_ptr, listed, stride_hm, at, wanted, inside, D)
+    x_hat, rstd = normalize(h, inside, D, EPS, IS_LAYER)
     store_norm_partials(dy, x_hat, dnorm_weight_ptr, dnorm_bias_ptr, program, inside, D, True)
     dh = norm_input_grad(dy, x_hat, rstd, norm_weight_ptr, inside, D, IS_LAYER)
     tl.store(dh_ptr + at[:, None] * D + inside[None, :], dh, mask=mask)
@@ -153,11 +152,11 @@ def cross_entropy_bwd(
         dlogits, y = kept or (None, None)
         _cross_entropy_bwd_kernel[(programs,)](
             grad[part], h if index is not None else h[part],
-            None if index is None else index[part], targets[part], lse[part],
+            (targets if index is None else index)[part], targets[part], lse[part],
             norm_weight, norm_bias, head, dh[part], dlogits, y, dnw, dnb, row_count,
             stride_g=grad.stride(0), stride_hm=h.stride(0), stride_vn=head.stride(0),
-            M=count, V=vocabulary, offset=start, D=d, EPS=eps, IS_LAYER=kind == "layer",
-            SMOOTHING=label_smoothing, Z_LOSS=z_loss,
+            M=count, V=vocabulary, offset=start, listed=int(index is not None), D=d, EPS=eps,
+            IS_LAYER=kind == "layer", SMOOTHING=label_smoothing, Z_LOSS=z_loss,
             BLOCK_M=config.block_m, BLOCK_V=config.block_n, BLOCK_D=block_of(d), **config.launch,
         )  # fmt: skip
         if operands is not None and head_grad is not None:

@@ -59,8 +59,18 @@ def readout_ref(
 
 
 def argmax_ref(h, norm_weight, norm_bias, head, eps=1e-6, kind="rms") -> Tensor:
-    """Returns token ids (rows,) int64 of the largest logit, with the logits of one chunk of rows in
-    memory at a time."""
+    """Returns token ids (rows,) int64 of the largest logit.
+
+    The logits of one chunk of rows are in memory at a time.
+
+    Args:
+        h: States (rows, d).
+        norm_weight: (d,).
+        norm_bias: (d,) or None.
+        head: (V, d).
+        eps: Added to the mean square in the norm.
+        kind: "rms" or "layer".
+    """
     chunks = h.split(_chunk_rows(head.shape[0]))
     ids = [readout_ref(c, norm_weight, norm_bias, head, eps, kind).argmax(-1) for c in chunks]
     return torch.cat(ids)
@@ -69,8 +79,17 @@ def argmax_ref(h, norm_weight, norm_bias, head, eps=1e-6, kind="rms") -> Tensor:
 def check_lists(
     targets: Tensor, vocabulary: int, index: Tensor | None = None, states: int = 0
 ) -> None:
-    """Raises ValueError for targets ≥ vocabulary, and for entries of `index` outside 0..states − 1.
-    The lists must be on the host."""
+    """Checks targets and rows, which must be on the host.
+
+    Args:
+        targets: Token ids.
+        vocabulary: Number of tokens.
+        index: Rows of the states, or None.
+        states: Number of states.
+
+    Raises:
+        ValueError: A target is ≥ vocabulary, or an entry of `index` outside 0..states − 1.
+    """
     largest = int(targets.max()) if targets.numel() else -1
     if largest >= vocabulary:
         raise ValueError(
@@ -99,7 +118,14 @@ def _named_ranges(targets: Tensor, head: Tensor, index: Tensor | None, h: Tensor
 
 
 def masked_states(h: Tensor, index: Tensor | None, part: slice, target: Tensor) -> Tensor:
-    """Returns the states of a part of the list, zeros where the target is ignored."""
+    """Returns the states of a part of the list, zeros where the target is ignored.
+
+    Args:
+        h: All states.
+        index: The states of the list, or None for all.
+        part: The part of the list.
+        target: The targets of the part.
+    """
     ignored = (target < 0).unsqueeze(1)
     if index is None:
         return h[part].masked_fill(ignored, 0)

@@ -39,7 +39,16 @@ def _row_key(dropout: Dropout) -> Tensor:
 
 
 def dropout_mask_ref(dropout: Dropout, columns: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns): 1 / (1 − p) where kept, else 0."""
+    """Returns 1 / (1 − p) where an element is kept, else 0.
+
+    Args:
+        dropout: Defines the mask.
+        columns: Number of columns.
+        dtype: The dtype of the result.
+
+    Returns:
+        (rows, columns).
+    """
     column = torch.arange(columns, device=dropout.tokens.device) * 0x27D4EB2F & _LOW
     drawn = _mix((_row_key(dropout).unsqueeze(1) + column) & _LOW)
     keep = drawn >= int(dropout.p * 2**32)
@@ -55,12 +64,27 @@ NOISE_ROWS = 8192
 
 
 def noise_table(columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a fixed table (NOISE_ROWS, columns) of standard normal numbers."""
+    """Returns a fixed table of standard normal numbers.
+
+    Args:
+        columns: Number of columns.
+        dtype: The dtype of the table.
+        device: Where it is made.
+
+    Returns:
+        (NOISE_ROWS, columns).
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(NOISE_ROWS, columns, generator=generator, device="cpu").to(device, dtype)
 
 
 def state_noise_ref(dropout: Dropout, h: Tensor, table: Tensor) -> Tensor:
-    """Adds to each row of h (rows, d) a hashed row of the table times p · RMS(row)."""
+    """Adds to each row of h a hashed row of the table times p · RMS(row).
+
+    Args:
+        dropout: Defines p and the rows of the table.
+        h: (rows, d).
+        table: The result of `noise_table`.
+    """
     rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True).mul_(dropout.p * h.shape[1] ** -0.5)
     return torch.addcmul(h, table.index_select(0, _row_key(dropout) % NOISE_ROWS), rms)

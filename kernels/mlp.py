@@ -115,9 +115,10 @@ def _mlp_fwd_kernel(
         bias = tl.load(down_bias_ptr + inside, mask=inside < D, other=0.0)
         branch += bias.to(tl.float32)[None, :]
     if seed_ptr is not None:
-        branch *= dropout_scale(
+        kept = dropout_scale(
             seed_ptr, tokens_ptr, counter, rows, row_mask, inside, THRESHOLD, SCALE
         )
+        branch = tl.where(kept > 0.0, branch * SCALE, 0.0)  # a product with `kept` spills on sm_90
     if ADD_RESIDUAL:
         branch += tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
     tl.store(
@@ -127,8 +128,15 @@ def _mlp_fwd_kernel(
 
 
 def mlp_config(rows: int, d: int, dtype: torch.dtype, device: torch.device, gated: bool) -> Config:
-    """Returns the configuration of forward and backward; block_n is the size of a tile of the
-    hidden layer."""
+    """Returns the configuration of forward and backward; block_n is a tile of the hidden layer.
+
+    Args:
+        rows: Number of rows.
+        d: Width of the states.
+        dtype: Their dtype.
+        device: Where they are.
+        gated: Whether the MLP has a gate.
+    """
     return pick("mlp_gated" if gated else "mlp", dtype, d, rows, device)
 
 
@@ -142,7 +150,14 @@ def check_mlp(
     x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, activation, kind, row_count,
     up_bias=None, gate_bias=None, down_bias=None, out=None, dout=None, up=None, gate=None,
 ) -> None:  # fmt: skip
-    """Raises Unsupported if the kernels do not support the call."""
+    """Checks that the kernels support a call.
+
+    Args:
+        x: (rows, d); all arguments are as in `mlp_fwd` and `mlp_bwd`, None where there is none.
+
+    Raises:
+        Unsupported: They do not.
+    """
     require(
         norm_reason(
             x, norm_weight, norm_bias, up_weight, gate_weight, down_weight, up_bias, gate_bias,

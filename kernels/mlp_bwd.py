@@ -129,6 +129,8 @@ def _mlp_bwd_kernel(
             w_gate = load_weight(gate_weight_ptr, stride_gn, at, H, inside, D, False)
             dy = dot(dgate, w_gate, dy)
 
+    # The same mask computed anew: kept across the loop it spills on sm_90.
+    mask = (rows < (M - base).to(tl.int32))[:, None] & (inside < D)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_xm + inside[None, :], mask=mask, other=0.0)
     x_hat, rstd = normalize(x.to(tl.float32), inside, D, EPS, IS_LAYER)
     y = scale_shift(x_hat, norm_weight_ptr, norm_bias_ptr, inside, D)

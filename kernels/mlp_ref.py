@@ -24,7 +24,16 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")
 
 
 def activation_fwd_ref(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
-    """Returns the hidden layer (rows, hidden), given its pre-activations."""
+    """Computes the hidden layer.
+
+    Args:
+        activation: Its name.
+        up: Pre-activations (rows, hidden).
+        gate: Those of the gate, or None.
+
+    Returns:
+        (rows, hidden).
+    """
     if activation == "gelu_tanh":
         return torch.nn.functional.gelu(up, approximate="tanh")
     if activation == "gelu":
@@ -37,8 +46,17 @@ def activation_fwd_ref(activation: str, up: Tensor, gate: Tensor | None) -> Tens
 def activation_bwd_ref(
     activation: str, da: Tensor, up: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the gradients of the pre-activations, dup and dgate (None without a gate), each
-    (rows, hidden)."""
+    """Computes the gradients of the pre-activations.
+
+    Args:
+        activation: Its name.
+        da: Gradient of the hidden layer, (rows, hidden).
+        up: Pre-activations (rows, hidden).
+        gate: Those of the gate, or None.
+
+    Returns:
+        dup and dgate (None without a gate), each (rows, hidden).
+    """
     if activation == "gelu_tanh":
         return torch.ops.aten.gelu_backward(da, up, approximate="tanh"), None
     if activation == "gelu":

@@ -271,7 +271,17 @@ def norm_grad_buffers(
 def norm_partial_buffers(
     x: Tensor, programs: int, has_bias: bool, partials: NormPartials | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The partials of `norm_grad_buffers`."""
+    """Returns the buffers for partial sums of `norm_grad_buffers`.
+
+    Args:
+        x: The rows that are normalised.
+        programs: Programs of the launch, each with a partial sum.
+        has_bias: Whether the norm has a bias.
+        partials: Buffers that several launches share, or None for new ones.
+
+    Returns:
+        (programs, d) for the weight's gradient, and for the bias's, None without one.
+    """
     d = x.shape[1]
     if partials is None:
         own = [torch.empty(programs, d, dtype=torch.float32, device=x.device) for _ in "wb"]
@@ -285,7 +295,16 @@ def norm_partial_buffers(
 def sum_norm_partials(
     dweight: Tensor, dbias: Tensor | None, partials: NormPartials | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Returns dweight (d,) and dbias (d,); None where later launches add to `partials`."""
+    """Sums the partial gradients of a norm.
+
+    Args:
+        dweight: Partial sums of the weight's gradient.
+        dbias: Those of the bias, or None.
+        partials: Buffers that several launches share, or None.
+
+    Returns:
+        dweight (d,) and dbias (d,); None where later launches add to `partials`.
+    """
     if partials is not None:
         return None, None
     return dweight.sum(0), None if dbias is None else dbias.sum(0)

@@ -27,8 +27,16 @@ def upcast_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def normalize(x: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
-    """Returns x̂ (rows, d) and r (rows, 1) of the rows of x. With eps = 0, both are 0 for constant
-    (RMSNorm: zero) rows."""
+    """Normalises rows. With eps = 0, constant (RMSNorm: zero) rows give 0.
+
+    Args:
+        x: (rows, d).
+        eps: Added to the mean square.
+        kind: "rms" or "layer".
+
+    Returns:
+        x̂ (rows, d) and r (rows, 1).
+    """
     x = upcast(x)
     if kind == "layer":
         x = x - x.mean(-1, keepdim=True)

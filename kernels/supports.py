@@ -52,8 +52,16 @@ def mlp_is_fused(d: int, dtype: torch.dtype) -> bool:
 
 
 def up_is_fused(d: int, dtype: torch.dtype, gated: bool) -> bool:
-    """Returns whether the activation is fused with the projection before it. In fp32, where
-    products are multiply-adds, the tiles of two weights at d > 128 would spill kilobytes."""
+    """Returns whether the activation is fused with the projection before it.
+
+    In fp32, where products are multiply-adds, the tiles of two weights at d > 128 would spill
+    kilobytes.
+
+    Args:
+        d: Width of the model.
+        dtype: The dtype of the GEMMs.
+        gated: Whether the MLP has a gate.
+    """
     return norm_is_fused(d, dtype) and not (gated and dtype == torch.float32)
 
 
@@ -154,7 +162,14 @@ def shapes_reason(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> str 
 
 
 def list_reason(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor) -> str | None:
-    """Returns why this list of integers, one per row, is not supported."""
+    """Returns why this list of integers, one per row, is not supported.
+
+    Args:
+        name: Its name in the message.
+        t: The list, or None.
+        shape: The shape that it has to have.
+        x: The rows.
+    """
     if t is None:
         return None
     if t.shape != shape or t.dtype not in (torch.int32, torch.int64):
@@ -191,7 +206,15 @@ def weights_reason(*weights: Tensor | None) -> str | None:
 def rope_reason(
     rows: int, columns: int, rotary: int, cos: Tensor | None, sin: Tensor | None
 ) -> str | None:
-    """Returns why this rotary embedding is not supported."""
+    """Returns why this rotary embedding is not supported.
+
+    Args:
+        rows: Number of rows.
+        columns: Columns of the projection.
+        rotary: Columns that are rotated.
+        cos: (rows, head_dim / 2), or None.
+        sin: As cos.
+    """
     if not rotary:
         return None
     if cos is None or sin is None:
@@ -213,6 +236,12 @@ def layout_reason(
 
     If the layout does not know the last offset, the offsets are copied to the host, once. With a
     row count, x may have more rows than the last offset.
+
+    Args:
+        layout: The sequences.
+        x: (rows, columns).
+        row_count: Number of live rows on the device, or None.
+        others: Further tensors with the rows of x.
     """
     cu, rows = layout.cu_seqlens, x.shape[0]
     if cu.ndim != 1 or len(cu) == 0 or cu.dtype != torch.int32 or not cu.is_contiguous():
@@ -244,7 +273,13 @@ def layout_reason(
 
 
 def heads_divide_reason(columns: int, heads: int, kv_heads: int) -> str | None:
-    """Returns why these columns are not whole heads, which fit each other."""
+    """Returns why these columns are not whole heads, which fit each other.
+
+    Args:
+        columns: Columns of queries, keys and values together.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+    """
     if not 1 <= kv_heads <= heads or heads % kv_heads:
         return f"{heads} heads are not divisible by {kv_heads} key/value heads"
     if columns % (heads + 2 * kv_heads):
@@ -253,7 +288,13 @@ def heads_divide_reason(columns: int, heads: int, kv_heads: int) -> str | None:
 
 
 def heads_reason(columns: int, heads: int, kv_heads: int) -> str | None:
-    """Returns why these attention heads are not supported."""
+    """Returns why these attention heads are not supported.
+
+    Args:
+        columns: Columns of queries, keys and values together.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+    """
     reason = heads_divide_reason(columns, heads, kv_heads)
     if reason:
         return reason
@@ -292,7 +333,19 @@ def loop_reason(
     activation: str,
     kind: str,
 ) -> str | None:
-    """Returns why the whole-loop kernel does not support this call."""
+    """Returns why the whole-loop kernel does not support this call.
+
+    Args:
+        x: The loop's input, (rows, d).
+        layout: The sequences and their iterations.
+        weights: The block's weights.
+        cos: RoPE's cosines (rows, head_dim / 2), or None.
+        sin: As cos.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        activation: The activation of the MLP.
+        kind: "rms" or "layer".
+    """
     if x.device.type == "cuda" and os.environ.get(WHOLE_LOOP) != "1":
         # Its only run on a card, an H200 under triton 3.6, read beyond its shared memory, by code
         # that it no longer has (`loop._code_generation`).

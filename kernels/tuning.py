@@ -12,6 +12,7 @@ processors busy, with "few" to the others. RELAY_FAST_AUTOTUNE=1 searches around
 | norm_linear_fwd, _bwd | d | rows | column pairs |
 | attention_short_fwd, _bwd | slots of the longest sequence | most queries at a time (bwd) | – |
 | attention_wide_fwd, _bwd: short, head_dim > 64 | as attention_short | as attention_short | – |
+| attention_narrow_fwd, _bwd: short, head_dim ≤ 32 | as attention_short | as attention_short | – |
 | attention_long_fwd, _bwd | head_dim | queries | keys |
 | linear_residual | d | rows | columns |
 | loop, loop_gated | rows of the longest sequence | rows | hidden columns |
@@ -79,6 +80,12 @@ TABLE = (
     Rule("attention_short_bwd", 16,  128, "any",  Config( 32,   0, 4, 1),  72, 90, 90, H200),
     Rule("attention_short_bwd", 16,  128, "any",  Config( 32,   0, 8, 1), 72),
     Rule("attention_short_bwd", 32,  128, "any",  Config( 32,   0, 8, 1), 40),
+    Rule("attention_narrow_fwd", 16,  64, "any",  Config(  0,   0, 4, 1), 24),
+    Rule("attention_narrow_fwd", 16, 128, "any",  Config(  0,   0, 8, 1), 20),
+    Rule("attention_narrow_fwd", 32, 128, "any",  Config(  0,   0, 4, 1), 16),
+    Rule("attention_narrow_bwd", 16,  64, "any",  Config( 32,   0, 4, 1), 72),
+    Rule("attention_narrow_bwd", 16, 128, "any",  Config( 32,   0, 8, 1), 72),
+    Rule("attention_narrow_bwd", 32, 128, "any",  Config( 32,   0, 8, 1), 40),
     Rule("attention_wide_fwd",  16,   64, "any",  Config(  0,   0, 4, 1), 24),
     Rule("attention_wide_fwd",  16,  128, "any",  Config(  0,   0, 8, 1), 36),
     Rule("attention_wide_bwd",  16,   64, "any",  Config( 32,   0, 4, 1), 72),
@@ -165,7 +172,15 @@ def pick(
 def pick_or_none(
     op: str, dtype: torch.dtype, width: int, rows: int = 0, device: torch.device | None = None
 ) -> Config | None:
-    """As `pick`, but returns None if no rule of the table applies and fits the device."""
+    """Does what `pick` does, but returns None if no rule of the table applies and fits the device.
+
+    Args:
+        op: The operation.
+        dtype: The dtype of the GEMMs.
+        width: Width of the model.
+        rows: Number of rows, 0 if unknown.
+        device: Device of the tensors; None: the CPU.
+    """
     here = device_props(device or torch.device("cpu"))
     many = cdiv(rows, 128) >= here.processors // _BUSY.get(op, 1)
     rule = _rule(op, _bits(dtype), width, many, here.arch, here.shared_bytes)

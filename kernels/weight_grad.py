@@ -65,7 +65,7 @@ def _weight_grad_kernel(
     # strides
     stride_as, stride_bs, stride_an, stride_dm, stride_xm,
     # sizes, scalars
-    M, M1, M2, M3, M4, M5, M6, M7, N, D, rows_each, offset,
+    M, M1, M2, M3, M4, M5, M6, M7, N, D, rows_each, offset, add,
     # the first row of each further pair of operands, among the rows of all
     at1, at2, at3, at4, at5, at6, at7,
     # where they are, in vectors from the first pair (row counts: in elements)
@@ -74,7 +74,7 @@ def _weight_grad_kernel(
     x6: tl.int64, x7: tl.int64, count1: tl.int64, count2: tl.int64, count3: tl.int64,
     count4: tl.int64, count5: tl.int64, count6: tl.int64, count7: tl.int64,
     # flags and blocks
-    ADD: tl.constexpr, VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,14 +116,12 @@ def _weight_grad_kernel(
     split = split.to(tl.int64)
     at = acc_ptr + split * stride_as + columns[:, None] * stride_an + inside[None, :]
     mask = (columns < N)[:, None] & (inside < D)[None, :]
-    if ADD:
-        total += tl.load(at, mask=mask, other=0.0)
+    total += tl.load(at, mask=mask & (add != 0), other=0.0)
     tl.store(at, total, mask=mask)
     if bias_ptr is not None:
         once = (columns < N) & (tl.program_id(0) == 0)  # all programs of these columns have it
         bias = bias_ptr + split * stride_bs + columns
-        if ADD:
-            line += tl.load(bias, mask=once, other=0.0)
+        line += tl.load(bias, mask=once & (add != 0), other=0.0)
         tl.store(bias, line, mask=once)
 
 
@@ -264,7 +262,7 @@ def _add(
         stride_bs=line.stride(0) if line is not None and line.ndim == 2 else 0,
         stride_an=target.stride(-2), stride_dm=dy.stride(0), stride_xm=x.stride(0),
         N=columns, D=d, rows_each=rows_each, offset=offset, **_further(pairs, rows),
-        ADD=add, BLOCK_N=config.block_n, BLOCK_D=config.block_m, BLOCK_K=block_k,
+        add=int(add), BLOCK_N=config.block_n, BLOCK_D=config.block_m, BLOCK_K=block_k,
         CHAIN=CHAIN, VECTOR=_VECTOR, **config.launch,
     )  # fmt: skip
     if own:

@@ -1,5 +1,19 @@
 """relay_fast: fast looped transformers, and RELAY end to end.
 
+```python
+block = relay_fast.LoopedBlock(d_model=64, n_heads=4, n_layers=2)
+h = block(x, loops=12)  # x and h are (B, n, 64)
+```
+
+Where to read on:
+
+- `LoopedBlock`: the block and its options; `loop`: any module, looped.
+- `relay_fast.engine`: what is computed and what is kept, in pictures; memory against T.
+- `relay_fast.kernels`: the kernels, where each has run, numerics.
+- `relay_fast.tasks`: a task of one's own, and when it is learned.
+- `relay_fast.train`, `relay_fast.generate`, `relay_fast.evaluate`: RELAY's commands.
+- `relay_fast.recipes`: examples to copy from, and experiments of related papers.
+
 The import is fast and loads neither torch, CUDA nor triton: a public name is imported from its
 module on first use.
 """

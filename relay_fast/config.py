@@ -9,6 +9,7 @@ from typing import Any
 
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
+from relay_fast.utils.nearest import nearest
 from relay_fast.utils.numbers import as_bool, as_float, as_int
 from relay_fast.utils.rope import scaled_frequencies
 
@@ -298,18 +299,20 @@ class ModelConfig:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ModelConfig:
         """Builds a config from the result of `to_dict`. Raises ValueError for an unknown option."""
-        for kind, given in ((ModelConfig, values), (BlockConfig, values["block"])):
-            unknown = set(given) - {field.name for field in fields(kind)}
+        for kind, given in ((ModelConfig, values), (BlockConfig, values.get("block"))):
+            known = [field.name for field in fields(kind)]
+            unknown = set(given).difference(known) if isinstance(given, Mapping) else ()
             if unknown:
                 raise ValueError(
-                    f"model option {min(unknown)!r} is unknown: update relay_fast, or remove it"
+                    f"model option {min(unknown)!r} is unknown: the nearest is "
+                    f"{nearest(min(unknown), known)}; correct or remove it, or update relay_fast"
                 )
         return ModelConfig(**values)
 
     @staticmethod
     def of(config: ModelConfig | Mapping[str, Any]) -> ModelConfig:
         """Returns a config unchanged, and builds one from the result of `to_dict`."""
-        return ModelConfig(**config) if isinstance(config, Mapping) else config
+        return ModelConfig.from_dict(config) if isinstance(config, Mapping) else config
 
 
 def _biases(bias: Any) -> bool | tuple[str, ...]:

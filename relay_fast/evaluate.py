@@ -180,14 +180,19 @@ def _accuracy(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m relay_fast.evaluate", description="Evaluate the models of a run."
+        "python -m relay_fast.evaluate",
+        description="Evaluates the models of a run, prints tables, and writes evaluation.json.",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--models", help=f"comma-separated, default all of {','.join(MODEL_NAMES)}")
-    parser.add_argument("--lengths", metavar="A-B", help="default: all that the run evaluates")
-    parser.add_argument("--problems", type=int, default=500, help="problems a length (500)")
-    parser.add_argument("--seed", type=int, help="which problems; default the run's seed")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", help=f"comma-separated; default all: {', '.join(MODEL_NAMES)}")
+    parser.add_argument(
+        "--lengths", metavar="A-B", help="lengths of the problems; default the run's"
+    )
+    parser.add_argument(
+        "--problems", type=int, default=500, help="problems of each length; default 500"
+    )
+    parser.add_argument("--seed", type=int, help="selects the problems; default the run's")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--shard", metavar="I/N", help="evaluate the I-th of N shares of the lengths, 0 ≤ I < N"
     )

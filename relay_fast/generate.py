@@ -10,9 +10,9 @@ Its four forms:
     python -m relay_fast.generate --show DIR
 
 The same command continues an interrupted dataset. Under torchrun, or with --shard I/N from any
-scheduler, each process writes its files of the dataset. An export is text for other programs; with
---dataset beside it, it is made of that dataset (and need not begin anew), with --show of an old
-one.
+scheduler, each process writes its files of the dataset. An export is text for other programs.
+With --dataset it is made from that dataset, so that an interruption loses nothing, with --show from
+an existing one.
 """
 
 from __future__ import annotations
@@ -275,29 +275,35 @@ def _parser() -> argparse.ArgumentParser:
         "(--lengths, --dataset; the same command continues it), or show such a folder (--show).",
     )
     parser.add_argument("--out", metavar="RUN", help="the run's folder")
-    parser.add_argument("--task")
-    parser.add_argument("--length", type=int, help="complexity of the problems to print")
-    parser.add_argument("--lengths", metavar="A-B", help="complexities of the chains to write")
+    parser.add_argument("--task", help="one of the run's tasks, such as arithmetic")
+    parser.add_argument("--length", type=int, help="length of the problems to print")
+    parser.add_argument(
+        "--lengths", metavar="A-B", help="lengths of the problems whose chains are written"
+    )
     parser.add_argument("--dataset", metavar="DIR", help="the folder to write chains into")
     parser.add_argument("--show", metavar="DIR", help="print what a folder of chains holds")
-    parser.add_argument("--export", metavar="FILE", help="write chains as text, one JSON a line")
+    parser.add_argument(
+        "--export", metavar="FILE", help="write chains as text, one JSON object a line"
+    )
     parser.add_argument(
         "--format",
         choices=export.FORMATS,
         default="rounds",
         help="of --export: problem, rounds and answer (rounds), or prompt and completion (sft)",
     )
-    parser.add_argument("--number", type=int, default=5, help="how many chains, in all (5)")
+    parser.add_argument("--number", type=int, default=5, help="how many chains in all; default 5")
     parser.add_argument(
-        "--model", default="looped_aligned", help=f"one of {', '.join(MODEL_NAMES)}"
+        "--model",
+        default="looped_aligned",
+        help=f"one of {', '.join(MODEL_NAMES)}; default the first",
     )
     parser.add_argument(
         "--verify",
         choices=CHECKS,
         default="self",
         help="which chains are marked as passed: those whose answer agrees with their rounds or, "
-        "without an answer head, of whose every token the model is sure (self); those that follow "
-        "the task's rules (task); all (none)",
+        "without an answer head, of whose every token the model is sure (self, the default); those "
+        "that follow the task's rules (task); all (none)",
     )
     parser.add_argument(
         "--shard",
@@ -306,10 +312,13 @@ def _parser() -> argparse.ArgumentParser:
         "when all are there",
     )
     parser.add_argument(
-        "--shard-chains", type=int, default=SHARD_CHAINS, help=f"chains a file ({SHARD_CHAINS})"
+        "--shard-chains",
+        type=int,
+        default=SHARD_CHAINS,
+        help=f"chains in a file; default {SHARD_CHAINS}",
     )
-    parser.add_argument("--seed", type=int, default=0, help="which problems (0)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="selects the problems; default 0")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     return parser
 
 

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from relay_fast.ops.dispatch import select
 from relay_fast.relay.pipeline import OutOfTime, run_pipeline, with_needs
 from relay_fast.relay.presets import load_preset, override, preset_names, recipe
@@ -271,43 +273,54 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"settings (--set KEY=VALUE), as in a preset:\n{described_text(RunConfig)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())} (cpu)")
-    parser.add_argument("--config", metavar="FILE", help="a TOML file instead of a preset")
-    parser.add_argument("--out", metavar="RUN", help="the run folder")
+    parser.add_argument("--preset", help=f"one of {', '.join(preset_names())}; default cpu")
+    parser.add_argument("--config", metavar="FILE", help="a TOML file in place of a preset")
+    parser.add_argument("--out", metavar="RUN", help="the run's folder")
     parser.add_argument(
-        "--print-config", action="store_true", help="print all settings of the run, as TOML"
+        "--print-config", action="store_true", help="only print all settings, as TOML"
     )
-    parser.add_argument("--tasks", help="comma-separated, default all of the preset")
-    parser.add_argument("--stages", help="comma-separated, default all; with dependencies")
+    parser.add_argument("--tasks", help="comma-separated; default all of the preset")
+    parser.add_argument(
+        "--stages",
+        help="comma-separated; what they need is run first; default all: "
+        + ", ".join(STAGE_DEPENDENCIES),
+    )
     parser.add_argument("--steps", type=int, help="steps of every training stage")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--eval-problems", type=int, help="problems a length in evaluation")
-    parser.add_argument("--scale", type=float, help="share of all steps and problems, like 0.01")
+    parser.add_argument("--batch-size", type=int, help="problems in a batch")
+    parser.add_argument("--eval-problems", type=int, help="problems of each length in evaluation")
+    parser.add_argument("--scale", type=float, help="share of all steps and problems, such as 0.01")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="values",
-        help="change a setting, like model.d_model=64",
+        help="change a setting, such as model.d_model=64; may be repeated",
     )
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--minutes", type=float, help="stop and save after so many minutes")
+    parser.add_argument("--seed", type=int, help="of all random numbers; default the preset's")
+    parser.add_argument(
+        "--minutes", type=float, help="stop and save after so many; the same command continues"
+    )
     parser.add_argument("--no-report", action="store_true", help="print no table and draw no plots")
     parser.add_argument(
         "--device",
         default="cpu",
-        help="cpu, cuda, or several like cuda:0,cuda:1 for stages side by side",
+        help="cpu (default), cuda, or several such as cuda:0,cuda:1 for stages side by side",
     )
-    parser.add_argument("--impl", default="auto", choices=("auto", "triton", "torch"))
+    parser.add_argument(
+        "--impl",
+        default="auto",
+        choices=("auto", "triton", "torch"),
+        help="Triton kernels, plain PyTorch, or what suits the device (auto, the default)",
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status.
 
-    It is 0 (also out of minutes), 1 if training diverged or a worker died, 2 for bad input, 130
-    when interrupted.
+    It is 0 (also out of minutes), 1 if training diverged, a worker died or memory ran out, 2 for
+    bad input, 130 when interrupted.
     """
     with lenient_output():
         parser = _parser()
@@ -367,6 +380,14 @@ def _main(a: argparse.Namespace) -> int:
     except RunStopped as error:
         if speaks() or isinstance(error, WorkerDied):
             print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        if speaks():
+            told = ". ".join(str(error).split(". ")[:3]).rstrip(".")  # what was asked, and is free
+            print(
+                f"\nerror: {told}. Set a smaller batch_size, or training.recompute=auto",
+                file=sys.stderr,
+            )
         return 1
     except OutOfTime:
         if speaks():

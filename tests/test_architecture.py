@@ -88,8 +88,40 @@ def targets(module: str, node: ast.AST) -> Iterator[str]:
                 yield below
             elif source != "relay_fast" or not alias.name.startswith("__"):
                 yield source
-    elif isinstance(node, ast.Constant) and node.value in FILES and "." in node.value:
-        yield node.value
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        name = node.value.partition(":")[0]  # "module:Class" too
+        if name in FILES and "." in name:
+            yield name
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        first = node.args[0] if node.args else None
+        if isinstance(first, ast.Constant) and str(first.value).startswith("."):
+            level = len(first.value) - len(first.value.lstrip("."))
+            yield absolute(module, ast.ImportFrom(first.value[level:], [], level))
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import relay_fast.train", {"relay_fast.train"}),
+        ("def f():\n    from relay_fast.relay import stages", {"relay_fast.relay.stages"}),
+        ("from relay_fast.relay.stages import Context", {"relay_fast.relay.stages"}),
+        ("from ..relay import stages", {"relay_fast.relay.stages"}),
+        ("from . import layers", {"relay_fast.ops.layers"}),
+        ("from relay_fast import loop", {"relay_fast"}),
+        ("import_module('relay_fast.relay.stages')", {"relay_fast.relay.stages"}),
+        ("importlib.import_module('..relay.stages', __package__)", {"relay_fast.relay.stages"}),
+        (
+            "TASKS = {'addition': 'relay_fast.tasks.addition:Addition'}",
+            {"relay_fast.tasks.addition"},
+        ),
+        ("from relay_fast import __version__\nimport torch, sys", set()),
+    ],
+)
+def test_every_kind_of_import_is_seen(code: str, found: set[str]) -> None:
+    """As a line of relay_fast/ops/dispatch.py."""
+    nodes = ast.walk(ast.parse(code))
+    seen = {name for node in nodes for name in targets("relay_fast.ops.dispatch", node)}
+    assert {name for name in seen if name.split(".")[0] == "relay_fast"} == found
 
 
 def imports() -> Iterator[Import]:

@@ -100,3 +100,12 @@ def test_the_new_norms_draw_no_random_numbers() -> None:
 def test_bad_input(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BlockConfig(**{"d_model": 16, "n_heads": 2, "n_layers": 1, **options})
+
+
+@pytest.mark.parametrize("make", [ModelConfig.from_dict, ModelConfig.of])
+def test_an_unknown_option_names_the_nearest(make) -> None:
+    values = ModelConfig(BlockConfig(8, 2, 1), 10, 4).to_dict()
+    with pytest.raises(ValueError, match="'d_modle' is unknown: the nearest is d_model;"):
+        make(values | {"block": values["block"] | {"d_modle": 3}})
+    with pytest.raises(ValueError, match="'max_token' is unknown: the nearest is max_tokens;"):
+        make(values | {"max_token": 3})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,47 @@ def test_lines_are_short(document: str) -> None:
     lines = text_of(document).splitlines()
     long = {i: len(line) for i, line in enumerate(lines, 1) if len(line) > LONGEST_LINE}
     assert not long
+
+
+def has_arguments(node: ast.AST) -> bool:
+    return "Args:" in (ast.get_docstring(node) or "")
+
+
+def public_functions(folder: Path) -> Iterator[tuple[str, ast.FunctionDef, ast.ClassDef | None]]:
+    """Functions and methods of modules, classes and names without a leading underscore."""
+    for path in sorted(folder.rglob("*.py")):
+        if path.stem.startswith("_") and path.stem != "__init__":
+            continue
+        tree = ast.parse(path.read_text())
+        classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+        for owner in (tree, *classes):
+            for node in owner.body:
+                if isinstance(node, ast.FunctionDef) and (
+                    node.name[0] != "_" or node.name == "__init__"
+                ):
+                    inside = owner if isinstance(owner, ast.ClassDef) else None
+                    yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node, inside
+
+
+def test_functions_of_more_than_two_parameters_describe_them() -> None:
+    """`__init__` in its class, a method of a derived class possibly in the one that it overrides.
+    Kernels are described by their launchers, `run` of the recipes in relay_fast/recipes."""
+    found = [f for top in ("relay_fast", "kernels") for f in public_functions(ROOT / top)]
+    documented = {node.name for _, node, owner in found if owner and has_arguments(node)}
+    missing, checked = [], 0
+    for place, node, owner in found:
+        taken = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        jit = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        recipe = place.startswith("relay_fast/recipes/") and node.name == "run"
+        if len([name for name in taken if name not in ("self", "cls")]) <= 2 or jit or recipe:
+            continue
+        checked += 1
+        overrides = owner is not None and owner.bases and node.name in documented
+        constructor = owner is not None and node.name == "__init__" and has_arguments(owner)
+        if not (has_arguments(node) or overrides or constructor):
+            missing.append(place)
+    assert not missing, missing
+    assert checked > 300
 
 
 def test_names_in_the_guide_stand_in_the_sources() -> None:

@@ -225,7 +225,7 @@ def page(sizes: list[int], measured_csv: Path | None) -> str:
         + (INTERPRETED if interpreted else "")
         + "Made by `python -m benchmarks.card.profile`. **Everything but the measured columns is a "
         f"prediction**: {card.name}, {card.flops_16_bit / 1e12:.0f} TFLOP/s and "
-        f"{card.bandwidth / 1e12:.1f} TB/s (design.md), every launch recorded with its own "
+        f"{card.bandwidth / 1e12:.1f} TB/s, every launch recorded with its own "
         "configuration, FLOPs and bytes by `benchmarks/kernel_costs.py`. *Floor*: each launch at "
         "the ceiling that binds it, nothing read twice. *With idle processors*: the same over the "
         f"share of the {DEVICE_PROPS[ARCH].processors} processors that the launch's programs keep "

@@ -48,7 +48,7 @@ from relay_fast.training.optim import make_optimizer
 from relay_fast.utils.files import replacing
 
 ARCH = 90
-L2_BANDWIDTH = 5.5e12  # bytes a second, H200 (design.md)
+L2_BANDWIDTH = 5.5e12  # bytes a second, H200
 # Assumed, until a card has measured them. (floor, expected) seconds:
 NODE = (1.0e-6, 1.5e-6)  # of a graph's node beside its work
 LAUNCH = (25e-6, 35e-6)  # of a launch from Python, eagerly

@@ -11,7 +11,7 @@ from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
 class Padding:
-    """Where the tokens of a padded batch are. The mask is copied to the host.
+    """Locates the tokens of a padded batch. The mask is copied to the host.
 
     Args:
         mask: (B, n), 1 or True for tokens, 0 or False for padding; each row's tokens are

@@ -82,5 +82,14 @@ class Paddings:
 
 @torch.inference_mode(False)
 def device_tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copies an array to a device; never as an inference tensor, since a plan outlives the mode."""
+    """Copies an array to a device, never as an inference tensor, since a plan outlives the mode.
+
+    Args:
+        array: The array.
+        dtype: The dtype of the tensor.
+        device: Where the tensor is made.
+
+    Returns:
+        A tensor of the array's shape.
+    """
     return upload([torch.from_numpy(np.ascontiguousarray(array)).to(dtype)], device)[0]

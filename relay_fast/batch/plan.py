@@ -85,8 +85,17 @@ class Plan:
 
     @classmethod
     def of_rows(cls, rows: int, loops: int, device: torch.device) -> Plan:
-        """Makes the plan of sequences of one row that loop equally often: the constructor's, at a
-        fifth of its cost."""
+        """Makes the plan of sequences of one row that loop equally often, at a fifth of the
+        constructor's cost.
+
+        Args:
+            rows: Number of sequences, each of one row.
+            loops: Iterations of every sequence.
+            device: Where the plan's tensors are.
+
+        Returns:
+            The plan that the constructor makes of these sizes.
+        """
         plan = cls.__new__(cls)
         plan.device, plan.sorted, plan.max_loops = device, True, loops if rows else 0
         plan.order, plan.offsets = np.arange(rows), np.arange(rows + 1)

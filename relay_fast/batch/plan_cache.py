@@ -16,7 +16,14 @@ def cached_plan(
     device: torch.device,
     positions: np.ndarray | None = None,
 ) -> Plan:
-    """Returns the `Plan` of these values: that of an earlier call if it was among the last ones."""
+    """Returns the `Plan` of these values: that of an earlier call if it was among the last ones.
+
+    Args:
+        lengths: Rows of each sequence.
+        loops: Iterations of each sequence.
+        device: Where the plan's tensors are.
+        positions: RoPE positions of the rows, by default 0, 1, ... in each sequence.
+    """
     as_bytes = lambda values: np.ascontiguousarray(values, np.int64).tobytes()
     where = None if positions is None else as_bytes(positions)
     return _plan(as_bytes(lengths), as_bytes(loops), where, device)

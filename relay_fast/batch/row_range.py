@@ -44,17 +44,17 @@ class RowRange:
 
     @property
     def rows(self) -> slice | Tensor:
-        """Where the rows are among all rows of the batch."""
+        """The rows' place among all rows of the batch."""
         return slice(self.first_row, self.last_row) if self.members is None else self.members.rows
 
     @property
     def source(self) -> slice | Tensor:
-        """Where the rows are in state t − 1."""
+        """The rows' place in state t − 1."""
         return self.rows if self.members is None else self.members.source
 
     @property
     def target(self) -> slice | Tensor:
-        """Where the rows are in state t."""
+        """The rows' place in state t."""
         return self.rows if self.members is None else self.members.target
 
 

@@ -39,10 +39,18 @@ def iterations_of(
     draws: Mapping[str, FeedbackDraws] | None = None,
     rng: np.random.Generator | None = None,
 ) -> Iterations:
-    """What the iterations of problems `owner` see after `before` rounds, each by its own task.
+    """Returns the inputs that iterations see, made by each problem's own task.
 
-    draws, by task: what `rng` varies in training; without them nothing is drawn. Raises ValueError
-    for a task that does not say or has no such draws.
+    Args:
+        written: Problems, with the rounds written so far.
+        tasks: The tasks by name.
+        owner: (I,) the problem of each iteration.
+        before: (I,) the rounds that are written before each iteration.
+        draws: By task, what `rng` varies in training; without them nothing is drawn.
+        rng: The random generator of the draws.
+
+    Raises:
+        ValueError: A task does not define its inputs, or does not support its draws.
     """
     kinds = written.problems.task[owner]
     parts = {}
@@ -92,7 +100,18 @@ def true_rounds(
     before: np.ndarray,
     shifts: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens,) int64 and sizes (I,): the round that each iteration has to write."""
+    """Returns the round that each iteration has to write.
+
+    Args:
+        samples: Solved problems.
+        tasks: The tasks by name.
+        owner: (I,) the problem of each iteration.
+        before: (I,) the rounds that come before it.
+        shifts: (I,) what is added to every number that it is fed.
+
+    Returns:
+        The tokens of the rounds, end to end, int64, and the size of each (I,).
+    """
     r = samples.first_round[owner] + before
     sizes = np.diff(samples.round_offsets)[r]
     rounds = samples.rounds[concat_ranges(samples.round_offsets[r], sizes)].astype(np.int64)
@@ -140,7 +159,15 @@ def collate_next(
     before: np.ndarray,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The batch off which a model with feedback reads one round of each of the problems `owner`."""
+    """Collates the batch off which a model with feedback reads one round of each problem.
+
+    Args:
+        written: Problems, with the rounds written so far.
+        tasks: The tasks by name.
+        owner: (I,) the problems to continue.
+        before: (I,) the rounds that each of them has.
+        device: Where the batch is made.
+    """
     inputs, widths, _ = iterations_of(written, tasks, owner, before)
     plan = Plan(widths, np.ones(len(owner), np.int64), device, inputs.positions)
     none = torch.zeros(0, dtype=torch.int64, device=device)
@@ -162,7 +189,14 @@ def collate_next(
 def mean_iteration_tokens(
     task: Task, length: int, draws: FeedbackDraws, problems: int = 64
 ) -> float:
-    """Tokens of all inputs of a problem of a length, on average over some."""
+    """Returns the tokens of all inputs of a problem, on average over some problems.
+
+    Args:
+        task: The task.
+        length: Length of the problems.
+        draws: What is drawn for each iteration in training.
+        problems: How many problems are drawn.
+    """
     rng = np.random.default_rng(0)
     samples = task.sample(np.full(problems, length), seed=0)
     owner = np.repeat(np.arange(problems), samples.loops)

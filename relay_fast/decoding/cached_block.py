@@ -165,7 +165,16 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 def lean_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str, dtype: torch.dtype
 ) -> Tensor:
-    """Computes `norm_fwd_ref`, which has the same arguments, with fewer kernel launches."""
+    """Computes `norm_fwd_ref` with fewer kernel launches.
+
+    Args:
+        x: (rows, d).
+        weight: (d,).
+        bias: (d,) or None.
+        eps: Added to the mean square.
+        kind: "rms" or "layer".
+        dtype: The dtype of the result.
+    """
     if kind != "rms":
         return norm_fwd_ref(x, weight, bias, eps, kind, dtype)
     x = upcast(x)
@@ -178,9 +187,18 @@ def lean_norm(
 def lean_argmax(
     h: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, eps: float, kind: str
 ) -> Tensor:
-    """Computes `argmax_ref`, which has the same arguments, with fewer kernel launches.
+    """Computes `argmax_ref` with fewer kernel launches; of equal logits the first counts.
 
-    Of equal logits the first counts.
+    Args:
+        h: States (rows, d).
+        norm_weight: (d,).
+        norm_bias: (d,) or None.
+        head: (V, d).
+        eps: Added to the mean square in the norm.
+        kind: "rms" or "layer".
+
+    Returns:
+        Token ids (rows,).
     """
     if len(h) * len(head) > CHUNK_LOGITS:
         return argmax_ref(h, norm_weight, norm_bias, head, eps, kind)

@@ -185,8 +185,13 @@ def stream_scored(
     first: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[np.ndarray, Samples, ChainLogProbs | None]]:
-    """Does what `stream_chains` does, and yields each batch's log-probabilities too, None unless
-    `scored`."""
+    """Does what `stream_chains` does, and yields log-probabilities too.
+
+    Args:
+        model, problems, tasks, first, shard: As in `stream_chains`.
+        scored: Whether to compute the log-probabilities; if not, None is yielded for them.
+        batch_tokens, progress: As in `generate_looped_chains`.
+    """
     if isinstance(model, AutoregressiveTransformer):
         raise TypeError(
             "generate_looped_chains needs a looped model: use "

@@ -29,7 +29,14 @@ def stream_confident(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> Iterator[Confident]:
     """Yields what `relay_fast.decoding.chains.stream_chains` does, with confidences where the model
-    tells them."""
+    tells them.
+
+    Args:
+        model: The looped model.
+        problems: The problems to solve.
+        tasks: The tasks by name.
+        options: Further arguments of `stream_chains`.
+    """
     scored = tells_confidence(model)
     for chosen, written, scores in stream_scored(model, problems, tasks, scored, **options):
         yield chosen, written, least_log_probs(written, scores.rounds) if scored else None
@@ -38,8 +45,18 @@ def stream_confident(
 def generate_confident(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], **options
 ) -> tuple[Samples, np.ndarray | None]:
-    """Returns what `relay_fast.decoding.chains.generate_looped_chains` does, and the confidence of
-    each chain, (S,) fp32 or None."""
+    """Generates chains, and the model's confidence in each.
+
+    Args:
+        model: The looped model.
+        problems: The problems to solve.
+        tasks: The tasks by name.
+        options: Further arguments of `stream_confident`.
+
+    Returns:
+        What `relay_fast.decoding.chains.generate_looped_chains` returns, and the confidences, (S,)
+        fp32, or None for a model that does not tell them.
+    """
     return confident_in_order(list(stream_confident(model, problems, tasks, **options)), problems)
 
 

@@ -20,11 +20,20 @@ from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 def read_fed_rounds(
     model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], scored: bool
 ) -> tuple[Samples, np.ndarray | None]:
-    """The problems with the rounds that the model writes and the answers that these imply,
-    NO_ANSWER where they imply none; and if `scored`, the log-probability of each round's token.
+    """Solves problems with a model that is fed its own rounds.
 
     The inputs of an iteration are made on the host, of the tokens that come back from the one
     before: one synchronisation an iteration.
+
+    Args:
+        model: A model with feedback.
+        problems: The problems.
+        tasks: The tasks by name.
+        scored: Whether to return log-probabilities.
+
+    Returns:
+        The problems with the rounds that the model writes and the answers that these imply
+        (NO_ANSWER where they imply none), and the log-probability of each round's token, or None.
     """
     loops, first = problems.loops, problems.first_round
     rounds, total = int(first[-1]), 0
@@ -62,7 +71,7 @@ def _implied_answers(chains: Samples, tasks: Mapping[str, Task]) -> np.ndarray:
 
 
 def find_rounds(ids: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rounds lie in the ids of every iteration's active prefix, iteration-major: index
+    """Finds the rounds in the ids of every iteration's active prefix, iteration-major: index
     of each of their tokens, sequence by sequence, and the rounds' offsets."""
     active = np.array(plan.active_sequences, np.int64)
     owner = concat_ranges(np.zeros_like(active), active)

@@ -28,7 +28,7 @@ Parameter = nn.Parameter
 
 
 class BlockWeights(NamedTuple):
-    """What a pass computes with."""
+    """The weights that a pass computes with."""
 
     names: Sequence[str]
     tensors: list[Tensor]  # in the order of `names`

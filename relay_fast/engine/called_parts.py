@@ -67,7 +67,7 @@ def iterations_with_calls(
 
 
 class CalledParts:
-    """What all iterations of one pass over called parts share, forward and backward.
+    """State that all iterations of one pass over called parts share, forward and backward.
 
     Args:
         weights: the block's weights, with the parts to call.
@@ -226,7 +226,17 @@ class CalledIteration(BlockIteration):
     def forward(
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
-        """As BlockIteration's; with `keep`, returns the ends of the iteration's graph."""
+        """Does what `BlockIteration.forward` does, by calling the parts.
+
+        Args:
+            h: State t − 1.
+            row_range: The rows of iteration t.
+            out: Receives state t.
+            keep: Whether a backward follows.
+
+        Returns:
+            With `keep` the inputs and outputs of the iteration's graph, otherwise an empty list.
+        """
         parts, key = self.parts, (row_range.iteration, row_range.part)
         context = nullcontext()
         if key in parts.rng_states:

@@ -281,7 +281,21 @@ def loop_bwd(
     needed: list[bool],
     *options,
 ) -> list[Tensor]:
-    """Returns the gradients of x and the parameters, for those that are `needed`."""
+    """Computes the backward of the loop op.
+
+    Args:
+        g_final: Gradient of the final state.
+        g_states: Gradients of the states that were returned.
+        x: The loop's input.
+        chosen: The states that the forward returned.
+        kept: The states that it kept for the backward.
+        parameters: The block's parameters.
+        needed: Which of x and the parameters need a gradient.
+        options: The forward's options.
+
+    Returns:
+        The gradients that are needed, of x first.
+    """
     spec, rows = _make_spec(x, options)
     names = sorted(kept_states(spec, x[:1].nbytes))
     parts = kept.split([spec.plan.rows_at(t) for t in names]) if names else ()

@@ -47,7 +47,16 @@ class Criterion:
         return self.measure(new, old, cu_seqlens) <= self.threshold
 
     def measure(self, new: Tensor, old: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Returns what is compared with the threshold, (sequences,)."""
+        """Computes the value that is compared with the threshold.
+
+        Args:
+            new: State t of the sequences, padded or packed.
+            old: State t − 1.
+            cu_seqlens: Row offsets of packed states; None for padded ones.
+
+        Returns:
+            One value for each sequence.
+        """
         raise NotImplementedError
 
 

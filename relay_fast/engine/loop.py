@@ -50,7 +50,16 @@ def run_loop(
 def run_with_aux(
     spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `run_loop`; also returns the sum of the body's auxiliary values, (A,)."""
+    """Does what `run_loop` does, and sums the body's auxiliary values.
+
+    Args:
+        spec: The pass.
+        x: The input, (rows, d) in sorted order.
+        parameters: The parameters of the body, then those of the readout.
+
+    Returns:
+        What `run_loop` returns, and the sum of the auxiliary values, (A,).
+    """
     refuse_transforms(x, *parameters)
     if torch.is_grad_enabled():
         return _Loop.apply(choose_policy(spec, x, parameters), x, *parameters)

@@ -22,7 +22,16 @@ def tensors_in(*values: object) -> list[Tensor]:
 
 
 def check_rows(per_row: Mapping[str, object], rows: int, device: torch.device) -> None:
-    """Raises TypeError or ValueError unless `per_row` holds tensors with one entry for each row."""
+    """Checks arguments that have one entry for each row.
+
+    Args:
+        per_row: The arguments by name.
+        rows: Number of rows.
+        device: Where they have to be.
+
+    Raises:
+        TypeError, ValueError: One is no tensor, or has another length or device.
+    """
     for path, value in tree_flatten_with_path(per_row)[0] if per_row else ():
         name = f"per_row{keystr(path)}"
         if not isinstance(value, Tensor):
@@ -116,8 +125,16 @@ def refuse_unregistered_tensors(
 def refuse_retained_graphs(
     module: nn.Module, shared: Mapping[str, object], known: Callable[[Tensor], bool]
 ) -> None:
-    """Raises RuntimeError if the module or its arguments store a tensor with a graph that is not
-    `known` from before."""
+    """Refuses modules that leave a graph behind in an iteration.
+
+    Args:
+        module: The module.
+        shared: The arguments that all iterations share.
+        known: Tells whether a tensor had its graph before the iteration.
+
+    Raises:
+        RuntimeError: The module or an argument stores a tensor with a new graph.
+    """
     for where, tensor in find_retained_graphs(module, shared).values():
         if not known(tensor):
             raise RuntimeError(

@@ -30,7 +30,7 @@ from relay_fast.ops.gradients import GradientBuffers
 
 @dataclass
 class Options:
-    """How a module is called, apart from its tensors.
+    """Options of a module's calls, apart from its tensors.
 
     Args:
         tree: the structure of the state.
@@ -46,7 +46,16 @@ class Options:
 
 
 class Call:
-    """One call of `loop`: its tensors as leaves of their own graphs, and its RNG states."""
+    """One call of `loop`: its tensors as leaves of their own graphs, and its RNG states.
+
+    Args:
+        module: The module that is looped.
+        plan: The plan of the batch.
+        per_row: The arguments with one entry for each row.
+        shared: The arguments that all iterations share.
+        options: How the module is called.
+        x: The loop's input.
+    """
 
     def __init__(self, module: nn.Module, plan: Plan, per_row, shared, options: Options, x: Tensor):
         self.module, self.plan, self.options = module, plan, options
@@ -126,7 +135,17 @@ class ModuleIteration:
     def forward(
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
-        """Writes the next state into `out`; with `keep`, returns the iteration's graph."""
+        """Writes the next state.
+
+        Args:
+            h: State t − 1.
+            row_range: The rows of iteration t.
+            out: Receives state t.
+            keep: Whether a backward follows.
+
+        Returns:
+            With `keep` the iteration's graph.
+        """
         call, key = self.call, (row_range.iteration, row_range.part)
         if key in call.rng_states:
             with call.rng_states[key].restored():
@@ -198,6 +217,15 @@ class ModuleIteration:
         row_range: RowRange,
         grads: GradientBuffers,
     ) -> Tensor:
+        """Computes the gradient of state t − 1 through the iteration's graph.
+
+        Args:
+            g: Gradient of state t.
+            h: State t − 1.
+            saved: What `forward` returned.
+            row_range: The rows of iteration t.
+            grads: Receives the gradients of the parameters.
+        """
         call, tree = self.call, self.call.options.tree
         state, results, sliced = saved[0], saved[1 : 1 + self.results], saved[1 + self.results :]
         gradients = tree.split_gradient(g, results[: self.states])

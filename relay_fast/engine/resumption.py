@@ -71,7 +71,7 @@ class Entry:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What follows the block's parameters in the engine's list."""
+        """The tensors that follow the block's parameters in the engine's list."""
         return [] if self.inject is None else [self.inject]
 
     def enter(self, spec: LoopSpec, config: BlockConfig) -> LoopSpec:
@@ -95,8 +95,16 @@ class Entry:
 
 
 def check_max_loops(config: BlockConfig, plan: Plan, start: int = 0) -> None:
-    """Raises ValueError if the plan, after `start` earlier iterations, loops more often than the
-    loop-index embedding has entries."""
+    """Checks that the loop-index embedding has an entry for every iteration.
+
+    Args:
+        config: The block's config.
+        plan: The plan of the batch.
+        start: Iterations that ran earlier.
+
+    Raises:
+        ValueError: The plan loops more often.
+    """
     if config.max_loops and start + plan.limit > config.max_loops:
         asked = f"start + loops = {start} + {plan.limit}" if start else f"loops = {plan.limit}"
         raise ValueError(

@@ -56,7 +56,16 @@ def rope_table(
 def block_rope_table(
     config: BlockConfig, positions: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Returns the RoPE tables (rows, head_dim / 2) of a block that has RoPE."""
+    """Computes the RoPE tables of a block.
+
+    Args:
+        config: The config of a block with RoPE.
+        positions: (rows,) positions of the rows.
+        dtype: The dtype of the tables.
+
+    Returns:
+        cos and sin, (rows, head_dim / 2).
+    """
     c = config
     return rope_table(
         positions,

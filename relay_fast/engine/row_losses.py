@@ -17,7 +17,13 @@ from relay_fast.ops.gradients import GradientBuffers
 
 
 class RowLosses:
-    """Computes the readout of each iteration from its state; keeps only the log-sum-exp."""
+    """Computes the readout of each iteration from its state; keeps only the log-sum-exp.
+
+    Args:
+        spec: The pass.
+        x: Its input.
+        parameters: Its parameters, those of the readout last.
+    """
 
     def __init__(self, spec: LoopSpec, x: Tensor, parameters: Sequence[Tensor | None]):
         self._spec, self._readout = spec, spec.readout

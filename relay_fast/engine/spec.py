@@ -44,8 +44,17 @@ class Iteration(Protocol):
     def forward(
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True
     ) -> list[Tensor | None]:
-        """Writes state t of the rows into `out`, given state t − 1 in `h`; with `keep`, returns the
-        tensors that `backward` needs."""
+        """Computes state t.
+
+        Args:
+            h: State t − 1.
+            row_range: The rows of iteration t.
+            out: Receives state t of these rows.
+            keep: Whether a backward follows.
+
+        Returns:
+            With `keep` the tensors that `backward` needs.
+        """
         ...
 
     def backward(
@@ -56,9 +65,18 @@ class Iteration(Protocol):
         row_range: RowRange,
         grads: GradientBuffers,
     ) -> Tensor:
-        """Returns the gradient of state t − 1, given that of state t in `g`; adds those of the
-        parameters to `grads`. It may be `g` itself, written over; dead rows then keep what they
-        have."""
+        """Computes the gradient of state t − 1.
+
+        Args:
+            g: Gradient of state t; may be overwritten by the result. Dead rows keep what they have.
+            h: State t − 1.
+            saved: What `forward` returned.
+            row_range: The rows of iteration t.
+            grads: Receives the gradients of the parameters, added to what it holds.
+
+        Returns:
+            The gradient of state t − 1, possibly `g` itself.
+        """
         ...
 
 

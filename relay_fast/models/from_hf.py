@@ -25,7 +25,7 @@ FREE = ("causal", "dropout", "loop_norm", "injection", "max_loops", "state_noise
 
 
 class _Family(NamedTuple):
-    """How a class of layers names its parts.
+    """The names that a class of layers gives its parts.
 
     parts: modules by the block's names; the rows of several are put end to end.
     interleaved: whether RoPE rotates neighbouring columns.

@@ -83,7 +83,13 @@ class NormAndHead:
         return weights
 
     def argmax(self, states: Tensor, ops: Ops, dtype: torch.dtype) -> Tensor:
-        """Returns the most likely class of each row (N,)."""
+        """Returns the most likely class of each row (N,).
+
+        Args:
+            states: (N, d).
+            ops: The implementation.
+            dtype: The dtype of the GEMMs.
+        """
         weights = self.weights()
         if isinstance(weights, str):
             return self._logits(states).argmax(-1)
@@ -130,7 +136,18 @@ class NormAndHead:
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """As `row_losses`, by calling norm and head."""
+        """Does what `row_losses` does, by calling norm and head.
+
+        Args:
+            states: (N, d).
+            rows: (R,) the rows with a target.
+            targets: (R,) classes; negative ones are ignored.
+            label_smoothing: Share of the target's probability that is spread evenly.
+            z_loss: Weight of the squared log-partition function.
+
+        Returns:
+            The loss of each row, and whether its most likely class is the target.
+        """
         logits = upcast(self._logits(states[rows]))
         lse, ignored = logits.logsumexp(-1), targets < 0
         own = logits.gather(1, targets.clamp(min=0).long().unsqueeze(1)).squeeze(1)

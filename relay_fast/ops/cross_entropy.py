@@ -103,8 +103,16 @@ def _scatter(rows: Tensor, dh: Tensor, shape: torch.Size, dtype: torch.dtype) ->
 
 
 def weighted_losses(loss: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
-    """Returns loss · weights (R,) in the losses' dtype, 0 for ignored targets whatever their
-    weight."""
+    """Weights losses.
+
+    Args:
+        loss: (R,) losses of rows.
+        weights: (R,) their weights.
+        targets: (R,) their targets; negative ones are ignored.
+
+    Returns:
+        loss · weights (R,) in the losses' dtype, 0 for ignored targets whatever their weight.
+    """
     return (loss * weights.to(loss.dtype)).masked_fill(targets < 0, 0)
 
 
@@ -257,7 +265,24 @@ def row_cross_entropy_fwd(
     z_loss: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns loss and lse (R,), fp32 or fp64, and correct (R,) bool."""
+    """The forward of the compiled op: norm, head and cross-entropy of rows.
+
+    Args:
+        states: (N, d).
+        rows: (R,) the rows with a target.
+        targets: (R,) token ids; negative ones are ignored.
+        norm_weight: (d,).
+        norm_bias: (d,) or None.
+        head: (V, d).
+        eps: Added to the mean square in the norm.
+        kind: "rms" or "layer".
+        label_smoothing: Share of the target's probability that is spread evenly.
+        z_loss: Weight of the squared log-partition function.
+        impl: Implementation of the kernels.
+
+    Returns:
+        Loss and lse (R,), fp32 or fp64, and correct (R,) bool.
+    """
     options = _options(eps, kind, label_smoothing, z_loss)
     ops = select(impl, states.device)
     with launch_context(states):
@@ -287,7 +312,17 @@ def row_cross_entropy_bwd(
     impl: str,
     needed: list[bool],
 ) -> list[Tensor]:
-    """Returns the gradients of states, norm weight, norm bias and head that are needed."""
+    """The backward of the compiled op.
+
+    Args:
+        grad: (R,) gradient of the losses.
+        states: As in the forward, and so are the others but these:
+        lse: (R,) what the forward returned.
+        needed: Which of states, norm weight, norm bias and head need a gradient.
+
+    Returns:
+        The gradients that are needed, in that order.
+    """
     ops, parameters = select(impl, states.device), (norm_weight, norm_bias, head)
     grads = GradientBuffers(parameters, needed[1:], ops.weight_grad)
     with launch_context(states):

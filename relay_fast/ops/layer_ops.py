@@ -19,7 +19,7 @@ Gradients = dict[str, Callable[[], Tensor | None]]
 
 
 class LayerOpParts(NamedTuple):
-    """What an op consists of. t: its tensors, o: its options, both NamedTuples."""
+    """The parts of an op. t: its tensors, o: its options, both NamedTuples."""
 
     tensors: type  # NamedTuple of tensors, None if absent
     options: type  # NamedTuple of int, float, bool and str

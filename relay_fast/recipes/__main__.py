@@ -162,14 +162,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-h", "--help", action="store_true", help="this text; after NAME also the recipe's settings"
     )
-    parser.add_argument("--preset", default="cpu", help="cpu (minutes) or paper (its sizes)")
+    parser.add_argument(
+        "--preset", default="cpu", help="cpu (minutes; the default) or paper (its sizes)"
+    )
     parser.add_argument(
         "--config",
         metavar="FILE",
         help="run on the tasks of a config (as relay_fast.train takes it) or of a run's folder",
     )
-    parser.add_argument("--out", metavar="RUN", help="default runs/NAME-PRESET")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--out", metavar="RUN", help="the run's folder; default runs/NAME-PRESET")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers; default 0")
     parser.add_argument("--steps", type=int, help="the same as --set training.steps=STEPS")
     parser.add_argument(
         "--set",

@@ -62,14 +62,17 @@ def loop_linear_attention(
     Returns:
         The tokens (B, m, D) after the last iteration, or the list.
     """
-    states = []
+    states, settled = [], False
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     for t in range(loops):
-        g = eye + p @ s @ q
+        if not settled:
+            g = eye + p @ s @ q
         tokens = tokens @ g.mT
         states.append(tokens)
-        if t + 1 < loops:
-            s = g @ s @ g.mT
+        if t + 1 < loops and not settled:
+            before, s = s, g @ s @ g.mT
+            # A layer that left the context as it was leaves it so again: G stays.
+            settled = not s.requires_grad and torch.equal(s, before)
     return states if return_states else tokens
 
 

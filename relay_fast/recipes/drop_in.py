@@ -45,7 +45,13 @@ PRESETS = {"cpu": Settings()}
 
 
 class Lookup(nn.Module):
-    """Embeds table and start, loops one layer over them, and reads the last token of each state."""
+    """Embeds table and start, loops one layer over them, and reads the last token of each state.
+
+    Args:
+        symbols: Number of symbols.
+        d_model: Width.
+        n_heads: Attention heads.
+    """
 
     def __init__(self, symbols: int, d_model: int, n_heads: int):
         super().__init__()
@@ -57,7 +63,16 @@ class Lookup(nn.Module):
         self.head = nn.Linear(d_model, symbols)
 
     def forward(self, table: Tensor, start: Tensor, loops: int) -> Tensor:
-        """Returns logits (loops, B, symbols) of tables (B, symbols) and starts (B,)."""
+        """Applies the map `loops` times.
+
+        Args:
+            table: (B, symbols) the map.
+            start: (B,) symbols to start from.
+            loops: Number of applications.
+
+        Returns:
+            Logits (loops, B, symbols).
+        """
         entries = self.places.weight + self.values(table)
         x = torch.cat([entries, self.start(start)[:, None]], dim=1)
         states = self.block(x, loops=loops, return_states=True)
@@ -65,7 +80,17 @@ class Lookup(nn.Module):
 
 
 def draw(symbols: int, number: int, loops: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Draws tables (B, symbols), starts (B,) and the true symbol after each loop (loops, B)."""
+    """Draws problems.
+
+    Args:
+        symbols: Number of symbols.
+        number: B.
+        loops: Number of applications.
+        generator: The random generator.
+
+    Returns:
+        Tables (B, symbols), starts (B,) and the true symbol after each loop (loops, B).
+    """
     table = torch.randint(symbols, (number, symbols), generator=generator)
     start = torch.randint(symbols, (number,), generator=generator)
     here, steps = start, []
@@ -76,7 +101,15 @@ def draw(symbols: int, number: int, loops: int, generator: torch.Generator) -> t
 
 
 def fit(model: nn.Module, s: Settings, seed: int, device: str, progress) -> None:
-    """Trains a model in place."""
+    """Trains a model in place.
+
+    Args:
+        model: The model.
+        s: The settings.
+        seed: Selects the problems.
+        device: Where the model is.
+        progress: Called with the steps that are done and all steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr)
     generator = torch.Generator().manual_seed(seed)
     for step in range(s.steps):
@@ -92,7 +125,17 @@ def fit(model: nn.Module, s: Settings, seed: int, device: str, progress) -> None
 
 @torch.no_grad()
 def accuracy(model: nn.Module, s: Settings, seed: int, device: str) -> list[float]:
-    """Returns the share of correct symbols after 1, 2, … `s.tested` loops, on new problems."""
+    """Measures a model on new problems.
+
+    Args:
+        model: The model.
+        s: The settings.
+        seed: Selects the problems.
+        device: Where the model is.
+
+    Returns:
+        The share of correct symbols after 1, 2, ... `s.tested` loops.
+    """
     generator = torch.Generator().manual_seed(seed + 2**32)
     batch = draw(s.symbols, s.problems, s.tested, generator)
     table, start, steps = (part.to(device) for part in batch)

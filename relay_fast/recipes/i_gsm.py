@@ -286,7 +286,10 @@ def draw_problems(
 def accuracy(model: LoopedClassifier, settings: Settings, seed: int) -> dict[str, float]:
     """Measures the share of correct answers by depth, for depths of at least 1 % of the variables.
 
-    The problems are fresh ones, selected by `seed`.
+    Args:
+        model: The model.
+        settings: The settings.
+        seed: Selects the problems, which are fresh ones.
     """
     rng = np.random.default_rng([seed, RECIPE_TEST_STREAM])
     device = model.embedding.weight.device

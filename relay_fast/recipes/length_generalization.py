@@ -86,19 +86,37 @@ class Settings:
 
 
 def draw_parity(rng: np.random.Generator, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws queries (count, n) and answers (count, 1)."""
+    """Draws queries (count, n) and answers (count, 1).
+
+    Args:
+        rng: The random generator.
+        count: Number of problems.
+        n: Their length.
+    """
     bits = rng.integers(0, 2, (count, n))
     return bits, bits.sum(1, keepdims=True) % 2
 
 
 def draw_copy(rng: np.random.Generator, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws queries (count, n), which are also the answers."""
+    """Draws queries (count, n), which are also the answers.
+
+    Args:
+        rng: The random generator.
+        count: Number of problems.
+        n: Their length.
+    """
     bits = rng.integers(0, 2, (count, n))
     return bits, bits
 
 
 def draw_addition(rng: np.random.Generator, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws queries (count, 2n + 1) and answers (count, n + 1), most significant bit first."""
+    """Draws queries (count, 2n + 1) and answers (count, n + 1), most significant bit first.
+
+    Args:
+        rng: The random generator.
+        count: Number of problems.
+        n: Their length.
+    """
     terms = rng.integers(0, 2, (count, 2, n))
     answer, carry = np.zeros((count, n + 1), np.int64), np.zeros(count, np.int64)
     for place in reversed(range(n)):

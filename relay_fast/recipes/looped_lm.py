@@ -173,7 +173,16 @@ def load_corpus(path: str = "") -> Corpus:
 
 
 def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """Returns (len(starts), length) int64 bytes, `length` from each start on."""
+    """Cuts windows out of a text.
+
+    Args:
+        text: The bytes.
+        starts: Where windows start.
+        length: Bytes of a window.
+
+    Returns:
+        (len(starts), length) int64.
+    """
     return text[starts[:, None] + np.arange(length)].astype(np.int64)
 
 

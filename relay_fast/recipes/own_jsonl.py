@@ -65,7 +65,17 @@ PRESETS = {"cpu": Settings()}
 
 
 def write_records(path: Path, longest: int, each: int, seed: int) -> Path:
-    """Writes `each` records of 1, 2, … `longest` rounds. Returns the path."""
+    """Writes records of 1, 2, ... `longest` rounds.
+
+    Args:
+        path: The JSONL file.
+        longest: The most rounds.
+        each: Records of each number of rounds.
+        seed: Selects the records.
+
+    Returns:
+        The path.
+    """
     rng = np.random.default_rng(seed)
     with open(path, "w", encoding="utf-8") as file:
         for length in range(1, longest + 1):
@@ -85,7 +95,16 @@ def parity(bits: list[int]) -> dict[str, Any]:
 
 
 def write_config(folder: Path, s: Settings, seed: int) -> dict[str, Any]:
-    """Writes records and a TOML file into a folder; returns the config that train takes."""
+    """Writes records and a TOML file into a folder.
+
+    Args:
+        folder: The folder.
+        s: The settings.
+        seed: Selects the records.
+
+    Returns:
+        The config that `relay_fast.train` takes.
+    """
     from relay_fast.relay.presets import override
     from relay_fast.relay.presets.own import read_config
 

@@ -87,7 +87,16 @@ class Settings:
 
 
 def check_hops(p: int, n: int, target: str = "last") -> None:
-    """Raises ValueError if p hops do not fit into n characters."""
+    """Checks that hops fit into a sequence.
+
+    Args:
+        p: Number of hops.
+        n: Number of characters.
+        target: "last" or "every".
+
+    Raises:
+        ValueError: They do not fit.
+    """
     most = (n - 1) // 2 if target == "last" else n - 2
     if p > most:
         raise ValueError(
@@ -127,7 +136,17 @@ def hop(v: np.ndarray, p: int | np.ndarray, absent: int) -> np.ndarray:
 
 
 def draw_plain(rng: np.random.Generator, count: int, n: int, characters: int) -> np.ndarray:
-    """Draws (count, n) characters, each uniform among those that differ from the one before."""
+    """Draws characters, each uniform among those that differ from the one before.
+
+    Args:
+        rng: The random generator.
+        count: Number of sequences.
+        n: Characters of a sequence.
+        characters: Size of the alphabet.
+
+    Returns:
+        (count, n) characters.
+    """
     steps = rng.integers(1, characters, (count, n))
     steps[:, 0] = rng.integers(0, characters, count)
     return steps.cumsum(1) % characters
@@ -206,8 +225,14 @@ def draw_problems(
 def make_model(
     settings: Settings, name: str, seed: int, tasks: OwnTasks | None = None
 ) -> LoopedClassifier:
-    """Builds the model of a shape; the seed is that of its weights, `tasks` what it is for instead
-    of p-hop."""
+    """Builds a model.
+
+    Args:
+        settings: The settings.
+        name: The model's shape, such as "1x4".
+        seed: Selects its weights.
+        tasks: What it is for, instead of p-hop.
+    """
     return make_classifier(
         name,
         settings.vocabulary_size if tasks is None else tasks.vocabulary.size,

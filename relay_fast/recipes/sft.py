@@ -72,7 +72,18 @@ def prove(settings: Settings) -> None:
 def write_chains(
     s: Settings, folder: Path, seed: int, device: str, display: Display
 ) -> list[dict[str, Any]]:
-    """Trains the looped model, and lets it write chains; returns those that passed the check."""
+    """Trains the looped model, and lets it write chains.
+
+    Args:
+        s: The settings.
+        folder: The folder of the run.
+        seed: The run's seed.
+        device: Where the model is.
+        display: Shows progress.
+
+    Returns:
+        The records that passed the check.
+    """
     from relay_fast.relay.chain_parts import chain_parts
     from relay_fast.relay.export import export_chains
     from relay_fast.relay.label_free import confidence_bounds
@@ -120,7 +131,13 @@ class Words:
 
 
 def make_llama(tokens: int, longest: int, s: Settings) -> nn.Module:
-    """Builds a Llama of two layers for texts of at most `longest` tokens."""
+    """Builds a Llama of two layers.
+
+    Args:
+        tokens: Size of the vocabulary.
+        longest: The most tokens of a text.
+        s: The settings.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -160,7 +177,17 @@ def tune(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Trains a causal model of transformers in place on random batches of pairs."""
+    """Trains a causal model of transformers in place on random batches of pairs.
+
+    Args:
+        model: The model.
+        pairs: Problems and their completions.
+        tokeniser: Makes token ids of them.
+        s: The settings.
+        steps: Number of steps.
+        seed: Selects the batches.
+        progress: Called with the steps that are done and all steps.
+    """
     optimizer = make_optimizer(model, lr=s.lr, muon_lr=s.muon_lr)  # any other will do
     rng, device = np.random.default_rng(seed), next(model.parameters()).device
     model.train()
@@ -177,7 +204,13 @@ def tune(
 
 @torch.no_grad()
 def solved(model: nn.Module, problems: Pairs, tokeniser: Words) -> float:
-    """Returns the share of problems, all of one length, whose whole completion is right."""
+    """Measures the share of problems whose whole completion is right.
+
+    Args:
+        model: The model.
+        problems: Problems of one length, with their completions.
+        tokeniser: Makes token ids of them.
+    """
     model.eval()
     ids = torch.tensor([tokeniser.encode(problem["prompt"]) for problem in problems])
     longest = max(len(problem["completion"]) for problem in problems) + 1

@@ -101,7 +101,7 @@ class Context:
 
     @property
     def notes(self) -> list[str]:
-        """What a run should know before it begins: one sentence each."""
+        """Warnings about the run before it begins, one sentence each."""
         return [*untested_notes(self.untested), *self._unclear_notes()]
 
     def _unclear_notes(self) -> list[str]:
@@ -209,7 +209,7 @@ class Context:
         return max(inputs)
 
     def draws(self, stage: str) -> dict[str, FeedbackDraws]:
-        """What is drawn for each iteration that a stage trains with feedback, by task.
+        """By task, the random changes of each iteration that a stage trains with feedback.
 
         Raises ValueError for draws that a task has not, and for a shift beyond the vocabulary.
         """
@@ -246,7 +246,16 @@ class Context:
         return BatchFormat(kind, **{k: settings[k] for k in names if k in settings})
 
     def finish(self, name: str, model, trained: Trained) -> dict[str, Any]:
-        """Saves the model `name` after training; returns the training's part of results.json."""
+        """Saves a model after training.
+
+        Args:
+            name: The model's name.
+            model: The model.
+            trained: What the training returned.
+
+        Returns:
+            The training's part of results.json.
+        """
         if not self.ranks.writes:
             self.ranks.same(None)  # the model is there when other stages read it
             return {}

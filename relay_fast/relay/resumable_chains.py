@@ -57,8 +57,18 @@ def generate_confident_in_parts(
     stem: Path,
     progress: Progress | None = None,
 ) -> tuple[Samples, np.ndarray | None]:
-    """Does what `generate_in_parts` does; returns the confidence of each chain too, None for a
-    model that does not tell it."""
+    """Does what `generate_in_parts` does, and returns confidences too.
+
+    Args:
+        model: The looped model.
+        problems: The problems to solve.
+        tasks: The tasks by name.
+        stem: Path of the files without their endings.
+        progress: Called after each batch.
+
+    Returns:
+        The chains, and the confidence of each, None for a model that does not tell it.
+    """
     name = f"{stem.name}.{_digest(model, problems)}"
     path = lambda first: stem.with_name(f"{name}-{first:08d}.safetensors")
     parts, done = _saved(path, tells_confidence(model))

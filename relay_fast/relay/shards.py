@@ -37,7 +37,7 @@ def parse_shard(text: str) -> Share:
 
 
 class Start(NamedTuple):
-    """How a process starts: its share of the work, its device, and `ready`, to be called when all
+    """A process's start: its share of the work, its device, and `ready`, to be called when all
     is checked; it raises RefusedTogether if another process is not ready."""
 
     share: Share

@@ -74,10 +74,10 @@ class Display:
             self._first[name] = now, done
         begun, first = self._first[name]
         rate = (done - first) / (now - begun) if now > begun else 0.0
-        note = f"{rate:.0f} problems/s"
+        note = _speed(rate, "problems")
         if isinstance(p, Progress):
             correct = f"correct {p.chain_accuracy:6.1%}"
-            note = f"loss {p.loss:.4f}  {correct}  {p.samples_per_s:.0f} samples/s"
+            note = f"loss {p.loss:.4f}  {correct}  {_speed(p.samples_per_s, 'samples')}"
         elif isinstance(p, Compiling):
             note = "compiling kernels"
         if self._bars:
@@ -97,6 +97,11 @@ class Display:
             )
         else:
             print(f"{name:24s} done in {seconds:.0f} s", flush=True)
+
+
+def _speed(rate: float, unit: str) -> str:
+    """Returns the rate with its unit; nothing for 0, which is one that is not known yet."""
+    return f"{rate:{'.0f' if rate >= 1 else '.1g'}} {unit}/s" if rate else ""
 
 
 def _bars():

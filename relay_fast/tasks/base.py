@@ -273,15 +273,23 @@ class Task(ABC):
         return written.answer == truth.answer
 
     def input_sizes(self, written: Written, owner: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """(I,) tokens that `inputs` needs for each iteration; see there."""
+        """Returns the tokens that `inputs` needs for each iteration, (I,).
+
+        Args:
+            written: Problems, with the rounds written so far.
+            owner: (I,) the problem of each iteration.
+            before: (I,) the rounds before it.
+        """
         least = self.min_widths(written.problems.length[owner])
         return np.maximum(written.problem_sizes(owner), least)
 
     def inputs(
         self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray
     ) -> Inputs:
-        """What iterations of a looped model with feedback see: a function of the problem and of the
-        rounds before the iteration alone, which holds all that the next round needs.
+        """Makes the inputs of iterations of a looped model with feedback.
+
+        They are a function of the problem and of the rounds before the iteration alone, and hold
+        all that the next round needs.
 
         The round is written right-aligned, the boundary `<pad>` before it.
 
@@ -306,8 +314,17 @@ class Task(ABC):
     def shifted_rounds(
         self, samples: Samples, owner: np.ndarray, before: np.ndarray, shift: np.ndarray
     ) -> np.ndarray:
-        """(tokens,) int64: the rounds after `before` ones of samples `owner`, end to end, where
-        `shift` (I,) is added to every number that the iteration is fed."""
+        """Returns the rounds that follow where numbers are shifted.
+
+        Args:
+            samples: Solved problems.
+            owner: (I,) the sample of each iteration.
+            before: (I,) the rounds before it.
+            shift: (I,) what is added to every number that the iteration is fed.
+
+        Returns:
+            The tokens of the rounds after `before` ones, end to end, int64.
+        """
         raise ValueError(
             f"task {self.name!r} has no rule for shifted numbers: use shift = 0 in its feedback"
         )

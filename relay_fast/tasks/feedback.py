@@ -37,16 +37,19 @@ class Written:
         return np.diff(self.problems.problem_offsets)[owner]
 
     def last_round(self, owner: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the last of the `before` (≥ 1) rounds of problems `owner` starts, and its size."""
+        """Returns start and size of the last of `before` ≥ 1 rounds of problems `owner`."""
         r = self.problems.first_round[owner] + before - 1
         return self.starts[r], self.sizes[r]
 
     def last_or_problem(
         self, owner: np.ndarray, before: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What is left of problems `owner` where each round takes the problem's place: tokens, and
-        where the last of the `before` rounds, or the problem behind its task token, starts in them,
-        and its size."""
+        """Returns what is left of problems `owner` where each round takes the problem's place.
+
+        Returns:
+            Tokens; where in them the last of the `before` rounds starts, or the problem behind its
+            task token if there is no round; and its size.
+        """
         starts, sizes = self.problems.problem_offsets[owner] + 1, self.problem_sizes(owner) - 1
         later = before > 0
         own, sizes[later] = self.last_round(owner[later], before[later])
@@ -55,7 +58,7 @@ class Written:
 
 
 class Inputs(NamedTuple):
-    """What iterations see, laid end to end, N tokens in all.
+    """Inputs of iterations, laid end to end, N tokens in all.
 
     tokens (N,) int64: as the model reads them without feedback.
     fed (N,) int64: a second token at each place, `<pad>` for none.
@@ -71,7 +74,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class FeedbackDraws:
-    """What is drawn for each iteration that a model with feedback trains on.
+    """Random changes of each iteration that a model with feedback trains on.
 
     pad_probability: share of the inputs that are padded on the left, to a number of tokens that is
         uniform up to `pad_to`.
@@ -108,7 +111,16 @@ class FeedbackDraws:
     def moves(
         self, widths: np.ndarray, cuts: np.ndarray | None, rng: np.random.Generator
     ) -> np.ndarray:
-        """(N,) int64: what is added to the positions of inputs of `widths` tokens."""
+        """Draws what is added to the positions of inputs.
+
+        Args:
+            widths: (I,) tokens of each input.
+            cuts: (I,) the token of each input from which on positions may be moved; None: any.
+            rng: The random generator.
+
+        Returns:
+            (N,) int64, one for each token.
+        """
         place = rng.integers(1, np.maximum(widths, 2)) if cuts is None else cuts
         moved = np.where(rng.random(len(widths)) < self.cut_probability, self.cut, 0)
         moved = rng.integers(np.minimum(moved, 1), moved + 1)
@@ -125,15 +137,33 @@ class FeedbackDraws:
 def right_aligned(
     widths: np.ndarray, source: np.ndarray, starts: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
-    """(N,) int64: `sizes` tokens of `source` from `starts` on at the right end of each input of
-    `widths` tokens, `<pad>` before them."""
+    """Lays tokens at the right end of inputs, with `<pad>` before them.
+
+    Args:
+        widths: (I,) tokens of each input.
+        source: All tokens.
+        starts: (I,) where those of an input start in `source`.
+        sizes: (I,) how many they are.
+
+    Returns:
+        (N,) int64, the inputs end to end.
+    """
     laid = np.full(int(widths.sum()), PAD, np.int64)
     laid[concat_ranges(np.cumsum(widths) - sizes, sizes)] = source[concat_ranges(starts, sizes)]
     return laid
 
 
 def problems_shown(written: Written, owner: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """(N,) int64: the problems `owner`, right-aligned behind the task token, which is leftmost."""
+    """Lays problems into inputs, right-aligned, with the task token leftmost.
+
+    Args:
+        written: The problems.
+        owner: (I,) the problem of each input.
+        widths: (I,) tokens of each input.
+
+    Returns:
+        (N,) int64, the inputs end to end.
+    """
     problems = written.problems
     starts, sizes = problems.problem_offsets[owner], written.problem_sizes(owner)
     tokens = right_aligned(widths, problems.problem, starts + 1, sizes - 1)

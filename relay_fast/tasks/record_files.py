@@ -52,7 +52,7 @@ class Record(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """What tells two versions of a file apart without reading all of it."""
+    """Identifies a version of a file without reading all of it."""
 
     size: int
     modified: int

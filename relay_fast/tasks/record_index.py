@@ -55,7 +55,7 @@ class RecordIndex:
 
     @cached_property
     def _starts(self) -> dict[int, tuple[int, int]]:
-        """Where the records of each length stand in `_by_length`."""
+        """Start of the records of each length in `_by_length`."""
         bounds = lengths_to_offsets(np.array([s.records for s in self.facts.lengths.values()]))
         pairs = zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
         return dict(zip(self.facts.lengths, pairs, strict=True))
@@ -82,6 +82,11 @@ class RecordIndex:
 
 def open_index(source: Source, tokeniser: Tokeniser, rules: Rules) -> RecordIndex:
     """Returns the index of a file, made if it is not in the cache folder yet.
+
+    Args:
+        source: The file.
+        tokeniser: Makes tokens of its texts.
+        rules: What its records have to be like.
 
     Raises:
         ValueError: A record breaks a rule; names its file and line.

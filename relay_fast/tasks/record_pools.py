@@ -49,8 +49,13 @@ class RecordPools:
         Record i depends on lengths[i], seed and start + i alone. Of a length, records that are
         drawn in a row are different ones until all were drawn.
 
+        Args:
+            lengths: (S,) the lengths; each has records.
+            seed: Selects the records.
+            start: Number of the first draw.
+
         Returns:
-            (S,) positions in `index`; every length has records.
+            (S,) positions in `index`.
         """
         unique, inverse = np.unique(lengths, return_inverse=True)
         pools = [self.drawn(length) for length in unique.tolist()]
@@ -64,13 +69,22 @@ class RecordPools:
         return drawn
 
     def chosen(self, length: int, number: int, seed: int) -> np.ndarray:
-        """Returns positions in `test` of up to `number` kept records; more extend fewer."""
+        """Selects records that are kept for evaluation.
+
+        Args:
+            length: Their length.
+            number: The most records.
+            seed: Selects them; a larger number adds to those of a smaller one.
+
+        Returns:
+            Positions in `test`.
+        """
         rng = np.random.default_rng([_UNSEEN, seed, length])
         return rng.permutation(self.unseen(length))[:number]
 
     @cached_property
     def duplicates(self) -> int:
-        """How many records kept for evaluation have a problem that is drawn too."""
+        """Number of records kept for evaluation whose problem is drawn too."""
         if self.test is self.index:
             return 0
         solved = self.test.rows["digest"][self.test.rows["solved"]]

@@ -14,7 +14,7 @@ ANSWERS = ("token", "round", "added")
 
 @dataclass(frozen=True)
 class Rules:
-    """What records of a task must be like.
+    """The rules that records of a task must keep.
 
     Args:
         reserved: texts of special tokens, which may not occur.
@@ -75,7 +75,7 @@ class Sizes:
 
 @dataclass
 class Facts:
-    """What the pass found in all records together.
+    """Facts that the pass found about all records together.
 
     Attributes:
         content: hash of the file.

@@ -32,7 +32,13 @@ class _Block(NamedTuple):
 
 
 class Survey:
-    """The pass over a file."""
+    """The pass over a file.
+
+    Args:
+        source: The file.
+        tokeniser: Makes tokens of its texts.
+        rules: What its records have to be like.
+    """
 
     def __init__(self, source: Source, tokeniser: Tokeniser, rules: Rules) -> None:
         self.source, self.tokeniser, self.rules = source, tokeniser, rules
@@ -204,8 +210,16 @@ class Survey:
 def place_of_token(
     source: Source, tokeniser: Tokeniser, tokens: Collection[str]
 ) -> tuple[str, str]:
-    """Returns where the first of some tokens occurs, for messages, and which it is; the file is
-    read again."""
+    """Finds where the first of some tokens occurs, for messages; reads the file again.
+
+    Args:
+        source: The file.
+        tokeniser: Makes tokens of its texts.
+        tokens: The tokens.
+
+    Returns:
+        The place, and which token it is.
+    """
     with open(source.path, "rb") as file:
         for index, line in enumerate(file):
             for token in tokeniser.tokens(texts_of(parse(line)))[0]:

@@ -76,7 +76,13 @@ class RecordedTask(TokenizedTask):
         return self._read(pools.index, pools.draw(array, int(seed), start))
 
     def unseen(self, length: int, number: int, seed: int) -> Samples:
-        """Returns solved records of a length that are kept for evaluation, at most `number`."""
+        """Returns solved records that are kept for evaluation.
+
+        Args:
+            length: Their length.
+            number: The most records.
+            seed: Selects them.
+        """
         pools = self.text.pools
         return self._read(pools.test, pools.chosen(length, number, seed))
 

@@ -16,6 +16,7 @@ from relay_fast.tasks.samples import TASK_NAMES
 from relay_fast.tasks.text import TextTask
 from relay_fast.tasks.vocabulary import Vocabulary
 from relay_fast.utils.errors import RunStopped
+from relay_fast.utils.nearest import nearest
 
 _COMPILED: dict[str, type[Task]] = {cls.name: cls for cls in (Arithmetic, EditDistance, LIS)}
 TEXT_TASKS = {"addition": "relay_fast.tasks.addition:Addition"}  # of the package, by name
@@ -51,7 +52,8 @@ def make_task(name: str, vocabulary: Vocabulary, **params: Any) -> Task:
     unknown = [key for key in params if key not in known]
     if unknown:
         raise ValueError(
-            f"unknown parameter {unknown[0]!r} of task {name}; known are {', '.join(known)}."
+            f"unknown parameter {unknown[0]!r} of task {name}; known are {', '.join(known)}: the "
+            f"nearest is {nearest(unknown[0], known)}"
         )
     if not vocabulary.has_numbers:
         raise ValueError(
@@ -177,9 +179,12 @@ def _check_parameters(where: str, cls: type, parameters: Mapping[str, Any]) -> N
     known = [p.name for p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     unknown = [name for name in parameters if name not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in own):
+        near = nearest(unknown[0], [name for name in known if name not in parameters])
+        hint = f": the nearest is {where}.parameters.{near}" if near else ""
         known = f"known are {', '.join(known)}" if known else "it has none"
         raise ValueError(
             f"{where}: {cls.__name__} cannot be built (unknown parameter {unknown[0]!r}; {known})"
+            f"{hint}"
         )
 
 

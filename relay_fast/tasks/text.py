@@ -102,8 +102,8 @@ class TextTask(ABC):
         return self.detokenize(last[-1:]) if last else None
 
     def shown(self, problem: str, rounds: Sequence[str]) -> tuple[str, str]:
-        """What an iteration of a model with `feedback = "tokens"` sees after these rounds: two
-        texts, right-aligned under each other."""
+        """Makes the input of an iteration of a model with `feedback = "tokens"` after these rounds:
+        two texts, right-aligned under each other."""
         last = rounds[-1] if rounds else ""
         return (problem, last) if self.shows == "both" else (last or problem, "")
 
@@ -196,9 +196,15 @@ class TextTask(ABC):
         return TokenizedTask(self, vocabulary, index)
 
     def draw(self, length: int, seed: int, index: int) -> Sample:
-        """Returns sample `index` of a seed, checked to be texts with at least one round.
+        """Draws a sample, checked to be texts with at least one round.
 
-        Raises OwnCodeError for a sampler that returns something else, or raises.
+        Args:
+            length: Its length.
+            seed: The seed.
+            index: The sample's number.
+
+        Raises:
+            OwnCodeError: The sampler returns something else, or raises.
         """
         rng = np.random.default_rng([self._key, seed & 0xFFFFFFFFFFFFFFFF, index])
         with own_code(self):

@@ -111,7 +111,19 @@ class TokenizedTask(Task):
     def encoded(
         self, problem: str, rounds: Sequence[str], answer: str
     ) -> tuple[list[int], list[list[int]], int]:
-        """Returns a sample in token ids; raises ValueError for texts that do not fit together."""
+        """Encodes a sample in token ids.
+
+        Args:
+            problem: The problem's text.
+            rounds: The rounds' texts.
+            answer: The answer's text.
+
+        Returns:
+            The ids of the problem and of each round, and the number of the answer.
+
+        Raises:
+            ValueError: The texts do not fit together.
+        """
         ids = [self.token, *self._ids(problem), self.end]
         if len(ids) == 2:
             raise ValueError(

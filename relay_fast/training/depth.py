@@ -55,12 +55,30 @@ class DepthSampler:
         return self.bounded(np.random.default_rng((self.seed, step)), step, sequences)
 
     def bounded(self, rng: np.random.Generator, step: int, sequences: int) -> np.ndarray:
-        """Returns what `draw` does, cut to 1..max_loops, int64."""
+        """Draws counts of iterations, cut to 1..max_loops.
+
+        Args:
+            rng: The random generator.
+            step: The step of the training.
+            sequences: How many to draw.
+
+        Returns:
+            (sequences,) int64.
+        """
         counts = self.draw(rng, step, sequences)
         return np.clip(counts, 1, self.max_loops or None).astype(np.int64)
 
     def draw(self, rng: np.random.Generator, step: int, sequences: int) -> np.ndarray:
-        """Returns counts (sequences,), which are cut to the allowed range afterwards."""
+        """Draws counts of iterations, which are cut to the allowed range afterwards.
+
+        Args:
+            rng: The random generator.
+            step: The step of the training.
+            sequences: How many to draw.
+
+        Returns:
+            (sequences,).
+        """
         raise NotImplementedError
 
 

@@ -7,7 +7,6 @@ values, and the parser of `--set key=value`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 import types
@@ -39,6 +38,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError
 
 from relay_fast.utils.deprecation import current_config, current_value
+from relay_fast.utils.nearest import nearest
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -339,8 +339,12 @@ def _value(text: str) -> Any:
 
 
 def _sentence(error: ValidationError, schema: type, values: Any) -> str:
-    """Converts the first error to a message with the key, the value and the expected values."""
-    first = error.errors(include_url=False)[0]
+    """Converts the first error to a message with the key, the value and the expected values.
+
+    An unknown key comes before others: it may be the one that is missing, misspelt.
+    """
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda found: found["type"] not in _UNKNOWN)
     loc = list(first["loc"])
     if loc and isinstance(loc[0], int):  # a positional argument
         loc[0] = list(fields_of(schema))[loc[0]]
@@ -405,7 +409,8 @@ def _unknown(schema: type, values: Any, loc: Sequence[Any]) -> str:
     known = list(fields_of(kind)) or [key for key in table or () if key != name]
     start = "".join(f"{part}." for part in path)
     near = [row.key for row in described(schema) if row.key.rpartition(".")[2] == name]
-    near += [f"{start}{key}" for key in difflib.get_close_matches(name, known, 1, cutoff=0.0)]
+    if known:
+        near.append(f"{start}{nearest(name, known)}")
     what = "table" if isinstance(_at(values, [*path, name]), Mapping) else "setting"
-    nearest = f": the nearest is {near[0]}" if near else ""
-    return f"{what} {start}{name} is unknown{nearest}"
+    hint = f": the nearest is {near[0]}" if near else ""
+    return f"{what} {start}{name} is unknown{hint}"

@@ -106,7 +106,7 @@ def test_buckets_keep_groups_apart_and_lose_nobody() -> None:
 
 
 def test_the_mix_is_the_papers() -> None:
-    # design.md: about 600 token-iterations a sample against 3,030 padded.
+    # About 600 token-iterations a sample against 3,030 padded.
     batch, _ = common.task_batch("multitask", 2000, 0, "cpu")
     assert 560 < batch.plan.token_iterations / 2000 < 640
 

@@ -26,7 +26,7 @@ def test_costs_of_a_launch() -> None:
     arguments = {"a_ptr": new(10, 4), "weight_ptr": new(3, 4), "bias_ptr": None, "M": 10, "N": 3}
     cost = launch_cost("_linear_residual_fwd_kernel", arguments | {"out_ptr": new(10, 3), "K": 4})
     assert cost == Cost(240, 2 * (40 + 12 + 30))
-    accumulate = {"acc_ptr": new(3, 4), "dy_ptr": new(10, 3), "x_ptr": new(10, 4), "ADD": True}
+    accumulate = {"acc_ptr": new(3, 4), "dy_ptr": new(10, 3), "x_ptr": new(10, 4), "add": 1}
     cost = launch_cost("_weight_grad_kernel", accumulate | {"M": 10, "N": 3, "D": 4})
     assert cost == Cost(240, 2 * (2 * 12 + 30 + 40))
     # Two sequences of 5 rows: 50 scores a head, 30 where 3 of 5 keys are seen on average.

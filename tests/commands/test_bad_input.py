@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import relay_fast.evaluate
 import relay_fast.generate
@@ -325,3 +326,19 @@ def test_a_command_called_from_python_leaves_the_signal_handlers_alone(tmp_path,
     for name, main in COMMANDS.items():
         assert main(words[name]) == 2, name
         assert [signal.getsignal(kind) for kind in kinds] == before, name
+
+
+def test_a_card_too_small_is_told_in_bytes_with_a_remedy(tmp_path, monkeypatch, capsys) -> None:
+    def train(*args, **options):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.78 "
+            "GiB of which 1.21 GiB is free. Including non-PyTorch memory, this process has 6.6 GiB"
+        )
+
+    monkeypatch.setattr(relay_fast.train, "train", train)
+    assert relay_fast.train.main(["--preset", "cpu", "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.strip() == (
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.78 "
+        "GiB of which 1.21 GiB is free. Set a smaller batch_size, or training.recompute=auto"
+    )

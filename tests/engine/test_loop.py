@@ -111,7 +111,7 @@ def cases(draw) -> Case:
 
 
 @settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(cases())
 def test_equals_eager_everywhere(case: Case) -> None:

@@ -1,7 +1,5 @@
 """Error against e^(−T/κ): the loop's errors are gradient descent's, and the bound holds always."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -19,11 +17,7 @@ def results(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("gd")
     with Display() as display:
         results = gd_conditioning.run(
-            replace(PRESETS["cpu"], draws=200),
-            RunFolder(folder, {}),
-            seed=0,
-            device="cpu",
-            display=display,
+            PRESETS["cpu"], RunFolder(folder, {}), seed=0, device="cpu", display=display
         )
     header, lines = gd_conditioning.rows(results)
     assert all(len(line) == len(header) for line in lines)
@@ -39,7 +33,7 @@ def test_more_points_condition_better(results) -> None:
     kappas = [r["kappa"] for r in results["ratios"]]
     last = [r["error"][99] for r in results["ratios"]]
     assert kappas == sorted(kappas, reverse=True) and last == sorted(last, reverse=True)
-    # The prototype's medians (../shared/docs/seeds.md), with other random numbers.
+    # Medians of an independent program, with other random numbers.
     assert kappas == pytest.approx([180, 51, 21, 6.8, 3.7, 2.5], rel=0.1)
     tenth = [r["error"][9] for r in results["ratios"]]
     assert tenth == pytest.approx([0.40, 0.31, 0.21, 0.057, 0.011, 0.0014], rel=0.1)

@@ -231,6 +231,8 @@ def test_bad_task_objects_are_refused(tasks, message, file) -> None:
     [
         (["--config", "missing.toml", "--out", "x"], "the config missing.toml cannot be read"),
         (["--config", "damaged.toml", "--out", "x"], "the config damaged.toml is damaged"),
+        (["--config", "list.json", "--out", "x"], "list.json holds [1, 2]: give a table of set"),
+        (["--config", "misspelt.toml", "--out", "x"], "table stage is unknown: the nearest is st"),
         (["--config", "base.toml", "--out", "x"], "preset 'nothing' is unknown"),
         (["--config", "a.toml", "--preset", "cpu", "--out", "x"], "give --preset or --config"),
     ],
@@ -239,6 +241,8 @@ def test_bad_files_are_refused(arguments, message, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.toml").write_text("[tasks")
     (tmp_path / "base.toml").write_text('base = "nothing"\n')
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "misspelt.toml").write_text("[stage]\n")
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -313,11 +317,15 @@ def test_names_that_would_be_taken_for_others(name, preset, message) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("own.toml", "", "own has no vocabulary: add it, or begin with base = .cpu. .or another"),
+        (
+            "own.toml",
+            "",
+            "the config .*own.toml has no vocabulary: add it, or begin with base = .cpu",
+        ),
         (
             "own.toml",
             PARITY.partition("\n")[2],
-            "own has no vocabulary: add it, or begin with base",
+            "the config .*own.toml has no vocabulary: add it, or begin",
         ),
         (
             "own.toml",
@@ -325,8 +333,8 @@ def test_names_that_would_be_taken_for_others(name, preset, message) -> None:
             "stages.looped_aligned = 3: give a t",
         ),
         ("own.toml", "training = 3\n" + PARITY, "training = 3: give a table"),
-        ("own.json", "[1]", "the config .*own.json holds no settings: write a table"),
-        ("own.json", "null", "the config .*own.json holds no settings: write a table"),
+        ("own.json", "[1]", "the config .*own.json holds .1.: give a table of settings"),
+        ("own.json", "null", "the config .*own.json holds None: give a table of settings"),
     ],
 )
 def test_a_config_that_lacks_parts_is_refused(name, text, message, tmp_path, capsys) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from relay_fast.config import BlockConfig
 from relay_fast.relay.presets import load_preset, override, preset_names, recipe
+from relay_fast.relay.presets.own import resolved
 from relay_fast.relay.presets.schema import RunConfig, SavedRun
 from relay_fast.relay.stages import Context
 from relay_fast.utils.settings import check, described
@@ -105,10 +106,33 @@ def test_whole_configs_are_checked() -> None:
         ("stages", {}, "stages.looped_aligned is missing: give it a value"),
         ("model", 3, "model = 3: give a table of settings"),
         ("tasks", {"new": {}}, "tasks.new.train is missing: give it a value"),
-    ]:
+        # Before what is missing: it may be that, misspelt.
+        ("tasks", {"new": {"trian": [1, 2]}}, "setting tasks.new.trian is unknown: the nearest is "
+         "tasks.new.train"),
+    ]:  # fmt: skip
         with pytest.raises(ValueError) as caught:
             check(RunConfig, {**load_preset("cpu"), key: value})
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("checked", [override, resolved])
+@pytest.mark.parametrize("key", ["stages", "tasks"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "KEY = 3: give a table of settings"),
+        ([], r"KEY = \[\]: give a table of settings"),
+        ({"ar_self": 3}, "KEY.ar_self = 3: give a table of settings|looped_aligned is missing"),
+        (None, "KEY is missing: give it a value"),
+    ],
+)
+def test_tables_of_another_shape_are_named(checked, key, value, message) -> None:
+    config = load_preset("cpu")
+    del config[key]
+    if value is not None:
+        config[key] = value
+    with pytest.raises(ValueError, match=message.replace("KEY", key)):
+        checked(config)
 
 
 def test_a_task_of_any_name_fits_the_schema() -> None:

@@ -130,7 +130,11 @@ def test_a_run_without_a_generator(folder, capsys):
         ('unit = "digits"', "unit = 3", "unit = 3: give a text"),
         ('"test.jsonl"', '"."', "test_data = '.*' is a folder: give a file"),
         ("chains.jsonl", "chain.jsonl", "chain.jsonl' does not exist: give a file of records"),
-        ('unit = "digits"', "units = 3", "tasks.sums: RecordsTask cannot be built .* 'units'"),
+        (
+            'unit = "digits"',
+            "units = 3",
+            "RecordsTask cannot be built .* 'units'.*nearest is tasks.sums.parameters.unit$",
+        ),
         (
             "[model]",
             '[vocabulary]\ntokens = ["0"]\n[model]',

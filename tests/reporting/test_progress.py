@@ -47,6 +47,20 @@ def test_progress_of_stages_in_phases(capsys, monkeypatch) -> None:
     assert lines[5].split() == "ar_self_truth problem 60/90 3 problems/s 10 s left".split()
 
 
+def test_a_slow_rate_is_a_number_and_an_unknown_one_is_not_shown(capsys, monkeypatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with Display() as display:
+        for done in (1, 3):
+            display.progress("ar_relay", Problems(done, 9))
+            clock[0] += 10.0
+        display.progress("ar_relay", Progress(1, 9, 0.0, 0.25, 0.5))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "ar_relay problem 1/9".split()
+    assert lines[1] == "ar_relay problem 3/9 0.2 problems/s 30 s left".split()
+    assert lines[2] == "ar_relay step 1/9 loss 0.2500 correct 50.0%".split()
+
+
 def test_bars_on_a_terminal(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with Display() as display:

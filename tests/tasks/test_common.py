@@ -190,8 +190,9 @@ def test_build_tasks() -> None:
             "unknown task 'sort'; known are arithmetic, edit_distance, lis",
         ),
         (
-            lambda: make_task("lis", VOCABULARY, prime=3),
-            "unknown parameter 'prime' of task lis; known are group, low, high",
+            lambda: make_task("lis", VOCABULARY, gruop=3),
+            "unknown parameter 'gruop' of task lis; known are group, low, high, max_runs: the "
+            "nearest is group",
         ),
         (
             lambda: build_tasks(["lis"], VOCABULARY, arithmetic={}),

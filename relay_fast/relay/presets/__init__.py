@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from relay_fast.relay.presets.complete import completed
-from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, RunConfig
+from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, RunConfig, check_tables
 from relay_fast.utils.settings import Count, Seed, changed, check, check_value
 
 
@@ -89,22 +89,6 @@ def override(
     return config
 
 
-def _check_tables(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a config that lacks a part, or has something else than tables where
-    values are changed."""
-    required = (name for name, field in RunConfig.model_fields.items() if field.is_required())
-    for name in required:
-        if name not in config:
-            raise ValueError(
-                f"{config.get('name', 'the config')} has no {name}: add it, or begin with "
-                f'base = "cpu" (or another preset), which has all that is not changed'
-            )
-    tables = [config[name] for name in ("stages", "training", "evaluation")]
-    tables += tables[0].values() if isinstance(tables[0], Mapping) else ()
-    if not all(isinstance(table, Mapping) for table in tables):
-        check(RunConfig, config)
-
-
 def _set_steps(config: dict[str, Any], steps: int) -> None:
     """Sets the steps of every stage and reduces the generated sets to about a batch, in place."""
     size = config["training"]["batch_size"]
@@ -126,8 +110,9 @@ def recipe(config: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def _with_values(config: dict[str, Any], values: Sequence[str]) -> dict[str, Any]:
     """Copies a config with `values` applied. Raises ValueError for a text without effect."""
-    _check_tables(config)
+    check_tables(config)
     new = changed(config, values, RunConfig)
+    check_tables(new)
     for text in values:
         path, _, name = text.partition("=")[0].rpartition(".")
         if (path, name) == ("", "name"):

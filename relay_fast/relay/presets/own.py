@@ -11,7 +11,7 @@ from typing import Any
 
 from relay_fast.relay.presets import load_preset
 from relay_fast.relay.presets.complete import completed, used_lengths, with_drawable
-from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE
+from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, RunConfig, check_tables
 from relay_fast.tasks import TextTask, Vocabulary, open_text_task
 from relay_fast.tasks.proving import refuse_changed
 from relay_fast.tasks.registry import is_compiled, name_of
@@ -36,13 +36,27 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"the config {path} is damaged ({error})") from error
     if not isinstance(own, dict):
-        raise ValueError(f"the config {path} holds no settings: write a table")
+        raise ValueError(f"the config {path} holds {own!r:.60}: give a table of settings")
+    _check_whole(path, own)
     config = {"name": path.stem, **_over_base(own)}
     tasks = config.get("tasks", {})
     for table in tasks.values() if isinstance(tasks, dict) else ():
         if isinstance(table, dict):
             _find_beside(table, path.resolve().parent)
     return completed(config)
+
+
+def _check_whole(path: Path, own: Mapping[str, Any]) -> None:
+    """Raises ValueError for a config that neither has a base nor all that one gives."""
+    fields = RunConfig.model_fields
+    if "base" in own or not fields.keys() >= own.keys():  # what is misspelt comes first
+        return
+    for name, field in fields.items():
+        if name not in {"name", *own} and field.is_required():
+            raise ValueError(
+                f"the config {path} has no {name}: add it, or begin with base = "
+                f'"cpu" (or another preset), which has all that is not changed'
+            )
 
 
 def _over_base(own: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +108,8 @@ def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[
         ValueError: A task cannot be used, or the config does not name it.
     """
     config = completed(config)
-    entries = config.get("tasks", {})
+    check_tables(config)
+    entries = config["tasks"]
     for task in tasks:
         if not isinstance(task, TextTask):
             raise ValueError(
@@ -112,7 +127,7 @@ def resolved(config: Mapping[str, Any], tasks: Sequence[TextTask] = ()) -> dict[
     own = {
         name: open_text_task(name, table)
         for name, table in entries.items()
-        if isinstance(table, Mapping) and not is_compiled(name, table)
+        if not is_compiled(name, table)
     }
     for task in tasks:
         refuse_changed(task, own[task.name], used_lengths(entries[task.name])[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, WrapValidator, create_model, model_validator
@@ -30,6 +31,7 @@ from relay_fast.utils.settings import (
     Warmup,
     WeightDecay,
     Whole,
+    check,
     says,
 )
 
@@ -297,3 +299,12 @@ def _check_task(key: str, task: TaskTable, phases: set[int]) -> None:
             f"{key}.self_lengths = {list(task.self_lengths)} and self_counts = "
             f"{list(task.self_counts)}: give one of each for every phase, as many in all tasks"
         )
+
+
+def check_tables(config: Mapping[str, Any]) -> None:
+    """Raises the ValueError of `RunConfig` unless tasks and stages are tables of tables."""
+    for key in ("tasks", "stages"):
+        table = config.get(key)
+        tables = isinstance(table, Mapping) and all(isinstance(t, Mapping) for t in table.values())
+        if not tables:
+            check(RunConfig, config)
