@@ -312,3 +312,38 @@ def test_names_that_would_be_taken_for_others(name, preset, message) -> None:
         return
     with pytest.raises(ValueError, match=f"^{message}"):
         resolved(config, [Named(name)])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "own.toml",
+            "",
+            "the config .*own.toml has no vocabulary: add it, or begin with base = .cpu",
+        ),
+        (
+            "own.toml",
+            PARITY.partition("\n")[2],
+            "the config .*own.toml has no vocabulary: add it, or begin",
+        ),
+        (
+            "own.toml",
+            PARITY + "[stages]\nlooped_aligned = 3",
+            "stages.looped_aligned = 3: give a t",
+        ),
+        ("own.toml", "training = 3\n" + PARITY, "training = 3: give a table"),
+        ("own.json", "[1]", "the config .*own.json holds .1.: give a table of settings"),
+        ("own.json", "null", "the config .*own.json holds None: give a table of settings"),
+    ],
+)
+def test_a_config_that_lacks_parts_is_refused(name, text, message, tmp_path, capsys) -> None:
+    (tmp_path / name).write_text(text)
+    assert main(["--config", str(tmp_path / name), "--print-config", "--scale", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert re.match(f"error: {message}", error) and error.count("\n") == 1
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path) -> None:
+    (tmp_path / "mine.toml").write_text(PARITY, encoding="utf-8-sig")
+    assert read_config(tmp_path / "mine.toml")["tasks"]["parity"]["train"] == [1, 4]

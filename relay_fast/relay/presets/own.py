@@ -11,7 +11,7 @@ from typing import Any
 
 from relay_fast.relay.presets import load_preset
 from relay_fast.relay.presets.complete import completed, used_lengths, with_drawable
-from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, check_tables
+from relay_fast.relay.presets.schema import LENGTHS_OF_A_STAGE, RunConfig, check_tables
 from relay_fast.tasks import TextTask, Vocabulary, open_text_task
 from relay_fast.tasks.proving import refuse_changed
 from relay_fast.tasks.registry import is_compiled, name_of
@@ -29,7 +29,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         own = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"the config {path} cannot be read ({error.strerror})") from error
@@ -37,12 +37,26 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"the config {path} is damaged ({error})") from error
     if not isinstance(own, dict):
         raise ValueError(f"the config {path} holds {own!r:.60}: give a table of settings")
+    _check_whole(path, own)
     config = {"name": path.stem, **_over_base(own)}
     tasks = config.get("tasks", {})
     for table in tasks.values() if isinstance(tasks, dict) else ():
         if isinstance(table, dict):
             _find_beside(table, path.resolve().parent)
     return completed(config)
+
+
+def _check_whole(path: Path, own: Mapping[str, Any]) -> None:
+    """Raises ValueError for a config that neither has a base nor all that one gives."""
+    fields = RunConfig.model_fields
+    if "base" in own or not fields.keys() >= own.keys():  # what is misspelt comes first
+        return
+    for name, field in fields.items():
+        if name not in {"name", *own} and field.is_required():
+            raise ValueError(
+                f"the config {path} has no {name}: add it, or begin with base = "
+                f'"cpu" (or another preset), which has all that is not changed'
+            )
 
 
 def _over_base(own: dict[str, Any]) -> dict[str, Any]:
