@@ -21,6 +21,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .attention_ref import PaddedLayout
@@ -177,7 +178,7 @@ def _attend(library: Library, parts: tuple[Tensor, ...], layout: PaddedLayout, c
 
 def _split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     """Returns q, k, v (rows, heads, head_dim), views."""
-    by_head = qkv.unflatten(1, (heads + 2 * kv_heads, -1))
+    by_head = rearrange(qkv, "rows (head c) -> rows head c", head=heads + 2 * kv_heads)
     return by_head.split((heads, kv_heads, kv_heads), dim=1)
 
 
@@ -189,7 +190,8 @@ def attention_fwd_varlen(
     Args: as `attention_fwd_ref`; library: as chosen by `choose_library`.
     """
     with torch.no_grad():
-        return _attend(library, _split(qkv, heads, kv_heads), layout, causal).flatten(1), None
+        o = _attend(library, _split(qkv, heads, kv_heads), layout, causal)
+        return rearrange(o, "rows head c -> rows (head c)"), None
 
 
 def attention_bwd_varlen(
@@ -209,4 +211,4 @@ def attention_bwd_varlen(
         parts = [t.detach().requires_grad_() for t in _split(qkv, heads, kv_heads)]
         o = _attend(library, tuple(parts), layout, causal)
     grads = torch.autograd.grad(o, parts, do.to(o.dtype).view(o.shape))
-    return torch.cat(grads, dim=1).flatten(1)
+    return rearrange(torch.cat(grads, dim=1), "rows head c -> rows (head c)")

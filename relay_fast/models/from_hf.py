@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from relay_fast.config import BlockConfig
@@ -322,9 +323,10 @@ def _weights(layer: nn.Module, config: BlockConfig) -> Iterator[tuple[str, Tenso
             if family.joined and part in ("gate", "up"):
                 weight = weight.chunk(2)[part == "up"]
             if part == "qkv":
-                heads = weight.unflatten(0, (-1, c.head_dim))
+                heads = rearrange(weight, "(head c) ... -> head c ...", c=c.head_dim)
                 turned, v = heads.split((c.n_heads + c.kv_heads, c.kv_heads))
-                weight = torch.cat((turned[:, order], v)).flatten(0, 1)
+                heads = torch.cat((turned[:, order], v))
+                weight = rearrange(heads, "head c ... -> (head c) ...")
             elif part in ("q_norm", "k_norm"):
                 weight = weight[order]
             yield f"{part}.{kind}", weight
