@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from relay_fast.config import BlockConfig
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.recipes._common import Heads, Panel, Problems, Width, draw_panels
 from relay_fast.relay.run_folder import RunFolder
@@ -39,6 +40,9 @@ class Settings:
     d_model: Width = 64
     n_heads: Heads = 4
     problems: Problems = 500
+
+    def __post_init__(self) -> None:
+        BlockConfig(self.d_model, self.n_heads, 1)  # refuses widths that do not fit together
 
 
 PRESETS = {"cpu": Settings()}

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from relay_fast.config import BlockConfig
 from relay_fast.recipes import own_jsonl
 from relay_fast.recipes._common import Heads, Panel, Width, draw_panels
 from relay_fast.recipes._optional import need
@@ -59,6 +60,10 @@ class Settings(own_jsonl.Settings):
     muon_lr: MuonRate = 0.01
     d_model: Width = 64
     n_heads: Heads = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        BlockConfig(self.d_model, self.n_heads, 1)  # refuses widths that do not fit together
 
 
 PRESETS = {"cpu": Settings()}

@@ -362,3 +362,15 @@ assert main(["list"]) == 0 and "torch" not in sys.modules
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = out.stdout.strip().splitlines()
     assert [line.split()[0] for line in lines] == list(recipes.RECIPES)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused_before_a_folder_is_made() -> None:
+    checked = []
+    for name in recipes.RECIPES:
+        own = command.load_recipe(name).PRESETS["cpu"]
+        if not hasattr(own, "n_heads"):
+            continue
+        with pytest.raises(ValueError, match="is not divisible by n_heads = 7"):
+            with_changes(own, ["n_heads=7"])
+        checked.append(name)
+    assert {"drop_in", "fabric", "sft", "looped_lm"} <= {*checked}
