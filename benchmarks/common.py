@@ -270,6 +270,14 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of a CSV file, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def show(rows: list[dict[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     """Prints these columns of the rows as a table."""
     print(text_table(columns, [[str(row[c]) for c in columns] for row in rows]))

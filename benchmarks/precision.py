@@ -10,7 +10,6 @@ a model is done; models that the CSV holds are not trained again, and an interru
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -25,14 +24,6 @@ CSV = common.RESULTS / "precision.csv"
 PRECISIONS = ("fp32", "bf16")
 STAGES = ("looped_aligned", "evaluate.looped_aligned")
 Row = dict[str, str]
-
-
-def held(path: Path) -> list[Row]:
-    """Returns the rows of a CSV file, none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def measured(preset: str, precision: str, seed: int, out: Path, scale: float | None) -> list[Row]:
@@ -97,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale", type=float, help="share of the training, to try it out")
     a = parser.parse_args(argv)
     a.csv.parent.mkdir(parents=True, exist_ok=True)
-    rows = held(a.csv)
+    rows = common.read_rows(a.csv)
     for preset in a.presets:
         for precision in PRECISIONS:
             key = preset, precision, str(a.seed)

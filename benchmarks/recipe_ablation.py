@@ -20,7 +20,6 @@ With --task it is the search of the recipes for rounds fed back as tokens, one t
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 from collections.abc import Callable
@@ -118,14 +117,6 @@ def trained(name: str, work: float, seed: int, problems: int) -> dict[str, float
     }
 
 
-def held(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def plot(rows: list[dict[str, str]], path: Path) -> None:
     """Chains right inside and beyond the trained range: a bar a change, a dot a seed."""
     names = [name for name in CHANGES if any(row["change"] == name for row in rows)]
@@ -185,14 +176,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
         for name in args.only:
             row = {"change": name, "seed": seed, "token_iterations": f"{args.work:g}",
                    "problems": args.problems}  # fmt: skip
-            if any(all(old.get(k) == str(v) for k, v in row.items()) for old in held(args.csv)):
+            held = common.read_rows(args.csv)
+            if any(all(old.get(k) == str(v) for k, v in row.items()) for old in held):
                 continue
             row |= trained(name, args.work, seed, args.problems)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             common.append_rows(args.csv, [row | common.machine("cpu")])
             rows.append(row)
     same = {"token_iterations": f"{args.work:g}", "problems": str(args.problems)}
-    plot([r for r in held(args.csv) if same.items() <= r.items()], args.csv.with_suffix(".png"))
+    held = [r for r in common.read_rows(args.csv) if same.items() <= r.items()]
+    plot(held, args.csv.with_suffix(".png"))
     return rows
 
 

@@ -190,7 +190,9 @@ def short_config(layout: PaddedLayout, qkv: Tensor, head_dim: int, way: str) -> 
     """
     if layout.max_length > (32 if qkv.dtype == torch.float32 else SHORT):
         return None
-    kind = "narrow" if head_dim <= 32 else "short" if head_dim <= 64 else "wide"
+    kind = "short" if head_dim <= 64 else "wide"
+    if way == "bwd" and head_dim <= 32:
+        kind = "narrow"
     op = f"attention_{kind}_{way}"
     block = block_of(layout.max_length)
     return pick_or_none(op, qkv.dtype, block, 0, qkv.device)

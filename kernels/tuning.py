@@ -12,7 +12,7 @@ processors busy, with "few" to the others. RELAY_FAST_AUTOTUNE=1 searches around
 | norm_linear_fwd, _bwd | d | rows | column pairs |
 | attention_short_fwd, _bwd | slots of the longest sequence | most queries at a time (bwd) | – |
 | attention_wide_fwd, _bwd: short, head_dim > 64 | as attention_short | as attention_short | – |
-| attention_narrow_fwd, _bwd: short, head_dim ≤ 32 | as attention_short | as attention_short | – |
+| attention_narrow_bwd: short, head_dim ≤ 32 | as attention_short | as attention_short | – |
 | attention_long_fwd, _bwd | head_dim | queries | keys |
 | linear_residual | d | rows | columns |
 | loop, loop_gated | rows of the longest sequence | rows | hidden columns |
@@ -80,9 +80,6 @@ TABLE = (
     Rule("attention_short_bwd", 16,  128, "any",  Config( 32,   0, 4, 1),  72, 90, 90, H200),
     Rule("attention_short_bwd", 16,  128, "any",  Config( 32,   0, 8, 1), 72),
     Rule("attention_short_bwd", 32,  128, "any",  Config( 32,   0, 8, 1), 40),
-    Rule("attention_narrow_fwd", 16,  64, "any",  Config(  0,   0, 4, 1), 24),
-    Rule("attention_narrow_fwd", 16, 128, "any",  Config(  0,   0, 8, 1), 20),
-    Rule("attention_narrow_fwd", 32, 128, "any",  Config(  0,   0, 4, 1), 16),
     Rule("attention_narrow_bwd", 16,  64, "any",  Config( 32,   0, 4, 1), 72),
     Rule("attention_narrow_bwd", 16, 128, "any",  Config( 32,   0, 8, 1), 72),
     Rule("attention_narrow_bwd", 32, 128, "any",  Config( 32,   0, 8, 1), 40),

@@ -62,17 +62,18 @@ def loop_linear_attention(
     Returns:
         The tokens (B, m, D) after the last iteration, or the list.
     """
-    states, settled = [], False
+    states = []
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    g = eye + p @ s @ q
+    following = g @ s @ g.mT
+    # A layer that leaves the context as it was leaves it so again: G stays.
+    settled = not following.requires_grad and torch.equal(following, s)
     for t in range(loops):
-        if not settled:
+        if t and not settled:
+            s = g @ s @ g.mT
             g = eye + p @ s @ q
         tokens = tokens @ g.mT
         states.append(tokens)
-        if t + 1 < loops and not settled:
-            before, s = s, g @ s @ g.mT
-            # A layer that left the context as it was leaves it so again: G stays.
-            settled = not s.requires_grad and torch.equal(s, before)
     return states if return_states else tokens
 
 

@@ -83,6 +83,7 @@ class Facts:
         lengths: sizes by length, ascending.
         long_rounds: rounds that do not fit into their problem's input.
         other_loops: the first record whose length is not the number of its rounds, -1 for none.
+        respelt: problems whose text is not that of their tokens, which decide what is kept.
     """
 
     content: str = ""
@@ -90,6 +91,7 @@ class Facts:
     lengths: dict[int, Sizes] = field(default_factory=dict)
     long_rounds: int = 0
     other_loops: int = -1
+    respelt: int = 0
 
     def to_json(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -164,6 +164,7 @@ class Survey:
                 facts.other_loops = index
         solved = bool(rounds) and record.answer is not None
         key = self.tokeniser.key(block.tokens[bounds[0] : bounds[1]])
+        facts.respelt += key != record.problem.encode()
         digest = hashlib.blake2b(key, digest_size=8).digest()
         row["digest"] = int.from_bytes(digest, "little")
         row["length"], row["loops"], row["solved"] = length, loops, solved

@@ -24,6 +24,7 @@ from relay_fast.utils.lengths import ranges_text
 from relay_fast.utils.numbers import as_float, as_int
 
 SHOWS = ("both", "round")
+_BY_TOKENS = "-tokens"  # of files whose problems' tokens are not their texts, where some are kept
 
 
 class RecordsTask(TextTask):
@@ -90,7 +91,13 @@ class RecordsTask(TextTask):
         """The records, opened when they are needed first; raises ValueError as the class does."""
         test = None if self._test_data is None else self._opened(self._test_data, "test_data")
         pools = RecordPools(self._opened(self._data, "data"), test, self._held_out)
-        if self._expected not in (None, self._content(pools)):
+        content = self._content(pools)
+        if self._expected not in (None, content):
+            if content == f"{self._expected}{_BY_TOKENS}":
+                raise ValueError(
+                    f"the run was begun by an earlier version, which kept other records of "
+                    f"{pools.index.source.shown} for evaluation: begin a new run in another folder"
+                )
             raise ValueError(
                 f"{pools.index.source.shown} has changed since the run began: restore the file, or "
                 f"begin a new run in another folder"
@@ -229,7 +236,9 @@ class RecordsTask(TextTask):
 
     def _content(self, pools: RecordPools) -> str:
         hashes = {index.facts.content: None for index in (pools.index, pools.test)}
-        return "-".join([*hashes, *self.tokeniser.files])
+        content = "-".join([*hashes, *self.tokeniser.files])
+        split = pools.test is pools.index and self._held_out > 0
+        return content + _BY_TOKENS * (split and pools.index.facts.respelt > 0)
 
     def _opened(self, data: str, what: str) -> RecordIndex:
         return open_index(open_source(data, what), self.tokeniser, self.rules)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import precision
+from benchmarks import common, precision
 
 
 def test_one_command_trains_both_and_goes_on(tmp_path, capsys, monkeypatch) -> None:
     options = ["cpu", "--out", str(tmp_path / "runs"), "--csv", str(tmp_path / "rows.csv")]
     precision.main([*options, "--scale", "0.002"])
-    rows = precision.held(tmp_path / "rows.csv")
+    rows = common.read_rows(tmp_path / "rows.csv")
     lengths = [str(n) for n in range(1, 12)]
     for name in precision.PRECISIONS:
         assert [r["length"] for r in rows if r["precision"] == name] == lengths
@@ -18,7 +18,7 @@ def test_one_command_trains_both_and_goes_on(tmp_path, capsys, monkeypatch) -> N
     assert capsys.readouterr().out.splitlines()[-1].startswith("cpu, arithmetic: bf16 at most")
     monkeypatch.setattr(precision, "measured", None)  # nothing is left to do
     precision.main(options)
-    assert precision.held(tmp_path / "rows.csv") == rows
+    assert common.read_rows(tmp_path / "rows.csv") == rows
 
 
 def test_points_lost_at_the_worst_trained_length() -> None:

@@ -256,3 +256,18 @@ def test_a_length_without_records_is_refused():
     with pytest.raises(ValueError, match="all records of length . in .* are kept for evaluation"):
         for length in (1, 2, 4, 7, 8):
             task.sample(np.array([length]), 0)
+
+
+def test_a_run_that_kept_records_by_their_texts_is_refused_where_that_differs():
+    """Tokens decide what is kept for evaluation: where they are not the text, an earlier version
+    kept others, some of which a run begun by it has trained on."""
+    made = lambda problem, **options: RecordsTask.of(
+        "sums", [{"problem": problem, "rounds": ["8"], "answer": "8"}] * 4, held_out=0.5, **options
+    )
+    plain, spaced = made("7 1"), made("7  1")
+    before = spaced._content(spaced.pools).removesuffix("-tokens")
+    assert before != spaced._content(spaced.pools)
+    with pytest.raises(ValueError, match="begun by an earlier version, which kept other records"):
+        assert made("7  1", content=before).pools is None
+    same = plain._content(plain.pools)
+    assert "tokens" not in same and made("7 1", content=same).pools is not None
