@@ -246,10 +246,10 @@ def test_compiles_where_no_folder_is_writable(monkeypatch: pytest.MonkeyPatch) -
 
     real = numba.njit
 
-    def njit(**options):
+    def njit(*functions, **options):
         if options.pop("cache", False):
             raise RuntimeError("cannot cache function 'f': no locator available")
-        return real(**options)
+        return real(*functions, **options)
 
     monkeypatch.setattr(numba, "njit", njit)
     assert compiled(lambda x: x + 1)(1) == 2
