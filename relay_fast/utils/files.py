@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,14 +23,17 @@ _PARTIAL = re.compile(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which replaces `path` at the end of the body.
+    """Yields a temporary path, which replaces `path` at the end of the body.
 
     A crash at any moment leaves the old file or the whole new one, with the mode of a new file. The
-    temporary file is removed if the body raises. Raises OSError if the folder is not writable.
+    temporary path lies in a folder of its own beside `path`, because some writers (safetensors)
+    make a temporary file of their own; the folder goes whole, here or in `clear_partials`. Raises
+    OSError if the folder of `path` is not writable.
     """
-    # The suffix stays last because some writers depend on it.
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    folder = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = folder / path.name  # the suffix stays because some writers depend on it
     try:
+        folder.mkdir(exist_ok=True)
         partial.touch()
         mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
@@ -37,9 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     if os.name == "nt":  # cannot open folders
         return
     folder = os.open(path.parent, os.O_RDONLY)
@@ -52,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def clear_partials(
     folder: Path, ours: Callable[[str], bool] = lambda stem: True, *, workers: bool = True
 ) -> None:
-    """Deletes the temporary files that `replacing` left in `folder` when a process was killed.
+    """Deletes what `replacing` left in `folder` when a process was killed.
 
     Args:
         folder: The folder, without its sub-folders.
@@ -62,10 +65,10 @@ def clear_partials(
     for file in folder.glob(".*.partial*"):
         match = _PARTIAL.fullmatch(file.name)
         if match and ours(match["stem"]) and not (workers and _worker_lives(int(match["pid"]))):
-            try:
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)  # Windows: a process may have it open
+            else:  # of a version that wrote a file
                 file.unlink(missing_ok=True)
-            except PermissionError:  # Windows: a process has it open
-                continue
 
 
 def _worker_lives(pid: int) -> bool:

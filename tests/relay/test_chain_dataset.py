@@ -152,7 +152,9 @@ def test_the_same_command_continues(own_folder, folder):
     before = content(folder)
     shard_path(own_folder, 1).unlink()
     shard_path(own_folder, 4).unlink()
-    (own_folder / ".shard-00004.1234.partial.safetensors").write_bytes(b"half")
+    left = own_folder / ".shard-00004.1234.partial.safetensors"
+    left.mkdir()
+    (left / ".tmpQ1w2e3").write_bytes(b"half")  # as safetensors leaves it
     kept = shard_path(own_folder, 0).stat().st_mtime_ns
     seen = []
     write(own_folder, verify="task", progress=lambda *a: seen.append(a))
