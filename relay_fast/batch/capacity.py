@@ -264,9 +264,11 @@ class CapacityPlan(Plan):
 
 
 def _fill(buffer: Tensor, values: Tensor, beyond: float = 0) -> None:
-    """Copies values into the start of a buffer, and fills the rest with `beyond`."""
-    buffer[: len(values)].copy_(values, non_blocking=True)
-    buffer[len(values) :].fill_(beyond)
+    """Copies values into the start of a buffer's last dimension, and fills the rest with
+    `beyond`."""
+    size = values.shape[-1]
+    buffer[..., :size].copy_(values, non_blocking=True)
+    buffer[..., size:].fill_(beyond)
 
 
 class CapacityBatch:
@@ -277,20 +279,27 @@ class CapacityBatch:
     Args:
         capacity: the sizes.
         device: where the tensors are allocated.
+        beside: shapes and dtypes of further tensors that each batch brings along, `beside`.
     """
 
-    def __init__(self, capacity: Capacity, device: torch.device | str):
-        self.capacity = capacity
+    def __init__(
+        self,
+        capacity: Capacity,
+        device: torch.device | str,
+        beside: Sequence[tuple[tuple[int, ...], torch.dtype]] = (),
+    ):
+        self.capacity, self._further = capacity, tuple(beside)
         offsets = lengths_to_offsets(np.asarray(capacity.targets))
         rows, targets, sequences = (capacity.rows[0],), (int(offsets[-1]),), (capacity.sequences,)
         whole, real = torch.int64, torch.float32
         own = [(rows, whole), (targets, whole), (targets, whole), (targets, real)]
         own += [(sequences, whole), (sequences, real)]
         indices = CapacityPlan.index_sizes(capacity)
-        self._indices = len(indices)
-        self._layout = BufferLayout([*indices, *own])
+        self._indices, self._own = len(indices), len(indices) + len(own)
+        self._layout = BufferLayout([*indices, *own, *beside])
         self._buffer = self._layout.empty(device).zero_()
         views = self._layout.views(self._buffer)
+        views, self.beside = views[: self._own], views[self._own :]
         self.plan = CapacityPlan(capacity, device, views[: self._indices])
         tokens, target_rows, targets, weights, answers, answer_weights = views[self._indices :]
         self.batch = PackedBatch(
@@ -306,19 +315,26 @@ class CapacityBatch:
             max_token=0,
         )
 
-    def __getstate__(self) -> tuple[Capacity, torch.device, Tensor]:
-        return self.capacity, self.plan.device, self._buffer
+    def __getstate__(self) -> tuple:
+        return self.capacity, self.plan.device, self._buffer, self._further
 
-    def __setstate__(self, state: tuple[Capacity, torch.device, Tensor]) -> None:
-        capacity, device, buffer = state
-        self.__init__(capacity, device)
+    def __setstate__(self, state: tuple) -> None:
+        capacity, device, buffer, *beside = state
+        self.__init__(capacity, device, *beside)
         self._buffer.copy_(buffer)
 
-    def load(self, batch: PackedBatch) -> None:
-        """Copies a batch into the tensors. Raises ValueError if it does not fit.
+    def load(self, batch: PackedBatch, beside: Sequence[Tensor] = ()) -> None:
+        """Copies a batch into the tensors.
 
         A batch on the host is written into pinned memory and copied asynchronously, beside what
         runs on the device.
+
+        Args:
+            batch: what is loaded.
+            beside: what it brings along, each no longer than its tensor, whose rest becomes 0.
+
+        Raises:
+            ValueError: It does not fit.
         """
         reason = self.capacity.reason(batch)
         if reason is not None:
@@ -327,7 +343,9 @@ class CapacityBatch:
         image = self._layout.empty(at, pinned=at.type == "cpu" and device.type == "cuda")
         views = self._layout.views(image)
         self.plan.write(batch.plan, views[: self._indices])
-        self._write(batch, *views[self._indices :])
+        self._write(batch, *views[self._indices : self._own])
+        for buffer, values in zip(views[self._own :], beside, strict=True):
+            _fill(buffer, values)
         self._buffer.copy_(send(image, device), non_blocking=True)
         self.plan.forget()
 

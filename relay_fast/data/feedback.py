@@ -16,6 +16,7 @@ import torch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.plan import Plan
 from relay_fast.tasks import FeedbackDraws, Inputs, Samples, Task, Written
+from relay_fast.tasks.feedback import Arrangement
 from relay_fast.tasks.samples import tasks_present
 from relay_fast.utils.ragged import concat_ranges
 
@@ -184,6 +185,46 @@ def collate_next(
         max_token=int(max(inputs.tokens.max(initial=0), inputs.fed.max(initial=0))),
         fed=torch.from_numpy(inputs.fed).to(device),
     )
+
+
+class FirstInputs(NamedTuple):
+    """The inputs before the first round, and how the later ones follow; ends and fields are those
+    of the problems in their order."""
+
+    inputs: Inputs
+    widths: np.ndarray
+    arrangement: Arrangement
+
+
+def arranged_inputs(problems: Samples, tasks: Mapping[str, Task]) -> FirstInputs | str:
+    """Returns the first inputs of problems, from which a device can lay the later ones; or, as a
+    string, which task does not let it."""
+    for task in tasks_present(problems.task, tasks).values():
+        if not _arranges(task):
+            return f"task {task.name!r} makes the inputs of an iteration in Python"
+    none = np.zeros(int(problems.first_round[-1]), np.int64)
+    written = Written(problems, np.zeros(0, np.int32), none, none)
+    owner = np.arange(len(problems))
+    inputs, widths, _ = iterations_of(written, tasks, owner, np.zeros_like(owner))
+    starts = np.cumsum(widths) - widths
+    whole = Arrangement.empty(len(problems), len(inputs.tokens))
+    for k, task in tasks_present(problems.task, tasks).items():
+        own = np.flatnonzero(problems.task == k)
+        part = task.arrangement(problems.take(own), widths[own])
+        if part is None:
+            return f"task {task.name!r} makes the inputs of an iteration in Python"
+        rows = concat_ranges(starts[own], widths[own])
+        for name, values in part._asdict().items():
+            at = own if name in ("follows", "least") else rows
+            getattr(whole, name)[..., at] = values
+    return FirstInputs(inputs, widths, whole)
+
+
+def _arranges(task: Task) -> bool:
+    """Tells whether a task's arrangement is that of its inputs: defined beside them or later."""
+    order = type(task).__mro__
+    first = lambda name: next(i for i, cls in enumerate(order) if name in vars(cls))
+    return first("arrangement") <= min(first("inputs"), first("input_sizes"))
 
 
 def mean_iteration_tokens(

@@ -6,16 +6,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 
-from relay_fast.data.collate import collate_looped
 from relay_fast.decoding._inference import bytes_a_token, free_bytes, halve_on_oom, inference
 from relay_fast.decoding.autoregressive import Decoded, check_prompts, decode
-from relay_fast.decoding.fed_rounds import find_rounds, read_fed_rounds
-from relay_fast.decoding.scores import read_scored
+from relay_fast.decoding.chain_reader import ChainReader
+from relay_fast.decoding.reading import ChainLogProbs
+from relay_fast.decoding.reading import read_batch as read_batch
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.tasks import NO_ANSWER, Samples, Task
 from relay_fast.tasks.samples import tasks_present
@@ -29,16 +28,6 @@ NO_TOKENS = np.zeros(0, np.int32)
 
 Model = LoopedTransformer | AutoregressiveTransformer
 Progress = Callable[[int, int], Any]
-
-
-class ChainLogProbs(NamedTuple):
-    """fp32 log-probabilities of the tokens of samples: rounds (tokens,) and answer (S,).
-
-    The answer's is 0 where the rounds imply the answer.
-    """
-
-    rounds: np.ndarray
-    answer: np.ndarray
 
 
 def unseen_problems(task: Task, length: int, number: int, seed: int) -> Samples:
@@ -214,6 +203,7 @@ def stream_scored(
     order = stream_order(problems)
     ends = np.cumsum(sizes[order])
     questions = _without_truth(problems)
+    reader = ChainReader(model, tasks, scored)
     start, batches = first, 0
     while start < len(order):
         before = ends[start] - sizes[order[start]]
@@ -222,7 +212,7 @@ def stream_scored(
         if (batches - 1) % shard[1] != shard[0]:
             start = stop
             continue
-        attempt = partial(_read_first, model, questions, order[start:stop], tasks, scored)
+        attempt = partial(_read_first, reader, questions, order[start:stop])
         result, fitted = halve_on_oom(attempt, stop - start, model.device)
         if fitted < stop - start:  # the later batches, too, are as small
             stop = start + fitted
@@ -234,50 +224,11 @@ def stream_scored(
 
 
 def _read_first(
-    model: LoopedTransformer,
-    problems: Samples,
-    chosen: np.ndarray,
-    tasks: Mapping[str, Task],
-    scored: bool,
-    count: int,
+    reader: ChainReader, problems: Samples, chosen: np.ndarray, count: int
 ) -> tuple[Samples, ChainLogProbs | None]:
-    """Calls `read_batch` for the first `count` of the chosen problems."""
-    with inference(model):
-        return read_batch(model, problems.take(chosen[:count]), tasks, scored)
-
-
-def read_batch(
-    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], scored: bool
-) -> tuple[Samples, ChainLogProbs | None]:
-    """Generates the chains of one batch in one pass.
-
-    Args:
-        model: a looped model in inference mode.
-        problems: the batch, sorted by most loops first.
-        tasks: the problems' tasks by name.
-        scored: whether to compute log-probabilities.
-
-    Returns:
-        The problems with generated rounds and answers; log-probabilities, None unless `scored`.
-    """
-    if not model.has_answer_head:
-        written, own = read_fed_rounds(model, problems, tasks, scored)
-        none = np.zeros(len(problems), np.float32)
-        return written, ChainLogProbs(own, none) if scored else None
-    carried = model.config.carry_state
-    batch = collate_looped(problems, tasks, carry_state=carried, device=model.device)
-    if scored:
-        rounds, answers, scores, answer_scores = read_scored(model, batch)
-    else:
-        rounds, answers = model.predict_rounds(batch)
-    ids = torch.cat([*rounds, answers]).cpu().numpy().astype(np.int32)
-    ids, answer = ids[: len(ids) - len(problems)], ids[len(ids) - len(problems) :]
-    inside, round_offsets = find_rounds(ids, batch.plan)
-    written = replace(problems, rounds=ids[inside], round_offsets=round_offsets, answer=answer)
-    if not scored:
-        return written, None
-    own = torch.cat([*scores, answer_scores]).cpu().numpy()
-    return written, ChainLogProbs(own[: len(ids)][inside], own[len(ids) :])
+    """Reads the first `count` of the chosen problems."""
+    with inference(reader.model):
+        return reader.read(problems.take(chosen[:count]))
 
 
 def in_callers_order(parts: list[tuple[np.ndarray, Samples]], problems: Samples) -> Samples:

@@ -24,6 +24,7 @@ from relay_fast.kernels.norm_ref import upcast
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.ops.dispatch import TORCH
+from relay_fast.utils.cuda_graph import captured, on_side_stream
 from relay_fast.utils.ragged import pieces
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 1 << 16}  # prompt tokens per pass
@@ -160,21 +161,15 @@ class Stepper:
     def _capture(self, cache_slice: CacheSlice) -> Callable[[], None]:
         """Captures the step over this slice as a CUDA graph; returns its replay."""
         before = [state.clone() for state in self._states]
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # the set-up of a first call must not be captured
+
+        def step() -> None:
             next(self._steps([cache_slice], 1))
-        here.wait_stream(aside)
+
+        on_side_stream(step)  # the set-up of a first call must not be captured
         for state, value in zip(self._states, before, strict=True):
             state.copy_(value)
-        graph = torch.cuda.CUDAGraph()
-        if self.temperature:
-            graph.register_generator_state(self._generator)
-        with torch.cuda.graph(
-            graph, pool=self._pool
-        ):  # shared: no graph's memory outlives a replay
-            next(self._steps([cache_slice], 1))
-        return graph.replay
+        # A shared pool: no graph's memory outlives a replay.
+        return captured(step, pool=self._pool, generator=self._generator)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.model.embedding(tokens)

@@ -101,6 +101,26 @@ def run_fused_loop(
         final (N, d) and a list of the token ids (N_t,) of each iteration; or, as a string, the
         reason why the kernel does not support the call.
     """
+    call = fused_call(config, spec, x, block, norm, head, training)
+    if isinstance(call, str):
+        return call
+    final, ids = spec.ops.loop_fwd(*call)
+    return final, list(ids.split(list(spec.plan.active_rows)))
+
+
+def fused_call(
+    config: BlockConfig,
+    spec: LoopSpec,
+    x: Tensor,
+    block: Mapping[str, Tensor],
+    norm: Tensor,
+    head: Tensor,
+    training: bool = False,
+) -> tuple | str:
+    """Returns the arguments of the whole-loop kernel, or why it does not support the call.
+
+    Args: as `run_fused_loop`.
+    """
     plan = spec.plan
     if spec.ops.loop_fwd is None:
         return "plain torch has no whole-loop kernel"
@@ -118,8 +138,5 @@ def run_fused_loop(
     reason = loop_reason(x, layout, weights, cos, sin, *heads, config.activation, config.norm)
     if reason:
         return reason
-    final, ids = spec.ops.loop_fwd(
-        x, layout, weights, cos, sin, *heads, config.causal, config.activation, config.eps,
-        config.norm,
-    )  # fmt: skip
-    return final, list(ids.split(list(plan.active_rows)))
+    options = (config.causal, config.activation, config.eps, config.norm)
+    return x, layout, weights, cos, sin, *heads, *options

@@ -76,22 +76,15 @@ def iterate(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (t, state t of the active prefix) for t = 1..T, without gradients.
 
-    Two buffers hold the states: a yielded state is overwritten two iterations later.
+    Two buffers hold the states: a yielded state is overwritten two iterations later. Of a
+    fixed-capacity plan, the rows that are dead hold anything.
 
     Args:
         spec: the pass; its readout is not used.
         x: (rows, …) in sorted order.
         parameters: the loop body's parameters.
         prepare: (state t − 1, t) → the input of iteration t; by default state t − 1 itself.
-
-    Raises:
-        ValueError: for a fixed-capacity plan, whose number of live rows is known on the device
-            only.
     """
-    if spec.plan.fixed_capacity:
-        raise ValueError(
-            "fixed-capacity batches are for training: generate from the PackedBatch that was loaded"
-        )
     with torch.no_grad(), launch_context(x):
         body = spec.make_iteration(x, parameters)
         buffers = [x.new_empty(x.shape), x.new_empty(x.shape)]

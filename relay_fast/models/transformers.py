@@ -369,6 +369,11 @@ class LoopedTransformer(_Transformer):
 
     def _check_readable(self, batch: PackedBatch) -> None:
         c = self.config
+        if batch.plan.fixed_capacity:  # its live rows are known on the device only
+            raise ValueError(
+                "fixed-capacity batches are for training: generate from the PackedBatch that was "
+                "loaded"
+            )
         if c.feedback != "none" and (batch.feeder if c.carry_state else batch.fed) is None:
             maker = "PackedBatch.looped(..., carry_state=True)" if c.carry_state else "collate_next"
             raise ValueError(

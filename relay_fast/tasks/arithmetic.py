@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
-from relay_fast.tasks.feedback import Inputs, Written, right_aligned
+from relay_fast.tasks.feedback import Arrangement, Inputs, Written, right_aligned
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import (
     ARITHMETIC,
@@ -153,6 +153,11 @@ class Arithmetic(Task):
         tokens = right_aligned(widths, *written.last_or_problem(owner, before))
         tokens[np.cumsum(widths) - widths] = self.token
         return Inputs(tokens, np.full_like(tokens, PAD))
+
+    def arrangement(self, problems: Samples, widths: np.ndarray) -> Arrangement:
+        return Arrangement.empty(len(widths), int(widths.sum()))._replace(
+            follows=np.ones(len(widths), bool)
+        )
 
     def split(self, ids: Iterable[int]) -> tuple[list[list[int]], int | None]:
         rounds, tail = split_after(until_eos(ids), EQUALS)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from relay_fast.tasks.feedback import Inputs, Written
+from relay_fast.tasks.feedback import Arrangement, Inputs, Written
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, NUMBER0, PAD, SEP, Vocabulary
 from relay_fast.utils.numbers import as_int
@@ -306,6 +306,11 @@ class Task(ABC):
             f"task {self.name!r} does not say what an iteration sees of the rounds so far: define "
             f"{type(self).__name__}.inputs, or train without feedback"
         )
+
+    def arrangement(self, problems: Samples, widths: np.ndarray) -> Arrangement | None:
+        """Returns how `inputs` of these widths, of problems of this task, follow from the rounds;
+        None where a token's place depends on more than its round and its place in it."""
+        return None
 
     def largest_fed(self, length: int) -> int:
         """A bound on the numbers that `inputs` shows and rounds hold in problems of a length."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, last_rounds, split_after, until_eos
-from relay_fast.tasks.feedback import Inputs, Written, problems_shown, right_aligned
+from relay_fast.tasks.feedback import Arrangement, Inputs, Written, problems_shown, right_aligned
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import (
     BAR,
@@ -238,6 +238,21 @@ class EditDistance(Task):
             np.ones_like(cells), cells
         )
         return fed
+
+    def arrangement(self, problems: Samples, widths: np.ndarray) -> Arrangement:
+        own = Arrangement.empty(len(widths), int(widths.sum()))
+        first = problems.length.astype(np.int64)
+        second = np.diff(problems.problem_offsets) - first - 3
+        bar = np.cumsum(widths) - second - 2
+        letters = concat_ranges(bar - first, first)
+        own.turns[letters] = concat_ranges(np.zeros_like(first), first)
+        own.fed[1, letters], own.fed[2, letters] = BAR, COMMA
+        own.fed[1:, bar], own.growth[bar] = NUMBER0, self.border
+        cells = concat_ranges(bar + 1, second)  # row 0 of the table
+        own.fed[1, cells] = NUMBER0 + self.border * concat_ranges(np.ones_like(second), second)
+        under = concat_ranges(bar + 1, second + 1)
+        own.from_end[under] = np.repeat(bar + second + 2, second + 1) - under
+        return own
 
     def largest_fed(self, length: int) -> int:
         return max(self.largest_cell(length), self.border * (length + 2))

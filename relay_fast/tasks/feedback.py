@@ -72,6 +72,46 @@ class Inputs(NamedTuple):
     cuts: np.ndarray | None = None
 
 
+class Arrangement(NamedTuple):
+    """How the inputs of I problems follow from the rounds written so far, if each token of a round
+    has its place whatever it is: a device can then lay the inputs, without the host.
+
+    Fields over rows (N,) are of the inputs before the first round, end to end. Those of problems
+    that `follow` are not used.
+
+    follows (I,) bool: the last round takes the problem's place behind the task token; nothing is
+        fed.
+    least (I,) int64: the fewest tokens of such an input.
+    turns (N,) int64: a number of rounds.
+    fed (3, N) int64: the token fed when fewer rounds than `turns` are written, so many, and more.
+    growth (N,) int64: what each round written adds to the last of these.
+    from_end (N,) int64: which token of the last round, counted from its end from 1 on, is fed
+        instead when more than `turns` rounds are written, if the round has so many; 0: none.
+    stays (N,) bool: it is not the last round's but that of the round after `turns`, from then on.
+    """
+
+    follows: np.ndarray
+    least: np.ndarray
+    turns: np.ndarray
+    fed: np.ndarray
+    growth: np.ndarray
+    from_end: np.ndarray
+    stays: np.ndarray
+
+    @staticmethod
+    def empty(inputs: int, rows: int) -> Arrangement:
+        """Inputs that are fed nothing and stay as they are."""
+        return Arrangement(
+            np.zeros(inputs, bool),
+            np.ones(inputs, np.int64),
+            np.zeros(rows, np.int64),
+            np.full((3, rows), PAD),
+            np.zeros(rows, np.int64),
+            np.zeros(rows, np.int64),
+            np.zeros(rows, bool),
+        )
+
+
 @dataclass(frozen=True)
 class FeedbackDraws:
     """Random changes of each iteration that a model with feedback trains on.

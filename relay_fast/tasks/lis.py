@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from relay_fast.tasks.base import NO_ANSWER, Rounds, Task, split_after, until_eos
-from relay_fast.tasks.feedback import Inputs, Written, problems_shown
+from relay_fast.tasks.feedback import Arrangement, Inputs, Written, problems_shown
 from relay_fast.tasks.samples import TASK_NAMES, Samples
 from relay_fast.tasks.vocabulary import LETTER0, N_LETTERS, NUMBER0, PAD, SEP, Vocabulary
 from relay_fast.tasks.vocabulary import LIS as LIS_TOKEN
@@ -192,6 +192,17 @@ class LIS(Task):
         fed[concat_ranges(ends - sizes + 1 + known, following)] = mark
         positions = np.arange(len(tokens)) - np.repeat(ends - self.group - 2, widths)
         return Inputs(tokens, fed, np.maximum(0, positions))
+
+    def arrangement(self, problems: Samples, widths: np.ndarray) -> Arrangement:
+        own = Arrangement.empty(len(widths), int(widths.sum()))
+        sizes = np.diff(problems.problem_offsets)
+        count = sizes - 2
+        row = concat_ranges(np.cumsum(widths) - sizes + 1, count)
+        value = concat_ranges(np.zeros_like(count), count)
+        own.turns[row], own.fed[1, row] = value // self.group, LETTER0 + value % self.group
+        own.from_end[row] = self.group + 1 - value % self.group
+        own.stays[row] = True
+        return own
 
     def largest_fed(self, length: int) -> int:
         return length

@@ -20,7 +20,7 @@ from relay_fast.tasks.base import (
     split_after,
     until_eos,
 )
-from relay_fast.tasks.feedback import Inputs, Written, problems_shown, right_aligned
+from relay_fast.tasks.feedback import Arrangement, Inputs, Written, problems_shown, right_aligned
 from relay_fast.tasks.proving import digest_of, prove_samples
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, PAD, RESERVED, Vocabulary
@@ -333,6 +333,16 @@ class TokenizedTask(Task):
         starts[later], sizes[later] = written.last_round(owner[later], before[later])
         fed = right_aligned(widths, written.tokens, starts, sizes)
         return Inputs(problems_shown(written, owner, widths), fed)
+
+    def arrangement(self, problems: Samples, widths: np.ndarray) -> Arrangement | None:
+        if self.text.own_inputs:
+            return None
+        own = Arrangement.empty(len(widths), int(widths.sum()))
+        if self.text.shows == "round":
+            least = self.min_widths(problems.length)
+            return own._replace(follows=np.ones(len(widths), bool), least=least)
+        own.from_end[:] = np.repeat(np.cumsum(widths), widths) - np.arange(len(own.turns))
+        return own
 
     def _own_inputs(
         self, written: Written, owner: np.ndarray, before: np.ndarray, widths: np.ndarray

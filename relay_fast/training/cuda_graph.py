@@ -29,6 +29,12 @@ from relay_fast.kernels.supports import Unsupported
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.ops.dispatch import on_device
 from relay_fast.training.exchange import Exchange
+from relay_fast.utils.cuda_graph import (
+    captured,
+    device_graph_reason,
+    not_captured,
+    on_side_stream,
+)
 from relay_fast.utils.draws import Rewind
 
 __all__ = ["Capacity", "GraphedStep", "graph_reason", "take_step"]
@@ -41,8 +47,9 @@ DEPTHS = 3  # graphs of different depths
 
 def graph_reason(device: torch.device, optimizer: torch.optim.Optimizer) -> str | None:
     """Returns why a step cannot be captured, or None if a capture may be tried."""
-    if device.type != "cuda":
-        return f"CUDA graphs need a CUDA device, the model is on {device.type!r}"
+    reason = device_graph_reason(device)
+    if reason is not None:
+        return reason
     if not all("capturable" in group for group in optimizer.param_groups):
         return f"{type(optimizer).__name__} has no capturable form: use AdamW"
     return None
@@ -244,7 +251,7 @@ class GraphedStep:
             try:
                 depth.replay = self._captured(lambda: self._take_depth(depth))
             except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
-                self.reason = self._never = _not_captured(error)
+                self.reason = self._never = not_captured("the step", error)
                 return self._take(batch)
         losses = depth.replay()
         if self.exchange is None:
@@ -283,7 +290,7 @@ class GraphedStep:
             try:
                 replay = self._captured(self._update_eagerly)
             except RuntimeError as error:
-                reason = _not_captured(error)
+                reason = not_captured("the step", error)
         self._eager_update = self.exchange.ranks.first_reason(reason)
         if self._eager_update is None:
             self._update = replay
@@ -310,43 +317,3 @@ class GraphedStep:
             losses.chain_correct * rows,
             losses.answer_correct * sequences,
         )
-
-
-def on_side_stream(body: Callable[[], Any]) -> Any:
-    """Returns what `body` returns; launches it on another stream, as a capture does."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        result = body()
-    torch.cuda.current_stream().wait_stream(side)
-    return result
-
-
-def captured(body: Callable[[], Any], mode: str, pool: Any = None) -> Callable[[], Any]:
-    """Captures what `body` launches without running it; returns a call that replays it.
-
-    Args:
-        body: launches on the current device.
-        mode: "global", or "thread_local" if other threads may meanwhile call CUDA.
-        pool: memory that graphs share of which one runs at a time; None: its own.
-
-    Raises:
-        RuntimeError: it cannot be captured.
-    """
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
-            result = body()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        raise
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
-
-
-def _not_captured(error: RuntimeError) -> str:
-    return f"the step could not be captured: {' '.join(str(error).split())[:300]}"

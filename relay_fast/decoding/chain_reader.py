@@ -1,0 +1,182 @@
+"""Reads one batch of chains after the other; as a CUDA graph where one pays.
+
+Sizes are rounded up, so that most batches of a call are of a few capacities. The first batch of a
+capacity is read as ever; the second is read over the static buffers, which compiles their kernels;
+then the reading is captured, and replayed for all later ones.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from relay_fast.batch.capacity import Capacity
+from relay_fast.decoding.reading import Chains, read_batch
+from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of, prepare
+from relay_fast.engine.fused_inference import feedback_reason, fused_call
+from relay_fast.engine.plain_modules import call_reason, unwrapped
+from relay_fast.kernels.supports import Unsupported
+from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.tasks import Samples, Task
+from relay_fast.utils.cuda_graph import (
+    captured,
+    device_graph_reason,
+    not_captured,
+    on_side_stream,
+)
+
+WASTE = 2  # rows and iterations of a graph over those of a batch; the rest leaves at once
+MOST_GRAPHS = 4  # of one reader; the one that was used longest ago is dropped for a new one
+
+
+class _Graph:
+    """The reading of a capacity's batches, made step by step."""
+
+    def __init__(self, capacity: Capacity, moves: bool) -> None:
+        self.capacity, self.moves = capacity, moves
+        self.reading: StaticReading | None = None
+        self.replay: Callable[[], Any] | None = None
+
+
+class ChainReader:
+    """Reads the chains of batches off a model.
+
+    Args:
+        model: a looped model.
+        tasks: the problems' tasks by name.
+        scored: whether to compute log-probabilities.
+
+    Attributes:
+        reason: why the last batch was not read by a replay; None if it was.
+    """
+
+    def __init__(self, model: LoopedTransformer, tasks: Mapping[str, Task], scored: bool):
+        self.model, self.tasks, self.scored = model, tasks, scored
+        self.reason: str | None = None
+        self._never = device_graph_reason(model.device)
+        self._graphs: OrderedDict[tuple[Capacity, bool], _Graph] = OrderedDict()
+        self._pool: Any = None  # of the graphs' memory, of which one runs at a time
+
+    def read(self, problems: Samples) -> Chains:
+        """Returns the chains of a batch, sorted by most loops first, as `read_batch` does."""
+        self.reason = self._never or model_reason(self.model)
+        result = None
+        if self.reason is None:
+            try:
+                result = self._read_static(problems)
+            except torch.OutOfMemoryError:
+                self._graphs.clear()  # a smaller batch will find their memory
+                raise
+        return (
+            read_batch(self.model, problems, self.tasks, self.scored) if result is None else result
+        )
+
+    def _read_static(self, problems: Samples) -> Chains | None:
+        """Reads a batch over static buffers; None where it cannot, for `reason`."""
+        if not problems.loops.max(initial=0):
+            self.reason = "no problem of the batch has a round"
+            return None
+        loaded = prepare(self.model.config, problems, self.tasks)
+        if isinstance(loaded, str):
+            self.reason = loaded
+            return None
+        graph = self._graph_of(loaded)
+        if graph is None:
+            return None
+        if graph.reading is None:
+            graph.reading = StaticReading(self.model, graph.capacity, graph.moves, self.scored)
+            graph.reading.load(loaded)
+            self.reason = "warming up"
+            try:
+                on_side_stream(graph.reading.run)
+            except Unsupported as error:
+                return self._give_up(str(error))
+        else:
+            graph.reading.load(loaded)
+            if graph.replay is None:
+                try:
+                    graph.replay = self._captured(graph.reading.run)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    return self._give_up(not_captured("the reading of a batch", error))
+            graph.replay()
+        result = graph.reading.result(problems, self.tasks)
+        if result is None:
+            return self._give_up("the model's rounds outgrew the inputs that they are fed to")
+        return result
+
+    def _graph_of(self, loaded: Loaded) -> _Graph | None:
+        """Returns the graph that reads a batch, None for the first batch of a capacity.
+
+        One that was made for larger batches serves if it computes at most WASTE as much.
+        """
+        own = capacity_of(loaded, self.model.config)
+        for key in reversed(self._graphs):
+            capacity, moves = key
+            if moves == loaded.moves and _serves(capacity, own):
+                self._graphs.move_to_end(key)
+                return self._graphs[key]
+        self.reason = self._one_launch(loaded) or "the first batch of its size"
+        self._graphs[own, loaded.moves] = _Graph(own, loaded.moves)
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        return None
+
+    def _one_launch(self, loaded: Loaded) -> str | None:
+        """Returns that the whole-loop kernel reads such batches, which no graph makes faster."""
+        model = self.model
+        if self.scored or feedback_reason(model.config) is not None:
+            return None
+        batch = loaded.batch.to(model.device)
+        weights, head = model.block.weights(), model.readout().weights_only("reading")
+        run = model.block.run(batch.plan, weights)
+        of_head = (head.norm, head.head)
+        call = fused_call(model.config.block, run, model.embed(batch), weights.named, *of_head)
+        if isinstance(call, str):
+            return None
+        return self._give_up("the whole-loop kernel reads a batch in one launch")
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = self._never = reason
+        self._graphs.clear()
+
+    def _captured(self, body: Callable[[], Any]) -> Callable[[], Any]:
+        if self._pool is None and torch.cuda.is_available():
+            self._pool = torch.cuda.graph_pool_handle()
+        return captured(body, "global", self._pool)
+
+
+def _serves(capacity: Capacity, own: Capacity) -> bool:
+    """Tells whether the graph of a capacity reads the batches of another one."""
+    sizes = lambda c: (c.rows[0], len(c.rows), c.sequences, c.longest)
+    holds = all(a >= b for a, b in zip(sizes(capacity), sizes(own), strict=True))
+    return holds and capacity.token_iterations <= WASTE * own.token_iterations
+
+
+def model_reason(model: nn.Module) -> str | None:
+    """Returns why the reading of chains off a model cannot be captured, or None: a replay repeats
+    what the kernels did, and calls no Python."""
+    if type(model) is not LoopedTransformer:
+        return f"{type(model).__name__} may read in a way of its own: use a LoopedTransformer"
+    for name in ("predict_rounds", "embed", "iterations"):
+        if name in vars(model):
+            return f"the model has a method {name} of its own"
+    parts = {"embedding": model.embedding}
+    if model.config.feedback != "none":
+        parts["fed_embedding"] = model.fed_embedding
+    for name, part in parts.items():
+        reason = call_reason(unwrapped(part), nn.Embedding)
+        if reason is not None:
+            return f"{name} {reason}, which a replay would not call"
+    for path, (part, reason) in model.block.weights().called.items():
+        return f"{path} ({type(part).__name__}) {reason}, which a replay would not call"
+    for head in ["chain_head"] + ["answer_head"] * model.has_answer_head:
+        weights = model.readout(head).weights()
+        if isinstance(weights, str):
+            return f"{weights}, which a replay would not call"
+    return None

@@ -1,0 +1,64 @@
+"""Capturing work on a CUDA device as a graph that is replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def device_graph_reason(device: torch.device) -> str | None:
+    """Returns why nothing can be captured on a device, or None."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, the model is on {device.type!r}"
+    return None
+
+
+def on_side_stream(body: Callable[[], Any]) -> Any:
+    """Returns what `body` returns; launches it on another stream, as a capture does."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = body()
+    torch.cuda.current_stream().wait_stream(side)
+    return result
+
+
+def captured(
+    body: Callable[[], Any],
+    mode: str = "global",
+    pool: Any = None,
+    generator: torch.Generator | None = None,
+) -> Callable[[], Any]:
+    """Captures what `body` launches without running it; returns a call that replays it.
+
+    Args:
+        body: launches on the current device.
+        mode: "global", or "thread_local" if other threads may meanwhile call CUDA.
+        pool: memory that graphs share of which one runs at a time; None: its own.
+        generator: whose draws go on from replay to replay.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+            result = body()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        raise
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def not_captured(what: str, error: RuntimeError) -> str:
+    """Returns the reason that a failed capture gives, in one line."""
+    return f"{what} could not be captured: {' '.join(str(error).split())[:300]}"
