@@ -33,6 +33,7 @@ from relay_fast.batch.packed import PackedBatch  # noqa: E402
 from relay_fast.config import ModelConfig  # noqa: E402
 from relay_fast.decoding import step as decoding_step  # noqa: E402
 from relay_fast.decoding.kv_cache import CacheSlice  # noqa: E402
+from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of  # noqa: E402
 from relay_fast.kernels._runtime import DEVICE_PROPS  # noqa: E402
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer  # noqa: E402
 from relay_fast.reporting.text_table import text_table  # noqa: E402
@@ -105,6 +106,18 @@ class Rehearsal:
             for dtype in (torch.float32, torch.bfloat16):
                 with self.stage(f"generation, d = {block.d_model}, {dtype}"):
                     on_card(model, dtype).predict_rounds(batch.to("meta"))
+        for feedback, moves in (("none", False), ("tokens", True)):
+            fed = replace(config, feedback=feedback)
+            model = on_card(LoopedTransformer(fed, impl="triton").eval(), torch.float32)
+            self.graph(model, capacity_of(Loaded(batch, [], moves), fed), moves)
+
+    def graph(self, model: LoopedTransformer, capacity: Capacity, moves: bool) -> None:
+        """Runs what the graph of a generation captures, and prints its launches."""
+        before, loops = sum(self.log.launches.values()), len(capacity.rows)
+        with self.stage(f"generation's graph, feedback = {model.config.feedback}"):
+            StaticReading(model, capacity, moves, scored=False).run()
+        launches = sum(self.log.launches.values()) - before
+        print(f"{launches} launches of kernels in {loops} iterations, {launches / loops:.1f} each")
 
     @torch.no_grad()
     def decoding(self, config: ModelConfig) -> None:
