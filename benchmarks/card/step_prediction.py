@@ -177,9 +177,13 @@ class _TorchOps(TorchOps):
 
 
 @contextmanager
-def predicted() -> Iterator[tuple[Step, list[str]]]:
+def predicted(peak: float | None = None) -> Iterator[tuple[Step, list[str]]]:
     """Yields a step that collects what is launched inside, and the stack of names under which
-    PyTorch's own ops are counted."""
+    PyTorch's own ops are counted.
+
+    Args:
+        peak: FLOPs a second of the kernels; default: the card's in 16 bits.
+    """
     step, part = Step(), ["PyTorch's own"]
     original = JITFunction.run
 
@@ -189,7 +193,8 @@ def predicted() -> Iterator[tuple[Step, list[str]]]:
         arguments = self.signature.bind(*args, **own).arguments
         name, card = self.__name__, CARDS[ARCH]
         cost = launch_cost(name, arguments)
-        compute, memory = cost.flops / card.flops_16_bit, cost.bytes / card.bandwidth
+        compute = cost.flops / (peak or card.flops_16_bit)
+        memory = cost.bytes / card.bandwidth
         l2 = (cost.bytes + again_from_l2(name, arguments)) / L2_BANDWIDTH
         held = resident(kernel.n_regs, kernel.metadata.shared, kernel.metadata.num_warps)
         group = step.groups[name.strip("_").removesuffix("_kernel")]

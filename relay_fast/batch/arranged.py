@@ -4,6 +4,9 @@ The host brings a batch of first inputs and how the later ones follow from the r
 (`relay_fast.tasks.feedback.Arrangement`); everything else is a function of the tokens that come out
 of each iteration, in shapes that do not depend on them.
 
+An iteration's inputs are some fifty small ops: what is the same for a sequence is gathered for its
+rows at once, and what does not change is made in `start`.
+
 Shapes: S sequences, R rows, both of the capacity. Rows beyond the live ones hold anything valid.
 """
 
@@ -18,35 +21,20 @@ from torch import Tensor
 from relay_fast.batch.capacity import Capacity, CapacityBatch, CapacityPlan
 from relay_fast.batch.packed import PackedBatch
 
+NEVER = 1 << 30  # a place that no row reaches
+
 
 class _Layout(NamedTuple):
-    """Where the sequences of an iteration are.
+    """Where the sequences of an iteration are; the last of the S + 1 is empty, and owns the rows
+    behind all others.
 
-    offsets: (S + 1,) int64.
-    owner: (R,) the sequence of each row, S behind the last one.
+    starts, ends: (S + 1,) int64.
+    owner: (R,) the sequence of each row.
     """
 
-    offsets: Tensor
-    owner: Tensor
-
-    def of_row(self, values: Tensor) -> Tensor:
-        """(S,) → (R,)."""
-        return values[self.owner.clamp(max=len(values) - 1)]
-
-
-class _Rounds(NamedTuple):
-    """The tokens (R,) that an iteration wrote; ends and sizes of the rounds among them (S,)."""
-
-    tokens: Tensor
+    starts: Tensor
     ends: Tensor
-    sizes: Tensor
-
-    def at(self, layout: _Layout, from_end: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the tokens (R,) that stand so far from the end of their sequence's round, 1 the
-        last, and whether there are such."""
-        place = layout.of_row(self.ends) - from_end
-        there = (from_end > 0) & (from_end <= layout.of_row(self.sizes))
-        return self.tokens[place.clamp(0, len(self.tokens) - 1)], there
+    owner: Tensor
 
 
 class ArrangedInputs:
@@ -56,10 +44,15 @@ class ArrangedInputs:
         static: holds the first inputs and, beside them, what `beside_sizes` lists.
         moves: whether a sequence of any batch `follows`; without, all rows keep their places.
         pad: the token in front of a round.
+
+    Attributes:
+        widths: (S,) int64, tokens that each input of the batch that was made last needs. If one
+            exceeds the capacity's longest sequence, or all together its rows, they are cut: what
+            comes then is wrong.
     """
 
     def __init__(self, static: CapacityBatch, moves: bool, pad: int):
-        self._static, self._moves, self._pad = static, moves, pad
+        self._static, self._moves, self._pad_token = static, moves, pad
         c = static.capacity
         self._once = replace(c, rows=c.rows[:1], active=c.active[:1], targets=c.targets[:1])
 
@@ -74,89 +67,102 @@ class ArrangedInputs:
     def start(self) -> PackedBatch:
         """Returns the batch of the first iteration."""
         static, plan = self._static, self._static.plan
+        follows, least, turns, fed, _, from_end, stays = static.beside
         offsets = plan.cu_seqlens.long()
         self._rows = torch.arange(plan.rows, device=offsets.device)
-        self._home = self._layout = _Layout(offsets, self._owners(offsets))
-        self.outgrown = torch.zeros((), dtype=torch.bool, device=offsets.device)
-        self._shown = static.beside[3][2].long()
+        self._next_rows = self._rows + 1
+        self._zero, self._pad = offsets.new_zeros(1), offsets.new_full((), self._pad_token)
+        self._home = self._layout = self._layout_of(torch.cat((offsets[1:], offsets[-1:])))
+        sequences = torch.arange(plan.sequences, device=offsets.device)
+        self._going = sequences < plan.active_counts[:, :1]
+        self.widths = self._home_widths = offsets.diff()
+        self._from_end = from_end.long().masked_fill(from_end == 0, NEVER)
+        self._until = turns.masked_fill(~stays, NEVER) + 1
+        self._shown = fed[2].long()
+        self._of_home = torch.stack((static.batch.tokens, plan.positions.long()), 1)
+        self._least = least.long()
+        self._not_following = torch.cat((~follows, ~follows[:0].new_zeros(1))) * NEVER
         return self._batch(static.batch.tokens, self._fed(0), plan.positions, 0)
-
-    @property
-    def offsets(self) -> Tensor:
-        """(S + 1,) int64 offsets of the sequences in the batch that was made last."""
-        return self._layout.offsets
 
     def after(self, ids: Tensor, before: int) -> PackedBatch:
         """Returns the batch of the next iteration.
-
-        `outgrown` becomes true if an input does not fit into the capacity; what follows is wrong.
 
         Args:
             ids: (R,) the tokens that the last batch gave.
             before: number of iterations that are done.
         """
-        _, _, turns, fed, _, from_end, stays = self._static.beside
-        rounds, home = self._rounds(ids), self._home
-        tokens, there = rounds.at(home, from_end)
-        fresh = torch.where(stays, turns == before - 1, turns < before)
-        self._shown = torch.where(fresh, torch.where(there, tokens, fed[2]), self._shown)
-        static, plan = self._static, self._static.plan
+        sizes, ends = self._round_sizes(ids), self._layout.ends
+        self._show(ids, sizes, before)
+        static, fed = self._static, self._fed(before)
         if not self._moves:
-            return self._batch(static.batch.tokens, self._fed(before), plan.positions, before)
-        self._move(rounds.sizes, before)
-        layout = self._layout
-        place = self._rows - layout.of_row(layout.offsets[:-1])
-        at_home = (layout.of_row(home.offsets[:-1]) + place).clamp(0, plan.rows - 1)
-        tokens, there = rounds.at(layout, layout.of_row(layout.offsets[1:]) - self._rows)
-        own, follows = static.batch.tokens[at_home], layout.of_row(static.beside[0])
-        moved = torch.where(place == 0, own, torch.where(there, tokens, self._pad))
+            return self._batch(static.batch.tokens, fed, static.plan.positions, before)
+        self._move(sizes[:-1], before)
+        new, rows = self._layout, self._rows
+        of_sequences = (
+            ends - new.ends,  # from a row to that of the round which it shows
+            new.ends - sizes,  # the first row that shows one
+            self._home.starts - new.starts,  # from a row to that of the first input
+            new.starts + self._not_following,
+            new.starts,
+        )
+        shift, first, homewards, following, starts = torch.stack(of_sequences, 1)[new.owner].unbind(
+            1
+        )
+        written = ids[self._inside(rows + shift)]
+        at_home = self._inside(rows + homewards)
+        own, positions = self._of_home[at_home].unbind(1)
+        shown, follows = torch.where(rows >= first, written, self._pad), rows >= following
         return self._batch(
-            torch.where(follows, moved, own),
-            torch.where(follows, self._pad, self._fed(before)[at_home]),
-            torch.where(follows, place, plan.positions[at_home]).int(),
+            torch.where(rows > following, shown, own),
+            torch.where(follows, self._pad, fed[at_home]),
+            torch.where(follows, rows - starts, positions),
             before,
         )
 
-    def _owners(self, offsets: Tensor) -> Tensor:
-        return torch.searchsorted(offsets[1:], self._rows, right=True)
+    def _inside(self, places: Tensor) -> Tensor:
+        return places.clamp(0, len(self._rows) - 1)
+
+    def _layout_of(self, ends: Tensor) -> _Layout:
+        """Args: ends: (S + 1,) of the sequences, the last one empty."""
+        owner = torch.searchsorted(ends[:-1], self._rows, right=True)
+        return _Layout(torch.cat((self._zero, ends[:-1])), ends, owner)
+
+    def _round_sizes(self, ids: Tensor) -> Tensor:
+        """Returns the tokens behind the last pad of each sequence, (S + 1,)."""
+        starts, ends, owner = self._layout
+        behind = (ids == self._pad_token) * self._next_rows
+        return ends - starts.scatter_reduce(0, owner, behind, "amax")
+
+    def _show(self, ids: Tensor, sizes: Tensor, before: int) -> None:
+        """Puts what the last round wrote where the first inputs' layout shows it."""
+        _, _, turns, fed, *_ = self._static.beside
+        ends, sizes = torch.stack((self._layout.ends, sizes), 1)[self._home.owner].unbind(1)
+        there = self._from_end <= sizes
+        tokens = torch.where(there, ids[self._inside(ends - self._from_end)], fed[2])
+        fresh = (turns < before) & (self._until >= before)
+        self._shown = torch.where(fresh, tokens, self._shown)
 
     def _fed(self, before: int) -> Tensor:
         """Returns the tokens (R,) fed in the layout of the first inputs."""
         _, _, turns, fed, growth, _, _ = self._static.beside
-        more = self._shown + growth * before
+        more = torch.add(self._shown, growth, alpha=before)
         return torch.where(turns > before, fed[0], torch.where(turns == before, fed[1], more))
-
-    def _rounds(self, ids: Tensor) -> _Rounds:
-        offsets, owner = self._layout
-        pads = torch.where(ids == self._pad, self._rows, -1)
-        last = pads.new_full((len(offsets),), -1).scatter_reduce(0, owner, pads, "amax")[:-1]
-        begins = torch.maximum(last + 1, offsets[:-1])
-        return _Rounds(ids, offsets[1:], offsets[1:] - begins)
 
     def _move(self, sizes: Tensor, before: int) -> None:
         """Lays out the next iteration: an input that follows has the last round's size."""
-        follows, least = self._static.beside[:2]
-        capacity = self._static.capacity
-        width = torch.where(follows, torch.maximum(sizes + 1, least), self._home.offsets.diff())
-        going = torch.arange(len(width), device=width.device) < self._active(before)
-        width = width * going
-        too_long, too_many = width.max() > capacity.longest, width.sum() > capacity.rows[0]
-        self.outgrown = self.outgrown | too_long | too_many
-        ends = width.clamp(max=capacity.longest).cumsum(0).clamp(max=capacity.rows[0])
-        offsets = torch.cat((ends.new_zeros(1), ends))
-        self._layout = _Layout(offsets, self._owners(offsets))
-
-    def _active(self, before: int) -> Tensor:
-        return self._static.plan.active_counts[before, 0]
+        follows, capacity = self._static.beside[0], self._static.capacity
+        width = torch.where(follows, torch.maximum(sizes + 1, self._least), self._home_widths)
+        self.widths = width * self._going[before]
+        ends = self.widths.clamp(max=capacity.longest).cumsum(0).clamp(max=capacity.rows[0])
+        self._layout = self._layout_of(torch.cat((ends, ends[-1:])))
 
     def _batch(self, tokens: Tensor, fed: Tensor, positions: Tensor, before: int) -> PackedBatch:
         """Returns the batch of a single iteration."""
         home = self._static.plan
-        counts = home.active_counts[before : before + 1]
-        offsets = home.cu_seqlens
+        counts, offsets = home.active_counts[before : before + 1], home.cu_seqlens
         if self._moves:
-            offsets = self._layout.offsets.int()
-            counts = torch.stack((counts[0, 0], offsets[-1])).unsqueeze(0)
+            offsets = self._layout.starts.int()
+            counts = offsets[-1:].expand(1, 2)  # of which the rows are read
         indices = [positions, home.tokens, offsets, counts, home.last_rows, home.final_rows]
         plan = CapacityPlan(self._once, home.device, indices)
         none = self._static.batch.targets[:0]

@@ -132,7 +132,7 @@ class StaticReading:
         cells, columns = (loops, rows), (capacity.sequences,)
         sizes = [(cells, COLUMN), (columns, COLUMN)]
         sizes += [(cells, CELL), (columns, CELL)] * scored
-        sizes += [((loops, capacity.sequences + 1), COLUMN), ((1,), COLUMN)] * moves
+        sizes += [((loops, capacity.sequences), COLUMN)] * moves
         layout = BufferLayout(sizes)
         self._out = layout.empty(model.device).zero_()
         self._host = layout.empty("cpu", pinned=model.device.type == "cuda")
@@ -161,11 +161,11 @@ class StaticReading:
         plan = self._loaded.batch.plan
         prefixes = Prefixes.of(plan)
         if self.moves:
-            if more.pop()[0]:
+            widths, capacity = more.pop(), self._static.capacity
+            if widths.max() > capacity.longest or widths.sum(1).max() > ids.shape[1]:
                 return None
-            offsets, active = more.pop(), prefixes.active
-            widths = [np.diff(offsets[t, : n + 1]) for t, n in enumerate(active)]
-            prefixes = Prefixes(active, np.concatenate(widths).astype(np.int64))
+            own = [widths[t, :n] for t, n in enumerate(prefixes.active)]
+            prefixes = prefixes._replace(widths=np.concatenate(own).astype(np.int64))
         live = self._live(prefixes, ids.shape[1])
         scores = None
         if self.scored:
@@ -220,9 +220,7 @@ class StaticReading:
             ((_, state),) = iterate(once, x, parameters)
             ids = self._read_out(run, state, "chain_head", t, batch.plan.row_count(1))
             if self.moves:
-                self._views[-2][t].copy_(inputs.offsets)
-        if self.moves:
-            self._views[-1].copy_(inputs.outgrown)
+                self._views[-1][t].copy_(inputs.widths)
 
     def _read_out(
         self, run: LoopSpec, state: Tensor, head: str, t: int | None, row_count: Tensor | None
