@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import interpreter
-from benchmarks.card import checks, profile, steps, table
+from benchmarks.card import checks, profile, readings, steps, table
 from benchmarks.card.cases import Case, check_cases, timed_cases
 from benchmarks.card.device import ROOT, Timer, ceilings, identity
 from benchmarks.card.kernels import time_case
@@ -188,14 +188,16 @@ def units(
         sanitize = partial(checks.sanitize, device, script, apart)
         name = "checks/compute-sanitizer" + (" apart" if apart else "")
         last.append(Unit(name, "checks", checks.SANITIZER_SECONDS, sanitize))
+    reading_units = readings.units(dry, timer)
     if quick:
         wanted = ("mix/policies", "mix/compile reduce-overhead")
         step_units = [u for u in step_units if u.name.endswith(wanted)]
         kernel_units, sweep_units = kernel_units[:2], sweep_units[2:3]
+        reading_units = reading_units[:1]
     some = 5  # the figures that most depends on; then kernels, before baselines that compile long
     return [
-        *found, *step_units[:some], *last[:1], *kernel_units, *step_units[some:], *sweep_units,
-        *last[1:],
+        *found, *step_units[:some], *last[:1], *reading_units, *kernel_units, *step_units[some:],
+        *sweep_units, *last[1:],
     ]  # fmt: skip
 
 

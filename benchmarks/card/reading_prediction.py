@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from benchmarks.card.readings import DTYPES, SIZES, drawn
 from benchmarks.card.step_prediction import (
     ARCH,
     LAUNCH,
@@ -36,12 +37,11 @@ from benchmarks.card.step_prediction import (
     predicted,
 )
 from benchmarks.card.table import markdown
-from benchmarks.chain_generation import TASKS, mixed_case
+from benchmarks.chain_generation import TASKS
 from benchmarks.kernel_costs import CARDS, Card
 from benchmarks.rehearse import on_card
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.data.feedback import collate_next
-from relay_fast.decoding.chains import stream_order
 from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of, prepare
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import Samples, Written
@@ -52,10 +52,9 @@ from relay_fast.utils.files import replacing
 SYNC = (10e-6, 30e-6)
 DEAD = (0.0, 2e-6)
 TORCH = "PyTorch's own"
-SIZES = (64, 512, 2048)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# The data sheet's bandwidth, by the share that the H200 was measured to reach of its own.
-CARDS_MEANT = (CARDS[ARCH], replace(CARDS[ARCH], name="H100", bandwidth=3.35e12 * 4.3 / 4.8))
+# The H100 differs in memory: its data sheet's bandwidth, and the share of it that the H200 reaches.
+H100 = replace(CARDS[ARCH], name="H100", bandwidth=3.35e12 * 4.3 / 4.8)
+CARDS_MEANT = ((CARDS[ARCH], SIZES), (H100, SIZES[1:2]))
 
 Range = tuple[float, float]
 
@@ -71,12 +70,6 @@ class Reading:
     def chains(self, problems: int) -> tuple[float, float]:
         """Chains a second, at the expected time and at the floor."""
         return tuple(problems / (seconds + self.host) for seconds in reversed(self.card))
-
-
-def drawn(problems: int) -> Samples:
-    """The paper's mix, sorted as generation sorts it."""
-    samples = mixed_case(problems, common.LONGEST).problems
-    return samples.take(stream_order(samples))
 
 
 def model_of(feedback: str, dtype: torch.dtype) -> LoopedTransformer:
@@ -181,14 +174,14 @@ def compare(feedback: str, dtype: torch.dtype, number: int) -> tuple[int, Readin
     )
 
 
-def rows_of(card: Card) -> list[tuple[str, ...]]:
+def rows_of(card: Card, sizes: Sequence[int]) -> list[tuple[str, ...]]:
     ms = lambda pair: " to ".join(f"{1e3 * seconds:.3g}" for seconds in pair)
     rate = lambda pair: " to ".join(f"{value:,.0f}" for value in pair)
     rows = []
     with mock.patch.dict(CARDS, {ARCH: card}):
         for feedback in ("none", "tokens"):
             for name, dtype in DTYPES.items():
-                for number in SIZES:
+                for number in sizes:
                     loops, eager, graph = compare(feedback, dtype, number)
                     print(card.name, feedback, name, number, flush=True)
                     rows.append(
@@ -234,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="file of the page; default: the terminal")
     options = parser.parse_args(argv)
-    text = page({card.name: rows_of(card) for card in CARDS_MEANT})
+    text = page({card.name: rows_of(card, sizes) for card, sizes in CARDS_MEANT})
     if options.out:
         with replacing(options.out) as partial:
             partial.write_text(text)

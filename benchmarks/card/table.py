@@ -34,7 +34,7 @@ def page(session: Session, interpreted: bool) -> str:
     """The whole page."""
     label = session.label
     title = f"# {label['machine']}\n\n{label['versions']}, commit {label['commit']}\n\n"
-    sections = (_ceilings, _checks, _steps, _kernels, _sweep, _not_measured)
+    sections = (_ceilings, _checks, _steps, _readings, _kernels, _sweep, _not_measured)
     return title + INTERPRETED * interpreted + "".join(part(session) for part in sections)
 
 
@@ -87,6 +87,28 @@ def _steps(session: Session) -> str:
         for workload, row in best_baselines(steps)
     )
     return "\n## Training steps\n\n" + markdown(columns, lines) + best
+
+
+def _readings(session: Session) -> str:
+    columns = (
+        "model", "GEMMs", "problems", "provider", "ms", "chains/s", "times the graph",
+        "same chains", "note",
+    )  # fmt: skip
+    lines = [
+        (
+            r["model"],
+            r["dtype"],
+            r["problems"],
+            r["provider"],
+            milliseconds(r),
+            r["chains_per_s"],
+            r["times_graph"],
+            r["same_chains"],
+            r["note"],
+        )
+        for r in _measured(session, "readings")
+    ]
+    return "\n## Reading chains\n\n" + markdown(columns, lines) if lines else ""
 
 
 def _kernels(session: Session) -> str:

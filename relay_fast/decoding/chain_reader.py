@@ -2,7 +2,9 @@
 
 Sizes are rounded up, so that most batches of a call are of a few capacities. The first batch of a
 capacity is read as ever; the second is read over the static buffers, which compiles their kernels;
-then the reading is captured, and replayed for all later ones.
+then the reading is captured, and replayed for all later ones. A batch whose work outlasts its
+launches is read as ever (`batch_reason`), but by a model that is fed its rounds, whose inputs the
+host would lay between the iterations.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +24,7 @@ from relay_fast.engine.fused_inference import feedback_reason, fused_call
 from relay_fast.engine.plain_modules import call_reason, unwrapped
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.ops.dispatch import compute_dtype
 from relay_fast.tasks import Samples, Task
 from relay_fast.utils.cuda_graph import (
     captured,
@@ -30,6 +34,11 @@ from relay_fast.utils.cuda_graph import (
 )
 
 WASTE = 2  # rows and iterations of a graph over those of a batch; the rest leaves at once
+# Of a large card, as benchmarks/results/READING_PREDICTION.md has them: on a smaller one, work
+# outlasts the launches sooner.
+LAUNCH = 25e-6  # seconds, from Python
+RATE_32, RATE_16 = 60e12, 400e12  # FLOPs a second that GEMMs reach, in 32 and in 16 bits
+LAUNCHES_A_LAYER = 5
 MOST_GRAPHS = 4  # of one reader; the one that was used longest ago is dropped for a new one
 
 
@@ -77,8 +86,8 @@ class ChainReader:
 
     def _read_static(self, problems: Samples) -> Chains | None:
         """Reads a batch over static buffers; None where it cannot, for `reason`."""
-        if not problems.loops.max(initial=0):
-            self.reason = "no problem of the batch has a round"
+        self.reason = batch_reason(self.model, problems)
+        if self.reason is not None:
             return None
         loaded = prepare(self.model.config, problems, self.tasks)
         if isinstance(loaded, str):
@@ -156,6 +165,27 @@ def _serves(capacity: Capacity, own: Capacity) -> bool:
     sizes = lambda c: (c.rows[0], len(c.rows), c.sequences, c.longest)
     holds = all(a >= b for a, b in zip(sizes(capacity), sizes(own), strict=True))
     return holds and capacity.token_iterations <= WASTE * own.token_iterations
+
+
+def batch_reason(model: LoopedTransformer, problems: Samples) -> str | None:
+    """Returns why a batch is better read op by op, or None.
+
+    Of a model that is fed no rounds, a graph saves launches and nothing else: where the work of an
+    average launch takes longer than the launch, it saves nothing and needs its own buffers.
+    """
+    loops = int(problems.loops.max(initial=0))
+    if not loops:
+        return "no problem of the batch has a round"
+    if not model.has_answer_head or model.config.carry_state:
+        return None
+    weights = model.block.weights()
+    matrices = sum(t.numel() for t in weights.tensors if t is not None and t.ndim == 2)
+    rows = float(np.diff(problems.problem_offsets) @ problems.loops) / loops
+    work = 2 * rows * matrices / (LAUNCHES_A_LAYER * model.config.block.n_layers)
+    full = compute_dtype(weights.of_gemms).itemsize >= 4
+    if work > LAUNCH * (RATE_32 if full else RATE_16):
+        return "the work of its launches takes longer than to launch them"
+    return None
 
 
 def model_reason(model: nn.Module) -> str | None:

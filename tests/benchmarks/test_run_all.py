@@ -327,7 +327,7 @@ def test_the_rehearsal_leaves_every_file(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-interpreted")
     names = {path.name for path in folder.iterdir()}
-    tables = {"checks", "ceilings", "steps", "kernels", "sweep", "profile"}
+    tables = {"checks", "ceilings", "steps", "readings", "kernels", "sweep", "profile"}
     assert names == {f"{name}.csv" for name in tables} | {"RESULTS.md", "PROFILE.md"}
     for name in tables:
         with (folder / f"{name}.csv").open() as file:
