@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from benchmarks.card.readings import DTYPES, SIZES, drawn
+from benchmarks.card.readings import DTYPES, SIZES, drawn, lowered
 from benchmarks.card.step_prediction import (
     ARCH,
     LAUNCH,
@@ -39,9 +39,9 @@ from benchmarks.card.step_prediction import (
 from benchmarks.card.table import markdown
 from benchmarks.chain_generation import TASKS
 from benchmarks.kernel_costs import CARDS, Card
-from benchmarks.rehearse import on_card
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.data.feedback import collate_next
+from relay_fast.decoding.chain_reader import batch_reason
 from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of, prepare
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import Samples, Written
@@ -74,7 +74,7 @@ class Reading:
 
 def model_of(feedback: str, dtype: torch.dtype) -> LoopedTransformer:
     config = replace(common.CONFIGS["relay"], feedback=feedback)
-    return on_card(LoopedTransformer(config, impl="triton").eval(), dtype)
+    return lowered(LoopedTransformer(config, impl="triton").eval(), dtype).to("meta")
 
 
 @torch.no_grad()
@@ -174,6 +174,12 @@ def compare(feedback: str, dtype: torch.dtype, number: int) -> tuple[int, Readin
     )
 
 
+def taken(feedback: str, dtype: torch.dtype, number: int) -> str:
+    """How a reader would read the batch."""
+    reason = batch_reason(model_of(feedback, dtype), drawn(number))
+    return "graph" if reason is None else "op by op"
+
+
 def rows_of(card: Card, sizes: Sequence[int]) -> list[tuple[str, ...]]:
     ms = lambda pair: " to ".join(f"{1e3 * seconds:.3g}" for seconds in pair)
     rate = lambda pair: " to ".join(f"{value:,.0f}" for value in pair)
@@ -191,6 +197,7 @@ def rows_of(card: Card, sizes: Sequence[int]) -> list[tuple[str, ...]]:
                             f"{graph.launches / loops:.0f}", ms(eager.card), ms(graph.card),
                             f"{1e3 * eager.host:.3g}", f"{1e3 * graph.host:.3g}",
                             rate(eager.chains(number)), rate(graph.chains(number)),
+                            taken(feedback, dtype, number),
                         )
                     )  # fmt: skip
     return rows
@@ -201,7 +208,7 @@ def page(sections: dict[str, list[tuple[str, ...]]]) -> str:
     columns = (
         "model", "GEMMs", "problems", "launches", "nodes", "nodes an iteration", "op by op, ms",
         "graph, ms", "host, op by op, ms", "host, graph, ms", "chains/s, op by op",
-        "chains/s, graph",
+        "chains/s, graph", "taken",
     )  # fmt: skip
     tables = "".join(f"## {name}\n\n{markdown(columns, rows)}\n" for name, rows in sections.items())
     block = common.CONFIGS["relay"].block
@@ -219,7 +226,8 @@ def page(sections: dict[str, list[tuple[str, ...]]]) -> str:
         f"and up to {1e6 * DEAD[1]:.0f} µs a kernel for programs of dead rows. Host: one core of "
         f"{common.machine('cpu')['machine']}: the batch is made, the chains are read out, and op "
         "by op what a fed model gets is laid between the iterations. The card idles meanwhile. "
-        "fp32: the card's fp32 peak, without tensor cores.\n"
+        "fp32: the card's fp32 peak, without tensor cores. Taken: what "
+        "`relay_fast.decoding.chain_reader` does with such a batch, by the work of its launches.\n"
     )
 
 

@@ -44,6 +44,7 @@ class ArrangedInputs:
         static: holds the first inputs and, beside them, what `beside_sizes` lists.
         moves: whether a sequence of any batch `follows`; without, all rows keep their places.
         pad: the token in front of a round.
+        largest: the largest token; what grows in iterations that no sequence has stays below.
 
     Attributes:
         widths: (S,) int64, tokens that each input of the batch that was made last needs. If one
@@ -51,8 +52,8 @@ class ArrangedInputs:
             comes then is wrong.
     """
 
-    def __init__(self, static: CapacityBatch, moves: bool, pad: int):
-        self._static, self._moves, self._pad_token = static, moves, pad
+    def __init__(self, static: CapacityBatch, moves: bool, pad: int, largest: int):
+        self._static, self._moves, self._pad_token, self._largest = static, moves, pad, largest
         c = static.capacity
         self._once = replace(c, rows=c.rows[:1], active=c.active[:1], targets=c.targets[:1])
 
@@ -145,7 +146,7 @@ class ArrangedInputs:
     def _fed(self, before: int) -> Tensor:
         """Returns the tokens (R,) fed in the layout of the first inputs."""
         _, _, turns, fed, growth, _, _ = self._static.beside
-        more = torch.add(self._shown, growth, alpha=before)
+        more = torch.add(self._shown, growth, alpha=before).clamp(max=self._largest)
         return torch.where(turns > before, fed[0], torch.where(turns == before, fed[1], more))
 
     def _move(self, sizes: Tensor, before: int) -> None:

@@ -97,6 +97,9 @@ def generate_looped_chains(
     after the last `<pad>` of its iteration, and may be empty. The answer of a model
     without an answer head is the one that its rounds imply, or NO_ANSWER.
 
+    On a CUDA device, a call of several batches reads most of them as replays of CUDA graphs
+    (`relay_fast.decoding.chain_reader`), where that saves time.
+
     Args:
         model: a looped model.
         problems: S samples.

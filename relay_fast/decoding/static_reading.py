@@ -54,7 +54,13 @@ class Loaded(NamedTuple):
 
 
 def prepare(config: ModelConfig, problems: Samples, tasks: Mapping[str, Task]) -> Loaded | str:
-    """Makes the batch of problems, sorted by most loops first; or says why there is none."""
+    """Makes the batch that a static reading loads, or says why there is none.
+
+    Args:
+        config: of the model.
+        problems: the batch, sorted by most loops first.
+        tasks: the problems' tasks by name.
+    """
     if config.feedback == "none" or config.carry_state:
         batch = collate_looped(problems, tasks, carry_state=config.carry_state)
         beside = [batch.feeder.last] if config.carry_state else []
@@ -209,7 +215,8 @@ class StaticReading:
         self._read_out(run, last, "answer_head", None, None)
 
     def _run_arranged(self) -> None:
-        inputs = ArrangedInputs(self._static, self.moves, PAD)
+        largest = self.model.config.vocabulary_size - 1
+        inputs = ArrangedInputs(self._static, self.moves, PAD, largest)
         run, parameters = self._spec()
         body = ids = None
         for t in range(len(self._static.capacity.rows)):

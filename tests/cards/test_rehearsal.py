@@ -27,7 +27,10 @@ def test_every_policy_and_decoding_on_a_card(environment: dict[str, str], arch: 
     stages = re.findall(
         r"^(\S+: .*|generation.*|decoding.*) new variants in .*: ok$", printed, re.M
     )
-    assert len(stages) == 6 * 3 + 4 + 1, printed
+    assert len(stages) == 6 * 3 + 4 + 2 + 1, printed
+    launches = re.findall(r"^(\d+) launches of kernels in (\d+) iterations", printed, re.M)
+    # Five a layer in fp32 and the readout, whatever is fed; the latent loop's answers once.
+    assert [int(n) - 16 * int(loops) for n, loops in launches] == [1, 0], printed
 
 
 STEADY = """

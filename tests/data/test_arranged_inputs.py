@@ -17,10 +17,9 @@ from relay_fast.decoding.chains import stream_order
 from relay_fast.decoding.static_reading import capacity_of, prepare
 from relay_fast.tasks import LIS, Samples, Task, TextTask, Vocabulary, Written
 from relay_fast.tasks.vocabulary import PAD
-from tests.data.test_unclear_iterations import VOCABULARY as OF_TEXTS
-from tests.data.test_unclear_iterations import Folded
 from tests.support.fed_models import TASKS, mixed
-from tests.support.text_tasks import Parity
+from tests.support.text_tasks import VOCABULARY as OF_TEXTS
+from tests.support.text_tasks import Folded, Parity
 
 CONFIG = ModelConfig(BlockConfig(16, 2, 1), 200, feedback="tokens")
 TEXTS = {task.name: task.bound(OF_TEXTS, 3 + k) for k, task in enumerate((Parity(), Folded()))}
@@ -83,7 +82,7 @@ def test_what_a_device_lays_is_what_the_host_makes(names: str, pads: float) -> N
     capacity = replace(capacity, rows=tuple(2 * rows for rows in capacity.rows))
     static = CapacityBatch(capacity, "cpu", ArrangedInputs.beside_sizes(capacity))
     static.load(loaded.batch, loaded.beside)
-    device, host, ids = ArrangedInputs(static, loaded.moves, PAD), Host(problems, tasks), None
+    device, host, ids = ArrangedInputs(static, loaded.moves, PAD, 199), Host(problems, tasks), None
     for before in range(int(problems.loops.max())):
         batch = device.start() if ids is None else device.after(torch.from_numpy(ids), before)
         inputs, widths = host.inputs(before)
@@ -110,7 +109,7 @@ def test_inputs_that_outgrow_their_buffers_are_told() -> None:
         capacity = replace(exact, rows=(rows,) * len(exact.rows), longest=longest)
         static = CapacityBatch(capacity, "cpu", ArrangedInputs.beside_sizes(capacity))
         static.load(loaded.batch, loaded.beside)
-        inputs = ArrangedInputs(static, True, PAD)
+        inputs = ArrangedInputs(static, True, PAD, 199)
         inputs.start()
         outgrown = False
         for before in range(1, 5):

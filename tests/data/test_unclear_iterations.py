@@ -13,23 +13,7 @@ from relay_fast.relay.presets import load_preset, override
 from relay_fast.relay.presets.own import resolved
 from relay_fast.tasks import TextTask, Vocabulary, build_tasks, make_task
 from relay_fast.tasks.addition import Addition
-from tests.support.text_tasks import Parity, Reversal
-
-VOCABULARY = Vocabulary(63, 1, ("[parity]", "[reversal]", "[addition]", "[folded]", *"abc01+="))
-
-
-class Folded(TextTask):
-    """Bits, of which each round replaces the first two by their sum: all that is left is there."""
-
-    name = "folded"
-    shows = "round"
-    min_length = 2
-
-    def sample(self, length, rng):
-        bits = rng.integers(0, 2, length).tolist()
-        texts = [[sum(bits[:k]) % 2, *bits[k:]] for k in range(1, length + 1)]
-        problem, *rounds = (" ".join(map(str, text)) for text in texts)
-        return problem, rounds, rounds[-1]
+from tests.support.text_tasks import VOCABULARY, Folded, Parity, Reversal
 
 
 class Step(TextTask):

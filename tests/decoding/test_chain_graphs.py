@@ -159,6 +159,19 @@ def test_problems_without_rounds_and_of_one_token(played: Played, kind: str) -> 
     assert reader.reason == "no problem of the batch has a round"
 
 
+def test_iterations_beyond_a_batch_feed_tokens_of_the_vocabulary() -> None:
+    """The border of an edit distance's table grows with every iteration of the graph."""
+    model, (own,) = model_of("fed"), batches(4, names=("edit_distance",))
+    loaded, loops = prepare(model.config, own, TASKS), fed_models.VOCABULARY.size
+    capacity = capacity_of(loaded, model.config)
+    sizes = {name: getattr(capacity, name)[:1] * loops for name in ("rows", "active", "targets")}
+    with inference(model):
+        reading = StaticReading(model, replace(capacity, **sizes), loaded.moves, True)
+        reading.load(loaded)
+        reading.run()
+        assert_same(reading.result(own, TASKS), read_batch(model, own, TASKS, True))
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("kind", ["latent", "fed"])
 def test_kernels_leave_dead_rows_out(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from relay_fast.tasks import TextTask
+from relay_fast.tasks import TextTask, Vocabulary
 
 VALUE = 1
+VOCABULARY = Vocabulary(63, 1, ("[parity]", "[reversal]", "[addition]", "[folded]", *"abc01+="))
 
 
 class Parity(TextTask):
@@ -62,3 +63,17 @@ class Reversal(TextTask):
     def shown(self, problem, rounds):
         letters = problem.split()
         return " ".join(letters[: len(letters) - len(rounds)]), ""
+
+
+class Folded(TextTask):
+    """Bits, of which each round replaces the first two by their sum: all that is left is there."""
+
+    name = "folded"
+    shows = "round"
+    min_length = 2
+
+    def sample(self, length, rng):
+        bits = rng.integers(0, 2, length).tolist()
+        texts = [[sum(bits[:k]) % 2, *bits[k:]] for k in range(1, length + 1)]
+        problem, *rounds = (" ".join(map(str, text)) for text in texts)
+        return problem, rounds, rounds[-1]
