@@ -67,9 +67,7 @@ def measure(
     if tiny:
         problems = problems.take(np.flatnonzero(problems.loops == problems.loops.min())[:2])
     reader = ChainReader(model, TASKS, False)
-    always = mock.patch.object(
-        chain_reader, "LAUNCH", float("inf")
-    )  # as a graph, if it pays or not
+    always = mock.patch.object(chain_reader, "LAUNCH", float("inf"))  # a graph, pay or not
     with always, inference(model):
         for _ in range(1 if tiny else UNTIL_CAPTURED):
             graph, _ = reader.read(problems)

@@ -1,0 +1,57 @@
+"""Captures, with a stand-in for the card."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from relay_fast.utils.cuda_graph import captured, device_graph_reason, not_captured
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What a card would be asked, in order."""
+    made: list[tuple] = []
+
+    class Graph:
+        def register_generator_state(self, generator) -> None:
+            made.append(("register", generator))
+
+        def replay(self) -> None:
+            made.append(("replay",))
+
+    @contextmanager
+    def graph(own, pool, capture_error_mode):
+        made.append(("begin", pool, capture_error_mode))
+        yield
+        made.append(("end",))
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: made.append(("synchronize",)))
+    return made
+
+
+def test_what_a_body_launches_is_captured_once_and_replayed(calls: list[tuple]) -> None:
+    generator = torch.Generator()
+    replay = captured(lambda: calls.append(("body",)) or 7, pool="pool", generator=generator)
+    begun = [("register", generator), ("begin", "pool", "global"), ("body",), ("end",)]
+    assert calls == begun
+    assert replay() == replay() == 7 and calls == [*begun, ("replay",), ("replay",)]
+
+
+def test_a_failed_capture_leaves_the_card_in_order(calls: list[tuple]) -> None:
+    def fails() -> None:
+        raise RuntimeError("not\n  permitted")
+
+    with pytest.raises(RuntimeError) as error:
+        captured(fails, "thread_local")
+    assert calls == [("begin", None, "thread_local"), ("synchronize",)]
+    assert not_captured("the step", error.value) == "the step could not be captured: not permitted"
+
+
+def test_only_a_cuda_device_captures() -> None:
+    assert device_graph_reason(torch.device("cuda:1")) is None
+    assert device_graph_reason(torch.device("cpu")).endswith("the model is on 'cpu'")
