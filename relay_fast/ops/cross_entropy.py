@@ -12,10 +12,12 @@ from torch import Tensor
 
 from relay_fast.kernels.norm_ref import upcast_dtype
 from relay_fast.ops.dispatch import (
+    chosen_ops,
     compute_dtype,
     differentiable_once,
     launch_context,
     refuse_transforms,
+    requested_impl,
     select,
 )
 from relay_fast.ops.gradients import GradientBuffers
@@ -176,6 +178,7 @@ def row_cross_entropy(
     options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
     dtype = compute_dtype(head)
     if torch.compiler.is_compiling():
+        impl = requested_impl(impl)
         loss, _, correct = row_cross_entropy_fwd(
             states, rows, targets, norm_weight, norm_bias, head.to(dtype), *options.values(), impl
         )
@@ -278,13 +281,13 @@ def row_cross_entropy_fwd(
         kind: "rms" or "layer".
         label_smoothing: Share of the target's probability that is spread evenly.
         z_loss: Weight of the squared log-partition function.
-        impl: Implementation of the kernels.
+        impl: What `requested_impl` returned.
 
     Returns:
         Loss and lse (R,), fp32 or fp64, and correct (R,) bool.
     """
     options = _options(eps, kind, label_smoothing, z_loss)
-    ops = select(impl, states.device)
+    ops = chosen_ops(impl, states.device)
     with launch_context(states):
         return ops.cross_entropy_fwd(states, targets, norm_weight, norm_bias, head, rows, **options)
 
@@ -323,7 +326,7 @@ def row_cross_entropy_bwd(
     Returns:
         The gradients that are needed, in that order.
     """
-    ops, parameters = select(impl, states.device), (norm_weight, norm_bias, head)
+    ops, parameters = chosen_ops(impl, states.device), (norm_weight, norm_bias, head)
     grads = GradientBuffers(parameters, needed[1:], ops.weight_grad)
     with launch_context(states):
         dh = ops.cross_entropy_bwd(

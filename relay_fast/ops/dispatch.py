@@ -357,9 +357,25 @@ def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
         ValueError: for an unknown name.
         RuntimeError: if "triton" cannot be used on `device`.
     """
+    return chosen_ops(requested_impl(impl), device)
+
+
+def requested_impl(impl: str) -> str:
+    """Returns `impl`, or in place of "auto" what RELAY_FAST_IMPL in the environment says.
+
+    An op whose backward is called later asks in its forward alone, so that both use the same
+    implementation; under torch.compile that is when the forward is traced.
+
+    Raises ValueError for an unknown name.
+    """
     if impl == "auto":
         impl = os.environ.get("RELAY_FAST_IMPL", "auto")
     check_impl(impl)
+    return impl
+
+
+def chosen_ops(impl: str, device: torch.device | str) -> Ops:
+    """Does what `select` does, for the result of `requested_impl`."""
     if impl == "torch" or (impl == "auto" and torch.device(device).type != "cuda"):
         return TORCH
     reason = device_reason(device)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from relay_fast.ops.dispatch import launch_context, refuse_transforms, select
+from relay_fast.ops.dispatch import chosen_ops, launch_context, refuse_transforms, requested_impl
 from relay_fast.ops.flops import count_flops
 
 Gradients = dict[str, Callable[[], Tensor | None]]
@@ -81,7 +81,8 @@ class LayerOp:
         there = [t for t in tensors if t is not None]
         if not torch.compiler.is_compiling():
             refuse_transforms(*there)
-        return self.forward(there, [t is not None for t in tensors], *options, impl)[0]
+        present = [t is not None for t in tensors]
+        return self.forward(there, present, *options, requested_impl(impl))[0]
 
     def _named(self, tensors: list[Tensor], present: list[bool], options: tuple) -> tuple[Any, Any]:
         """Returns the tensors and the options by name."""
@@ -91,7 +92,7 @@ class LayerOp:
 
     def _forward(self, tensors: list[Tensor], present: list[bool], *rest: Any) -> list[Tensor]:
         t, o = self._named(tensors, present, rest[:-1])
-        ops = select(rest[-1], tensors[0].device)
+        ops = chosen_ops(rest[-1], tensors[0].device)
         with launch_context(tensors[0]):
             return [made.contiguous() for made in self.parts.forward(ops, t, o)]
 
@@ -109,7 +110,7 @@ class LayerOp:
     ) -> list[Tensor]:
         """Returns the gradients of the tensors that need one, in their dtypes."""
         t, o = self._named(tensors, present, rest[:-1])
-        ops = select(rest[-1], tensors[0].device)
+        ops = chosen_ops(rest[-1], tensors[0].device)
         with launch_context(grad):
             gradients = self.parts.backward(ops, grad, t, o, saved)
             wanted = self._wanted(needed, present)
