@@ -14,6 +14,7 @@ from torch import Tensor
 
 from relay_fast.ops.dispatch import chosen_ops, launch_context, refuse_transforms, requested_impl
 from relay_fast.ops.flops import count_flops
+from relay_fast.utils.arguments import check_one_device
 
 Gradients = dict[str, Callable[[], Tensor | None]]
 
@@ -77,7 +78,9 @@ class LayerOp:
         Raises:
             ValueError: unless all tensors are on one device.
         """
-        _check_devices(tensors)
+        named = tensors._asdict()
+        named.pop("cu_seqlens", None)  # may be on the host
+        check_one_device(**named)
         there = [t for t in tensors if t is not None]
         if not torch.compiler.is_compiling():
             refuse_transforms(*there)
@@ -152,14 +155,3 @@ class LayerOp:
         self, grad, tensors, saved, needed, present, *rest, out_val=None, **_
     ) -> int:
         return self.parts.flops(*self._named(tensors, present, rest[:-1]), True)
-
-
-def _check_devices(tensors: Any) -> None:
-    first, *others = tensors._fields
-    device = getattr(tensors, first).device
-    for name in others:
-        t = getattr(tensors, name)
-        if t is not None and t.device != device and name != "cu_seqlens":  # may be on the host
-            raise ValueError(
-                f"{first} is on {device} and {name} on {t.device}: move them to one device"
-            )
