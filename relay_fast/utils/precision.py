@@ -19,4 +19,5 @@ def autocasting(device: torch.device, name: str) -> torch.autocast:
     """Returns the context in which GEMMs on a device have the precision of this name, whatever
     autocast is around it."""
     dtype = autocast_dtype(name)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    # Without its cache, whose casts a CUDA graph could not keep: the engine casts once a pass.
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
