@@ -152,6 +152,7 @@ class StaticReading:
 
     def run(self) -> None:
         """Launches the whole reading of the batch."""
+        self._heads: dict[str, tuple] = {}  # cast once
         if self._arranged:
             self._run_arranged()
         else:
@@ -235,8 +236,10 @@ class StaticReading:
         """Writes the tokens of an iteration, or for None the answers, where they come back from;
         returns them."""
         c = self.model.config.block
-        read = self.model.readout(head).weights_only("reading as a graph")
-        readout = (read.norm, read.bias, read.head.to(run.compute_dtype))
+        if head not in self._heads:
+            read = self.model.readout(head).weights_only("reading as a graph")
+            self._heads[head] = (read.norm, read.bias, read.head.to(run.compute_dtype))
+        readout = self._heads[head]
         count = {} if row_count is None or run.ops is TORCH else {"row_count": row_count}
         ids = run.ops.argmax(state, *readout, c.eps, c.norm, **count)
         place = (lambda i: self._views[i]) if t is None else (lambda i: self._views[i][t])

@@ -31,6 +31,7 @@ from relay_fast.engine.states import States
 from relay_fast.engine.stopping import loops_run, pass_options
 from relay_fast.engine.wrappers import gathered, refuse_flattened, refuse_replicas, shards
 from relay_fast.ops.dispatch import refuse_transforms, select
+from relay_fast.utils.arguments import check_kind
 from relay_fast.utils.numbers import as_int, is_bool
 
 
@@ -103,6 +104,7 @@ def loop(
         same tensors as "state". Truncation that splits an iteration calls the module twice there,
         once for the sequences without a gradient.
     """
+    check_kind("module", module, nn.Module, "give the nn.Module that is looped")
     tree = StateTree(x)
     rows = x if tree.is_tensor else tree_leaves(x)[0]
     start = as_int("start", start, least=0)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from relay_fast.utils.arguments import check_kind, check_tensors
 from relay_fast.utils.numbers import as_float
 
 
@@ -27,6 +28,9 @@ def noise_state(
     Raises:
         ValueError: for a std that is negative or not finite.
     """
+    check_tensors(like=like)
+    if generator is not None:
+        check_kind("generator", generator, torch.Generator, "give a torch.Generator, or None")
     std = as_float("std", std, least=0)
     state = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     if not std:

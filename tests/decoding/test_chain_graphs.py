@@ -31,7 +31,7 @@ from relay_fast.tasks.vocabulary import PAD
 from tests.support import fed_models
 from tests.support.fed_models import TASKS
 from tests.support.host_copies import HostCopies
-from tests.support.played_graphs import Played, Recording, played  # noqa: F401
+from tests.support.played_graphs import Played, Recording, played, tensors  # noqa: F401
 
 FED = {"feedback": "tokens"}
 KINDS = {
@@ -124,6 +124,22 @@ def read_all(model: LoopedTransformer, many: Samples) -> tuple[Samples, ChainLog
         alone = [read_batch(model, many.take([i]), TASKS, True) for i in range(len(many))]
     scores = [np.concatenate(parts) for parts in zip(*(own for _, own in alone), strict=True)]
     return Samples.concat([samples for samples, _ in alone]), ChainLogProbs(*scores)
+
+
+@pytest.mark.parametrize("kind", ["latent", "fed"])
+def test_a_graph_reads_in_the_precision_of_autocast(played: Played, kind: str) -> None:  # noqa: F811
+    """Rounded alike: chains of bf16 that are as good as those of fp32 need not be equal to them."""
+    model, many = model_of(kind), problems(12)
+    reader = ChainReader(model, TASKS, False)
+    with inference(model, "bf16"):
+        for _ in range(3):
+            own = many.take(stream_order(many))
+            read, _ = reader.read(own)
+        alike = read_batch(model, own, TASKS, False)[0]
+    assert reader.reason is None and len(played.replays) == 1
+    assert np.mean(read.round_offsets == alike.round_offsets) > 0.9
+    dtypes = {t.dtype for op in played.captures[0].ops for t in tensors(op[3])}
+    assert torch.bfloat16 in dtypes
 
 
 def test_only_so_many_graphs_are_kept(played: Played) -> None:  # noqa: F811
