@@ -7,6 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from relay_fast.utils.numbers import check_int64
+
+
+def check_is_tensor(x: object, name: str = "x") -> None:
+    """Raises TypeError unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}: give a tensor")
+
 
 def check_floating(x: Tensor, name: str = "x") -> None:
     """Raises TypeError unless x is in floating point."""
@@ -72,6 +80,9 @@ def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int
         counts = np.asarray(loops)
     except ValueError:  # a ragged list
         raise TypeError(f"loops = {loops}: pass an int or one int per sequence") from None
+    if counts.dtype.kind in "Ouf":  # also what numpy makes of Python's ints beyond int64
+        whole = [n for n in np.asarray(loops, object).reshape(-1).tolist() if type(n) is int]
+        check_int64("loops", max(whole, key=abs, default=0))
     if counts.dtype == np.bool_ or not np.issubdtype(counts.dtype, np.integer):
         if counts.size or counts.ndim != 1:
             raise TypeError(

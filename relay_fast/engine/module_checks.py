@@ -21,6 +21,30 @@ def tensors_in(*values: object) -> list[Tensor]:
     return [leaf for some in leaves for leaf in some if isinstance(leaf, Tensor)]
 
 
+def check_kinds(module: object, per_row: object, shared: object) -> None:
+    """Checks what `relay_fast.loop` is given.
+
+    Args:
+        module: What is looped.
+        per_row, shared: Its arguments by name, or None.
+
+    Raises:
+        TypeError: They are of other kinds.
+    """
+    if not isinstance(module, nn.Module):
+        kind = module.__name__ if isinstance(module, type) else type(module).__name__
+        raise TypeError(
+            f"the module is {'the class' if isinstance(module, type) else 'of type'} {kind}: give "
+            "an instance of a torch.nn.Module, which knows its parameters; wrap a function in one"
+        )
+    for name, value in (("per_row", per_row), ("shared", shared)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(
+                f"{name} is of type {type(value).__name__}: give a dict of the module's arguments "
+                "by name"
+            )
+
+
 def check_rows(per_row: Mapping[str, object], rows: int, device: torch.device) -> None:
     """Checks arguments that have one entry for each row.
 

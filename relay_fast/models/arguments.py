@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relay_fast.batch.arguments import check_is_tensor
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops
 from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.batch.stopping import StoppingPlan
@@ -26,7 +27,8 @@ def packed_rows(x: Tensor, cu_seqlens: object, d: int) -> tuple[Tensor, torch.Si
     Raises:
         ValueError, TypeError: for another shape or dtype.
     """
-    if x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
+    check_is_tensor(x)
+    if x.ndim < 2 or x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
         raise ValueError(
             f"x has shape {tuple(x.shape)}: pass (B, n, {d}), or (tokens, {d}) together with "
             f"cu_seqlens"
@@ -72,6 +74,8 @@ def check_devices(device: torch.device, weights: BlockWeights) -> None:
 def listed(values):
     """Returns a list of ints as a tensor on the CPU; anything else as it is."""
     if isinstance(values, list | tuple) and set(map(type, values)) == {int}:
+        if max(map(abs, values)) >= 2**63:
+            return values  # said by the checks of the call
         return torch.tensor(values, dtype=torch.int64, device="cpu")
     return values
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from relay_fast.batch.arguments import check_floating, check_is_tensor
 from relay_fast.utils.numbers import as_float
 
 
@@ -25,9 +26,12 @@ def noise_state(
         generator: default: torch's own.
 
     Raises:
+        TypeError: for a `like` that is no floating-point tensor.
         ValueError: for a std that is negative or not finite.
     """
     std = as_float("std", std, least=0)
+    check_is_tensor(like, "like")
+    check_floating(like, "like")
     state = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     if not std:
         return state

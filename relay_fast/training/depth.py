@@ -91,7 +91,7 @@ class FixedDepth(DepthSampler):
     """
 
     def __init__(self, loops: int, max_loops: int | None = None, seed: int = 0):
-        super().__init__(as_int("loops", loops), max_loops, seed)
+        super().__init__(as_int("loops", loops, least=1), max_loops, seed)
 
     def draw(self, rng: np.random.Generator, step: int, sequences: int) -> np.ndarray:
         return np.full(sequences, self.mean)
@@ -162,11 +162,18 @@ class CurriculumDepth(DepthSampler):
         max_loops: int | None = None,
         seed: int = 0,
     ):
-        super().__init__(max(as_float("first", first, least=1), last), max_loops, seed)
-        self.first, self.last = float(first), as_float("last", last, least=1)
+        self.first = as_float("first", first, least=1)
+        self.last = as_float("last", last, least=1)
+        super().__init__(max(self.first, self.last), max_loops, seed)
         self.steps = as_int("steps", steps, least=1)
         self.make = make or (lambda mean: FixedDepth(round(mean)))
-        self.make(self.first), self.make(self.last)  # says at once what is wrong
+        for mean in (self.first, self.last):  # says at once what is wrong
+            sampler = self.make(mean) if callable(self.make) else self.make
+            if not callable(self.make) or not isinstance(sampler, DepthSampler):
+                raise TypeError(
+                    f"make gives a {type(sampler).__name__}: it is a function of the mean that "
+                    "returns a sampler, such as `lambda mean: PoissonLogNormalDepth(mean)`"
+                )
 
     def mean_at(self, step: int) -> float:
         """Returns the mean at a step."""

@@ -89,7 +89,12 @@ def test_what_is_refused() -> None:
         (lambda: FixedDepth(2.5), "loops = 2.5: it must be a whole number"),
         (lambda: CurriculumDepth(1, 2, 0), "steps = 0"),
         (lambda: FixedDepth(2)(-1, 3), "step = -1"),
+        (lambda: FixedDepth(0), "loops = 0: it must be at least 1"),
+        (lambda: CurriculumDepth(1, "5", 10), "last = '5': it must be a number"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+    for make, kind in ((3, "int"), (round, "int"), (lambda mean: None, "NoneType")):
+        with pytest.raises(TypeError, match=f"make gives a {kind}: it is a function of the mean"):
+            CurriculumDepth(1, 5, 10, make=make)
