@@ -12,7 +12,6 @@ inside the training range.
 from __future__ import annotations
 
 import ctypes
-import os
 import statistics
 import sys
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -291,8 +291,7 @@ class PeakMemory:
 
 
 def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return psutil.Process().memory_info().rss
 
 
 def measure(providers: list[Provider], case: Case, seconds: float, device: str) -> list[dict]:

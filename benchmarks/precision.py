@@ -5,6 +5,7 @@
 Trains the looped model of each preset twice from the same seed on the same batches, in fp32 and
 with bf16 autocast, and evaluates both in fp32. One row a preset, precision and length, written when
 a model is done; models that the CSV holds are not trained again, and an interrupted one continues.
+A finished run of the preset, copied to `<out>/<preset>-fp32-<seed>`, serves as it is.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common  # noqa: E402
-from relay_fast.relay.presets import load_preset, override  # noqa: E402
+from benchmarks.three_tasks import read_results  # noqa: E402
+from relay_fast.relay.presets import load_preset, override, recipe  # noqa: E402
 from relay_fast.reporting.plots import new_figure, save_figure  # noqa: E402
 from relay_fast.train import train  # noqa: E402
 
 CSV = common.RESULTS / "precision.csv"
 PRECISIONS = ("fp32", "bf16")
 STAGES = ("looped_aligned", "evaluate.looped_aligned")
+OF_TASK = ("train", "test", "parameters", "feedback")  # what a looped model's training depends on
 Row = dict[str, str]
 
 
@@ -31,8 +35,9 @@ def measured(preset: str, precision: str, seed: int, out: Path, scale: float | N
     values = [f"training.autocast={precision}", "workers=1"]
     config = override(load_preset(preset), seed=seed, scale=scale, values=values)
     run = out / f"{preset}-{precision}-{seed}"
-    results = train(config, run, stages=STAGES, print_table=False)
+    results = finished(run, config) or train(config, run, stages=STAGES, print_table=False)
     facts = {"seconds": results["seconds"]["looped_aligned"]} | common.machine("cpu")
+    facts["commit"] = results["versions"]["commit"]  # of the training, which may be an older run
     return [
         {"preset": preset, "precision": precision, "seed": str(seed), "task": task,
          "length": length, "trained_to": str(config["tasks"][task]["train"][1]),
@@ -40,6 +45,20 @@ def measured(preset: str, precision: str, seed: int, out: Path, scale: float | N
         for task, by_length in results["accuracy"]["looped_aligned"].items()
         for length, row in by_length.items()
     ]  # fmt: skip
+
+
+def finished(run: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """What a run of the same looped model recorded, None if there is none that is evaluated."""
+    if not (run / "results.json").exists():
+        return None
+    results = read_results(run)
+    said = [
+        (c["model"], {"autocast": "fp32"} | recipe(c, STAGES[0]),
+         {name: [task.get(k) for k in OF_TASK] for name, task in c["tasks"].items()})
+        for c in (results["config"], config)
+    ]  # fmt: skip
+    same = said[0] == said[1]
+    return results if same and "looped_aligned" in results["accuracy"] else None
 
 
 def worst(rows: list[Row]) -> dict[tuple[str, str], float]:

@@ -17,8 +17,8 @@ from importlib import metadata
 from relay_fast import __version__
 
 # Packages by the extra of pyproject.toml that installs them.
-REQUIRED = ("torch", "triton", "einops", "numpy", "safetensors", "numba", "filelock", "pydantic")
-REQUIRED += ("rich",)
+REQUIRED = ("torch", "triton", "einops", "numpy", "safetensors", "numba", "filelock")
+REQUIRED += ("psutil", "pydantic", "rich")
 EXTRAS = {
     "train": ("matplotlib",),
     "data": ("pyarrow", "tokenizers", "datasets"),

@@ -221,8 +221,17 @@ class BlockConfig:
 
     @staticmethod
     def of(config: BlockConfig | Mapping[str, Any]) -> BlockConfig:
-        """Returns a config unchanged, and builds one from the result of `to_dict`."""
-        return BlockConfig(**config) if isinstance(config, Mapping) else config
+        """Returns a config unchanged, and builds one from the result of `to_dict`.
+
+        Raises TypeError for anything else, and where a size is missing.
+        """
+        if isinstance(config, Mapping):
+            if missing := {"d_model", "n_heads", "n_layers"}.difference(config):
+                raise TypeError(f"the block's config has no {min(missing)!r}: add it")
+            return BlockConfig(**config)
+        if not isinstance(config, BlockConfig):
+            raise TypeError(f"the block's config is {config!r:.60}: give a BlockConfig")
+        return config
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -307,12 +316,21 @@ class ModelConfig:
                     f"model option {min(unknown)!r} is unknown: the nearest is "
                     f"{nearest(min(unknown), known)}; correct or remove it, or update relay_fast"
                 )
+        if missing := {"block", "vocabulary_size"}.difference(values):
+            raise TypeError(f"the model's config has no {min(missing)!r}: add it")
         return ModelConfig(**values)
 
     @staticmethod
     def of(config: ModelConfig | Mapping[str, Any]) -> ModelConfig:
-        """Returns a config unchanged, and builds one from the result of `to_dict`."""
-        return ModelConfig.from_dict(config) if isinstance(config, Mapping) else config
+        """Returns a config unchanged, and builds one from the result of `to_dict`.
+
+        Raises TypeError for anything else, and where a size is missing.
+        """
+        if isinstance(config, Mapping):
+            return ModelConfig.from_dict(config)
+        if not isinstance(config, ModelConfig):
+            raise TypeError(f"config is {config!r:.60}: give a ModelConfig, or its to_dict()")
+        return config
 
 
 def _biases(bias: Any) -> bool | tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 from relay_fast._moved_paths import forward
 from relay_fast.relay.context import untested_lengths, untested_notes
 from relay_fast.relay.evaluation import Metrics, evaluate_problems, evaluation_problems
-from relay_fast.relay.presets.saved import open_run
+from relay_fast.relay.presets.saved import AUTOCAST_HELP, open_run, run_autocast
 from relay_fast.relay.run_folder import RunFolder, RunFolderError, versions
 from relay_fast.relay.shards import EvaluationShards, Share, Start, share_lengths, shared_start
 from relay_fast.reporting.progress import Display, Problems
@@ -37,6 +37,7 @@ from relay_fast.utils.cores import limit_threads
 from relay_fast.utils.errors import RunStopped
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.lengths import parse_lengths
+from relay_fast.utils.precision import DTYPES
 from relay_fast.utils.settings import Seed, check_value
 from relay_fast.utils.tensor_files import CheckpointError
 
@@ -51,6 +52,7 @@ def evaluate_run(
     display: Display | None = None,
     share: Share = (0, 1),
     ready: Callable[[], None] = lambda: None,
+    autocast: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates models of a run folder and writes RUN/evaluation.json.
 
@@ -66,6 +68,8 @@ def evaluate_run(
         display: Shows the progress.
         share: (i, n): evaluate the i-th of n shares of the lengths.
         ready: Called when all is checked, before the work.
+        autocast: Precision of the GEMMs, "fp32" (the parameters' own dtype) or "bf16"; by default
+            the run's.
 
     Returns:
         The content of evaluation.json; or this share's, with the names of those "missing".
@@ -78,8 +82,10 @@ def evaluate_run(
     config = folder.config
     seed = check_value("seed", config.get("seed", 0) if seed is None else seed, Seed)
     check_device(device)
+    autocast = run_autocast(config, autocast)
     tasks, names = run_tasks(config)[1], _trained_models(run) if models is None else models
     results = _empty_results(config, tasks, seed, device, every=lengths is None)
+    results["autocast"] = autocast
     folder.check_writable()  # whatever can be refused comes before the lock, which is a file
     loaded = {name: load_run_model(run, name, device) for name in names}
     draw = partial(evaluation_problems, [*loaded.values()], number=number, seed=seed)
@@ -134,7 +140,7 @@ def _measure(
         folder: The run's.
     """
     for name, model in loaded.items():
-        started, options = time.monotonic(), {}
+        started, options = time.monotonic(), {"autocast": results["autocast"]}
         if display is not None:
             display.start(name)
             options["progress"] = lambda *done, name=name: display.progress(name, Problems(*done))
@@ -149,6 +155,8 @@ def _measure(
 def _identity(results: dict, loaded: Mapping[str, Model], lengths: dict, number: int) -> dict:
     """Returns what all shards of an evaluation have in common."""
     shared = {key: results[key] for key in ("config", "seed")}
+    if results["autocast"] != "fp32":  # which an older version did not say
+        shared["autocast"] = results["autocast"]
     hashes = {name: model_hash(model) for name, model in loaded.items()}
     return shared | {"problems": number, "models": hashes, "lengths": lengths}
 
@@ -193,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, help="selects the problems; default the run's")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--autocast", choices=DTYPES, help=AUTOCAST_HELP)
     parser.add_argument(
         "--shard", metavar="I/N", help="evaluate the I-th of N shares of the lengths, 0 ≤ I < N"
     )
@@ -220,7 +229,8 @@ def _evaluate(a: argparse.Namespace, start: Start) -> dict[str, Any]:
     try:
         with Display() as display:
             shown = display if speaks() else None
-            return evaluate_run(a.out, *asked, device, display=shown, share=share, ready=ready)
+            options = {"display": shown, "share": share, "ready": ready, "autocast": a.autocast}
+            return evaluate_run(a.out, *asked, device, **options)
     except MemoryError as error:
         raise ValueError(f"no memory for {a.problems} problems a length: give fewer") from error
 

@@ -46,7 +46,7 @@ from relay_fast.relay.chain_dataset import (
     write_dataset,
 )
 from relay_fast.relay.chain_parts import chain_parts
-from relay_fast.relay.presets.saved import open_run
+from relay_fast.relay.presets.saved import AUTOCAST_HELP, open_run, run_autocast
 from relay_fast.relay.run_folder import RunFolderError
 from relay_fast.relay.shards import shared_start
 from relay_fast.reporting.progress import Display, Problems
@@ -63,6 +63,7 @@ from relay_fast.utils.deprecation import warn_renamed
 from relay_fast.utils.errors import RunStopped
 from relay_fast.utils.interrupts import interrupt_once, on_interrupt
 from relay_fast.utils.lengths import parse_lengths
+from relay_fast.utils.precision import DTYPES
 from relay_fast.utils.settings import Seed, check_value
 from relay_fast.utils.tensor_files import CheckpointError
 
@@ -113,13 +114,13 @@ def _mark(correct: bool) -> str:
     return "✓" if correct else "✗"
 
 
-def _print_chains(model: Model, task: Task, problems: Samples) -> None:
+def _print_chains(model: Model, task: Task, problems: Samples, autocast: str) -> None:
     """Prints the model's chain for each problem, and how many are correct."""
     tasks, unended = {task.name: task}, 0
     if looped := isinstance(model, LoopedTransformer):
-        written = generate_looped_chains(model, problems, tasks)
+        written = generate_looped_chains(model, problems, tasks, autocast=autocast)
     else:
-        decoded = decode_chains(model, problems, tasks)
+        decoded = decode_chains(model, problems, tasks, autocast=autocast)
         written, unended = parse_chains(decoded, problems, tasks), int((~decoded.ended).sum())
     writes_chains = not looped or model.supervise == "chain"
     for i in range(len(problems)):
@@ -147,7 +148,7 @@ def _print_some(a: argparse.Namespace) -> None:
     problems = fitting_problems([model], task, a.length, a.number, a.seed)
     shortest, longest = config["tasks"][a.task]["train"]
     print(f"{a.model} on {a.task} of length {a.length}; trained on {shortest} to {longest}\n")
-    _print_chains(model, task, problems)
+    _print_chains(model, task, problems, run_autocast(config, a.autocast))
 
 
 def _write(a: argparse.Namespace) -> None:
@@ -180,6 +181,7 @@ def _write(a: argparse.Namespace) -> None:
     with Display() as display:
         bounds = _bounds(a, model, tasks[a.task], config)
         options = {"seed": a.seed, "verify": CHECKS[a.verify], "bounds": bounds}
+        options["autocast"] = run_autocast(config, a.autocast)
         if shown:
             display.start(a.model)
             options["progress"] = lambda *done: display.progress(a.model, Problems(*done))
@@ -212,7 +214,8 @@ def _bounds(
         return kept_bounds(a.dataset)
     ranges = {a.task: config["tasks"][a.task]["train"]}
     few = min(label_free.PROBLEMS, config.get("evaluation", {}).get("problems", 500))
-    return label_free.confidence_bounds(model, {a.task: task}, ranges, config.get("seed", 0), few)
+    seed, autocast = config.get("seed", 0), run_autocast(config, a.autocast)
+    return label_free.confidence_bounds(model, {a.task: task}, ranges, seed, few, autocast)
 
 
 def _export_folder(a: argparse.Namespace, folder: str, tasks: dict[str, Task]) -> None:
@@ -248,10 +251,11 @@ def _show(a: argparse.Namespace) -> None:
 def _summary(folder: str, manifest: dict) -> str:
     identity = manifest["identity"]
     check = {"self": "the label-free filter", "task": "the task's rules", None: "no check"}
+    precision = f" in {identity['autocast']}" if "autocast" in identity else ""
     lines = [
         f"{folder}: {manifest['shards']} shards of up to {identity['shard_chains']} chains, seed "
-        f"{identity['seed']}, written by {identity['model']['kind']} {identity['model']['hash']}; "
-        f"passed: by {check[identity['verify']]}"
+        f"{identity['seed']}, written by {identity['model']['kind']} {identity['model']['hash']}"
+        f"{precision}; passed: by {check[identity['verify']]}"
     ]
     for task, bound in identity.get("bounds", {}).items():
         lines.append(label_free.bound_text(task, bound))
@@ -319,6 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="selects the problems; default 0")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--autocast", choices=DTYPES, help=AUTOCAST_HELP)
     return parser
 
 

@@ -7,17 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from relay_fast.utils.arguments import check_tensors, on_host
 from relay_fast.utils.numbers import check_int64
 
 
-def check_is_tensor(x: object, name: str = "x") -> None:
-    """Raises TypeError unless x is a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is of type {type(x).__name__}: give a tensor")
-
-
 def check_floating(x: Tensor, name: str = "x") -> None:
-    """Raises TypeError unless x is in floating point."""
+    """Raises TypeError unless x is a tensor in floating point."""
+    check_tensors(**{name: x})
     if not x.is_floating_point():
         raise TypeError(
             f"{name} is {x.dtype}, but a state is in floating point: embed the tokens first"
@@ -40,7 +36,7 @@ def check_cu_seqlens(
         TypeError: if they are not integers.
     """
     if isinstance(cu_seqlens, Tensor):
-        cu_seqlens = cu_seqlens.detach().cpu().numpy()
+        cu_seqlens = on_host("cu_seqlens", cu_seqlens)
     offsets = np.asarray(cu_seqlens)
     if offsets.ndim != 1 or not offsets.size or offsets[0] != 0:
         start = offsets.reshape(-1)[:1].tolist()
@@ -75,7 +71,7 @@ def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int
         TypeError: for counts that are not integers.
     """
     if isinstance(loops, Tensor):
-        loops = loops.detach().cpu().numpy()
+        loops = on_host("loops", loops)
     try:
         counts = np.asarray(loops)
     except ValueError:  # a ragged list

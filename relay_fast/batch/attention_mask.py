@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.batch.paddings import device_tensor
+from relay_fast.utils.arguments import as_tensor, on_host
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 
@@ -29,9 +30,9 @@ class Padding:
 
     def __init__(self, mask: Tensor, shape: torch.Size, device: torch.device):
         self._width, self._device = shape[1], device
-        mask = torch.as_tensor(mask).detach()
+        mask = as_tensor("attention_mask", mask).detach()
         mask = mask.double() if mask.is_floating_point() else mask  # numpy has no bfloat16
-        tokens = _check_mask(mask.cpu().numpy(), shape)
+        tokens = _check_mask(on_host("attention_mask", mask), shape)
         self._starts, self.lengths = tokens.argmax(1) if tokens.size else 0, tokens.sum(1)
         firsts = np.arange(len(tokens)) * self._width + self._starts
         self.rows = device_tensor(concat_ranges(firsts, self.lengths), torch.int64, device)

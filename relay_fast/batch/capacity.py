@@ -20,6 +20,8 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.batch.plan import Plan, RowRange
 from relay_fast.batch.transfer import BufferLayout, send
 from relay_fast.kernels.attention_ref import Group, PaddedLayout
+from relay_fast.utils.arguments import check_kind
+from relay_fast.utils.numbers import as_float, as_int
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 ALIGN = 64  # rows are rounded up to whole blocks of the kernels
@@ -47,12 +49,21 @@ class Capacity:
     longest: int
 
     def __post_init__(self) -> None:
+        for name in ("rows", "active", "targets"):
+            check_kind(
+                f"capacity {name}", getattr(self, name), tuple | list, "give a tuple of ints"
+            )
         sizes = {len(self.rows), len(self.active), len(self.targets)}
         if len(sizes) != 1 or not self.rows:
             raise ValueError(
                 f"capacity rows, active and targets have {len(self.rows)}, {len(self.active)} and "
                 f"{len(self.targets)} entries: give one entry per iteration, at least one"
             )
+        for name in ("rows", "active", "targets"):
+            for value in getattr(self, name):
+                as_int(f"capacity {name}", value, least=0)
+        for name in ("sequences", "longest"):
+            as_int(f"capacity {name}", getattr(self, name), least=0)
         for name in ("rows", "active"):
             values = getattr(self, name)
             if any(a < b for a, b in zip(values, values[1:], strict=False)):
@@ -72,7 +83,11 @@ class Capacity:
             spread: extra relative margin spread / √k of an iteration that k sequences reach: with
                 random lengths, k varies between batches by about √k.
         """
+        slack, spread = as_float("slack", slack, least=0), as_float("spread", spread, least=0)
+        check_kind("batches", batches, Iterable, "give a list of PackedBatch")
         batches = list(batches)
+        for batch in batches:
+            check_kind("an entry of batches", batch, PackedBatch, "give a list of PackedBatch")
         if not batches:
             raise ValueError("Capacity.of got no batch: give at least one")
         loops = max(b.plan.max_loops for b in batches)

@@ -22,6 +22,7 @@ from relay_fast.batch.paddings import Paddings, device_tensor
 from relay_fast.batch.row_range import RowRange, scattered
 from relay_fast.batch.transfer import picklable, upload
 from relay_fast.kernels.attention_ref import PaddedLayout
+from relay_fast.utils.arguments import as_device, kind_of, on_host
 from relay_fast.utils.numbers import as_int, is_bool
 from relay_fast.utils.ragged import concat_ranges
 
@@ -61,9 +62,13 @@ class Plan:
         positions: np.ndarray | None = None,
         token_numbers: np.ndarray | None = None,
     ):
-        lengths = np.asarray(lengths, dtype=np.int64)
-        loops = np.asarray(loops, dtype=np.int64)
-        self.device = torch.device(device)
+        lengths, loops = _counts("lengths", lengths), _counts("loops", loops)
+        if len(lengths) != len(loops):
+            raise ValueError(
+                f"there are {len(lengths)} lengths and {len(loops)} loops: give one of each for "
+                "every sequence"
+            )
+        self.device = as_device(device)
         self.sorted = bool((loops[:-1] >= loops[1:]).all())
         self.order = np.arange(len(loops)) if self.sorted else np.argsort(-loops, kind="stable")
         self.lengths, self.loops = lengths[self.order], loops[self.order]
@@ -369,6 +374,17 @@ class Plan:
         return self._layouts[key]
 
 
+def _counts(name: str, counts: Any) -> np.ndarray:
+    """Returns counts (sequences,) as int64; raises TypeError and ValueError for anything else."""
+    try:
+        counts = np.asarray(counts, dtype=np.int64)
+    except (TypeError, ValueError, NotImplementedError):  # the last for meta tensors
+        raise TypeError(f"{name} is {kind_of(counts)}: give one int per sequence") from None
+    if counts.ndim != 1:
+        raise ValueError(f"{name} has shape {counts.shape}: give one int per sequence")
+    return counts
+
+
 def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:
     """Returns the iterations in 1..loops whose states are requested, ascending.
 
@@ -382,6 +398,8 @@ def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int,
     if is_bool(return_states):
         return tuple(range(1, loops + 1)) if return_states else ()
     if isinstance(return_states, Tensor | np.ndarray):
+        if isinstance(return_states, Tensor):
+            return_states = on_host("return_states", return_states)
         return_states = return_states.tolist()
     if not hasattr(return_states, "__iter__"):
         raise ValueError(

@@ -16,6 +16,7 @@ from relay_fast.tasks import TASK_NAMES, FeedbackDraws, Samples, Task, Written
 from relay_fast.tasks.feedback import right_aligned
 from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.vocabulary import PAD
+from relay_fast.utils.arguments import check_kind
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
@@ -56,7 +57,7 @@ def collate_looped(
     Raises:
         ValueError: for unknown weightings and tasks, and negative tokens.
     """
-    _check_weighting(weighting, task_weights, tasks)
+    _check_request(samples, weighting, task_weights, tasks)
     order = np.argsort(-samples.loops, kind="stable")
     s = samples.take(order)
     sizes, width = np.diff(s.problem_offsets), input_widths(s, tasks)
@@ -130,7 +131,7 @@ def collate_side_by_side(
         draws: random options of the inputs (`Task.inputs`), by task.
         rng: draws them for each iteration.
     """
-    _check_weighting(weighting, task_weights, tasks)
+    _check_request(samples, weighting, task_weights, tasks)
     if np.any(samples.loops < 1):
         raise ValueError("a sample without rounds has no iteration to train: leave it out")
     owner = np.repeat(np.arange(len(samples)), samples.loops)
@@ -210,7 +211,7 @@ def collate_autoregressive(
         tasks, task_weights, weighting, device: as in `collate_looped`, which raises the same
             errors.
     """
-    _check_weighting(weighting, task_weights, tasks)
+    _check_request(samples, weighting, task_weights, tasks)
     sequence, offsets, prompts = samples.sequences(tasks)
     sizes = np.diff(offsets)
     inputs = concat_ranges(offsets[:-1], sizes - 1)
@@ -237,9 +238,16 @@ def collate_autoregressive(
     )
 
 
-def _check_weighting(
-    weighting: str, task_weights: Mapping[str, float] | None, tasks: Mapping[str, Task]
+def _check_request(
+    samples: Samples,
+    weighting: str,
+    task_weights: Mapping[str, float] | None,
+    tasks: Mapping[str, Task],
 ) -> None:
+    check_kind("samples", samples, Samples, "give the Samples that a task's sample() returns")
+    check_kind("tasks", tasks, Mapping, "give the samples' tasks by name")
+    for name, task in tasks.items():
+        check_kind(f"tasks[{name!r}]", task, Task, "give a task")
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting = {weighting!r} is unknown: use one of {WEIGHTINGS}")
     known = dict.fromkeys((*TASK_NAMES, *tasks))

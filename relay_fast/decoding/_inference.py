@@ -12,6 +12,7 @@ from torch import nn
 from relay_fast.config import BlockConfig
 from relay_fast.ops.dispatch import on_device
 from relay_fast.utils import memory
+from relay_fast.utils.precision import autocasting
 
 T = TypeVar("T")
 
@@ -19,10 +20,14 @@ UNKNOWN_BYTES = 4 << 30  # assumed free where the system does not report it
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module, autocast: str | None = None) -> Iterator[None]:
     """Puts the model into eval mode, without gradients and with its device as the current one.
 
     On exit, the modules that were in training mode return to it.
+
+    Args:
+        model: the model.
+        autocast: precision of the GEMMs (`relay_fast.utils.precision`), by default that around.
     """
     parameter = next(model.parameters(), None)
     training = [module for module in model.modules() if module.training]
@@ -32,6 +37,7 @@ def inference(model: nn.Module) -> Iterator[None]:
         with (
             torch.inference_mode(),
             nullcontext() if parameter is None else on_device(parameter.device),
+            nullcontext() if autocast is None else autocasting(parameter.device, autocast),
         ):
             yield
     finally:

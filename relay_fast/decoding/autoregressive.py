@@ -23,6 +23,7 @@ from relay_fast.decoding.step import Stepper
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.utils.numbers import as_int
+from relay_fast.utils.precision import autocasting
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 CACHE_BYTES = {"cpu": 1 << 30, "cuda": 1 << 40}  # limit beside half of the free memory
@@ -56,6 +57,7 @@ def decode(
     scored: bool = False,
     eos: int = EOS,
     progress: Callable[[int, int], Any] | None = None,
+    autocast: str = "fp32",
 ) -> Decoded:
     """Continues every prompt until `eos`, `max_new` tokens or the model's limit.
 
@@ -76,6 +78,8 @@ def decode(
         scored: whether to return log-probabilities.
         eos: the token that ends a sequence.
         progress: called with (sequences done, S).
+        autocast: precision of the GEMMs and the cache, "fp32" (the parameters' own dtype) or
+            "bf16", whatever autocast is around the call.
 
     Raises:
         ValueError: if the model is not causal, a prompt is empty, too long or has tokens outside
@@ -101,19 +105,23 @@ def decode(
     limits = np.minimum(limits, model.config.max_tokens + 1 - lengths)
     texts = _DecodedTexts(prompts, offsets, limits, eos)
     options = {"loops": loops, "temperature": temperature, "seed": seed, "scored": scored}
-    with inference(model), torch.autocast(model.device.type, enabled=False):
+
+    def new_stepper(rows: int, length: int) -> Stepper:
+        with autocasting(model.device, autocast):  # asked once: a step casts by itself
+            return Stepper(model, rows, length, **options)
+
+    with inference(model, "fp32"):
         totals = lengths + limits
         fit = lambda length: batch or _rows_that_fit(model, length + sync_every, loops)
         for bucket in _length_buckets(totals, limits > 0, fit):
             length = int(totals[bucket[0]])
             attempt = partial(
                 _decode_bucket,
-                model,
+                new_stepper,
                 texts,
                 bucket,
                 length + sync_every,
                 sync_every,
-                options,
                 progress,
             )
             halve_on_oom(attempt, min(fit(length), len(bucket)), model.device)
@@ -121,17 +129,16 @@ def decode(
 
 
 def _decode_bucket(
-    model: AutoregressiveTransformer,
+    new_stepper: Callable[[int, int], Stepper],
     texts: _DecodedTexts,
     bucket: np.ndarray,
     length: int,
     sync_every: int,
-    options: dict[str, Any],
     progress: Callable[[int, int], Any] | None,
     rows: int,
 ) -> None:
     """Decodes the unfinished sequences of a bucket in a cache of `rows` rows."""
-    stepper = Stepper(model, rows, length, **options)
+    stepper = new_stepper(rows, length)
     scheduler = _Scheduler(stepper, texts, texts.forget_unfinished(bucket), sync_every)
     while scheduler.advance():
         if progress is not None:

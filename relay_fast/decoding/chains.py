@@ -101,6 +101,7 @@ def generate_looped_chains(
     *,
     batch_tokens: int | None = None,
     progress: Progress | None = None,
+    autocast: str = "fp32",
 ) -> Samples:
     """Returns the problems, in their order, with the rounds and answers that the model generates.
 
@@ -115,12 +116,13 @@ def generate_looped_chains(
         batch_tokens: problem tokens per batch, by default what fits into free memory, at most
             BATCH_TOKENS. A batch for which memory runs out is halved.
         progress: called with (problems done, S).
+        autocast: precision of the GEMMs, "fp32" (the parameters' own dtype) or "bf16".
 
     Raises:
         ValueError: if the model cannot take the problems.
         torch.OutOfMemoryError: if a single problem does not fit.
     """
-    options = {"batch_tokens": batch_tokens, "progress": progress}
+    options = {"batch_tokens": batch_tokens, "progress": progress, "autocast": autocast}
     return in_callers_order(list(stream_chains(model, problems, tasks, **options)), problems)
 
 
@@ -184,13 +186,14 @@ def stream_scored(
     progress: Progress | None = None,
     first: int = 0,
     shard: tuple[int, int] = (0, 1),
+    autocast: str = "fp32",
 ) -> Iterator[tuple[np.ndarray, Samples, ChainLogProbs | None]]:
     """Does what `stream_chains` does, and yields log-probabilities too.
 
     Args:
         model, problems, tasks, first, shard: As in `stream_chains`.
         scored: Whether to compute the log-probabilities; if not, None is yielded for them.
-        batch_tokens, progress: As in `generate_looped_chains`.
+        batch_tokens, progress, autocast: As in `generate_looped_chains`.
     """
     if isinstance(model, AutoregressiveTransformer):
         raise TypeError(
@@ -222,7 +225,7 @@ def stream_scored(
         if (batches - 1) % shard[1] != shard[0]:
             start = stop
             continue
-        attempt = partial(_read_first, model, questions, order[start:stop], tasks, scored)
+        attempt = partial(_read_first, model, questions, order[start:stop], tasks, scored, autocast)
         result, fitted = halve_on_oom(attempt, stop - start, model.device)
         if fitted < stop - start:  # the later batches, too, are as small
             stop = start + fitted
@@ -239,10 +242,11 @@ def _read_first(
     chosen: np.ndarray,
     tasks: Mapping[str, Task],
     scored: bool,
+    autocast: str,
     count: int,
 ) -> tuple[Samples, ChainLogProbs | None]:
     """Calls `read_batch` for the first `count` of the chosen problems."""
-    with inference(model):
+    with inference(model, autocast):
         return read_batch(model, problems.take(chosen[:count]), tasks, scored)
 
 

@@ -31,7 +31,7 @@ from relay_fast.engine.parameter_names import parameter_names
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.resumption import Entry, check_max_loops
 from relay_fast.engine.spec import LoopSpec
-from relay_fast.ops.dispatch import launch_context, select
+from relay_fast.ops.dispatch import chosen_ops, launch_context
 from relay_fast.ops.flops import count_flops, is_fake
 
 
@@ -133,7 +133,7 @@ def _make_spec(x: Tensor, options: Sequence) -> tuple[LoopSpec, _Rows]:
     where = None if positions is None else positions.cpu().numpy()
     plan = cached_plan(lengths, counts, x.device, where)
     check_max_loops(config, plan)
-    ops = select(call.impl, x.device)
+    ops = chosen_ops(call.impl, x.device)
 
     def make_iteration(x: Tensor, parameters) -> BlockIteration:
         named = dict(zip(names, parameters, strict=False))  # behind them: what is injected

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from relay_fast.kernels.norm_ref import upcast
+from relay_fast.utils.arguments import kind_of
 from relay_fast.utils.numbers import as_float, as_int
 
 
@@ -172,9 +173,7 @@ class HaltingGate(Criterion):
 def as_callable(name: str, value: object) -> Callable:
     """Returns the value. Raises TypeError if it cannot be called."""
     if not callable(value):
-        raise TypeError(
-            f"{name} is of type {type(value).__name__}: give a module or a function of the state"
-        )
+        raise TypeError(f"{name} is {kind_of(value)}: give a module or a function of the state")
     return value
 
 

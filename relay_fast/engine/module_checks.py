@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from relay_fast.engine.retained_graphs import find_retained_graphs
+from relay_fast.utils.arguments import check_kind
 
 
 def tensors_in(*values: object) -> list[Tensor]:
@@ -31,18 +32,10 @@ def check_kinds(module: object, per_row: object, shared: object) -> None:
     Raises:
         TypeError: They are of other kinds.
     """
-    if not isinstance(module, nn.Module):
-        kind = module.__name__ if isinstance(module, type) else type(module).__name__
-        raise TypeError(
-            f"the module is {'the class' if isinstance(module, type) else 'of type'} {kind}: give "
-            "an instance of a torch.nn.Module, which knows its parameters; wrap a function in one"
-        )
+    check_kind("module", module, nn.Module, "give the nn.Module that is looped")
     for name, value in (("per_row", per_row), ("shared", shared)):
-        if value is not None and not isinstance(value, Mapping):
-            raise TypeError(
-                f"{name} is of type {type(value).__name__}: give a dict of the module's arguments "
-                "by name"
-            )
+        if value is not None:
+            check_kind(name, value, Mapping, "give a dict of the module's arguments by name")
 
 
 def check_rows(per_row: Mapping[str, object], rows: int, device: torch.device) -> None:

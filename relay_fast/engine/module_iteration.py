@@ -26,6 +26,7 @@ from relay_fast.engine.state_tree import StateTree
 from relay_fast.engine.wrappers import kept_gathered, shards
 from relay_fast.kernels.norm_ref import upcast
 from relay_fast.ops.gradients import GradientBuffers
+from relay_fast.utils.arguments import refuse_meta
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Call:
         self.replays_rng = False
         self.checked = True  # whether the module's graph was checked or needs no check
         self.rng_states: dict[tuple[int, int], RngState] = {}
+        refuse_meta("x", x)
         kind = x.device.type
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 

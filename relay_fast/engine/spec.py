@@ -16,6 +16,7 @@ from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.engine.states import States
 from relay_fast.ops.dispatch import Ops
 from relay_fast.ops.gradients import GATHER_ROWS, GradientBuffers
+from relay_fast.utils.arguments import on_host
 from relay_fast.utils.numbers import as_int
 
 READOUT_ROWS = 1024  # with fewer rows a cross-entropy call is mostly overhead
@@ -245,7 +246,8 @@ def check_truncate(
     if truncate is None:
         return None
     if isinstance(truncate, list | tuple | Tensor | np.ndarray) and np.ndim(truncate):
-        counts = truncate.cpu().numpy() if isinstance(truncate, Tensor) else np.asarray(truncate)
+        counts = truncate
+        counts = on_host("truncate", counts) if isinstance(counts, Tensor) else np.asarray(counts)
         if sequences is None:
             raise ValueError(
                 "truncate has one count for each sequence, which torch.compile does not support: "

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relay_fast.batch.arguments import check_is_tensor
 from relay_fast.batch.plan import Plan, check_cu_seqlens, check_floating, check_loops
 from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.batch.stopping import StoppingPlan
 from relay_fast.engine.block_weights import BlockWeights
 from relay_fast.engine.compile_op import skip_frame
+from relay_fast.utils.arguments import as_tensor, check_tensors, on_host
 
 
 def packed_rows(x: Tensor, cu_seqlens: object, d: int) -> tuple[Tensor, torch.Size]:
@@ -27,7 +27,7 @@ def packed_rows(x: Tensor, cu_seqlens: object, d: int) -> tuple[Tensor, torch.Si
     Raises:
         ValueError, TypeError: for another shape or dtype.
     """
-    check_is_tensor(x)
+    check_tensors(x=x)
     if x.ndim < 2 or x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
         raise ValueError(
             f"x has shape {tuple(x.shape)}: pass (B, n, {d}), or (tokens, {d}) together with "
@@ -56,7 +56,7 @@ def make_plan(
         lengths = np.diff(check_cu_seqlens(cu_seqlens, x.shape[0]))
     flat = flat_positions(positions, x.shape)
     if flat is not None:
-        flat = flat.cpu().numpy()
+        flat = on_host("positions", flat)
     kind = StoppingPlan if stops else cached_plan
     return kind(lengths, check_loops(loops, len(lengths)), x.device, flat)
 
@@ -84,7 +84,7 @@ def flat_positions(positions: Tensor | None, shape: torch.Size) -> Tensor | None
     """Returns the positions (N,) of all rows of an x of `shape`."""
     if positions is None:
         return None
-    positions = torch.as_tensor(positions)
+    positions = as_tensor("positions", positions)
     if positions.is_floating_point():
         raise TypeError(f"positions must be integers, got {positions.dtype}")
     if positions.shape not in (shape[:-1], shape[-2:-1]):

@@ -18,6 +18,7 @@ from relay_fast.models.layer import Norm
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.readouts import NormAndHead
 from relay_fast.ops.dispatch import select
+from relay_fast.utils.arguments import check_tensors
 from relay_fast.utils.numbers import as_int
 
 
@@ -107,6 +108,9 @@ class LoopedClassifier(nn.Module):
             raise TypeError("rows and targets go together: give both for the loss, or neither")
         if rows is not None:
             return self.loss(tokens, rows, targets, **options)
+        check_tensors(tokens=tokens)
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens are {tokens.dtype}: give token ids, as int64")
         h = self.embedding(tokens)
         if self.prelude is not None:
             h = self.prelude(h, 1, **ends)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from relay_fast.batch.arguments import check_floating, check_is_tensor
+from relay_fast.batch.arguments import check_floating
+from relay_fast.utils.arguments import check_kind, check_tensors
 from relay_fast.utils.numbers import as_float
 
 
@@ -29,9 +30,11 @@ def noise_state(
         TypeError: for a `like` that is no floating-point tensor.
         ValueError: for a std that is negative or not finite.
     """
-    std = as_float("std", std, least=0)
-    check_is_tensor(like, "like")
+    check_tensors(like=like)
     check_floating(like, "like")
+    if generator is not None:
+        check_kind("generator", generator, torch.Generator, "give a torch.Generator, or None")
+    std = as_float("std", std, least=0)
     state = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     if not std:
         return state

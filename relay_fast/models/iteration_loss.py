@@ -13,6 +13,7 @@ from relay_fast.models.layer import Norm
 from relay_fast.models.readouts import NormAndHead
 from relay_fast.ops.cross_entropy import weighted_losses
 from relay_fast.ops.dispatch import check_impl
+from relay_fast.utils.arguments import check_choice
 from relay_fast.utils.numbers import as_float, as_int
 
 
@@ -58,8 +59,7 @@ class IterationCrossEntropy(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm = {norm!r} is unknown: use one of {NORMS}")
+        check_choice("norm", norm, NORMS)
         if bias and norm != "layer":
             raise ValueError(f'bias = True needs norm = "layer", not norm = {norm!r}')
         check_impl(impl)

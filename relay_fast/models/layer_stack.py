@@ -32,6 +32,7 @@ from relay_fast.config import ModelConfig
 from relay_fast.engine.block_weights import read_part
 from relay_fast.models.layer import Layer
 from relay_fast.models.looped_block import LoopedBlock
+from relay_fast.utils.arguments import check_choice, check_kind, kind_of
 from relay_fast.utils.numbers import as_float, as_int
 
 GROW_POSITIONS = ("middle", "last")
@@ -44,6 +45,7 @@ def stack_of(model: nn.Module) -> LoopedBlock:
 
     Raises ValueError if there is none, or more than one to choose from.
     """
+    check_kind("model", model, nn.Module, "give a LoopedBlock, or a model with one")
     if isinstance(model, LoopedBlock):
         return model
     if isinstance(getattr(model, "block", None), LoopedBlock):
@@ -100,12 +102,10 @@ def grow(
     Raises:
         ValueError: for an unknown choice, or if the depth is not a multiple of `layers`.
     """
-    for name, value, known in (
-        ("where", where, GROW_POSITIONS),
-        ("state", state, OPTIMIZER_STATE_MODES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} = {value!r} is unknown: use one of {known}")
+    check_choice("where", where, GROW_POSITIONS)
+    check_choice("state", state, OPTIMIZER_STATE_MODES)
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer is {kind_of(optimizer)}: give a torch.optim.Optimizer, or None")
     layers = as_int("layers", layers)
     stack = list(stack_of(model).layers)
     if layers < 1 or len(stack) % layers:
@@ -211,6 +211,11 @@ def block_cosines(layers: Sequence[nn.Module], period: int = 1) -> dict[str, Ten
     name; `qkv` of a LoopedBlock counts as three. Raises ValueError if `period` does not divide
     the number of layers.
     """
+    check_kind("layers", layers, Sequence | nn.ModuleList, "give layers, such as block.layers")
+    for i, layer in enumerate(layers):
+        check_kind(f"layers[{i}]", layer, nn.Module, "give layers, such as block.layers")
+    if not layers:
+        raise ValueError("layers is empty: give layers, such as block.layers")
     period = check_period(period, len(layers))
     return {
         name: torch.cosine_similarity(rows[:-period], rows[period:], dim=1).mean()
@@ -244,8 +249,7 @@ def tie(model: nn.Module, period: int = 1, how: str = "mean") -> nn.Module:
     Raises:
         ValueError: if `period` does not divide L, or `how` is unknown.
     """
-    if how not in TIE_MODES:
-        raise ValueError(f"how = {how!r} is unknown: use one of {TIE_MODES}")
+    check_choice("how", how, TIE_MODES)
     layers = stack_of(model).layers
     period = check_period(period, len(layers))
     looped = copy.deepcopy(model)

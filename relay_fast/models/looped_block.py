@@ -38,7 +38,13 @@ from relay_fast.models.arguments import (
 from relay_fast.models.from_hf import read_layers
 from relay_fast.models.layer import Layer, Norm, ZeroEmbedding
 from relay_fast.models.padding import check_masked, forward_padded
-from relay_fast.ops.dispatch import check_impl, compute_dtype, refuse_transforms, select
+from relay_fast.ops.dispatch import (
+    check_impl,
+    compute_dtype,
+    refuse_transforms,
+    requested_impl,
+    select,
+)
 from relay_fast.ops.gradients import GATHER_ROWS
 from relay_fast.utils.numbers import as_int, is_bool
 
@@ -332,7 +338,7 @@ class LoopedBlock(nn.Module):
             [*weights.tensors, *entry.parameters],
             *self._spec,
             self.recompute,
-            self.impl,
+            requested_impl(self.impl),
             self.gather_rows,
             compute_dtype(weights.of_gemms),
             0 if cu_seqlens is not None else shape[0],

@@ -27,6 +27,7 @@ from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.readouts import NormAndHead, ReadoutWeights
 from relay_fast.ops.cross_entropy import weighted_losses
 from relay_fast.tasks.vocabulary import PAD
+from relay_fast.utils.arguments import check_choice, check_kind
 from relay_fast.utils.deprecation import renamed_method
 from relay_fast.utils.draws import one_draw
 
@@ -39,6 +40,11 @@ class Losses(NamedTuple):
     answer: Tensor  # () weighted answer loss
     chain_correct: Tensor  # () share of supervised rows whose token is correct
     answer_correct: Tensor  # () share of correct answers
+
+
+def _check_kind(batch: PackedBatch) -> None:
+    remedy = "give a PackedBatch, as PackedBatch.looped and .autoregressive make them"
+    check_kind("batch", batch, PackedBatch, remedy)
 
 
 class _Transformer(nn.Module):
@@ -87,6 +93,7 @@ class _Transformer(nn.Module):
         return self.embedding(batch.tokens)
 
     def _check(self, batch: PackedBatch) -> None:
+        _check_kind(batch)
         fed = batch.fed is not None or batch.true_feed is not None
         if fed and self.config.feedback == "none":
             raise ValueError(
@@ -113,6 +120,7 @@ class _Transformer(nn.Module):
 
     def _pass(self, batch: PackedBatch, supervised: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the block; returns final states (N, d), row losses (R,) and correct (R,)."""
+        _check_kind(batch)
         rows = (batch.rows, batch.targets, batch.row_offsets)
         supervised = supervised and bool(batch.targets.numel())
         return self._loop(batch.plan, self.embed(batch), rows if supervised else None)[:3]
@@ -189,8 +197,7 @@ class LoopedTransformer(_Transformer):
     ):
         super().__init__(config, recompute, impl)
         config = self.config
-        if supervise not in ("chain", "answer"):
-            raise ValueError(f'supervise = {supervise!r} is unknown: use "chain" or "answer"')
+        check_choice("supervise", supervise, ("chain", "answer"))
         self.supervise = supervise
         tell_hub(self, supervise=supervise, recompute=recompute, impl=impl)
         self.has_answer_head = config.feedback == "none" or config.carry_state
@@ -299,6 +306,7 @@ class LoopedTransformer(_Transformer):
         """
         check_not_overridden(self, LoopedTransformer, "forward", "loss", "_pass", "read")
         check_parts(self, block=LoopedBlock)
+        _check_kind(batch)
         weights = self.block.weights()
         run = self.block.run(batch.plan, weights)
         x = self.embed(batch)

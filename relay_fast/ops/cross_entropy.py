@@ -10,15 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from relay_fast.kernels.norm_ref import upcast_dtype
+from relay_fast.kernels.norm_ref import NORMS, upcast_dtype
 from relay_fast.ops.dispatch import (
+    chosen_ops,
     compute_dtype,
     differentiable_once,
     launch_context,
     refuse_transforms,
+    requested_impl,
     select,
 )
 from relay_fast.ops.gradients import GradientBuffers
+from relay_fast.utils.arguments import (
+    check_choice,
+    check_one_device,
+    check_optional,
+    check_tensors,
+)
+from relay_fast.utils.numbers import as_float
 
 SMALL_VOCABULARY = 1024  # up to this size, recomputing the logits is cheaper than storing them
 
@@ -116,7 +125,20 @@ def weighted_losses(loss: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
     return (loss * weights.to(loss.dtype)).masked_fill(targets < 0, 0)
 
 
-def _check_rows(states: Tensor, rows: Tensor, targets: Tensor, head: Tensor) -> None:
+def _check_rows(
+    states: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    head: Tensor,
+) -> None:
+    check_tensors(states=states, rows=rows, targets=targets, norm_weight=norm_weight, head=head)
+    check_optional(norm_bias=norm_bias)
+    lists = {"rows": rows, "targets": targets}
+    check_one_device(
+        states=states, norm_weight=norm_weight, norm_bias=norm_bias, head=head, **lists
+    )
     for name, t in (("rows", rows), ("targets", targets)):
         if t.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name} are of {t.dtype}: give int64")
@@ -129,6 +151,9 @@ def _check_rows(states: Tensor, rows: Tensor, targets: Tensor, head: Tensor) -> 
             f"states {tuple(states.shape)} must be (N, d) and head {tuple(head.shape)} (V, d) "
             f"with one d"
         )
+    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if t is not None and t.shape != states.shape[1:]:
+            raise ValueError(f"{name} has shape {tuple(t.shape)}: give ({states.shape[1]},)")
 
 
 def row_cross_entropy(
@@ -172,10 +197,11 @@ def row_cross_entropy(
             on the host. On a GPU the check would synchronise: there such a target causes a device
             error, or makes its loss and the gradients NaN.
     """
-    _check_rows(states, rows, targets, head)
-    options = {"eps": eps, "kind": norm, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    _check_rows(states, rows, targets, norm_weight, norm_bias, head)
+    options = _options(eps, norm, label_smoothing, z_loss)
     dtype = compute_dtype(head)
     if torch.compiler.is_compiling():
+        impl = requested_impl(impl)
         loss, _, correct = row_cross_entropy_fwd(
             states, rows, targets, norm_weight, norm_bias, head.to(dtype), *options.values(), impl
         )
@@ -226,6 +252,8 @@ def iteration_cross_entropy(
     Raises:
         ValueError: as `row_cross_entropy`, and for weights of another shape than rows.
     """
+    check_tensors(weights=weights)
+    _check_rows(states, rows, targets, norm_weight, norm_bias, head)
     if weights.shape != rows.shape:
         raise ValueError(
             f"weights {tuple(weights.shape)} must be (R,) like rows {tuple(rows.shape)}"
@@ -240,15 +268,20 @@ def iteration_cross_entropy(
             states, rows, targets, norm_weight, head, norm_bias, eps=eps, norm=norm, **constants
         )
         return weighted_losses(loss, weights, targets).sum()
-    _check_rows(states, rows, targets, head)
     options, dtype = _options(eps, norm, label_smoothing, z_loss), compute_dtype(head)
     refuse_transforms(weights, *differentiable)
     ops = select(impl, states.device)
     return _WeightedCrossEntropy.apply(ops, options, dtype, rows, targets, weights, *differentiable)
 
 
-def _options(eps: float, kind: str, label_smoothing: float, z_loss: float) -> dict:
-    return {"eps": eps, "kind": kind, "label_smoothing": label_smoothing, "z_loss": z_loss}
+def _options(eps: float, norm: str, label_smoothing: float, z_loss: float) -> dict:
+    check_choice("norm", norm, NORMS)
+    return {
+        "eps": as_float("eps", eps),
+        "kind": norm,
+        "label_smoothing": as_float("label_smoothing", label_smoothing),
+        "z_loss": as_float("z_loss", z_loss),
+    }
 
 
 @torch.library.custom_op("relay_fast::row_cross_entropy_fwd", mutates_args=())
@@ -278,13 +311,13 @@ def row_cross_entropy_fwd(
         kind: "rms" or "layer".
         label_smoothing: Share of the target's probability that is spread evenly.
         z_loss: Weight of the squared log-partition function.
-        impl: Implementation of the kernels.
+        impl: What `requested_impl` returned.
 
     Returns:
         Loss and lse (R,), fp32 or fp64, and correct (R,) bool.
     """
     options = _options(eps, kind, label_smoothing, z_loss)
-    ops = select(impl, states.device)
+    ops = chosen_ops(impl, states.device)
     with launch_context(states):
         return ops.cross_entropy_fwd(states, targets, norm_weight, norm_bias, head, rows, **options)
 
@@ -323,7 +356,7 @@ def row_cross_entropy_bwd(
     Returns:
         The gradients that are needed, in that order.
     """
-    ops, parameters = select(impl, states.device), (norm_weight, norm_bias, head)
+    ops, parameters = chosen_ops(impl, states.device), (norm_weight, norm_bias, head)
     grads = GradientBuffers(parameters, needed[1:], ops.weight_grad)
     with launch_context(states):
         dh = ops.cross_entropy_bwd(

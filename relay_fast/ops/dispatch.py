@@ -54,6 +54,7 @@ from relay_fast.kernels.supports import (
     width_reason,
 )
 from relay_fast.kernels.weight_grad_ref import weight_grad_ref
+from relay_fast.utils.arguments import as_device, kind_of
 
 IMPLS = ("auto", "triton", "torch")
 # Kinds of device with autocast, so not meta. Asked once: torch 2.11 cannot trace the question.
@@ -140,6 +141,9 @@ def supports(
         activation: activation of the MLP.
         norm: "rms" or "layer".
     """
+    device = as_device(device)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {kind_of(dtype)}: give a torch.dtype")
     reason = device_reason(device) or dtype_reason(dtype)
     if reason is None and d_model is not None:
         reason = width_reason(d_model, norm)
@@ -343,7 +347,7 @@ def _long_attention_bwd(otherwise: Callable) -> Callable:
 
 def check_impl(impl: str) -> None:
     """Raises ValueError for an unknown implementation."""
-    if impl not in IMPLS:
+    if not isinstance(impl, str) or impl not in IMPLS:
         raise ValueError(f"impl = {impl!r} is unknown: use one of {IMPLS}")
 
 
@@ -357,10 +361,26 @@ def select(impl: str = "auto", device: torch.device | str = "cpu") -> Ops:
         ValueError: for an unknown name.
         RuntimeError: if "triton" cannot be used on `device`.
     """
-    if impl == "auto":
+    return chosen_ops(requested_impl(impl), device)
+
+
+def requested_impl(impl: str) -> str:
+    """Returns `impl`, or in place of "auto" what RELAY_FAST_IMPL in the environment says.
+
+    An op whose backward is called later asks in its forward alone, so that both use the same
+    implementation; under torch.compile that is when the forward is traced.
+
+    Raises ValueError for an unknown name.
+    """
+    if isinstance(impl, str) and impl == "auto":
         impl = os.environ.get("RELAY_FAST_IMPL", "auto")
     check_impl(impl)
-    if impl == "torch" or (impl == "auto" and torch.device(device).type != "cuda"):
+    return impl
+
+
+def chosen_ops(impl: str, device: torch.device | str) -> Ops:
+    """Does what `select` does, for the result of `requested_impl`."""
+    if impl == "torch" or (impl == "auto" and as_device(device).type != "cuda"):
         return TORCH
     reason = device_reason(device)
     if impl == "auto":

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from relay_fast.ops.dispatch import launch_context, refuse_transforms, select
+from relay_fast.ops.dispatch import chosen_ops, launch_context, refuse_transforms, requested_impl
 from relay_fast.ops.flops import count_flops
+from relay_fast.utils.arguments import check_one_device
 
 Gradients = dict[str, Callable[[], Tensor | None]]
 
@@ -77,11 +78,14 @@ class LayerOp:
         Raises:
             ValueError: unless all tensors are on one device.
         """
-        _check_devices(tensors)
+        named = tensors._asdict()
+        named.pop("cu_seqlens", None)  # may be on the host
+        check_one_device(**named)
         there = [t for t in tensors if t is not None]
         if not torch.compiler.is_compiling():
             refuse_transforms(*there)
-        return self.forward(there, [t is not None for t in tensors], *options, impl)[0]
+        present = [t is not None for t in tensors]
+        return self.forward(there, present, *options, requested_impl(impl))[0]
 
     def _named(self, tensors: list[Tensor], present: list[bool], options: tuple) -> tuple[Any, Any]:
         """Returns the tensors and the options by name."""
@@ -91,7 +95,7 @@ class LayerOp:
 
     def _forward(self, tensors: list[Tensor], present: list[bool], *rest: Any) -> list[Tensor]:
         t, o = self._named(tensors, present, rest[:-1])
-        ops = select(rest[-1], tensors[0].device)
+        ops = chosen_ops(rest[-1], tensors[0].device)
         with launch_context(tensors[0]):
             return [made.contiguous() for made in self.parts.forward(ops, t, o)]
 
@@ -109,7 +113,7 @@ class LayerOp:
     ) -> list[Tensor]:
         """Returns the gradients of the tensors that need one, in their dtypes."""
         t, o = self._named(tensors, present, rest[:-1])
-        ops = select(rest[-1], tensors[0].device)
+        ops = chosen_ops(rest[-1], tensors[0].device)
         with launch_context(grad):
             gradients = self.parts.backward(ops, grad, t, o, saved)
             wanted = self._wanted(needed, present)
@@ -151,14 +155,3 @@ class LayerOp:
         self, grad, tensors, saved, needed, present, *rest, out_val=None, **_
     ) -> int:
         return self.parts.flops(*self._named(tensors, present, rest[:-1]), True)
-
-
-def _check_devices(tensors: Any) -> None:
-    first, *others = tensors._fields
-    device = getattr(tensors, first).device
-    for name in others:
-        t = getattr(tensors, name)
-        if t is not None and t.device != device and name != "cu_seqlens":  # may be on the host
-            raise ValueError(
-                f"{first} is on {device} and {name} on {t.device}: move them to one device"
-            )

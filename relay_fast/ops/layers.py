@@ -17,10 +17,19 @@ from torch import Tensor
 
 from relay_fast.batch.plan import Plan, check_cu_seqlens
 from relay_fast.kernels.attention_ref import PaddedLayout
-from relay_fast.kernels.norm_ref import upcast
-from relay_fast.ops.dispatch import Ops, compute_dtype
+from relay_fast.kernels.mlp_ref import ACTIVATIONS
+from relay_fast.kernels.norm_ref import NORMS, upcast
+from relay_fast.ops.arguments import cast, check_shape, plain_float, plain_int
+from relay_fast.ops.dispatch import Ops
 from relay_fast.ops.flops import attention_flops, lengths_of, linear_flops
 from relay_fast.ops.layer_ops import Gradients, LayerOp, LayerOpParts
+from relay_fast.utils.arguments import (
+    as_tensor,
+    check_choice,
+    check_optional,
+    check_tensors,
+    refuse_meta,
+)
 
 
 def _weight_grad(ops: Ops, dy: Tensor, x: Tensor) -> Tensor:
@@ -106,9 +115,13 @@ def norm_linear(
     Returns:
         (rows, columns), in autocast's dtype if enabled, else the weight's.
     """
-    _check_shape("x", x, ("rows", weight.shape[-1]))
-    t = NormLinear(x, norm_weight, norm_bias, *_cast(weight, bias), cos, sin)
-    return _NORM_LINEAR(t, NormLinearOptions(_int(rotary), _float(eps), norm), impl)
+    check_tensors(x=x, norm_weight=norm_weight, weight=weight)
+    check_optional(norm_bias=norm_bias, bias=bias, cos=cos, sin=sin)
+    check_choice("norm", norm, NORMS)
+    check_shape("x", x, ("rows", weight.shape[-1]))
+    t = NormLinear(x, norm_weight, norm_bias, *cast(weight, bias), cos, sin)
+    options = NormLinearOptions(plain_int("rotary", rotary), plain_float("eps", eps), norm)
+    return _NORM_LINEAR(t, options, impl)
 
 
 # attention
@@ -190,8 +203,10 @@ def attention(
         ValueError: if the columns do not match the heads, or if the offsets do not start at 0,
             decrease, or do not end at the number of rows.
     """
-    kv_heads = heads if kv_heads is None else kv_heads
-    _check_shape("qkv", qkv, ("rows", "columns"))
+    heads = plain_int("heads", heads)
+    kv_heads = heads if kv_heads is None else plain_int("kv_heads", kv_heads)
+    check_tensors(qkv=qkv)
+    check_shape("qkv", qkv, ("rows", "columns"))
     if not 1 <= kv_heads <= heads or heads % kv_heads or qkv.shape[1] % (heads + 2 * kv_heads):
         raise ValueError(
             f"qkv has {qkv.shape[1]} columns, which do not fit heads = {heads} and kv_heads = "
@@ -199,9 +214,10 @@ def attention(
             "kv_heads"
         )
     if not isinstance(cu_seqlens, Tensor):
-        cu_seqlens = torch.as_tensor(cu_seqlens, device="cpu")
+        cu_seqlens = as_tensor("cu_seqlens", cu_seqlens, device="cpu")
+    refuse_meta("cu_seqlens", cu_seqlens)
     # The offsets are read once: forward and backward look the layout up by their values.
-    options = AttentionOptions(_int(heads), _int(kv_heads), bool(causal))
+    options = AttentionOptions(heads, kv_heads, bool(causal))
     return _ATTENTION(Attention(qkv, cu_seqlens.cpu()), options, impl)
 
 
@@ -252,9 +268,11 @@ def linear_residual(
     Returns:
         (rows, d) in the residual's dtype.
     """
-    _check_shape("a", a, ("rows", weight.shape[-1]))
-    _check_shape("residual", residual, (len(a), len(weight)))
-    t = LinearResidual(residual, *_cast(a, weight, bias))
+    check_tensors(a=a, weight=weight, residual=residual)
+    check_optional(bias=bias)
+    check_shape("a", a, ("rows", weight.shape[-1]))
+    check_shape("residual", residual, (len(a), len(weight)))
+    t = LinearResidual(residual, *cast(a, weight, bias))
     return _LINEAR_RESIDUAL(t, LinearResidualOptions(), impl)
 
 
@@ -355,13 +373,18 @@ def mlp(
     Raises:
         ValueError: if shapes do not fit, or if gate_weight does not match the activation.
     """
-    _check_shape("x", x, ("rows", up_weight.shape[-1]))
+    check_tensors(x=x, norm_weight=norm_weight, up_weight=up_weight, down_weight=down_weight)
+    check_optional(gate_weight=gate_weight, norm_bias=norm_bias)
+    check_optional(up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
+    check_choice("norm", norm, NORMS)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_shape("x", x, ("rows", up_weight.shape[-1]))
     if (activation == "swiglu") != (gate_weight is not None):
         needs = "needs a" if activation == "swiglu" else "does not support a"
         raise ValueError(f"activation {activation!r} {needs} gate_weight")
-    linears = _cast(up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
+    linears = cast(up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     t = Mlp(x, norm_weight, norm_bias, *linears)
-    return _MLP(t, MlpOptions(activation, _float(eps), norm), impl)
+    return _MLP(t, MlpOptions(activation, plain_float("eps", eps), norm), impl)
 
 
 # The custom ops
@@ -421,28 +444,3 @@ _MLP = LayerOp(
         ),
     ),
 )
-
-
-def _check_shape(name: str, t: Tensor, shape: tuple[int | str, ...]) -> None:
-    fits = t.ndim == len(shape) and all(
-        isinstance(n, str) or n == m for n, m in zip(shape, t.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} has shape {tuple(t.shape)}: give ({wanted})")
-
-
-def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts the tensors to the dtype of GEMMs."""
-    return [None if t is None else t.to(compute_dtype(t)) for t in tensors]
-
-
-_ARRAYS = (np.generic, np.ndarray, Tensor)  # a tuple, which torch.compile can trace
-
-
-def _int(value: int) -> int:
-    return value.item() if isinstance(value, _ARRAYS) else value
-
-
-def _float(value: float) -> float:
-    return float(value.item() if isinstance(value, _ARRAYS) else value)

@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| `manifest.json` | `identity` (tasks, vocabulary, counts by length, seed, check, model), the number of shards, `complete`, and in a complete dataset the counts of `relay_fast.relay.filter_metrics` |
+| `manifest.json` | `identity` (tasks, vocabulary, counts by length, seed, check, model, `autocast` if it is not fp32), the number of shards, `complete`, and in a complete dataset the counts of `relay_fast.relay.filter_metrics` |
 | `shard-00000.safetensors`, … | the columns of `Samples`, and `passed` (S,) bool; the header holds the dataset's fingerprint, the shard's index, a digest and the counts |
 
 A shard depends on the identity and its index alone. An interrupted writer leaves complete shards
@@ -32,6 +32,7 @@ from relay_fast.relay import filter_metrics
 from relay_fast.relay.chain_parts import (
     Counts,
     WrittenChains,
+    chains_identity,
     check_request,
     draw_problems,
     part_sizes,
@@ -39,7 +40,7 @@ from relay_fast.relay.chain_parts import (
 )
 from relay_fast.relay.label_free import Bounds
 from relay_fast.tasks import Samples, Task, Vocabulary, make_task
-from relay_fast.training.model_files import Model, model_hash
+from relay_fast.training.model_files import Model
 from relay_fast.utils.files import (
     cannot_write,
     clear_partials,
@@ -62,6 +63,7 @@ class DatasetError(RuntimeError):
     """Raised for a dataset folder that cannot be used; the message says what to do."""
 
 
+# Long: most of it is the description of the arguments.
 def write_dataset(
     folder: str | os.PathLike,
     model: Model,
@@ -75,6 +77,7 @@ def write_dataset(
     ready: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], Any] | None = None,
     bounds: Bounds | None = None,
+    autocast: str = "fp32",
 ) -> dict[str, Any]:
     """Generates chains with a model and writes them into a folder, or continues such a folder.
 
@@ -93,6 +96,7 @@ def write_dataset(
         progress: Called with (chains done, chains in all), those of the share.
         bounds: Of the label-free filter, see `relay_fast.relay.label_free.confidence_bounds`; a
             folder that is continued keeps its own.
+        autocast: Precision of the GEMMs, "fp32" (the parameters' own dtype) or "bf16".
 
     Returns:
         The content of manifest.json, not complete while other writers have to write shards.
@@ -105,7 +109,7 @@ def write_dataset(
     folder = Path(folder)
     check_request(model, tasks, counts, seed, verify, shard_chains)
     bounds = kept_bounds(folder, bounds)
-    identity = _identity(model, tasks, counts, seed, verify, shard_chains, bounds)
+    identity = chains_identity(model, tasks, counts, seed, verify, shard_chains, bounds, autocast)
     sizes = part_sizes(counts, shard_chains)
     manifest = {"kind": KIND, "identity": identity, "shards": len(sizes), "complete": False}
     with _locked(folder, share):
@@ -115,7 +119,8 @@ def write_dataset(
         chains = sum(sizes[index] for index in own)
         for index in own:
             advance = progress and (lambda k, _, n=done: progress(n + k, chains))
-            options = {"verify": verify, "bounds": bounds, "progress": advance}
+            options = {"verify": verify, "bounds": bounds, "autocast": autocast}
+            options["progress"] = advance
             draw = partial(draw_problems, tasks, counts, seed, index, len(sizes))
             tables[index] = _shard_counts(folder, index, identity, model, draw, tasks, options)
             done += sizes[index]
@@ -301,29 +306,6 @@ def _collate(chains: list[Samples], *, collate_fn_map: Any = None) -> Samples:
 default_collate_fn_map[Samples] = _collate
 
 
-def _identity(
-    model: Model,
-    tasks: Mapping[str, Task],
-    counts: Counts,
-    seed: int,
-    verify: str | None,
-    shard_chains: int,
-    bounds: Bounds | None,
-) -> dict[str, Any]:
-    """Returns everything that the chains depend on, as JSON values."""
-    present = {name: tasks[name] for name in counts}
-    identity = {
-        "model": {"kind": type(model).__name__, "hash": model_hash(model)},
-        "tasks": {name: task.to_dict() for name, task in present.items()},
-        "vocabulary": next(iter(present.values())).vocabulary.to_dict(),
-        "counts": {name: dict(own) for name, own in counts.items()},
-        "seed": seed,
-        "verify": verify,
-        "shard_chains": shard_chains,
-    } | ({} if bounds is None else {"bounds": dict(bounds)})
-    return json.loads(json_text(identity))
-
-
 def _fingerprint(identity: Mapping[str, Any]) -> str:
     text = json_text(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -373,7 +355,8 @@ def _open(folder: Path, manifest: Mapping[str, Any], alone: bool) -> None:
     if not (folder / "manifest.json").exists():
         _write_manifest(folder, manifest)
         return
-    found = differences(manifest["identity"], read_manifest(folder)["identity"], there="there")
+    pair = (manifest["identity"], read_manifest(folder)["identity"])
+    found = differences(*({"autocast": "fp32", **identity} for identity in pair), there="there")
     if found:
         raise DatasetError(
             f"the folder {folder} holds other chains: {first_differences(found)}; give another "

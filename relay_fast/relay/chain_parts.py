@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.relay.label_free import Bounds, label_free
 from relay_fast.tasks import Samples, Task
 from relay_fast.tasks.verify import check_verify, correct_chains, verify_chains
-from relay_fast.training.model_files import Model
+from relay_fast.training.model_files import Model, model_hash
+from relay_fast.utils.files import json_text
+from relay_fast.utils.precision import autocast_dtype
 from relay_fast.utils.seeds import DATASET_SEED_OFFSET
 
 Counts = Mapping[str, Mapping[int, int]]  # {task: {length: number of chains}}
@@ -81,6 +84,42 @@ def check_request(
                 )
 
 
+def chains_identity(
+    model: Model,
+    tasks: Mapping[str, Task],
+    counts: Counts,
+    seed: int,
+    verify: str | None,
+    shard_chains: int,
+    bounds: Bounds | None,
+    autocast: str,
+) -> dict[str, Any]:
+    """Returns everything that written chains depend on, as JSON values.
+
+    Args:
+        model, tasks, counts, seed, verify, shard_chains: As in `check_request`.
+        bounds, autocast: As in `write_chains`; the latter is left out if it is "fp32", which all
+            were that an older version wrote.
+
+    Raises:
+        ValueError: The precision is unknown.
+    """
+    autocast_dtype(autocast)
+    present = {name: tasks[name] for name in counts}
+    identity = {
+        "model": {"kind": type(model).__name__, "hash": model_hash(model)},
+        "tasks": {name: task.to_dict() for name, task in present.items()},
+        "vocabulary": next(iter(present.values())).vocabulary.to_dict(),
+        "counts": {name: dict(own) for name, own in counts.items()},
+        "seed": seed,
+        "verify": verify,
+        "shard_chains": shard_chains,
+    } | ({} if bounds is None else {"bounds": dict(bounds)})
+    if autocast != "fp32":
+        identity["autocast"] = autocast
+    return json.loads(json_text(identity))
+
+
 def part_sizes(counts: Counts, part_chains: int) -> list[int]:
     """Returns the number of chains in each part.
 
@@ -121,6 +160,7 @@ def write_chains(
     verify: str | None,
     progress: Callable[[int, int], Any] | None = None,
     bounds: Bounds | None = None,
+    autocast: str = "fp32",
 ) -> WrittenChains:
     """Generates the chains of solved problems and checks them.
 
@@ -131,13 +171,15 @@ def write_chains(
         verify: The check, see `relay_fast.tasks.verify.verify_chains`.
         progress: Called with (chains done, chains in all).
         bounds: Of the label-free filter, see `relay_fast.relay.label_free.confidence_bounds`.
+        autocast: Precision of the GEMMs, "fp32" (the parameters' own dtype) or "bf16".
     """
+    options = {"progress": progress, "autocast": autocast}
     ended = confidence = None
     if isinstance(model, AutoregressiveTransformer):
-        decoded = decode_chains(model, problems, tasks, progress=progress)
+        decoded = decode_chains(model, problems, tasks, **options)
         written, ended = parse_chains(decoded, problems, tasks), decoded.ended
     else:
-        written, confidence = generate_confident(model, problems, tasks, progress=progress)
+        written, confidence = generate_confident(model, problems, tasks, **options)
     kept = label_free(written, tasks, confidence, bounds)
     if verify == "task":  # the problems are solved already
         passed = correct_chains(written, problems)
@@ -156,6 +198,7 @@ def chain_parts(
     part_chains: int,
     progress: Callable[[int, int], Any] | None = None,
     bounds: Bounds | None = None,
+    autocast: str = "fp32",
 ) -> Iterator[WrittenChains]:
     """Yields the chains of a dataset part by part, so that only one is in memory.
 
@@ -167,7 +210,7 @@ def chain_parts(
         verify: The check, see `relay_fast.tasks.verify.verify_chains`.
         part_chains: The most chains in a part.
         progress: Called with (chains done, chains in all).
-        bounds: As in `write_chains`.
+        bounds, autocast: As in `write_chains`.
 
     Raises:
         ValueError: The model or a task does not support the arguments.
@@ -178,5 +221,5 @@ def chain_parts(
     for index in range(parts):
         problems = draw_problems(tasks, counts, seed, index, parts)
         advance = progress and (lambda k, _, done=done: progress(done + k, chains))
-        yield write_chains(model, problems, tasks, verify, advance, bounds)
+        yield write_chains(model, problems, tasks, verify, advance, bounds, autocast)
         done += len(problems)

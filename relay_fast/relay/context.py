@@ -17,6 +17,7 @@ from relay_fast.data.streams import BatchFormat
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay.presets import recipe
 from relay_fast.relay.presets.complete import used_lengths
+from relay_fast.relay.presets.saved import run_autocast
 from relay_fast.tasks import FeedbackDraws, Task
 from relay_fast.training.model_files import load_run_model, model_path, run_tasks, save_model
 from relay_fast.training.ranks import Ranks
@@ -39,6 +40,7 @@ class Context:
         seed: The run's seed.
         ranks: The processes that run the stage together, by default this one alone.
         ranges: {task: (shortest, longest)} lengths in training.
+        inference: Options of all that reads a model.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Context:
         self.folder, self.config, self.device, self.impl = folder, config, device, impl
         self.vocabulary, self.tasks = run_tasks(config)
         self.seed: int = config["seed"]
+        self.inference = {"autocast": run_autocast(config)}
         self.ranges = {name: tuple(config["tasks"][name]["train"]) for name in self.tasks}
 
     def stream_seed(self, stream: int) -> int:

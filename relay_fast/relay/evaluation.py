@@ -99,7 +99,7 @@ def grade_autoregressive(
     Raises:
         ValueError: A true sequence is longer than the model's limit.
     """
-    forced = _forced(model, problems, tasks)
+    forced = _forced(model, problems, tasks, options.get("autocast", "fp32"))
     decoded = decode_chains(model, problems, tasks, **options)
     sequence, offsets, prompts = problems.sequences(tasks)
     sizes = np.diff(offsets) - prompts
@@ -119,13 +119,16 @@ def grade_autoregressive(
 
 
 def _forced(
-    model: AutoregressiveTransformer, problems: Samples, tasks: Mapping[str, Task]
+    model: AutoregressiveTransformer,
+    problems: Samples,
+    tasks: Mapping[str, Task],
+    autocast: str = "fp32",
 ) -> np.ndarray:
     """Compares each token after the prompts with the argmax, given the true tokens before it."""
     sizes = np.diff(problems.sequences(tasks)[1])
     cuts = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // FORCED_TOKENS)) + 1
     parts = [np.zeros(0, bool)]
-    with inference(model):
+    with inference(model, autocast):
         for chosen in np.split(np.arange(len(problems)), cuts):
             batch = collate_autoregressive(problems.take(chosen), tasks, device=model.device)
             parts.append(model.teacher_forced_correct(batch).cpu().numpy())
@@ -273,7 +276,9 @@ def evaluate_problems(
     return result
 
 
-def hit_matrix(model: Model, task: Task, length: int, n: int, seed: int = 0) -> np.ndarray:
+def hit_matrix(
+    model: Model, task: Task, length: int, n: int, seed: int = 0, **options
+) -> np.ndarray:
     """Measures token accuracy by round and position on problems of one length.
 
     Args:
@@ -282,6 +287,7 @@ def hit_matrix(model: Model, task: Task, length: int, n: int, seed: int = 0) -> 
         length: Length of the problems.
         n: Number of problems.
         seed: Selects the problems.
+        options: As in `evaluate_problems`.
 
     Returns:
         (rounds, positions) share of the problems whose token is correct, NaN where none has a
@@ -289,7 +295,7 @@ def hit_matrix(model: Model, task: Task, length: int, n: int, seed: int = 0) -> 
     """
     problems = unseen_problems(task, length, n, seed)
     grade = grade_looped if isinstance(model, LoopedTransformer) else grade_autoregressive
-    hits = grade(model, problems, {task.name: task}).tokens
+    hits = grade(model, problems, {task.name: task}, **options).tokens
     sizes = np.diff(problems.round_offsets)
     position = concat_ranges(np.zeros_like(sizes), sizes)
     round_index = np.repeat(concat_ranges(np.zeros_like(problems.loops), problems.loops), sizes)

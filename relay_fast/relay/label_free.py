@@ -34,6 +34,7 @@ def confidence_bounds(
     ranges: Mapping[str, Sequence[int]],
     seed: int,
     problems: int = PROBLEMS,
+    autocast: str = "fp32",
 ) -> dict[str, float] | None:
     """Returns the filter's bound for each task, None for a model whose filter has none.
 
@@ -45,13 +46,14 @@ def confidence_bounds(
         ranges: (shortest, longest) trained length of each.
         seed: Selects the problems.
         problems: How many of each task.
+        autocast: Precision of the GEMMs, that of the chains to be filtered.
     """
     if not tells_confidence(model):
         return None
     bounds = {}
     for name, task in tasks.items():
         inside = _inside_problems(task, *ranges[name], problems, seed)
-        written, confidence = generate_confident(model, inside, tasks)
+        written, confidence = generate_confident(model, inside, tasks, autocast=autocast)
         right = confidence[correct_chains(written, inside)]
         bound = float(np.quantile(right, 1 - KEPT, method="lower")) if len(right) else UNREACHABLE
         bounds[name] = math.floor(bound * 1e4) / 1e4  # the same on every machine

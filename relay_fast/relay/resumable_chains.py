@@ -27,11 +27,12 @@ def generate_in_parts(
     tasks: Mapping[str, Task],
     stem: Path,
     progress: Progress | None = None,
+    autocast: str = "fp32",
 ) -> Samples:
     """Does what `generate_looped_chains` does, and continues an interrupted call.
 
     Chains are saved in files `stem`.DIGEST-FIRST.safetensors, which the same call reads later.
-    DIGEST stands for the model and the problems; files with another one are ignored.
+    DIGEST stands for model, precision and problems; files with another one are ignored.
 
     Args:
         model: Writes the chains.
@@ -39,6 +40,7 @@ def generate_in_parts(
         tasks: The tasks by name.
         stem: Path of the files without their endings.
         progress: Called with (problems done, problems in all).
+        autocast: Precision of the GEMMs.
 
     Returns:
         The chains in the order of `problems`, as `generate_looped_chains` gives them.
@@ -47,7 +49,7 @@ def generate_in_parts(
         CheckpointError: A file cannot be read or written.
         ValueError: As `generate_looped_chains`.
     """
-    return generate_confident_in_parts(model, problems, tasks, stem, progress)[0]
+    return generate_confident_in_parts(model, problems, tasks, stem, progress, autocast)[0]
 
 
 def generate_confident_in_parts(
@@ -56,6 +58,7 @@ def generate_confident_in_parts(
     tasks: Mapping[str, Task],
     stem: Path,
     progress: Progress | None = None,
+    autocast: str = "fp32",
 ) -> tuple[Samples, np.ndarray | None]:
     """Does what `generate_in_parts` does, and returns confidences too.
 
@@ -65,16 +68,18 @@ def generate_confident_in_parts(
         tasks: The tasks by name.
         stem: Path of the files without their endings.
         progress: Called after each batch.
+        autocast: Precision of the GEMMs.
 
     Returns:
         The chains, and the confidence of each, None for a model that does not tell it.
     """
-    name = f"{stem.name}.{_digest(model, problems)}"
+    name = f"{stem.name}.{_digest(model, problems, autocast)}"
     path = lambda first: stem.with_name(f"{name}-{first:08d}.safetensors")
     parts, done = _saved(path, tells_confidence(model))
     fresh: list[tuple[Samples, np.ndarray | None]] = []
     saved = time.monotonic()
-    for _, *part in stream_confident(model, problems, tasks, first=done, progress=progress):
+    options = {"first": done, "progress": progress, "autocast": autocast}
+    for _, *part in stream_confident(model, problems, tasks, **options):
         fresh.append(tuple(part))
         tokens = sum(len(samples.rounds) for samples, _ in fresh)
         if time.monotonic() - saved >= SAVE_EVERY or tokens >= PART_TOKENS:
@@ -113,9 +118,11 @@ def _joined(
     return Samples.concat([samples for samples, _ in parts]), joined
 
 
-def _digest(model: LoopedTransformer, problems: Samples) -> str:
-    """Returns 16 hexadecimal digits that identify the model and the problems."""
+def _digest(model: LoopedTransformer, problems: Samples, autocast: str) -> str:
+    """Returns 16 hexadecimal digits that identify the model, its precision and the problems."""
     digest = hashlib.sha256(model_hash(model).encode())
+    if autocast != "fp32":  # what an older version saved is fp32
+        digest.update(autocast.encode())
     for field in fields(problems):
         digest.update(np.ascontiguousarray(getattr(problems, field.name)).tobytes())
     return digest.hexdigest()[:16]

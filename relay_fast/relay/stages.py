@@ -228,7 +228,9 @@ def _chains(context: Context, on_progress: OnProgress):
         save_samples(context.folder / "chains.safetensors", written, {"model": "looped_aligned"})
     context.ranks.same(None)
     few = min(PROBLEMS, context.config["evaluation"]["problems"])
-    bounds = confidence_bounds(model, context.tasks, context.ranges, context.seed, few)
+    bounds = confidence_bounds(
+        model, context.tasks, context.ranges, context.seed, few, **context.inference
+    )
 
     def count(written: Samples, truth: Samples, confidence) -> filter_metrics.Table:
         kept = label_free(written, context.tasks, confidence, bounds)
@@ -236,7 +238,7 @@ def _chains(context: Context, on_progress: OnProgress):
 
     counts = [count(written, problems, confidence)]
     if len(known := _kept_problems(context, problems)):
-        written, confidence = generate_confident(model, known, context.tasks)
+        written, confidence = generate_confident(model, known, context.tasks, **context.inference)
         counts.append(count(written, known, confidence))
     trust = filter_metrics.to_json(filter_metrics.add(counts))
     return {"trust": trust} | ({} if bounds is None else {"filter": {"bounds": bounds}})
@@ -259,12 +261,12 @@ def _written_together(
 ) -> tuple[Samples, np.ndarray | None]:
     """Generates chains and their confidences on all ranks; each takes every so manieth batch of
     those of one process."""
-    progress, ranks = _throttled(on_progress), context.ranks
+    ranks, options = context.ranks, {"progress": _throttled(on_progress), **context.inference}
     if ranks.alone:
         stem = context.folder / "checkpoints" / "chains"
-        return generate_confident_in_parts(model, problems, context.tasks, stem, progress)
+        return generate_confident_in_parts(model, problems, context.tasks, stem, **options)
     shard = (ranks.rank, ranks.size)
-    own = list(stream_confident(model, problems, context.tasks, progress=progress, shard=shard))
+    own = list(stream_confident(model, problems, context.tasks, shard=shard, **options))
     return confident_in_order([part for parts in ranks.gather(own) for part in parts], problems)
 
 
@@ -354,8 +356,8 @@ def _passed(
     """Generates the chains that `keep_filter` keeps, or reads those of an interrupted call."""
     path = context.folder / "checkpoints" / f"{name}.chains.safetensors"
     if context.ranks.writes and not path.exists():
-        progress = _throttled(on_progress)
-        written = generate_ar_chains(model, problems, context.tasks, progress=progress)
+        options = {"progress": _throttled(on_progress), **context.inference}
+        written = generate_ar_chains(model, problems, context.tasks, **options)
         save_samples(path, written.take(keep_filter(problems, written)), {"stage": name})
     context.ranks.same(None)
     return load_samples(path)
@@ -383,7 +385,8 @@ def _ar_self_loop(context: Context, on_progress: OnProgress):
     looped = context.load("looped_vanilla")
 
     def keep_filter(problems: Samples, written: Samples) -> np.ndarray:
-        return written.answer == generate_looped_chains(looped, problems, context.tasks).answer
+        own = generate_looped_chains(looped, problems, context.tasks, **context.inference)
+        return written.answer == own.answer
 
     return _ar_self(context, "ar_self_loop", keep_filter, on_progress)
 
@@ -411,10 +414,12 @@ def _evaluate(context: Context, name: str, on_progress: OnProgress) -> dict[str,
             problems,
             context.seed,
             progress=_throttled(on_progress),
+            **context.inference,
         )
         matrices[task] = {}
         for length in entry["hit_matrix"][own]:
-            matrix = hit_matrix(model, context.tasks[task], length, min(problems, 200))
+            few = min(problems, 200)
+            matrix = hit_matrix(model, context.tasks[task], length, few, **context.inference)
             if not matrix.size:  # a file may hold no problem of this length
                 continue
             rows = np.where(np.isnan(matrix), None, matrix.round(4)).tolist()

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from relay_fast.utils.arguments import kind_of
 from relay_fast.utils.numbers import as_float, as_int
 
 
@@ -40,7 +41,7 @@ class DepthSampler:
 
     def __init__(self, mean: float, max_loops: int | None = None, seed: int = 0):
         self.mean = as_float("mean", mean, least=1)
-        self.max_loops = as_int("max_loops", max_loops or 0, least=0)
+        self.max_loops = 0 if max_loops is None else as_int("max_loops", max_loops, least=0)
         self.seed = as_int("seed", seed, least=0)
         if self.max_loops and self.mean > self.max_loops:
             raise ValueError(
@@ -162,17 +163,17 @@ class CurriculumDepth(DepthSampler):
         max_loops: int | None = None,
         seed: int = 0,
     ):
-        self.first = as_float("first", first, least=1)
-        self.last = as_float("last", last, least=1)
+        self.first, self.last = as_float("first", first, least=1), as_float("last", last, least=1)
         super().__init__(max(self.first, self.last), max_loops, seed)
         self.steps = as_int("steps", steps, least=1)
-        self.make = make or (lambda mean: FixedDepth(round(mean)))
+        if make is not None and not callable(make):
+            raise TypeError(f"make is {kind_of(make)}: give a function of the mean, or None")
+        self.make = (lambda mean: FixedDepth(round(mean))) if make is None else make
         for mean in (self.first, self.last):  # says at once what is wrong
-            sampler = self.make(mean) if callable(self.make) else self.make
-            if not callable(self.make) or not isinstance(sampler, DepthSampler):
+            if not isinstance(sampler := self.make(mean), DepthSampler):
                 raise TypeError(
-                    f"make gives a {type(sampler).__name__}: it is a function of the mean that "
-                    "returns a sampler, such as `lambda mean: PoissonLogNormalDepth(mean)`"
+                    f"make returned {kind_of(sampler)}: return a sampler, as in "
+                    "`lambda mean: PoissonLogNormalDepth(mean)`"
                 )
 
     def mean_at(self, step: int) -> float:

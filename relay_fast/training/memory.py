@@ -16,8 +16,11 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import ModelConfig
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.kernels.supports import device_reason, interpreted
-from relay_fast.models.transformers import LoopedTransformer
+from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.utils.arguments import as_device, check_dtype, check_kind, kind_of
 from relay_fast.utils.memory import TensorBytes
+
+MODELS = (LoopedTransformer, AutoregressiveTransformer)
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,18 @@ def memory_estimate(
             there is one.
 
     Raises:
-        ValueError: for an unknown policy, or "auto", which is a choice by what is free.
+        ValueError: for an unknown policy, or "auto", which is a choice by what is free; for what is
+            no dtype in floating point and no device; for a batch that the model does not take.
+        TypeError: for another kind of config, batch or model.
     """
+    _check(config, batch, model, dtype)
     if RecomputePolicy.parse(recompute).kind == "auto":
         raise ValueError(
             'recompute = "auto" chooses by the free memory: estimate one of the policies that it '
             "chooses from (relay_fast.engine.auto_policy.ORDER)"
         )
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = as_device(default if device is None else device).type
     kernels = kind == "cuda" and not interpreted() and device_reason("meta") is None
     impl = "triton" if kernels else "torch"
     with torch.device("meta"):
@@ -89,6 +96,18 @@ def memory_estimate(
     # Their copies for the GEMMs, and that their gradients stay in fp32.
     more = sum(p.nbytes + p.numel() * (4 - p.itemsize) for p in cast)
     return MemoryEstimate(weights, 2 * weights, sum(t.nbytes for t in own), count.peak + more)
+
+
+def _check(config: Any, batch: Any, model: Any, dtype: Any) -> None:
+    """Raises TypeError or ValueError for arguments of another kind than `memory_estimate` takes."""
+    ModelConfig.of(config)
+    check_kind("batch", batch, (PackedBatch, Capacity), "give a PackedBatch or a Capacity")
+    if not isinstance(model, type) or not issubclass(model, MODELS):
+        raise TypeError(
+            f"model is {kind_of(model)}: give the class LoopedTransformer or "
+            "AutoregressiveTransformer, or one derived from them"
+        )
+    check_dtype("dtype", dtype)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from relay_fast.utils.errors import Diverged
 from relay_fast.utils.files import finite
 from relay_fast.utils.interrupts import interrupts_deferred
 from relay_fast.utils.numbers import as_int, plain_numbers
+from relay_fast.utils.precision import autocast_dtype
 from relay_fast.utils.tensor_files import load_checkpoint, save_checkpoint
 
 Model = LoopedTransformer | AutoregressiveTransformer
@@ -39,7 +40,6 @@ PART_BYTES = 12 << 20  # split the files of a resume point at this size
 # A CUDA graph's capacity: the largest of so many batches, enlarged by slack and spread. None of 400
 # other batches of preset paper-fast exceeded it (12 % do at slack 0.1 without the spread).
 CAPACITY_BATCHES, SLACK, SPREAD = 12, 0.05, 2.0
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 WARMED_UP = ("cuda",)  # kinds of devices for which kernels are compiled
 
 
@@ -190,7 +190,7 @@ class _Training:
         self._generators = {"cpu": torch.default_generator}
         if model.device.type == "cuda":
             self._generators["cuda"] = torch.cuda.default_generators[model.device.index or 0]
-        self.autocast = DTYPES[recipe.get("autocast", "fp32")]
+        self.autocast = autocast_dtype(recipe.get("autocast", "fp32"))
         self.capacity: Capacity | None = None  # of the CUDA graph
         self.take = self._step_taker(self.autocast, recipe.get("graph"))
         if self.ranks.same(path.exists()):

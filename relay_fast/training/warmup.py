@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from relay_fast.batch.packed import PackedBatch
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.ops.dispatch import on_device
+from relay_fast.utils.arguments import check_dtype, check_kind, kind_of
 
 SHORTEST = 16  # attention has one kernel for each power of two up to the longest sequence
 
@@ -44,10 +45,17 @@ def warmup(
         show: whether to show the bar.
         on_call: called before each call and after the last, instead of showing the bar, with how
             many are done and how many there are.
+
+    Raises:
+        TypeError: for a model that is no module with parameters, batches that are no sequence of
+            batches, or an `on_call` that cannot be called.
+        ValueError: without a batch, for a batch that the model does not take, and for an `autocast`
+            that is no dtype in floating point.
     """
-    parameter = next(model.parameters())
-    device = parameter.device
+    device = _checked_device(model, autocast, on_call)
     calls = list(_calls(model, batches, device))
+    if not calls:
+        raise ValueError("batches is empty: give at least one batch of the run")
     indices = [device.index or 0] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(indices),
@@ -56,13 +64,37 @@ def warmup(
         torch.set_grad_enabled(model.training),
     ):
         for call in _shown(calls, show) if on_call is None else _counted(calls, on_call):
-            _without_trace(call, model)
+            try:
+                _without_trace(call, model)
+            except (TypeError, AttributeError) as error:
+                raise TypeError(
+                    f"batches: {type(model).__name__} cannot compute one of them ({error}); give "
+                    "what the run will compute"
+                ) from error
+
+
+def _checked_device(
+    model: nn.Module, autocast: torch.dtype | None, on_call: Callable[[int, int], None] | None
+) -> torch.device:
+    """Returns the model's device; raises the errors of `warmup` for these arguments."""
+    check_kind("model", model, nn.Module, "give the model of the run, or a block")
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise TypeError("the model has no parameters: give the model of the run, or a block")
+    if autocast is not None:
+        check_dtype("autocast", autocast)
+    if on_call is not None and not callable(on_call):
+        raise TypeError(f"on_call is {kind_of(on_call)}: give a function, or None")
+    return parameter.device
 
 
 def _calls(
     model: nn.Module, batches: Iterable[Any], device: torch.device
 ) -> Iterator[Callable[[], Any]]:
     """Yields the calls that use every kernel of the run."""
+    if isinstance(batches, PackedBatch | Capacity | Tensor | str | Mapping):
+        raise TypeError(f"batches is {kind_of(batches)}: give a list of batches")
+    check_kind("batches", batches, Iterable, "give a list of batches")
     longest = 0
     for item in batches:
         if isinstance(item, Capacity):

@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+import psutil
 import torch
 
 _GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -44,12 +45,9 @@ def limit_threads(most: int | None = None) -> None:
         torch.set_num_threads(threads)
 
 
-def machine_memory() -> float:
-    """Bytes of memory that the machine has; infinite where it does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not everywhere
-        return math.inf
+def machine_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return psutil.virtual_memory().total
 
 
 def _quota() -> float:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterable
-from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-_MEMINFO = Path("/proc/meminfo")
 
 
 class TensorBytes(TorchDispatchMode):
@@ -59,19 +56,12 @@ class TensorBytes(TorchDispatchMode):
 def free_bytes(device: torch.device) -> int | None:
     """Returns the bytes that new tensors may take on a device, or None if it does not say.
 
-    On a GPU: what the driver has, and what torch's allocator holds unused.
+    On a GPU: what the driver has, and what torch's allocator holds unused. On a CPU: what the
+    system has without swapping.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu":
         return None
-    try:
-        lines = _MEMINFO.read_text().splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) << 10
-    except (OSError, StopIteration, ValueError):  # not Linux
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        except (AttributeError, ValueError, OSError):
-            return None
+    return psutil.virtual_memory().available

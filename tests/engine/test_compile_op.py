@@ -65,6 +65,22 @@ def test_the_same_bits(policy: str, call: str) -> None:
         assert_bitwise(f"{i}", value, expected)
 
 
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_backward_does_not_choose_the_implementation_again(how: str, monkeypatch) -> None:
+    block = LoopedBlock(D, 2, 1, recompute="state")
+    call = block if how == "eager" else compiled(block)
+    truth = outcome(call, block, (3, 4, D), 3)
+
+    def changed_behind(x: Tensor, loops: int) -> Tensor:
+        out = call(x, loops)
+        monkeypatch.setenv("RELAY_FAST_IMPL", "nothing that exists")
+        return out
+
+    got = outcome(changed_behind, block, (3, 4, D), 3)
+    for i, (value, expected) in enumerate(zip(got, truth, strict=True)):
+        assert_bitwise(f"{i}", value, expected)
+
+
 MASK = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1]])
 
 

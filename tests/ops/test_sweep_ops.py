@@ -26,6 +26,7 @@ from relay_fast.functional import (
     norm_linear,
     row_cross_entropy,
 )
+from relay_fast.ops import dispatch
 
 interpreter.mend()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
@@ -299,3 +300,57 @@ def test_kernels(name: str, layout: str) -> None:
         )
 
     assert_equal(results(op, name, layout), truth(name, False), frozenset(), 1e-5)
+
+
+@pytest.fixture
+def ran(monkeypatch) -> dict[str, set[str]]:
+    """The names of the ops that ran, by implementation."""
+    found: dict[str, set[str]] = {"torch": set(), "triton": set()}
+
+    def spied(impl: str, ops: dispatch.Ops) -> dispatch.Ops:
+        def spy(name: str, op: Callable) -> Callable:
+            return lambda *args, **options: (found[impl].add(name), op(*args, **options))[1]
+
+        pairs = zip(ops._fields, ops, strict=True)
+        return dispatch.Ops(*(op and spy(name, op) for name, op in pairs))
+
+    both = spied("torch", dispatch.TORCH), spied("triton", dispatch._triton_ops())
+    monkeypatch.setattr(dispatch, "TORCH", both[0])
+    monkeypatch.setattr(dispatch, "_triton_ops", lambda: both[1])
+    return found
+
+
+def flipped(call: Callable[..., Tensor], name: str, first: str, monkeypatch) -> Tensors:
+    """Results where RELAY_FAST_IMPL is `first` in the forward and the other in the backward."""
+
+    def op(**tensors: Tensor) -> Tensor:
+        monkeypatch.setenv("RELAY_FAST_IMPL", first)
+        out = call(**tensors)
+        monkeypatch.setenv("RELAY_FAST_IMPL", "torch" if first == "triton" else "triton")
+        return out
+
+    return results(op, name, "contiguous")
+
+
+@pytest.mark.parametrize("first", ["triton", "torch", "auto"])
+@pytest.mark.parametrize("name", CASES)
+def test_backward_keeps_the_implementation(name: str, first: str, ran, monkeypatch) -> None:
+    """Whatever RELAY_FAST_IMPL says by then: it reads what its own forward saved."""
+    value = flipped(kernel(name, "auto"), name, first, monkeypatch)
+    chosen, other = ("triton", "torch") if first == "triton" else ("torch", "triton")
+    assert {n.rpartition("_")[2] for n in ran[chosen]} & {"bwd", "grad"} and not ran[other]
+    assert_equal(value, truth(name, False), frozenset(), 1e-5)
+    for n, own in results(kernel(name, chosen), name, "contiguous").items():
+        assert torch.equal(own, value[n]), n
+
+
+@pytest.mark.parametrize("first", ["triton", "torch"])
+@pytest.mark.parametrize("name", ["mlp", "row_cross_entropy"])  # a layer's op, and the readout's
+def test_compiled_backward_keeps_the_implementation(name, first, ran, monkeypatch) -> None:
+    torch.compiler.reset()
+    call = torch.compile(kernel(name, "auto"), backend="aot_eager", fullgraph=True)
+    value = flipped(call, name, first, monkeypatch)
+    other = "torch" if first == "triton" else "triton"
+    assert ran[first] and not ran[other]
+    for n, own in results(kernel(name, first), name, "contiguous").items():
+        assert torch.equal(own, value[n]), n

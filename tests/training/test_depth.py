@@ -95,6 +95,6 @@ def test_what_is_refused() -> None:
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
-    for make, kind in ((3, "int"), (round, "int"), (lambda mean: None, "NoneType")):
-        with pytest.raises(TypeError, match=f"make gives a {kind}: it is a function of the mean"):
+    for make, kind in ((round, "an object of type int"), (lambda mean: None, "None")):
+        with pytest.raises(TypeError, match=f"make returned {kind}: return a sampler"):
             CurriculumDepth(1, 5, 10, make=make)

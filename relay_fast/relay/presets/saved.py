@@ -9,7 +9,10 @@ from typing import Any
 
 from relay_fast.relay.presets.schema import SavedRun
 from relay_fast.relay.run_folder import RunFolder, RunFolderError
+from relay_fast.utils.precision import autocast_dtype
 from relay_fast.utils.settings import check
+
+AUTOCAST_HELP = "precision of the GEMMs: fp32 or bf16; default the run's inference.autocast, fp32"
 
 
 def open_run(path: str | os.PathLike, write: bool = False) -> RunFolder:
@@ -33,6 +36,22 @@ def open_run(path: str | os.PathLike, write: bool = False) -> RunFolder:
             f"give the --out of python -m relay_fast.train."
         ) from error
     return RunFolder.open(path, write=True) if write else folder
+
+
+def run_autocast(config: Mapping[str, Any], asked: str | None = None) -> str:
+    """Returns the precision of the GEMMs in which a run's models write chains and are evaluated.
+
+    Args:
+        config: The run's config.
+        asked: Another precision, instead of the run's.
+
+    Raises:
+        ValueError: It is unknown.
+    """
+    own = config.get("inference", {}).get("autocast", "fp32")
+    name = own if asked is None else asked
+    autocast_dtype(name)
+    return name
 
 
 def refuse_foreign(path: str | os.PathLike, recipe: bool = False) -> None:

@@ -11,6 +11,7 @@ from relay_fast.config import BIASES, FEEDBACKS, INJECTIONS, LOOP_NORMS
 from relay_fast.engine.recompute import RecomputePolicy
 from relay_fast.kernels.mlp_ref import ACTIVATIONS
 from relay_fast.kernels.norm_ref import NORMS
+from relay_fast.utils.precision import DTYPES
 from relay_fast.utils.settings import (
     ABSENT,
     BatchSize,
@@ -171,6 +172,12 @@ class EvaluationTable(Table):
     problems: Count = Field(description="problems of each length")
 
 
+class InferenceTable(Table):
+    autocast: Literal[*DTYPES] = Field(
+        "fp32", description="precision of the GEMMs where models write chains and are evaluated"
+    )
+
+
 class FineTuning(Table):
     """Settings that every training stage may override."""
 
@@ -182,7 +189,7 @@ class FineTuning(Table):
     decay: DecayKind = ABSENT
     clip: Clip | None = None
     ema: Ema | None = None
-    autocast: Literal["fp32", "bf16"] = Field("fp32", description="precision of the GEMMs")
+    autocast: Literal[*DTYPES] = Field("fp32", description="precision of the GEMMs")
     graph: bool = Field(False, description="a step as one CUDA graph")
     batch_size: BatchSize = ABSENT
     batch_tokens: Count = Field(ABSENT, description="most tokens in a batch")
@@ -253,6 +260,7 @@ class SavedRun(Table):
 
     vocabulary: VocabularyTable
     tasks: dict[str, SavedTask] = Field(min_length=1)
+    inference: InferenceTable = Field(ABSENT, description="how models are used")
 
 
 class RunConfig(SavedRun):
