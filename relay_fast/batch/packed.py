@@ -41,6 +41,8 @@ class PackedBatch:
         true_feed: (Σ n_i · T_i,) int64, iteration-major: the true rounds for each iteration if the
             state is carried.
         truth: share of the iterations that get true rounds; the others get the model's own.
+        next_tokens: whether the targets are the tokens that follow, as an autoregressive model
+            learns; None if unknown.
     """
 
     tokens: Tensor
@@ -58,6 +60,7 @@ class PackedBatch:
     feeder: Feeder | None = None
     true_feed: Tensor | None = None
     truth: float = 1.0
+    next_tokens: bool | None = None
 
     def __len__(self) -> int:
         return len(self.answers)

@@ -109,6 +109,7 @@ def collate_looped(
         order,
         max(_largest(tokens, targets), int(s.answer.max(initial=0))),  # no answer: negative
         feeder=feeder,
+        next_tokens=False,
     )
 
 
@@ -169,6 +170,7 @@ def collate_side_by_side(
         _largest(inputs.tokens, inputs.fed, targets),
         fed=tensor(inputs.fed, np.int64),
         target_offsets=lengths_to_offsets(counts),
+        next_tokens=False,
     )
 
 
@@ -235,6 +237,7 @@ def collate_autoregressive(
         torch.zeros(len(samples), device=device),
         np.arange(len(samples)),
         _largest(sequence),
+        next_tokens=True,
     )
 
 

@@ -50,6 +50,8 @@ def _check_kind(batch: PackedBatch) -> None:
 class _Transformer(nn.Module):
     """Base of both models: embedding, block, final norm and chain head."""
 
+    next_tokens: bool  # whether it learns the tokens that follow
+
     def __init__(self, config: ModelConfig, recompute: str, impl: str):
         super().__init__()
         c = self.config = ModelConfig.of(config)
@@ -94,6 +96,13 @@ class _Transformer(nn.Module):
 
     def _check(self, batch: PackedBatch) -> None:
         _check_kind(batch)
+        if batch.next_tokens not in (None, self.next_tokens):
+            other = "rounds" if self.next_tokens else "next tokens"
+            maker = "autoregressive" if self.next_tokens else "looped"
+            raise ValueError(
+                f"the targets of the batch are {other}, which {type(self).__name__} does not "
+                f"learn: make the batch with PackedBatch.{maker}"
+            )
         fed = batch.fed is not None or batch.true_feed is not None
         if fed and self.config.feedback == "none":
             raise ValueError(
@@ -186,6 +195,8 @@ class LoopedTransformer(_Transformer):
     `PackedBatch.carried` and reads `PackedBatch.looped(..., carry_state=True)`; otherwise it has no
     answer head, because the rounds hold the answer.
     """
+
+    next_tokens = False
 
     def __init__(
         self,
@@ -394,6 +405,8 @@ class AutoregressiveTransformer(_Transformer):
         recompute: recompute policy (`relay_fast.engine.recompute`).
         impl: "auto", "triton" or "torch".
     """
+
+    next_tokens = True
 
     def __init__(self, config: ModelConfig, *, recompute: str = "none", impl: str = "auto"):
         config = ModelConfig.of(config)

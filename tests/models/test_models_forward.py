@@ -60,6 +60,15 @@ def test_forward_is_the_loss(kind) -> None:
     assert_same(gradients(model, model(*inputs)[0]), gradients(model, model.loss(*inputs)[0]))
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_batch_of_the_other_kind_is_refused(kind) -> None:
+    (model, _), (_, (other,)) = make(kind), make(next(k for k in KINDS if k != kind))
+    sentence = f"which {type(model).__name__} does not learn: make the batch .* PackedBatch.{kind}$"
+    for call in (model, lambda batch: relay_fast.warmup(model, [batch])):
+        with pytest.raises(ValueError, match=sentence):
+            call(other)
+
+
 def test_a_classifier_wants_rows_and_targets_together() -> None:
     model, (tokens, rows, targets) = make("classifier")
     assert model(tokens).shape == (2, 3, 16)
