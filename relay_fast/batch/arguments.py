@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from relay_fast.utils.arguments import check_tensors, on_host
+from relay_fast.utils.numbers import check_int64
 
 
 def check_floating(x: Tensor, name: str = "x") -> None:
@@ -75,6 +76,9 @@ def check_loops(loops: int | Sequence[int] | np.ndarray | Tensor, sequences: int
         counts = np.asarray(loops)
     except ValueError:  # a ragged list
         raise TypeError(f"loops = {loops}: pass an int or one int per sequence") from None
+    if counts.dtype.kind in "Ouf":  # also what numpy makes of Python's ints beyond int64
+        whole = [n for n in np.asarray(loops, object).reshape(-1).tolist() if type(n) is int]
+        check_int64("loops", max(whole, key=abs, default=0))
     if counts.dtype == np.bool_ or not np.issubdtype(counts.dtype, np.integer):
         if counts.size or counts.ndim != 1:
             raise TypeError(

@@ -28,6 +28,8 @@ class AuxValues:
             )
         state, aux = returned
         values, spec = tree_flatten(aux)
+        if not values:
+            raise TypeError("aux holds nothing to sum: return tensors in it, or leave out aux=True")
         for value in values:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__

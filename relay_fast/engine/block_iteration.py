@@ -65,6 +65,7 @@ class BlockIteration:
     """
 
     aux: Tensor | None = None
+    may_leave_unused = False
     start = 0  # iterations before this pass
     inject_index: int | None = None  # of the parameter that injection adds, if it is not the input
 

@@ -2,7 +2,7 @@
 
 A criterion gets the iteration t, state t and state t − 1 of the sequences that still loop, and
 returns which of them stop, a bool tensor (sequences,). States are padded, (sequences, …), or packed
-rows, with the row offsets `cu_seqlens`.
+rows, with the row offsets `cu_seqlens`. What is measured in 16 bits is measured in fp32.
 
 | criterion | stops a sequence when | as in |
 |---|---|---|
@@ -15,11 +15,14 @@ rows, with the row offsets `cu_seqlens`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from relay_fast.kernels.norm_ref import upcast
+from relay_fast.utils.arguments import kind_of
 from relay_fast.utils.numbers import as_float, as_int
 
 
@@ -64,16 +67,22 @@ class StateChange(Criterion):
     """Stops when the state changes by at most `threshold` times its norm."""
 
     def measure(self, new: Tensor, old: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        new, old = upcast(new), upcast(old)
         change = sequence_sum((new - old).square(), cu_seqlens)
-        return (change / sequence_sum(old.square(), cu_seqlens)).sqrt()
+        ratio = change / sequence_sum(old.square(), cu_seqlens)
+        return ratio.sqrt().masked_fill(change == 0, 0)  # also where the states are 0
 
 
 class CosineChange(Criterion):
     """Stops when 1 − the cosine of the two states is at most `threshold`."""
 
     def measure(self, new: Tensor, old: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        new, old = upcast(new), upcast(old)
         square = lambda h: sequence_sum(h.square(), cu_seqlens)
-        return 1 - sequence_sum(new * old, cu_seqlens) / (square(new) * square(old)).sqrt()
+        a, b, change = square(new).sqrt(), square(old).sqrt(), square(new - old)
+        # |a||b| − a·b without the cancellation of nearly equal numbers.
+        difference = (change - (a - b).square()) / 2
+        return (difference / (a * b)).masked_fill(change == 0, 0)
 
 
 class ReadoutEntropy(Criterion):
@@ -87,11 +96,11 @@ class ReadoutEntropy(Criterion):
 
     def __init__(self, readout: Callable[[Tensor], Tensor], threshold: float, min_loops: int = 1):
         super().__init__(threshold, min_loops)
-        self.readout = readout
+        self.readout = as_callable("readout", readout)
 
     def measure(self, new: Tensor, old: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        log_p = self.readout(new).log_softmax(-1)
-        return sequence_mean(-(log_p.exp() * log_p).sum(-1), cu_seqlens)
+        p = upcast(self.readout(new)).softmax(-1)
+        return sequence_mean(torch.special.entr(p).sum(-1), cu_seqlens)
 
 
 class ReadoutKL(ReadoutEntropy):
@@ -104,8 +113,10 @@ class ReadoutKL(ReadoutEntropy):
     """
 
     def measure(self, new: Tensor, old: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        log_p, log_q = (self.readout(h).log_softmax(-1) for h in (new, old))
-        return sequence_mean((log_p.exp() * (log_p - log_q)).sum(-1), cu_seqlens)
+        log_p, log_q = (upcast(self.readout(h)).log_softmax(-1) for h in (new, old))
+        terms = log_p.exp() * (log_p - log_q)
+        terms = terms.masked_fill(log_p == -math.inf, 0)  # a class that a mask excludes
+        return sequence_mean(terms.sum(-1), cu_seqlens)
 
 
 class HaltingGate(Criterion):
@@ -130,7 +141,7 @@ class HaltingGate(Criterion):
         accumulate: bool = True,
     ):
         super().__init__(threshold, min_loops)
-        self.gate, self.accumulate = gate, accumulate
+        self.gate, self.accumulate = as_callable("gate", gate), accumulate
         self._sums: Tensor | None = None
 
     def __call__(
@@ -142,15 +153,28 @@ class HaltingGate(Criterion):
         sequences: Tensor | None = None,
     ) -> Tensor:
         count = len(new) if cu_seqlens is None else len(cu_seqlens) - 1
-        p = self.gate(new).sigmoid()
+        p = upcast(self.gate(new)).sigmoid()
         p = p if p.shape == (count,) else sequence_mean(p, cu_seqlens)
         if self.accumulate:
             where = torch.arange(count, device=p.device) if sequences is None else sequences
             if t == 1 or self._sums is None:
                 self._sums = p.new_zeros(int(where.max()) + 1 if count else 0)
+            elif count > len(self._sums):
+                raise ValueError(
+                    f"the gate sees {count} sequences at iteration {t}, but has the sums of "
+                    f"{len(self._sums)} from an earlier loop: use another HaltingGate for another "
+                    "batch"
+                )
             self._sums[where] += p
             p = self._sums[where]
         return (p >= self.threshold) & (t >= self.min_loops)
+
+
+def as_callable(name: str, value: object) -> Callable:
+    """Returns the value. Raises TypeError if it cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} is {kind_of(value)}: give a module or a function of the state")
+    return value
 
 
 def sequence_sum(values: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

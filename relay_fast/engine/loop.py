@@ -344,7 +344,7 @@ class _Backward:
             self.states.pop(t, None)
         if self.body.dx is not None:
             g += self.body.dx
-        results = self.grads.results()
+        results = self.grads.results(zeros=not self.body.may_leave_unused)
         return None, g.to(self.x.dtype) if self.x_needed else None, *results
 
     def _iteration(self, t: int, row_range: RowRange, g: Tensor) -> None:

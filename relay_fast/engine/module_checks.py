@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from relay_fast.engine.retained_graphs import find_retained_graphs
+from relay_fast.utils.arguments import check_kind
 
 
 def tensors_in(*values: object) -> list[Tensor]:
@@ -19,6 +20,22 @@ def tensors_in(*values: object) -> list[Tensor]:
         for value in values
     )
     return [leaf for some in leaves for leaf in some if isinstance(leaf, Tensor)]
+
+
+def check_kinds(module: object, per_row: object, shared: object) -> None:
+    """Checks what `relay_fast.loop` is given.
+
+    Args:
+        module: What is looped.
+        per_row, shared: Its arguments by name, or None.
+
+    Raises:
+        TypeError: They are of other kinds.
+    """
+    check_kind("module", module, nn.Module, "give the nn.Module that is looped")
+    for name, value in (("per_row", per_row), ("shared", shared)):
+        if value is not None:
+            check_kind(name, value, Mapping, "give a dict of the module's arguments by name")
 
 
 def check_rows(per_row: Mapping[str, object], rows: int, device: torch.device) -> None:

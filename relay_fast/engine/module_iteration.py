@@ -125,6 +125,7 @@ class ModuleIteration:
     dx: Tensor | None = None
     skips_dead_rows = False
     keeps_operands = False
+    may_leave_unused = True
 
     def __init__(self, call: Call, device: torch.device):
         self.call, self.device = call, device

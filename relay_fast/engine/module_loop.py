@@ -21,7 +21,7 @@ from relay_fast.batch.plan_cache import cached_plan
 from relay_fast.batch.stopping import StoppingPlan
 from relay_fast.engine.aux_values import AuxValues
 from relay_fast.engine.loop import run_with_aux
-from relay_fast.engine.module_checks import check_rows, refuse_batch_norm, tensors_in
+from relay_fast.engine.module_checks import check_kinds, check_rows, refuse_batch_norm, tensors_in
 from relay_fast.engine.module_iteration import Call, Options, has_saved_tensor_hooks
 from relay_fast.engine.plain_loop import plain_loop, runs_plainly
 from relay_fast.engine.recompute import RecomputePolicy
@@ -31,7 +31,6 @@ from relay_fast.engine.states import States
 from relay_fast.engine.stopping import loops_run, pass_options
 from relay_fast.engine.wrappers import gathered, refuse_flattened, refuse_replicas, shards
 from relay_fast.ops.dispatch import refuse_transforms, select
-from relay_fast.utils.arguments import check_kind
 from relay_fast.utils.numbers import as_int, is_bool
 
 
@@ -104,7 +103,7 @@ def loop(
         same tensors as "state". Truncation that splits an iteration calls the module twice there,
         once for the sequences without a gradient.
     """
-    check_kind("module", module, nn.Module, "give the nn.Module that is looped")
+    check_kinds(module, per_row, shared)
     tree = StateTree(x)
     rows = x if tree.is_tensor else tree_leaves(x)[0]
     start = as_int("start", start, least=0)
@@ -224,7 +223,7 @@ def _run(
 
 def _make_plan(x: Tensor, loops, cu_seqlens, stops: bool) -> Plan:
     """Builds the plan; a whole sequence of a padded batch counts as one row."""
-    if cu_seqlens is None and not stops and type(loops) is int and loops >= 0:
+    if cu_seqlens is None and not stops and type(loops) is int and 0 <= loops < 2**63:
         return Plan.of_rows(len(x), loops, x.device)
     if cu_seqlens is None:
         lengths = np.ones(len(x), np.int64)

@@ -43,8 +43,10 @@ FORWARDS = frozenset({nn.Module.forward, nn.Linear.forward, nn.Embedding.forward
 def is_plain(part: nn.Module) -> bool:
     """Returns whether a module has no hooks and no forward of its own; fast, since every pass asks
     it of each part."""
+    kind = type(part)
     return not (
-        type(part).forward not in FORWARDS
+        kind.forward not in FORWARDS
+        or kind.__call__ is not nn.Module.__call__
         or part._forward_pre_hooks
         or part._forward_hooks
         or part._backward_pre_hooks
@@ -63,7 +65,8 @@ def call_reason(part: nn.Module, kind: type[nn.Module] | None = None) -> str | N
         kind: the class whose forward it should have; None: any of `FORWARDS`.
     """
     known = FORWARDS if kind is None else {kind.forward}
-    if type(part).forward not in known or "forward" in part.__dict__:
+    own_call = type(part).__call__ is not (kind or nn.Module).__call__
+    if type(part).forward not in known or own_call or "forward" in part.__dict__:
         return CUSTOM_FORWARD
     for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
         if not (isinstance(hook, REPARAMETRIZATIONS) or is_shard_hook(hook)):

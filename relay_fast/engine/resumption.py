@@ -12,7 +12,7 @@ from relay_fast.batch.plan import Plan, check_floating
 from relay_fast.config import BlockConfig
 from relay_fast.engine.block_iteration import BlockIteration
 from relay_fast.engine.spec import LoopSpec
-from relay_fast.utils.numbers import as_int
+from relay_fast.utils.numbers import as_int, check_int64
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Entry:
         """
         start = as_int("start", start, least=0)
         if seed is not None and not isinstance(seed, Tensor):
-            seed = torch.tensor(as_int("seed", seed), dtype=torch.int64, device=x.device)
+            seed = check_int64("seed", as_int("seed", seed))
+            seed = torch.tensor(seed, dtype=torch.int64, device=x.device)
         if inject is None:
             return Entry(start, None, seed)
         if config.injection == "none":

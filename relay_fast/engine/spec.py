@@ -33,6 +33,8 @@ class Iteration(Protocol):
             itself.
         keeps_operands: True if what `backward` hands to `GradientBuffers.weight` is not changed
             later, so that the weight gradients of several iterations may be taken together.
+        may_leave_unused: True if a parameter that no iteration used gets no gradient, as in
+            autograd, instead of zeros.
         aux: sum of the auxiliary values of the iterations so far, (A,); None: the body has none.
     """
 
@@ -41,6 +43,7 @@ class Iteration(Protocol):
     saved_width: int
     skips_dead_rows: bool
     keeps_operands: bool
+    may_leave_unused: bool
 
     def forward(
         self, h: Tensor, row_range: RowRange, out: Tensor, keep: bool = True

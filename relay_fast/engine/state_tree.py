@@ -33,6 +33,8 @@ class StateTree:
         self.names = [""]
         if isinstance(state, Tensor):
             check_floating(state)
+            if not state.ndim:
+                raise ValueError("x has shape (): a state has one entry for each row, (rows, …)")
             self.shapes = [state.shape[1:]]
             return
         paths, self._spec = tree_flatten_with_path(state)

@@ -18,6 +18,7 @@ from relay_fast.batch.paddings import device_tensor
 from relay_fast.batch.plan import Plan
 from relay_fast.batch.row_range import RowRange
 from relay_fast.batch.stopping import StoppingPlan
+from relay_fast.engine.module_checks import version
 from relay_fast.engine.spec import LoopSpec, Pass
 
 
@@ -82,6 +83,7 @@ class Until:
 
     Raises:
         TypeError, ValueError: from the call, if it returns anything else.
+        RuntimeError: from the call, if it changes a state in place.
     """
 
     def __init__(
@@ -115,11 +117,17 @@ class Until:
                 plan.device
             ),
         }
+        before = version(new), version(old)
         with torch.no_grad():
             stopped = self._function(
                 t, self._view(new, count), self._view(old, count),
                 **{name: given[name]() for name in self._takes},
             )  # fmt: skip
+        if (version(new), version(old)) != before:
+            raise RuntimeError(
+                f"until changed a state in place at iteration {t}, but the loop goes on with it: "
+                "change a copy"
+            )
         if not isinstance(stopped, Tensor) or stopped.dtype != torch.bool:
             kind = stopped.dtype if isinstance(stopped, Tensor) else type(stopped).__name__
             raise TypeError(

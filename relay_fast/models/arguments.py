@@ -28,7 +28,7 @@ def packed_rows(x: Tensor, cu_seqlens: object, d: int) -> tuple[Tensor, torch.Si
         ValueError, TypeError: for another shape or dtype.
     """
     check_tensors(x=x)
-    if not x.ndim or x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
+    if x.ndim < 2 or x.shape[-1] != d or x.ndim != (3 if cu_seqlens is None else 2):
         raise ValueError(
             f"x has shape {tuple(x.shape)}: pass (B, n, {d}), or (tokens, {d}) together with "
             f"cu_seqlens"
@@ -74,6 +74,8 @@ def check_devices(device: torch.device, weights: BlockWeights) -> None:
 def listed(values):
     """Returns a list of ints as a tensor on the CPU; anything else as it is."""
     if isinstance(values, list | tuple) and set(map(type, values)) == {int}:
+        if max(map(abs, values)) >= 2**63:
+            return values  # said by the checks of the call
         return torch.tensor(values, dtype=torch.int64, device="cpu")
     return values
 

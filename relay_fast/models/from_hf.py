@@ -12,7 +12,7 @@ another order, because q · k is a sum over columns: `rotary_order`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from relay_fast.config import BlockConfig
+from relay_fast.engine.plain_modules import CUSTOM_FORWARD, call_reason
 
 # Options of a block that the layers do not determine.
 FREE = ("causal", "dropout", "loop_norm", "injection", "max_loops", "state_noise")
@@ -93,16 +94,29 @@ def read_layers(
         The block's config, and its weights by state-dict key, copies of the layers' own.
 
     Raises:
+        TypeError: for anything else than layers.
         ValueError: for layers that compute something that a block does not, and for options that
             the layers determine.
     """
-    layers = [layers] if _is_layer(layers) else list(layers)
+    layers = [layers] if _is_layer(layers) else layers
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(
+            f"layers is of type {type(layers).__name__}: give decoder layers of transformers, such "
+            "as model.model.layers"
+        )
+    layers = list(layers)
     if not layers:
         raise ValueError("layers is empty: give at least one decoder layer")
     for name in options:
         if name not in FREE:
-            raise ValueError(f"{name} is determined by the layers: leave it out, or give {FREE}")
+            known = {*BlockConfig.__dataclass_fields__}
+            what = "is determined by the layers" if name in known else "is no option of a block"
+            raise ValueError(f"{name} {what}: leave it out, or give {FREE}")
+    if rotary is not None:
+        _check_rotary(rotary)
     sizes = [_sizes(layer, rotary, options) for layer in layers]
+    for layer in layers:
+        _refuse_changed(layer)
     for i, own in enumerate(sizes):
         for name, value in own.items():
             if value != sizes[0].get(name):
@@ -117,6 +131,46 @@ def read_layers(
         for name, weight in _weights(layer, config)
     }
     return config, weights
+
+
+def _refuse_changed(layer: nn.Module) -> None:
+    """Raises ValueError for a part whose forward or hooks would be lost with the layer.
+
+    Hooks of transformers only read outputs, and those of accelerate only move tensors. A norm may
+    have a forward of its own, in another precision.
+    """
+    for path, part in layer.named_modules():
+        is_linear = isinstance(part, nn.Linear)
+        reason = call_reason(part, nn.Linear if is_linear else type(part))
+        kinds = "_forward_pre_hooks _forward_hooks _backward_pre_hooks _backward_hooks".split()
+        hooks = [hook for kind in kinds for hook in getattr(part, kind).values()]
+        harmless = hasattr(part, "_hf_hook")
+        if reason == CUSTOM_FORWARD:
+            harmless |= not is_linear and not part._modules
+        else:
+            harmless |= all(str(hook.__module__).startswith("transformers") for hook in hooks)
+        if reason is not None and not harmless:
+            raise ValueError(
+                f"{type(layer).__name__} cannot become a layer of a block: its part "
+                f"{path or 'forward'} ({type(part).__name__}) {reason}, which a copy of the "
+                "weights would lose; remove it, or loop the layers by relay_fast.loop"
+            )
+
+
+def _check_rotary(rotary: nn.Module) -> None:
+    """Raises ValueError for a module that has no fixed frequencies."""
+    if not isinstance(getattr(rotary, "inv_freq", None), Tensor):
+        raise ValueError(
+            f"rotary is a {type(rotary).__name__} without inv_freq: give the model's rotary "
+            "embedding, such as model.model.rotary_emb"
+        )
+    kind = getattr(rotary, "rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise ValueError(
+            f"rotary has rope_type = {kind!r}, whose frequencies depend on the length of the "
+            "input, and a block's are fixed: build the block from its config instead, with "
+            "rope_frequencies as a list of numbers"
+        )
 
 
 def rotary_order(head_dim: int, rotary_dim: int, interleaved: bool) -> list[int]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from relay_fast.batch.arguments import check_floating
 from relay_fast.utils.arguments import check_kind, check_tensors
 from relay_fast.utils.numbers import as_float
 
@@ -26,9 +27,11 @@ def noise_state(
         generator: default: torch's own.
 
     Raises:
+        TypeError: for a `like` that is no floating-point tensor.
         ValueError: for a std that is negative or not finite.
     """
     check_tensors(like=like)
+    check_floating(like, "like")
     if generator is not None:
         check_kind("generator", generator, torch.Generator, "give a torch.Generator, or None")
     std = as_float("std", std, least=0)

@@ -142,7 +142,7 @@ class LoopedBlock(nn.Module):
         with torch.device("meta"):
             block = cls(config=config, **own)
         block.to(like.dtype).to_empty(device=like.device)
-        block.load_state_dict(weights, strict=False)
+        block.load_state_dict(weights, strict=False, assign=True)
         for part in (block._modules.get(name) for name in OF_THE_LOOP):
             if part is not None:
                 part.reset_parameters()

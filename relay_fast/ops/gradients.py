@@ -185,9 +185,12 @@ class GradientBuffers:
         held = sum(t.nbytes for kept in self._sums.values() for t in kept.values())
         return held < SUMS_BYTES
 
-    def results(self) -> list[Tensor | None]:
-        """Returns the gradients in the parameters' dtypes: zeros if nothing was added, None if not
-        needed."""
+    def results(self, zeros: bool = True) -> list[Tensor | None]:
+        """Returns the gradients in the parameters' dtypes, None if not needed.
+
+        Args:
+            zeros: whether the gradient is zeros if nothing was added, instead of None.
+        """
         for index in list(self._held):
             self._reduce(index)
         self._reduce_group()
@@ -201,6 +204,8 @@ class GradientBuffers:
         for index, partial in self._partials.items():
             self.vector(index, partial.sum(0))
         return [
-            self.buffer(i).to(parameter.dtype) if self.needs(i) else None
+            self.buffer(i).to(parameter.dtype)
+            if self.needs(i) and (zeros or i in self._buffers)
+            else None
             for i, parameter in enumerate(self._parameters)
         ]

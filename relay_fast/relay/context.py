@@ -149,6 +149,7 @@ class Context:
                     )
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))
+        self._unclear_notes()  # makes what a model is fed, by a task's own code
 
     def model_config(self, kind: str, supervise: str = "chain") -> ModelConfig:
         """Returns the config of the run's models of a kind.

@@ -28,12 +28,15 @@ _PACKAGE = __name__.partition(".")[0]
 _MARK = "samples of tasks: "  # before what the process says; the task's file may print too
 
 
-def prove_samples(task: Any, lengths: Iterable[int]) -> None:
+def prove_samples(task: Any, lengths: Iterable[int]) -> dict[tuple[int, int], tuple]:
     """Tries a task of texts.
 
     Args:
         task: A `TokenizedTask`.
         lengths: Those of a run.
+
+    Returns:
+        The samples by length and number.
 
     Raises:
         ValueError: A sample cannot be encoded, differs when it is drawn again, has another length
@@ -49,6 +52,7 @@ def prove_samples(task: Any, lengths: Iterable[int]) -> None:
         _prove_again(task, seen)
     if type(task.text).__module__.partition(".")[0] != _PACKAGE:
         _prove_elsewhere(task, seen)
+    return seen
 
 
 def refuse_changed(task: Any, built: Any, lengths: Iterable[int]) -> None:

@@ -131,7 +131,7 @@ class TextTask(ABC):
 
     def bounds(self, length: int) -> Sizes:
         """Returns `sizes`; raises ValueError if they are none."""
-        if type(self).sizes is TextTask.sizes:
+        if not self.own_sizes:
             return self.sizes(length)
         with own_code(self):
             sizes = self.sizes(length)
@@ -153,6 +153,11 @@ class TextTask(ABC):
     def tells_lengths(self) -> bool:
         """Whether `length_of` is given."""
         return type(self).length_of is not TextTask.length_of
+
+    @property
+    def own_sizes(self) -> bool:
+        """Whether `sizes` is given."""
+        return type(self).sizes is not TextTask.sizes
 
     @property
     def own_answers(self) -> bool:

@@ -21,6 +21,7 @@ from relay_fast.tasks.base import (
     until_eos,
 )
 from relay_fast.tasks.feedback import Arrangement, Inputs, Written, problems_shown, right_aligned
+from relay_fast.tasks.own_code import OwnCodeError, own_code
 from relay_fast.tasks.proving import digest_of, prove_samples
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, PAD, RESERVED, Vocabulary
@@ -51,6 +52,9 @@ class TokenizedTask(Task):
                     f"task {text.name!r}: {name} = {value!r} is unknown; use one of "
                     f"{', '.join(known)}"
                 )
+        for name in ("title", "unit"):  # of tables and plots, at the end of a run
+            if not isinstance(value := getattr(text, name), str):
+                raise ValueError(f"task {text.name!r}: {name} = {value!r:.60} is no text")
         self.text, self.index = text, index
         self.name, self.title, self.unit = text.name, text.title or text.name, text.unit
         self.min_length = text.min_length
@@ -101,8 +105,12 @@ class TokenizedTask(Task):
 
     def prove(self, lengths: Iterable[int]) -> None:
         """Raises ValueError for samples that cannot be encoded, that differ when they are drawn
-        again, that have another length than asked, or that `solve` contradicts."""
-        prove_samples(self, lengths)
+        again, that have another length than asked, that `solve` contradicts, or that are larger
+        than `sizes` says."""
+        seen = prove_samples(self, lengths)
+        if seen and self.text.own_sizes:
+            lengths = np.array([length for length, _ in seen])
+            self._check_sizes(self._samples(lengths, [self.encoded(*s) for s in seen.values()]))
 
     def fingerprint(self, lengths: Iterable[int]) -> str | None:
         drawn = [self.text.draw(length, 0, i) for length in lengths for i in range(2)]
@@ -361,7 +369,7 @@ class TokenizedTask(Task):
         self, written: Written, owner: np.ndarray, before: np.ndarray
     ) -> list[tuple[list[int], list[int]]]:
         """The ids of the two texts that each iteration sees."""
-        pairs = []
+        pairs, name = [], type(self.text).__name__
         problems, first = written.problems, written.problems.first_round
         for i, count in zip(owner.tolist(), before.tolist(), strict=True):
             r = np.arange(first[i], first[i] + count)
@@ -369,8 +377,15 @@ class TokenizedTask(Task):
                 self._text(written.tokens[a : a + n].tolist())
                 for a, n in zip(written.starts[r].tolist(), written.sizes[r].tolist(), strict=True)
             ]
-            upper, lower = self.text.shown(self._text(problems.problem_of(i).tolist()), rounds)
-            pairs.append((self._shown_ids(upper), self._shown_ids(lower)))
+            with own_code(self.text):
+                pair = self.text.shown(self._text(problems.problem_of(i).tolist()), rounds)
+            texts = isinstance(pair, tuple | list) and all(isinstance(t, str) for t in pair)
+            if not texts or len(pair) != 2:
+                raise OwnCodeError(
+                    f"task {self.name!r}: shown returned {pair!r:.80}; return two texts, one for "
+                    f"each of the two rows of the input (in {name})"
+                )
+            pairs.append(tuple(map(self._shown_ids, pair)))
         return pairs
 
     def _shown_ids(self, text: str) -> list[int]:

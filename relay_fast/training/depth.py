@@ -92,7 +92,7 @@ class FixedDepth(DepthSampler):
     """
 
     def __init__(self, loops: int, max_loops: int | None = None, seed: int = 0):
-        super().__init__(as_int("loops", loops), max_loops, seed)
+        super().__init__(as_int("loops", loops, least=1), max_loops, seed)
 
     def draw(self, rng: np.random.Generator, step: int, sequences: int) -> np.ndarray:
         return np.full(sequences, self.mean)
@@ -169,7 +169,12 @@ class CurriculumDepth(DepthSampler):
         if make is not None and not callable(make):
             raise TypeError(f"make is {kind_of(make)}: give a function of the mean, or None")
         self.make = (lambda mean: FixedDepth(round(mean))) if make is None else make
-        self.make(self.first), self.make(self.last)  # says at once what is wrong
+        for mean in (self.first, self.last):  # says at once what is wrong
+            if not isinstance(sampler := self.make(mean), DepthSampler):
+                raise TypeError(
+                    f"make returned {kind_of(sampler)}: return a sampler, as in "
+                    "`lambda mean: PoissonLogNormalDepth(mean)`"
+                )
 
     def mean_at(self, step: int) -> float:
         """Returns the mean at a step."""

@@ -9,10 +9,11 @@ def parse_lengths(text: str | None) -> range | None:
     """Parses `10-13` or `10`. Raises ValueError for anything else."""
     if text is None:
         return None
-    first, _, last = text.partition("-")
-    if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+    first, dash, last = text.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal()) or int(last) < int(first):
         raise ValueError(f"--lengths {text!r} is not understood; give a range like 10-13.")
-    return range(int(first), int(last or first) + 1)
+    return range(int(first), int(last) + 1)
 
 
 def ranges_text(lengths: Iterable[int], most: int = 5) -> str:

@@ -35,6 +35,13 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
+def check_int64(name: str, number: int) -> int:
+    """Returns the number. Raises ValueError if int64 does not hold it."""
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} = {number}: it must be below 2**63 in size")
+    return number
+
+
 def as_float(name: str, value: Any, least: float | None = None) -> float:
     """Converts `value` to a float.
 

@@ -92,7 +92,9 @@ def says(words: str) -> WrapValidator:
             if first["loc"]:
                 raise
             whole = words
-            if first["type"] in ("int_type", "float_type") and "number" not in words:
+            if first["type"] == "less_than_equal" and words.startswith("at least"):
+                whole = words if "less" in words else f"at most {first['ctx']['le']}"
+            elif first["type"] in ("int_type", "float_type") and "number" not in words:
                 whole = f"{_KINDS[first['type']]}, {words}"
             raise PydanticCustomError("setting", "give {words}", {"words": whole}) from None
 
@@ -103,8 +105,10 @@ def says(words: str) -> WrapValidator:
 ABSENT: Any = None
 MAX_SEED = 2**63 - 1
 
-Count = Annotated[int, Field(ge=1), says("at least 1")]
-Whole = Annotated[int, Field(ge=0), says("at least 0")]
+MOST = 2**31 - 1  # of what is counted
+
+Count = Annotated[int, Field(ge=1, le=MOST), says("at least 1")]
+Whole = Annotated[int, Field(ge=0, le=MOST), says("at least 0")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), says("at least 0 and less than 2^63")]
 NotNegative = Annotated[float, Field(ge=0), says("a number of at least 0")]
 Positive = Annotated[float, Field(gt=0), says("a positive number")]

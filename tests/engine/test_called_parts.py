@@ -264,3 +264,21 @@ def test_under_compile_a_call_is_a_graph_break() -> None:
     torch.compiler.reset()
     with pytest.raises(Exception, match="(?i)graph break|unsupported|disable"):
         torch.compile(block, backend="eager", fullgraph=True)(x, 2)
+
+
+class CallsTwice(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+def test_a_call_of_its_own_is_honoured() -> None:
+    block, doubled = (LoopedBlock(16, 2, 1).double() for _ in range(2))
+    doubled.load_state_dict(block.state_dict())
+    up = CallsTwice(16, 64, bias=False).double()
+    up.weight = nn.Parameter(block.layers[0].up.weight.detach() / 2)
+    doubled.layers[0].up = up
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    got, truth = outcome(doubled, x, 3), outcome(block, x, 3)
+    names = [name for name, _ in block.named_parameters()]
+    got[2 + names.index("layers.0.up.weight")] /= 2
+    assert_same(got, truth)

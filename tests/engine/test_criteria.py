@@ -97,3 +97,56 @@ def test_sequence_mean_of_packed_rows() -> None:
 def test_bad_bounds(threshold: float, min_loops: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StateChange(threshold, min_loops)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_measured_in_fp32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    old = (30 * torch.randn(2, 64, 64)).to(dtype)  # squares beyond fp16's largest number
+    new = (old.float() * (1 + 0.02 * torch.randn(2, 64, 64))).to(dtype)
+    a, b = new.double().flatten(1), old.double().flatten(1)
+    change = (a - b).norm(dim=1) / b.norm(dim=1)
+    cosine = 1 - torch.cosine_similarity(a, b)
+    cu = torch.tensor([0, 64, 128])
+    for criterion, truth in ((StateChange(0), change), (CosineChange(0), cosine)):
+        for value in (
+            criterion.measure(new, old, None),
+            criterion.measure(new.flatten(0, 1), old.flatten(0, 1), cu),
+        ):
+            torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=0)
+    gate = HaltingGate(lambda h: torch.full((2,), -5.5, dtype=dtype), 1.0)
+    p = 1 / (1 + torch.tensor(5.5, dtype=torch.float64).exp())
+    for t in range(1, 101):
+        gate(t, new, old)
+    torch.testing.assert_close(gate._sums.double(), (100 * p).expand(2), rtol=1e-5, atol=0)
+
+
+def test_what_does_not_change_stops() -> None:
+    zero = torch.zeros(2, 3, D)
+    for criterion in (StateChange(0), CosineChange(0)):
+        assert criterion(1, zero, zero).all()
+        assert not criterion(1, zero + 1, zero).any()
+        empty = torch.tensor([0, 0, 6])  # a sequence without tokens does not wait
+        assert criterion(1, zero.flatten(0, 1), zero.flatten(0, 1), empty).all()
+
+
+def test_classes_that_a_mask_excludes_count_as_nothing() -> None:
+    new, old = pair()
+    head = nn.Linear(D, CLASSES).double()
+    masked = lambda h: torch.cat([head(h), torch.full((*h.shape[:-1], 1), -torch.inf)], -1)
+    for kind in (ReadoutEntropy, ReadoutKL):
+        value = kind(masked, 1.0).measure(new, old, None)
+        torch.testing.assert_close(value, kind(head, 1.0).measure(new, old, None))
+
+
+def test_what_is_refused() -> None:
+    for make in (lambda: ReadoutKL(None, 0.1), lambda: HaltingGate("gate")):
+        with pytest.raises(
+            TypeError, match=r"(readout is None|gate is an object of type str): give a module or a"
+        ):
+            make()
+    new, old = pair()
+    gate = HaltingGate(lambda h: h[:, 0, 0], 0.9)
+    gate(1, new[:2], old[:2])
+    with pytest.raises(ValueError, match="3 sequences at iteration 2, but has the sums of 2 from"):
+        gate(2, new, old)

@@ -178,6 +178,9 @@ def test_what_until_may_not_be() -> None:
     for until, error, message in answers:
         with pytest.raises(error, match=message):
             relay_fast.loop(Rows(), x, 3, until=until)
+    for change in (lambda t, new, old: new.zero_(), lambda t, new, old: old.mul_(2)):
+        with pytest.raises(RuntimeError, match="until changed a state in place at iteration 1"):
+            relay_fast.loop(Rows(), x, 3, until=change)
 
 
 def test_policies_count_what_may_be_needed() -> None:

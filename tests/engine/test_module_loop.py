@@ -298,6 +298,20 @@ def test_what_is_refused() -> None:
         (lambda: relay_fast.loop(Users(), x[0], 2, cu_seqlens=[]), ValueError, "start at 0, not"),
         (lambda: relay_fast.loop(Users(), x.long(), 2), TypeError, "embed the tokens first"),
         (lambda: relay_fast.loop(nn.LSTM(D, D), x, 2), TypeError, "a value of type tuple"),
+        (
+            lambda: relay_fast.loop(torch.tanh, x, 2),
+            TypeError,
+            "module is an object of type builtin",
+        ),
+        (lambda: relay_fast.loop(Users, x, 2), TypeError, "module is the class Users: give"),
+        (
+            lambda: relay_fast.loop(Users(), x, 2, per_row=[x]),
+            TypeError,
+            "per_row is an object of type list: give a dict",
+        ),
+        (lambda: relay_fast.loop(Users(), x[0, 0, 0], 2), ValueError, r"x has shape \(\): a state"),
+        (lambda: relay_fast.loop(Users(), x, 2**70), ValueError, r"loops = .* below 2\*\*63"),
+        (lambda: relay_fast.loop(Users(), x, [1, 2**64]), ValueError, r"loops = .* below 2\*\*63"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):
@@ -318,3 +332,25 @@ def test_transformer_layer_of_torch_with_padding_mask() -> None:
             h = layer(h, src_key_padding_mask=mask[i : i + 1])
         keep = ~mask[i]
         assert_close(f"sequence {i}", out[i][keep], h[0][keep], 1e-9)
+
+
+class Two(nn.Module):
+    """Uses one of its parameters only."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, h: Tensor, e: Tensor | None = None) -> Tensor:
+        return torch.tanh(self.used(h))
+
+
+@pytest.mark.parametrize("policy", ["none", "state", "sqrt"])
+def test_unused_parameters_get_no_gradient(policy: str) -> None:
+    """As in a plain loop: weight decay then leaves them alone."""
+    module, x, e = Two(), torch.randn(2, 3, D), torch.randn(2, 3, D, requires_grad=True)
+    for loops in (3, [1, 3]):
+        module.zero_grad()
+        relay_fast.loop(module, x, loops, per_row={"e": e}, recompute=policy).sum().backward()
+        assert module.used.weight.grad.abs().sum() > 0
+        assert [p.grad for p in (*module.unused.parameters(), e)] == [None] * 3

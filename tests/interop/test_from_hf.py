@@ -236,6 +236,16 @@ def test_bad_input() -> None:
         LoopedBlock.from_hf([])
     with refused(r"norm is determined by the layers: leave it out, or give \('causal'"):
         LoopedBlock.from_hf(model.layers, norm="rms")
+    with refused(r"dropot is no option of a block: leave it out, or give \('causal'"):
+        LoopedBlock.from_hf(model.layers, dropot=0.1)
+    for value in (None, "llama"):
+        with pytest.raises(TypeError, match=r"layers is of type \w+: give decoder layers"):
+            LoopedBlock.from_hf(value)
+    with refused("rotary is a LlamaRMSNorm without inv_freq"):
+        LoopedBlock.from_hf(model.layers, model.norm)
+    scaled = build("Llama", **SIZES, rope_parameters=rope("dynamic", factor=2.0))
+    with refused("rotary has rope_type = 'dynamic', whose frequencies depend on the length"):
+        LoopedBlock.from_hf(scaled.layers, scaled.rotary_emb)
     with refused("Linear cannot become a layer of a block: it has no attention"):
         LoopedBlock.from_hf(nn.Linear(2, 2))
     with refused("layer 1 has d_hidden = 24 and layer 0 20"):
@@ -247,3 +257,45 @@ def test_bad_input() -> None:
     model.layers[0].self_attn.gate_proj = nn.Linear(16, 4)
     with refused("a block has no attention gate"):
         LoopedBlock.from_hf(model.layers)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_forwards_and_hooks_are_not_lost_in_a_copy() -> None:
+    model = build("Llama", **SIZES)
+    model(torch.zeros(1, 3, dtype=torch.long), output_hidden_states=True)  # leaves its own hooks
+    assert model.layers[0]._forward_hooks or model.layers[0].self_attn._forward_hooks
+    LoopedBlock.from_hf(model.layers)
+    mlp = model.layers[1].mlp
+    hook = mlp.register_forward_hook(lambda part, given, out: 2 * out)
+    refused = lambda match: pytest.raises(ValueError, match=match)
+    with refused(r"its part mlp \(LlamaMLP\) has a forward hook, which a copy of the weights"):
+        LoopedBlock.from_hf(model.layers)
+    hook.remove()
+    hook = mlp.register_full_backward_hook(lambda part, given, out: None)
+    with refused("has a backward hook"):
+        LoopedBlock.from_hf(model.layers)
+    hook.remove()
+    plain, mlp.up_proj = mlp.up_proj, Doubled(16, 20, bias=False)
+    with refused(r"its part mlp.up_proj \(Doubled\) has a custom forward"):
+        LoopedBlock.from_hf(model.layers)
+    mlp.up_proj = plain
+    model.layers[0].forward = lambda h, **options: h
+    with refused(r"its part forward \(LlamaDecoderLayer\) has a custom forward"):
+        LoopedBlock.from_hf(model.layers)
+
+
+def test_parts_keep_their_own_dtype() -> None:
+    model = build("Llama", **SIZES).to(torch.bfloat16)
+    for layer_ in model.layers:
+        layer_.input_layernorm.float()  # as a model that keeps its norms in fp32
+    with torch.no_grad():
+        model.layers[0].input_layernorm.weight.copy_(1 + 2**-12 * torch.arange(16))
+    block = LoopedBlock.from_hf(model.layers)
+    assert torch.equal(block.layers[0].norm1.weight, model.layers[0].input_layernorm.weight)
+    assert {p.dtype for p in block.parameters()} == {torch.bfloat16, torch.float32}
+    assert all(p.requires_grad for p in block.parameters())
+    assert block(torch.randn(2, 3, 16).bfloat16(), 2).isfinite().all()

@@ -155,6 +155,10 @@ def test_bad_calls() -> None:
         (lambda: block(x, 2, truncate=[1, -1]), ValueError, "truncate = .* for each of the 2 seq"),
         (lambda: LoopedBlock(D, 2, 1)(x, 1, inject=x), ValueError, "built with injection='none'"),
         (lambda: block(x, torch.ones(2, 3).long()), ValueError, "tokens of a sequence attend to"),
+        (lambda: block(x, [1, 2**63]), ValueError, r"loops = 9\d+: it must be below"),
+        (lambda: block(x, 1, seed=2**70), ValueError, r"seed = \d+: it must be below 2\*\*63"),
+        (lambda: block([1.0], 1), TypeError, "x is an object of type list: give"),
+        (lambda: noise_state(x.long()), TypeError, "like is torch.int64"),
         (lambda: block(x, 3, until=lambda t, a, b: a[:, :, 0] > 0), ValueError, r"shape \(2, 3\)"),
     ]  # fmt: skip
     for call, error, message in cases:

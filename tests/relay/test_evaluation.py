@@ -368,6 +368,7 @@ def test_an_interruption_keeps_the_finished_models(run, capsys, monkeypatch):
         (["--models", "ar_relay"], "there is no checkpoint"),
         (["--models", "gpt"], "unknown model 'gpt'"),
         (["--lengths", "3-2"], "--lengths '3-2' is not understood; give a range like 10-13."),
+        (["--lengths", "3-"], "--lengths '3-' is not understood"),
         (["--lengths", "many"], "--lengths 'many' is not understood"),
         (["--lengths", "0-2"], "length 0 is too short"),
         (["--lengths", "2-70"], "arithmetic length 7 needs 72 tokens or more, beyond the"),

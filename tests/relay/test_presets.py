@@ -31,6 +31,12 @@ from relay_fast.utils.settings import check, described
         ("stages.ar_self.decay=cosin", "decay = 'cosin' is unknown: use one of linear, cosine"),
         ("training.recompute=half", "recompute policy 'half' is unknown: use 'none', 'state'"),
         ("workers=0", "workers = 0: give at least 1"),
+        ("training.batch_size=2147483648", "= 2147483648: give at most 2147483647"),
+        (
+            "tasks.arithmetic.train=[1, 10000000000]",
+            "train = [1, 10000000000]: give at most 1000000",
+        ),
+        ("vocabulary.max_number=1000001", "max_number = 1000001: give at most 1000000"),
         ("data_workers=-1", "data_workers = -1: give at least 0"),
         ("seed=-1", "seed = -1: give at least 0"),
         ("evaluation.problems=0", "evaluation.problems = 0: give at least 1"),

@@ -19,6 +19,7 @@ from relay_fast.tasks import (
     make_task,
     tasks_of_config,
 )
+from relay_fast.tasks.own_code import OwnCodeError
 from relay_fast.tasks.references import load_class, reference_of
 from relay_fast.tasks.verify import correct_chains, verify_chains
 from tests.support.text_tasks import Parity, Reversal, Total
@@ -176,7 +177,36 @@ def test_samples_beyond_the_sizes_are_refused_with_the_remedy() -> None:
         task.sample(np.full(2000, 3), seed=0)
 
 
+class Narrow(Parity):
+    def sizes(self, length):
+        return Sizes(1, 1, 1, 1)
+
+
+def test_sizes_of_ones_own_are_proved_before_a_run() -> None:
+    with pytest.raises(
+        ValueError, match="length 3 has max_problem_tokens = .* define Narrow.sizes"
+    ):
+        Narrow().bound(VOCABULARY, 3).prove([3])
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        (lambda self, problem, rounds: "7 7", "shown returned '7 7'; return two texts"),
+        (lambda self, problem, rounds: ("7", None), r"shown returned \('7', None\); return two"),
+        (lambda self, problem, rounds: rounds[0], r"IndexError in <lambda> .*; mend .*, line \d+$"),
+    ],
+)
+def test_what_is_shown_is_two_texts(shown, message: str) -> None:
+    task = type("Shows", (Parity,), {"shown": shown})().bound(VOCABULARY, 3)
+    with pytest.raises(OwnCodeError, match=message):
+        collate_side_by_side(task.sample([3], seed=1), {task.name: task})
+
+
 def test_unknown_choices_are_refused() -> None:
+    for name, value in (("title", 3), ("unit", None)):
+        with pytest.raises(ValueError, match=f"task 'parity': {name} = {value} is no text"):
+            type("Odd", (Parity,), {name: value})().bound(VOCABULARY, 3)
     for name, value in (("answer_is", "rounds"), ("shows", "all")):
         task = Parity()
         setattr(task, name, value)

@@ -89,7 +89,12 @@ def test_what_is_refused() -> None:
         (lambda: FixedDepth(2.5), "loops = 2.5: it must be a whole number"),
         (lambda: CurriculumDepth(1, 2, 0), "steps = 0"),
         (lambda: FixedDepth(2)(-1, 3), "step = -1"),
+        (lambda: FixedDepth(0), "loops = 0: it must be at least 1"),
+        (lambda: CurriculumDepth(1, "5", 10), "last = '5': it must be a number"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+    for make, kind in ((round, "an object of type int"), (lambda mean: None, "None")):
+        with pytest.raises(TypeError, match=f"make returned {kind}: return a sampler"):
+            CurriculumDepth(1, 5, 10, make=make)

@@ -36,6 +36,7 @@ from relay_fast.utils.settings import (
     says,
 )
 
+MOST = 1_000_000  # of lengths, and of numbers that are tokens: all of them are listed
 LENGTHS_OF_A_STAGE = ("steps", "epochs", "token_iterations")
 
 
@@ -66,7 +67,7 @@ def _or_table(value: Any, inner: Any) -> Any:
 
 
 Lengths = Annotated[
-    tuple[Count, ...],
+    tuple[Annotated[int, Field(ge=1, le=MOST), says("at least 1")], ...],
     Field(strict=False),
     AfterValidator(_ordered),
     says("the shortest and the longest length, like [1, 10]"),
@@ -74,7 +75,7 @@ Lengths = Annotated[
 
 
 class VocabularyTable(Table):
-    max_number: Whole = Field(
+    max_number: Annotated[int, Field(ge=0, le=MOST), says("at least 0")] = Field(
         ABSENT, description="the numbers 0 to this are tokens, default 249 with a built-in task"
     )
     multiple: Count = Field(64, description="the embedding's rows are rounded up to this")
