@@ -19,6 +19,7 @@ from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTran
 from relay_fast.training import cuda_graph
 from relay_fast.training.cuda_graph import GraphedStep, graph_reason
 from relay_fast.training.optim import make_optimizer
+from tests.support.chain_models import TASKS, mixed_problems
 from tests.support.fresh_python import run_fresh
 from tests.support.graphed_steps import (
     batch_of,
@@ -69,13 +70,14 @@ def test_a_static_batch_computes_what_the_batch_does(options: dict) -> None:
 
 
 def test_the_papers_mix_and_the_autoregressive_model() -> None:
-    drawn = [task_batch("multitask", 5, seed, "cpu")[0] for seed in range(2)]
-    static = CapacityBatch(Capacity.of(drawn), "cpu")
+    rounds = [task_batch("multitask", 5, seed, "cpu")[0] for seed in range(2)]
+    texts = [PackedBatch.autoregressive(mixed_problems(number), TASKS) for number in (2, 3)]
     config = ModelConfig(BlockConfig(8, 2, 1, causal=True), 320)
-    for model in (
-        LoopedTransformer(config, impl="torch").double(),
-        AutoregressiveTransformer(config, impl="torch").double(),
-    ):
+    for kind, drawn in ((LoopedTransformer, rounds), (AutoregressiveTransformer, texts)):
+        model, static = (
+            kind(config, impl="torch").double(),
+            CapacityBatch(Capacity.of(drawn), "cpu"),
+        )
         for batch in drawn:
             truth = gradients(model, batch)
             static.load(batch)
