@@ -23,6 +23,7 @@ from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_o
 from relay_fast.engine.fused_inference import feedback_reason, fused_call
 from relay_fast.engine.plain_modules import call_reason, unwrapped
 from relay_fast.kernels.supports import Unsupported
+from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.ops.dispatch import compute_dtype
 from relay_fast.tasks import Samples, Task
@@ -66,19 +67,19 @@ class ChainReader:
     def __init__(self, model: LoopedTransformer, tasks: Mapping[str, Task], scored: bool):
         self.model, self.tasks, self.scored = model, tasks, scored
         self.reason: str | None = None
-        self._never = device_graph_reason(model.device)
-        self._graphs: OrderedDict[tuple[Capacity, bool], _Graph] = OrderedDict()
-        self._pool: Any = None  # of the graphs' memory, of which one runs at a time
+        self._never: str | None = None
+        self._drop_graphs()
 
     def read(self, problems: Samples) -> Chains:
         """Returns the chains of a batch, sorted by most loops first, as `read_batch` does."""
-        self.reason = self._never or model_reason(self.model)
+        device = self.model.device
+        self.reason = self._never or device_graph_reason(device) or model_reason(self.model)
         result = None
         if self.reason is None:
             try:
                 result = self._read_static(problems)
             except torch.OutOfMemoryError:
-                self._graphs.clear()  # a smaller batch will find their memory
+                self._drop_graphs()  # a smaller batch will find their memory
                 raise
         return (
             read_batch(self.model, problems, self.tasks, self.scored) if result is None else result
@@ -93,17 +94,21 @@ class ChainReader:
         if isinstance(loaded, str):
             self.reason = loaded
             return None
+        if (weights := weights_read(self.model)) != self._weights:
+            self._drop_graphs()  # they read memory that is no longer the model's
+            self._weights = weights
         graph = self._graph_of(loaded)
         if graph is None:
             return None
         if graph.reading is None:
-            graph.reading = StaticReading(self.model, graph.capacity, graph.moves, self.scored)
-            graph.reading.load(loaded)
+            reading = StaticReading(self.model, graph.capacity, graph.moves, self.scored)
+            reading.load(loaded)
             self.reason = "warming up"
             try:
-                on_side_stream(graph.reading.run)
+                on_side_stream(reading.run)
             except Unsupported as error:
                 return self._give_up(str(error))
+            graph.reading = reading
         else:
             graph.reading.load(loaded)
             if graph.replay is None:
@@ -152,7 +157,12 @@ class ChainReader:
 
     def _give_up(self, reason: str) -> None:
         self.reason = self._never = reason
-        self._graphs.clear()
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        self._graphs: OrderedDict[tuple[Capacity, bool], _Graph] = OrderedDict()
+        self._pool: Any = None  # of the graphs' memory, of which one runs at a time
+        self._weights: tuple | None = None
 
     def _captured(self, body: Callable[[], Any]) -> Callable[[], Any]:
         if self._pool is None and torch.cuda.is_available():
@@ -165,6 +175,12 @@ def _serves(capacity: Capacity, own: Capacity) -> bool:
     sizes = lambda c: (c.rows[0], len(c.rows), c.sequences, c.longest)
     holds = all(a >= b for a, b in zip(sizes(capacity), sizes(own), strict=True))
     return holds and capacity.token_iterations <= WASTE * own.token_iterations
+
+
+def weights_read(model: nn.Module) -> tuple:
+    """Returns what tells the memory that a graph reads a model's weights from."""
+    weights = (*model.named_parameters(), *model.named_buffers())
+    return tuple((name, t.data_ptr(), t.dtype, t.shape) for name, t in weights)
 
 
 def batch_reason(model: LoopedTransformer, problems: Samples) -> str | None:
@@ -196,11 +212,11 @@ def model_reason(model: nn.Module) -> str | None:
     for name in ("predict_rounds", "embed", "iterations"):
         if name in vars(model):
             return f"the model has a method {name} of its own"
-    parts = {"embedding": model.embedding}
+    kinds = {"block": LoopedBlock, "embedding": nn.Embedding}
     if model.config.feedback != "none":
-        parts["fed_embedding"] = model.fed_embedding
-    for name, part in parts.items():
-        reason = call_reason(unwrapped(part), nn.Embedding)
+        kinds["fed_embedding"] = nn.Embedding
+    for name, kind in kinds.items():
+        reason = call_reason(unwrapped(getattr(model, name)), kind)
         if reason is not None:
             return f"{name} {reason}, which a replay would not call"
     for path, (part, reason) in model.block.weights().called.items():
