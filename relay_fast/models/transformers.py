@@ -252,7 +252,7 @@ class LoopedTransformer(_Transformer):
 
     def _carried_pass(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         plan = batch.plan
-        state, own = self.embed(batch), batch.feeder.start()
+        state, own = self.embed(batch), batch.feeder.start()[: plan.rows_at(1)]
         final = [state[plan.rows_at(1) :]]
         losses, corrects = [state.new_empty(0)], [own.new_empty(0, dtype=torch.bool)]
         for t in range(1, plan.max_loops + 1):
@@ -380,7 +380,7 @@ class LoopedTransformer(_Transformer):
             for t, state in iterate(run, x, parameters):
                 yield t, state, self._best(run, state, head)
             return
-        fed = batch.feeder.start()
+        fed = batch.feeder.start()[: run.plan.rows_at(1)]
         for t, state in iterate(run, x, parameters, enter):
             ids = self._best(run, state, head)
             yield t, state, ids

@@ -1,5 +1,7 @@
 """Feedback with the state carried too: the last round, right-aligned, true or the model's own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,3 +92,21 @@ def test_a_share_of_the_sequences_is_fed_the_truth() -> None:
     losses = {round(model.loss(batch).loss.item(), 9) for _ in range(4)}
     torch.manual_seed(0)
     assert round(model.loss(batch).loss.item(), 9) in losses and len(losses) == 4
+
+
+@pytest.mark.parametrize("truth", [1.0, 0.0])
+def test_problems_without_rounds_are_in_no_iteration(truth: float) -> None:
+    samples = mixed()
+    first = samples.take(slice(0, 1))
+    answered = replace(
+        first, loops=first.loops * 0, rounds=first.rounds[:0], round_offsets=np.zeros(1, np.int64)
+    )
+    model = new_model(carry_state=True).double()
+    alone, more = (
+        PackedBatch.carried(s, TASKS, truth=truth)
+        for s in (samples, Samples.concat([samples, answered]))
+    )
+    (rounds, answers), (same, others) = map(model.predict_rounds, (alone, more))
+    assert all(map(torch.equal, rounds, same)) and torch.equal(answers, others[:-1])
+    chains = [model.loss(batch).chain * len(batch) for batch in (alone, more)]
+    assert_close("loss of the rounds", *chains, 2**-23)  # the weights are fp32
