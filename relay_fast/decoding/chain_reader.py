@@ -121,7 +121,7 @@ class ChainReader:
             graph.replay()
         result = graph.reading.result(problems, self.tasks)
         if result is None:
-            return self._give_up("the model's rounds outgrew the inputs that they are fed to")
+            self.reason = "the model's rounds outgrew the inputs that they are fed to"
         return result
 
     def _graph_of(self, loaded: Loaded) -> _Graph | None:

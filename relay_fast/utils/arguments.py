@@ -33,8 +33,7 @@ def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], remedy: st
 
 
 def check_tensors(**tensors: Any) -> None:
-    """Raises TypeError for the first argument that is no tensor; an optional one is left out where
-    it is None."""
+    """Raises TypeError for the first argument that is no tensor."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {kind_of(value)}: give a tensor")

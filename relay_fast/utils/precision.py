@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from relay_fast.utils.arguments import check_choice
+
 # What torch.autocast gets; None for the parameters' own dtype, without autocast.
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def autocast_dtype(name: str) -> torch.dtype | None:
     """Returns the dtype of a name in DTYPES. Raises ValueError for another."""
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"autocast = {name!r} is unknown: use one of {', '.join(DTYPES)}")
+    check_choice("autocast", name, tuple(DTYPES))
     return DTYPES[name]
 
 

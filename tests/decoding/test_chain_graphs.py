@@ -281,6 +281,10 @@ def test_rounds_that_outgrow_the_inputs_are_read_again(played: Played, monkeypat
             read = reader.read(own)
         assert_same(read, read_batch(model, own, TASKS, True))
     assert reader.reason == "the model's rounds outgrew the inputs that they are fed to"
+    shorter = own.take(slice(0, 3))  # as many tokens, but for the rows that the others had
+    with inference(model):
+        assert_same(reader.read(shorter), read_batch(model, shorter, TASKS, True))
+    assert reader.reason is None, "a batch that fits is replayed"
 
 
 def test_memory_that_runs_out_halves_the_batch(played: Played, monkeypatch) -> None:  # noqa: F811
