@@ -9,6 +9,7 @@ host would lay between the iterations.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -117,7 +118,9 @@ class ChainReader:
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:
-                    return self._give_up(not_captured("the reading of a batch", error))
+                    said = not_captured("the reading of a batch", error)
+                    warnings.warn(f"{said}; chains are read without CUDA graphs", stacklevel=2)
+                    return self._give_up(said)
             graph.replay()
         result = graph.reading.result(problems, self.tasks)
         if result is None:

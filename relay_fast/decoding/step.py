@@ -7,6 +7,7 @@ The CUDA graph path is not tested on a GPU yet.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ from relay_fast.kernels.norm_ref import upcast
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.transformers import AutoregressiveTransformer
 from relay_fast.ops.dispatch import TORCH
-from relay_fast.utils.cuda_graph import captured, on_side_stream
+from relay_fast.utils.cuda_graph import captured, not_captured, on_side_stream
 from relay_fast.utils.ragged import pieces
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 1 << 16}  # prompt tokens per pass
@@ -120,7 +121,16 @@ class Stepper:
             return
         covering = self._covering_slice(slices)
         if covering not in self._captured:
-            self._captured[covering] = self._capture(covering)
+            try:
+                self._captured[covering] = self._capture(covering)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                said = not_captured("a decoding step", error)
+                warnings.warn(f"{said}; decoding goes on without CUDA graphs", stacklevel=2)
+                self.captures = False
+                yield from self._steps(slices, number)
+                return
         for _ in range(number):
             yield self._captured[covering]()
 

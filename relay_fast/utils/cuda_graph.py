@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+_TORCH = Path(torch.__file__).parent
 
 
 def device_graph_reason(device: torch.device) -> str | None:
@@ -60,5 +64,11 @@ def captured(
 
 
 def not_captured(what: str, error: RuntimeError) -> str:
-    """Returns the reason that a failed capture gives, in one line."""
-    return f"{what} could not be captured: {' '.join(str(error).split())[:300]}"
+    """Returns the reason that a failed capture gives, in one line, with the code that launched
+    what cannot be captured."""
+    while isinstance(error.__context__, RuntimeError):  # the end of the capture failed, too
+        error = error.__context__
+    called = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in called if not Path(frame.filename).is_relative_to(_TORCH)]
+    place = "".join(f" (at {f.line}, {Path(f.filename).name}:{f.lineno})" for f in ours[-1:])
+    return f"{what} could not be captured: {' '.join(str(error).split())[:300]}{place}"

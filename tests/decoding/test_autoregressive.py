@@ -243,6 +243,28 @@ def test_a_captured_step_does_the_same(monkeypatch):
     assert {group.last for group in shapes} <= {1, 2, 4, 7}
 
 
+def test_a_step_that_cannot_be_captured_is_taken_op_by_op(monkeypatch):
+    model = make_model()
+
+    def captures(*args, **options):
+        stepper = Stepper(*args, **options)
+        stepper.captures = True
+        return stepper
+
+    def fails(*_, **options):
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(decode_module, "Stepper", captures)
+    monkeypatch.setattr(step, "on_side_stream", lambda body: body())
+    monkeypatch.setattr(step, "captured", fails)
+    prompts, offsets = make_prompts(MIXED)
+    said = "a decoding step could not be captured: not permitted .*; decoding goes on without CUDA"
+    with pytest.warns(UserWarning, match=said) as told:
+        decoded = decode(model, prompts, offsets, max_new=20, batch=7)
+    assert len(told) == 1, "a stepper tells it once"
+    expect_uncached(model, decoded, prompts, offsets, 20)
+
+
 @pytest.mark.parametrize("fails", ["allocating", "writing"])
 def test_out_of_memory_halves_the_batch(monkeypatch, fails):
     model = make_model()

@@ -49,7 +49,24 @@ def test_a_failed_capture_leaves_the_card_in_order(calls: list[tuple]) -> None:
     with pytest.raises(RuntimeError) as error:
         captured(fails, "thread_local")
     assert calls == [("begin", None, "thread_local"), ("synchronize",)]
-    assert not_captured("the step", error.value) == "the step could not be captured: not permitted"
+    said = "the step could not be captured: not permitted (at raise RuntimeError("
+    assert not_captured("the step", error.value).startswith(said)
+
+
+def test_a_failed_capture_names_the_code_of_its_op() -> None:
+    """The end of the capture fails as well, and torch's own files say nothing."""
+
+    def asks_the_host() -> None:
+        try:
+            torch.empty((), device="meta").item()
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError) as error:
+        asks_the_host()
+    said = not_captured("the step", error.value)
+    assert said.startswith("the step could not be captured: Tensor.item() cannot be called on meta")
+    assert ' (at torch.empty((), device="meta").item(), test_cuda_graph.py:' in said
 
 
 def test_only_a_cuda_device_captures() -> None:
