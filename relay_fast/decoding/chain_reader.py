@@ -2,7 +2,8 @@
 
 Sizes are rounded up, so that most batches of a call are of a few capacities. The first batch of a
 capacity is read as ever; the second is read over the static buffers, which compiles their kernels;
-then the reading is captured, and replayed for all later ones. A batch whose work outlasts its
+then the reading is captured, and replayed for all later ones, until weights are replaced (not
+merely changed) between two batches: the graphs are made anew. A batch whose work outlasts its
 launches is read as ever (`batch_reason`), but by a model that is fed its rounds, whose inputs the
 host would lay between the iterations.
 """

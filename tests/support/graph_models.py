@@ -49,7 +49,8 @@ def batches(*sizes: int, **options) -> list[Samples]:
 def assert_same(one: tuple, two: tuple) -> None:
     (samples, scores), (others, other_scores) = one, two
     for name in Samples.__dataclass_fields__:
-        assert np.array_equal(getattr(samples, name), getattr(others, name)), name
+        own, other = getattr(samples, name), getattr(others, name)
+        assert np.array_equal(own, other) and own.dtype == other.dtype, name
     assert (scores is None) == (other_scores is None)
     for own, other in zip(scores or (), other_scores or (), strict=True):
         assert own.dtype == other.dtype == np.float32
