@@ -112,16 +112,34 @@ def demo() -> list[str]:
 
 def tasks() -> list[str]:
     """The three tasks, at a fifth and a third beyond their lengths."""
-    table = _csv("three_tasks/results.csv")
     titles = {
-        "arithmetic": ("arithmetic mod 11, 1–8 operators", 10, 11),
-        "edit_distance": ("edit distance, 1–8 of 4 letters", 10, 11),
-        "lis": ("LIS, 1–20 numbers, groups of 4", 24, 27),
+        ("cpu-arithmetic", "arithmetic"): ("arithmetic mod 11, 1–8 operators", 10, 11),
+        ("cpu-edit-distance", "edit_distance"): ("edit distance, 1–8 of 4 letters", 10, 11),
+        ("cpu-lis", "lis"): ("LIS, 1–20 numbers, groups of 4", 24, 27),
     }
-    rows = []
-    for task, (title, fifth, third) in titles.items():
+    return _by_length("three_tasks/results.csv", titles)
+
+
+def longer() -> list[str]:
+    """The paper's range of arithmetic, and all three tasks in one model."""
+    titles = {
+        ("cpu-arithmetic-long", "arithmetic"): ("arithmetic mod 11, 1–15 operators", 18, 20),
+        ("cpu-multitask", "arithmetic"): ("all in one: arithmetic, 1–8", 10, 11),
+        ("cpu-multitask", "edit_distance"): ("all in one: edit distance, 1–8", 10, 11),
+        ("cpu-multitask", "lis"): ("all in one: LIS, 1–20", 24, 27),
+    }
+    return _by_length("three_tasks_longer/results.csv", titles)
+
+
+def _by_length(name: str, titles: Mapping[tuple[str, str], tuple[str, int, int]]) -> list[str]:
+    """The models of each (preset, task) with its title and the lengths beyond that are shown."""
+    table, rows = _csv(name), []
+    for (preset, task), (title, fifth, third) in titles.items():
         for model in MODELS:
-            own = [r for r in table if (r["task"], r["model"]) == (task, model)]
+            key = preset, task, model
+            own = [r for r in table if (r["preset"], r["task"], r["model"]) == key]
+            if not own:  # not trained
+                continue
             seeds = sorted({r["seed"] for r in own})
             inside = [
                 min(
@@ -197,7 +215,8 @@ def records() -> list[str]:
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
-    table.__name__: table for table in (results, demo, tasks, latent, filtered, records, steps)
+    table.__name__: table
+    for table in (results, demo, tasks, longer, latent, filtered, records, steps)
 }
 
 

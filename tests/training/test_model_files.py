@@ -128,7 +128,10 @@ def test_cuda_without_cuda(tmp_path):
     [
         (lambda m: m["config"]["block"].update(new_one=1), "model option 'new_one' is unknown"),
         (lambda m: m["config"].update(newer=1), "model option 'newer' is unknown"),
-        (lambda m: m["config"]["block"].pop("d_model"), "missing 1 required positional argument"),
+        (
+            lambda m: m["config"]["block"].pop("d_model"),
+            "the block's config has no 'd_model': add it",
+        ),
         (lambda m: m["config"]["block"].update(d_model="wide"), "cannot build"),
         (lambda m: m["config"]["block"].update(norm="newer"), "norm = 'newer' is unknown"),
         (lambda m: m.pop("config"), "no 'config'"),
