@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from relay_fast.batch.capacity import Capacity
+from relay_fast.decoding.own_arrangements import check_own_arrangements
 from relay_fast.decoding.reading import Chains, read_batch
 from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of, prepare
 from relay_fast.engine.fused_inference import feedback_reason, fused_call
@@ -70,6 +71,7 @@ class ChainReader:
         self.model, self.tasks, self.scored = model, tasks, scored
         self.reason: str | None = None
         self._never: str | None = None
+        self._checked: set[str] = set()  # tasks whose arrangement is right
         self._drop_graphs()
 
     def read(self, problems: Samples) -> Chains:
@@ -126,6 +128,8 @@ class ChainReader:
         result = graph.reading.result(problems, self.tasks)
         if result is None:
             self.reason = "the model's rounds outgrew the inputs that they are fed to"
+        elif graph.reading.arranged:
+            check_own_arrangements(self.model.config, result[0], self.tasks, self._checked)
         return result
 
     def _graph_of(self, loaded: Loaded) -> _Graph | None:

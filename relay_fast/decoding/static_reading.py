@@ -125,14 +125,17 @@ class StaticReading:
         capacity: from `capacity_of`.
         moves: as in `Loaded`.
         scored: whether to compute log-probabilities.
+
+    Attributes:
+        arranged: whether inputs are laid of the rounds, as the tasks' arrangements say.
     """
 
     def __init__(self, model: LoopedTransformer, capacity: Capacity, moves: bool, scored: bool):
         self.model, self.moves, self.scored = model, moves, scored
         c, rows, loops = model.config, capacity.rows[0], len(capacity.rows)
-        self._arranged = c.feedback != "none" and not c.carry_state
+        self.arranged = c.feedback != "none" and not c.carry_state
         beside = [((rows,), torch.int64)] if c.carry_state else []
-        if self._arranged:
+        if self.arranged:
             beside = ArrangedInputs.beside_sizes(capacity)
         self._static = CapacityBatch(capacity, model.device, beside)
         cells, columns = (loops, rows), (capacity.sequences,)
@@ -153,7 +156,7 @@ class StaticReading:
     def run(self) -> None:
         """Launches the whole reading of the batch."""
         self._heads: dict[str, tuple] = {}  # cast once
-        if self._arranged:
+        if self.arranged:
             self._run_arranged()
         else:
             self._run_loop()

@@ -309,7 +309,8 @@ class Task(ABC):
 
     def arrangement(self, problems: Samples, widths: np.ndarray) -> Arrangement | None:
         """Returns how `inputs` of these widths, of problems of this task, follow from the rounds;
-        None where a token's place depends on more than its round and its place in it."""
+        None where a token's place depends on more than its round and its place in it. Compared with
+        `inputs` where it is used."""
         return None
 
     def largest_fed(self, length: int) -> int:
