@@ -78,9 +78,9 @@ def block_rope_table(
     )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 @torch.inference_mode(False)
 def _on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
-    """Returns frequencies as a tensor; cached, because a CUDA graph captures no copy from the
-    host."""
+    """Returns frequencies as a tensor; kept for good, because a CUDA graph captures no copy from the
+    host, and reads the memory at every replay."""
     return torch.tensor(frequencies, dtype=torch.float64, device=device)

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.numerics import assert_close
 from relay_fast import LoopedBlock
+from relay_fast.engine import rope
 from relay_fast.engine.rope import rope_table
 
 POSITIONS = [0, 1, 1000, 123_457, 1_000_000, 2**31 - 1]
@@ -41,3 +42,11 @@ def test_only_distances_matter(dtype: torch.dtype, bound: float) -> None:
             far = block(x, 2, positions=torch.arange(9) + offset)
             assert_close(f"offset {offset}", far, near, bound)
         assert (block(x, 2, positions=3 * torch.arange(9)) - near).abs().max() > 0.01
+
+
+def test_frequencies_stay_where_a_graph_reads_them() -> None:
+    """However many other blocks there are."""
+    device, place = torch.device("cpu"), rope._on_device((1.0, 0.5), torch.device("cpu"))
+    for k in range(40):
+        rope._on_device((float(k), 0.5), device)
+    assert rope._on_device((1.0, 0.5), device) is place
