@@ -23,6 +23,7 @@ from relay_fast.batch.capacity import Capacity
 from relay_fast.decoding.own_arrangements import check_own_arrangements
 from relay_fast.decoding.reading import Chains, read_batch
 from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of, prepare
+from relay_fast.engine.adapters import adapter_state
 from relay_fast.engine.fused_inference import feedback_reason, fused_call
 from relay_fast.engine.plain_modules import call_reason, unwrapped
 from relay_fast.kernels.supports import Unsupported
@@ -186,9 +187,11 @@ def _serves(capacity: Capacity, own: Capacity) -> bool:
 
 
 def weights_read(model: nn.Module) -> tuple:
-    """Returns what tells the memory that a graph reads a model's weights from."""
+    """Returns what tells the memory that a graph reads a model's weights from, and what it makes of
+    them."""
     weights = (*model.named_parameters(), *model.named_buffers())
-    return tuple((name, t.data_ptr(), t.dtype, t.shape) for name, t in weights)
+    memory = tuple((name, t.data_ptr(), t.dtype, t.shape) for name, t in weights)
+    return memory, adapter_state(model)
 
 
 def batch_reason(model: LoopedTransformer, problems: Samples) -> str | None:

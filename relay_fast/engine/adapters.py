@@ -83,6 +83,21 @@ def lora_weight(part: nn.Module, weight: Tensor) -> Tensor:
     return merged.to(weight.dtype)
 
 
+def adapter_state(model: nn.Module) -> tuple:
+    """Returns what decides on the weights of adapted parts, beside their parameters."""
+    return tuple(
+        (
+            name,
+            part.disable_adapters,
+            tuple(part.active_adapters),
+            getattr(part, "merged", False),
+            tuple(getattr(part, "scaling", {}).items()),
+        )
+        for name, part in model.named_modules()
+        if hasattr(part, "active_adapters") and hasattr(part, "disable_adapters")
+    )
+
+
 def mixes_adapters(part: nn.Module) -> bool:
     """Returns whether peft was asked for another adapter in each sample of the batch."""
     return any(

@@ -81,6 +81,6 @@ def block_rope_table(
 @functools.cache
 @torch.inference_mode(False)
 def _on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
-    """Returns frequencies as a tensor; kept for good, because a CUDA graph captures no copy from the
-    host, and reads the memory at every replay."""
+    """Returns frequencies as a tensor; kept for good, because a CUDA graph captures no copy from
+    the host, and reads the memory at every replay."""
     return torch.tensor(frequencies, dtype=torch.float64, device=device)
