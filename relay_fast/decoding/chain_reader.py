@@ -26,6 +26,7 @@ from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_o
 from relay_fast.engine.adapters import adapter_state
 from relay_fast.engine.fused_inference import feedback_reason, fused_call
 from relay_fast.engine.plain_modules import call_reason, unwrapped
+from relay_fast.engine.wrappers import shards
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.transformers import LoopedTransformer
@@ -223,6 +224,8 @@ def model_reason(model: nn.Module) -> str | None:
     for name in ("predict_rounds", "embed", "iterations"):
         if name in vars(model):
             return f"the model has a method {name} of its own"
+    if shards(model.modules()):
+        return "fully_shard gathers the model's weights in hooks, which a replay would not call"
     kinds = {"block": LoopedBlock, "embedding": nn.Embedding}
     if model.config.feedback != "none":
         kinds["fed_embedding"] = nn.Embedding

@@ -111,3 +111,13 @@ def test_graphs_and_their_buffers_go_with_the_reader(played: Played) -> None:  #
         assert [ref() for ref in held] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_sharded_model_is_read_op_by_op(monkeypatch) -> None:
+    """Whole weights are in other memory at each call."""
+    model = model_of("latent")
+    monkeypatch.setattr(
+        chain_reader, "shards", lambda modules: [m for m in modules if m is model.embedding]
+    )
+    said = "fully_shard gathers the model's weights in hooks, which a replay would not call"
+    assert chain_reader.model_reason(model) == said
