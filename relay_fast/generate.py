@@ -393,7 +393,9 @@ def _main(a: argparse.Namespace) -> int:
     return 0
 
 
-__getattr__ = forward(__name__, "relay_fast.decoding.chains")  # old import paths
+__getattr__ = forward(
+    __name__, "relay_fast.decoding.reading", "relay_fast.decoding.chains"
+)  # old import paths
 
 
 if __name__ == "__main__":
