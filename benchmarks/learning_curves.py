@@ -63,7 +63,8 @@ def row_of(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     samples, right = curve(results)
     row = {"task": task, "longest": entry["train"][1], "seed": config["seed"],
            "d_model": config["model"]["d_model"], "samples": round(float(samples[-1])),
-           "batch_size": recipe(config, STAGE)["batch_size"]}  # fmt: skip
+           "batch_size": recipe(config, STAGE)["batch_size"],
+           "max_number": config["vocabulary"]["max_number"]}  # fmt: skip
     for level in LEVELS:
         found = needed(samples, right, level)
         row[f"samples_{level:g}"] = "" if found is None else round(found)
@@ -90,7 +91,9 @@ def predictions(rows: Sequence[Mapping[str, Any]]) -> list[tuple]:
                 continue
             a, b = power_law(*zip(*pairs, strict=True))
             longest = entry["train"][1]
-            wanted = a * longest**b
+            most = max(length for length, _ in pairs)
+            measured = max(samples for length, samples in pairs if length == most)
+            wanted = max(a * longest**b, measured)  # no falling curve is extrapolated
             sizes = ", ".join(f"{n}: {samples:,}" for n, samples in sorted(pairs))
             found.append((TASK_NAMES[task], f"{level:.1%}", sizes, f"{b:.2f}", longest,
                           f"{wanted:,.0f}", f"{given:,}", f"{given / wanted:.0f}×"))  # fmt: skip
@@ -102,7 +105,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                "paper's longest", "samples it needs", "`paper-fast` gives", "times")  # fmt: skip
     note = (
         "Tokens right given the true rounds before them, in training; the models of the CPU "
-        "presets, batches and schedules as in results.csv. Extrapolated: none of it was measured."
+        "presets, batches and schedules as in results.csv; the last errors go as the rate decays. "
+        "Where the samples fall with the length, those of the longest measured. Extrapolated: none "
+        "of what `paper-fast` needs was measured."
     )
     return markdown(columns, predictions(rows)) + "\n" + note + "\n"
 

@@ -23,7 +23,7 @@ from relay_fast.batch.capacity import Capacity
 from relay_fast.decoding.own_arrangements import check_own_arrangements
 from relay_fast.decoding.reading import Chains, read_batch
 from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of, prepare
-from relay_fast.engine.adapters import adapter_state
+from relay_fast.engine.adapters import weights_read
 from relay_fast.engine.fused_inference import feedback_reason, fused_call
 from relay_fast.engine.plain_modules import call_reason, unwrapped
 from relay_fast.engine.wrappers import shards
@@ -177,7 +177,7 @@ class ChainReader:
     def _captured(self, body: Callable[[], Any]) -> Callable[[], Any]:
         if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
-        return captured(body, "global", self._pool)
+        return captured(body, self._pool)
 
 
 def _serves(capacity: Capacity, own: Capacity) -> bool:
@@ -185,14 +185,6 @@ def _serves(capacity: Capacity, own: Capacity) -> bool:
     sizes = lambda c: (c.rows[0], len(c.rows), c.sequences, c.longest)
     holds = all(a >= b for a, b in zip(sizes(capacity), sizes(own), strict=True))
     return holds and capacity.token_iterations <= WASTE * own.token_iterations
-
-
-def weights_read(model: nn.Module) -> tuple:
-    """Returns what tells the memory that a graph reads a model's weights from, and what it makes of
-    them."""
-    weights = (*model.named_parameters(), *model.named_buffers())
-    memory = tuple((name, t.data_ptr(), t.dtype, t.shape) for name, t in weights)
-    return memory, adapter_state(model)
 
 
 def batch_reason(model: LoopedTransformer, problems: Samples) -> str | None:

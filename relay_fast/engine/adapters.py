@@ -98,6 +98,14 @@ def adapter_state(model: nn.Module) -> tuple:
     )
 
 
+def weights_read(model: nn.Module) -> tuple:
+    """Returns what tells the memory that a graph reads a model's weights from, and what it makes of
+    them."""
+    weights = (*model.named_parameters(), *model.named_buffers())
+    memory = tuple((name, t.data_ptr(), t.dtype, t.shape) for name, t in weights)
+    return memory, adapter_state(model)
+
+
 def mixes_adapters(part: nn.Module) -> bool:
     """Returns whether peft was asked for another adapter in each sample of the batch."""
     return any(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
+from relay_fast.engine.adapters import weights_read
 from relay_fast.kernels.supports import Unsupported
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer, Losses
 from relay_fast.ops.dispatch import on_device
@@ -200,6 +201,7 @@ class GraphedStep:
         count = depths if exchange is None else 1
         self._depths = [_Depth(part) for part in capacity.depths(count)]
         self._pool: Any = None  # of the graphs' memory
+        self._weights: tuple | None = None  # that the graphs train
         self._update: Callable[[], Any] = self._update_eagerly
         self._eager_update: str | None = "warming up"
         self._warm = self._steps = 0
@@ -253,6 +255,12 @@ class GraphedStep:
             except RuntimeError as error:  # kernels raise their reasons as RuntimeError too
                 self.reason = self._never = not_captured("the step", error)
                 return self._take(batch)
+            self._weights = self._weights or weights_read(self.model)
+        if weights_read(self.model) != self._weights:
+            raise RuntimeError(
+                "weights of the model were replaced after a step was captured as a CUDA graph, "
+                "which would train the old ones: make a new GraphedStep"
+            )
         losses = depth.replay()
         if self.exchange is None:
             for parameter, gradient in zip(self.model.parameters(), depth.gradients, strict=True):
@@ -297,11 +305,10 @@ class GraphedStep:
 
     def _captured(self, body: Callable[[], Any]) -> Callable[[], Any]:
         if self.exchange is not None:
-            # NCCL's thread that watches messages may ask CUDA during a capture.
-            return captured(body, "thread_local")
+            return captured(body)
         if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
-        return captured(body, "global", self._pool)
+        return captured(body, self._pool)
 
     def _own(self, losses: Losses, batch: PackedBatch, depth: _Depth) -> Losses:
         """Rescales the accuracies of the padded static batch to the batch's own rows."""

@@ -31,15 +31,15 @@ def on_side_stream(body: Callable[[], Any]) -> Any:
 
 def captured(
     body: Callable[[], Any],
-    mode: str = "global",
     pool: Any = None,
     generator: torch.Generator | None = None,
 ) -> Callable[[], Any]:
     """Captures what `body` launches without running it; returns a call that replays it.
 
+    Other threads, which make batches or watch NCCL's messages, may call CUDA meanwhile.
+
     Args:
         body: launches on the current device.
-        mode: "global", or "thread_local" if other threads may meanwhile call CUDA.
         pool: memory that graphs share of which one runs at a time; None: its own.
         generator: whose draws go on from replay to replay.
 
@@ -50,7 +50,7 @@ def captured(
     if generator is not None:
         graph.register_generator_state(generator)
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = body()
     except RuntimeError:
         torch.cuda.synchronize()

@@ -222,6 +222,22 @@ def test_every_depth_is_warmed_up_before_its_capture(monkeypatch) -> None:
     ]  # fmt: skip
 
 
+def test_weights_replaced_after_the_capture_are_refused(monkeypatch) -> None:
+    """A graph trains the memory that it was captured with; what changes in place is in it."""
+    play_graphs(monkeypatch)
+    model = make_model()
+    step = GraphedStep(model, sgd(model), Capacity.of(batches()))
+    for _ in range(4):
+        step(batches()[0])
+    with torch.no_grad():
+        model.chain_head.weight.mul_(2)
+    step(batches()[0])
+    assert step.reason is None
+    model.chain_head.weight.data = model.chain_head.weight.data.clone()
+    with pytest.raises(RuntimeError, match="replaced after a step .* make a new GraphedStep$"):
+        step(batches()[0])
+
+
 def test_a_spread_makes_room_for_other_draws() -> None:
     rng = np.random.default_rng(0)
 

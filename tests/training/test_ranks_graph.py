@@ -98,8 +98,7 @@ def test_no_rank_replays_the_update_if_one_cannot(truth, monkeypatch) -> None:
     play_graphs(monkeypatch)
     updates = []
 
-    def captured(body, mode):
-        assert mode == "thread_local"
+    def captured(body):
         if threading.current_thread().name == "rank 1":
             raise RuntimeError("no room\nfor it")
         return lambda: (updates.append(body), body())[1]

@@ -37,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def test_what_a_body_launches_is_captured_once_and_replayed(calls: list[tuple]) -> None:
     generator = torch.Generator()
     replay = captured(lambda: calls.append(("body",)) or 7, pool="pool", generator=generator)
-    begun = [("register", generator), ("begin", "pool", "global"), ("body",), ("end",)]
+    begun = [("register", generator), ("begin", "pool", "thread_local"), ("body",), ("end",)]
     assert calls == begun
     assert replay() == replay() == 7 and calls == [*begun, ("replay",), ("replay",)]
 
@@ -47,7 +47,7 @@ def test_a_failed_capture_leaves_the_card_in_order(calls: list[tuple]) -> None:
         raise RuntimeError("not\n  permitted")
 
     with pytest.raises(RuntimeError) as error:
-        captured(fails, "thread_local")
+        captured(fails)
     assert calls == [("begin", None, "thread_local"), ("synchronize",)]
     said = "the step could not be captured: not permitted (at raise RuntimeError("
     assert not_captured("the step", error.value).startswith(said)
