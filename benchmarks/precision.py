@@ -11,6 +11,7 @@ A finished run of the preset, copied to `<out>/<preset>-fp32-<seed>`, serves as 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,13 @@ def worst(rows: list[Row]) -> dict[tuple[str, str], float]:
 def plot(rows: list[Row], path: Path) -> None:
     """Plots chains right by length of both precisions, a panel a preset and task."""
     panels = sorted({(r["preset"], r["task"]) for r in rows})
-    figure = new_figure(3.4 * len(panels) + 0.6, 3.4)
-    for axis, key in zip(
-        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
-    ):
+    wide = min(4, len(panels))
+    high = math.ceil(len(panels) / wide)
+    figure = new_figure(3.4 * wide + 0.6, 3.2 * high)
+    axes = list(figure.subplots(high, wide, squeeze=False, sharey=True).flat)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, key in zip(axes, panels, strict=False):
         own = [r for r in rows if (r["preset"], r["task"]) == key]
         for precision, style in zip(PRECISIONS, ("o-", "x--"), strict=True):
             shown = [r for r in own if r["precision"] == precision]
@@ -93,7 +97,8 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.axvspan(0.5, int(own[0]["trained_to"]) + 0.5, color="0.92", zorder=0)
         axis.set(title=f"{key[0]}: {key[1]}", xlabel="length", ylim=(-3, 103))
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("chains right, %")
+    for first in figure.axes[::wide]:
+        first.set_ylabel("chains right, %")
     figure.axes[0].legend(frameon=False)
     save_figure(figure, path)
 
