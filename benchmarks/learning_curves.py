@@ -27,7 +27,7 @@ from relay_fast.relay.presets import load_preset, recipe  # noqa: E402
 from relay_fast.reporting.palette import COLORS  # noqa: E402
 from relay_fast.reporting.plots import new_figure, save_figure  # noqa: E402
 from relay_fast.reporting.tables import LENGTH_NAMES, TASK_NAMES  # noqa: E402
-from relay_fast.utils.files import replacing  # noqa: E402
+from relay_fast.utils.files import write_text  # noqa: E402
 
 STAGE, LEVELS = "looped_aligned", (0.99, 0.999)
 WINDOW = 5  # entries of a history whose mean counts
@@ -149,8 +149,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args.out.mkdir(parents=True, exist_ok=True)
     common.write_rows(args.out / "results.csv", rows)
     text = table(rows)
-    with replacing(args.out / "table.md") as partial:
-        partial.write_text(text)
+    write_text(args.out / "table.md", text)
     plot(runs, args.out / "curves.png")
     print(text)
     return rows

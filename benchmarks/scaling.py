@@ -49,7 +49,7 @@ from relay_fast.training.optim import make_optimizer  # noqa: E402
 from relay_fast.training.ranks import Ranks, joined_ranks  # noqa: E402
 from relay_fast.training.schedule import Schedule  # noqa: E402
 from relay_fast.utils.cores import usable_cores  # noqa: E402
-from relay_fast.utils.files import replacing  # noqa: E402
+from relay_fast.utils.files import write_text  # noqa: E402
 
 PRESETS = ("cpu-arithmetic", "paper")
 STAGES = {"looped_aligned": "looped", "ar_baseline": "autoregressive"}
@@ -438,8 +438,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     args.csv.unlink(missing_ok=True)  # the page and the rows are of one run
     common.append_rows(args.csv, [{c: row.get(c, "") for c in columns} | label for row in rows])
     target = args.page or args.csv.with_name("SCALING.md")
-    with replacing(target) as partial:
-        partial.write_text(page(rows))
+    write_text(target, page(rows))
     print(target)
     return rows
 

@@ -27,7 +27,7 @@ from benchmarks.recipe_search import beyond  # noqa: E402
 from relay_fast.reporting.palette import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION  # noqa: E402
 from relay_fast.reporting.plots import new_figure, plot_hit_matrix, save_figure  # noqa: E402
 from relay_fast.reporting.tables import LENGTH_NAMES, METRIC_NAMES, TASK_NAMES  # noqa: E402
-from relay_fast.utils.files import replacing  # noqa: E402
+from relay_fast.utils.files import write_text  # noqa: E402
 
 RESULTS = common.RESULTS / "three_tasks"
 FED, LATENT, VANILLA = "looped, rounds fed back", "looped, latent", "looped, answer only"
@@ -290,8 +290,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args.out.mkdir(parents=True, exist_ok=True)
     common.write_rows(args.out / "results.csv", rows)
     text = table(rows)
-    with replacing(args.out / "table.md") as partial:
-        partial.write_text(text)
+    write_text(args.out / "table.md", text)
     for (preset, task), models in by_task(rows).items():
         plot(preset, task, models, args.out / f"{preset}_{task}.png")
     for (preset, task, length), matrices in hit_matrices(runs).items():

@@ -27,7 +27,7 @@ from benchmarks.card.sweep import sweep
 from benchmarks.common import machine
 from relay_fast.kernels.supports import WHOLE_LOOP, Unsupported
 from relay_fast.utils.cores import usable_cores
-from relay_fast.utils.files import replacing
+from relay_fast.utils.files import write_text
 
 STEP_OPS = (
     "norm_linear", "attention", "linear_residual", "mlp", "cross_entropy", "weight_grad",
@@ -80,8 +80,7 @@ def run(
     if not dry and not session.rows("checks"):
         compile_ahead(script, deadline)
     session.run(work)
-    with replacing(folder / "RESULTS.md") as page:
-        page.write_text(table.page(session, dry))
+    write_text(folder / "RESULTS.md", table.page(session, dry))
     profiled = not session.ran or write_profile(folder, [4] if quick else [512, 4096])
     if session.left:
         need = sum(unit.seconds for unit in session.left)

@@ -41,7 +41,7 @@ from relay_fast.tasks import Written
 from relay_fast.training.cuda_graph import PART_TOKENS
 from relay_fast.training.schedule import Schedule
 from relay_fast.training.trainer import CAPACITY_BATCHES, SLACK, SPREAD
-from relay_fast.utils.files import replacing
+from relay_fast.utils.files import write_text
 
 # Assumed.
 NODE = 1e-6  # seconds that each node of a graph takes beside its work
@@ -399,8 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     results = json.loads(options.measured.read_text()) if options.measured else None
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(options.out) as partial:
-        partial.write_text(page(results))
+    write_text(options.out, page(results))
     print(options.out)
     return 0
 

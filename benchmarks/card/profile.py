@@ -37,7 +37,7 @@ from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.kernels._runtime import DEVICE_PROPS
 from relay_fast.models.transformers import LoopedTransformer
-from relay_fast.utils.files import replacing
+from relay_fast.utils.files import write_text
 
 ARCH = 90
 LAUNCH = 11e-6  # seconds from Python (docs: triton_without_a_gpu); a graph's node costs far less
@@ -235,8 +235,7 @@ def page(sizes: list[int], measured_csv: Path | None) -> str:
 
 
 def write(path: Path, sizes: list[int], measured_csv: Path | None = None) -> None:
-    with replacing(path) as partial:
-        partial.write_text(page(sizes, measured_csv))
+    write_text(path, page(sizes, measured_csv))
 
 
 def measured_rows(step: Callable[[], object], samples: int, device: str) -> list[dict]:

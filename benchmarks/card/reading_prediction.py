@@ -45,7 +45,7 @@ from relay_fast.decoding.chain_reader import batch_reason
 from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of, prepare
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import Samples, Written
-from relay_fast.utils.files import replacing
+from relay_fast.utils.files import write_text
 
 # Assumed: seconds (floor, expected) that the host waits for a read-back, and that a whole launch of
 # dead programs takes to leave.
@@ -237,8 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     text = page({card.name: rows_of(card, sizes) for card, sizes in CARDS_MEANT})
     if options.out:
-        with replacing(options.out) as partial:
-            partial.write_text(text)
+        write_text(options.out, text)
     print(text)
     return 0
 

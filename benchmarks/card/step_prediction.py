@@ -45,7 +45,7 @@ from relay_fast.kernels._runtime import DEVICE_PROPS, cdiv
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.ops.dispatch import compute_dtype
 from relay_fast.training.optim import make_optimizer
-from relay_fast.utils.files import replacing
+from relay_fast.utils.files import write_text
 
 ARCH = 90
 L2_BANDWIDTH = 5.5e12  # bytes a second, H200
@@ -297,8 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     text = page(predict(options.samples, options.policy), options.samples, options.policy)
     if options.out:
-        with replacing(options.out) as partial:
-            partial.write_text(text)
+        write_text(options.out, text)
     print(text)
     return 0
 

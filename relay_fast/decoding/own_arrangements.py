@@ -42,16 +42,17 @@ def check_own_arrangements(
     for k, task in tasks_present(written.task, tasks).items():
         if task.name in checked:
             continue
-        checked.add(task.name)
         defines = next(cls for cls in type(task).__mro__ if "arrangement" in vars(cls))
-        if defines.__module__.partition(".")[0] == _PACKAGE:
-            continue
-        before = _first_difference(config, written.take(np.flatnonzero(written.task == k)), task)
+        before = None
+        if defines.__module__.partition(".")[0] != _PACKAGE:
+            own = written.take(np.flatnonzero(written.task == k))
+            before = _first_difference(config, own, task)
         if before is not None:
             raise ValueError(
                 f"task {task.name!r}: after {before} rounds, arrangement says other inputs than "
                 f"inputs makes; mend {defines.__name__}.arrangement, or let it return None"
             )
+        checked.add(task.name)
 
 
 def _first_difference(config: ModelConfig, written: Samples, task: Task) -> int | None:

@@ -1,4 +1,5 @@
-"""The weights of layers that peft adapted, merged differentiably for one pass.
+"""The weights of layers that peft adapted, merged differentiably for one pass; and what tells
+whether a model's weights are still those that a graph reads.
 
 LoRA on a Linear is another weight: W + Σ scaling · B · A over the active adapters; with DoRA,
 f · (W + Δ), f = magnitude / ‖W + Δ‖ by rows, whose norm counts as a constant. The sum is formed in

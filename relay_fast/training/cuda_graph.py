@@ -212,7 +212,11 @@ class GraphedStep:
                     group["lr"] = torch.tensor(float(group["lr"]), device=model.device)
 
     def __call__(self, batch: PackedBatch) -> Losses:
-        """Takes one step; returns the batch's losses on the device."""
+        """Takes one step; returns the batch's losses on the device.
+
+        Raises:
+            RuntimeError: weights were replaced (not merely changed) since a step was captured.
+        """
         with on_device(self.model.device):  # streams and captures are the current device's
             return self._step(batch)
 

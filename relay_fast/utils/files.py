@@ -123,9 +123,13 @@ def _not_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically; raises ValueError and TypeError as `json_text` does."""
-    text = json_text(value, indent=1)
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 atomically."""
     with replacing(path) as partial:
-        partial.write_text(text + "\n")
+        partial.write_text(text, encoding="utf-8")
 
 
 def cannot_write(path: Path, error: OSError) -> str:

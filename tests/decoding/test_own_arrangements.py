@@ -78,6 +78,8 @@ def test_a_task_that_comes_late_is_looked_at_too(played: Played) -> None:  # noq
         with pytest.raises(ValueError, match="mend Still.arrangement"):
             for _ in range(3):
                 reader.read(few)
+        with pytest.raises(ValueError, match="mend Still.arrangement"):
+            reader.read(few)  # nor does it pass when it is read again
 
 
 @pytest.mark.parametrize(("kind", "before"), [(Longer, 1), (Still, 1), (Border, 1)])
