@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.one_iteration import train_once
+from benchmarks.truncated_loop import TruncatedContext
 from relay_fast.relay.evaluation import evaluate_looped
 from relay_fast.relay.presets import load_preset, override
 from relay_fast.relay.stages import Context, run_stage
@@ -33,6 +34,7 @@ PRESETS = {
 }  # fmt: skip
 STAGE = "looped_aligned"
 ONE_ITERATION = "one_iteration"  # a control, of which only the answers count
+TRUNCATED = "latent_truncated"  # "latent", with gradients that end at each iteration's start
 ROWS = common.RESULTS / "recipe_search.csv"
 
 
@@ -98,6 +100,7 @@ def variants(task: str) -> dict[str, list[str]]:
     found["latent_no_norm"] += _looped(loop_norm="none")
     found["latent_injected"] = [*found["latent"], *_looped(injection="add")]
     found["latent_cut"] = [*found["latent"], *_stage(cut=31)]
+    found[TRUNCATED] = found["latent"]
     found["latent_noise"] = [*found["latent"], *_looped(state_noise=0.1)]
     preset = load_preset(PRESETS[task])["stages"][STAGE]
     batch = preset["batch_size"]
@@ -129,7 +132,8 @@ def trained(task: str, variant: str, seed: int, scale: float, problems: int) -> 
     config = override(preset, values=values, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "checkpoints").mkdir()
-        context = Context(Path(folder), config, "cpu", "auto")
+        kind = TruncatedContext if variant == TRUNCATED else Context
+        context = kind(Path(folder), config, "cpu", "auto")
         began = time.process_time()
         if variant == ONE_ITERATION:
             model, longest_true = train_once(context, STAGE)

@@ -4,10 +4,12 @@ import csv
 import json
 
 import pytest
+import torch
 
 from benchmarks import recipe_ablation, recipe_search
 from benchmarks.one_iteration import last_rounds_alone
-from relay_fast.relay.presets import load_preset, override
+from benchmarks.truncated_loop import TruncatedContext
+from relay_fast.relay.presets import load_preset, override, recipe
 from relay_fast.relay.stages import Context
 
 LOOPED = "looped_aligned"
@@ -20,7 +22,7 @@ def test_each_variant_is_a_valid_change_of_the_preset(task: str) -> None:
     for name, values in recipe_search.variants(task).items():
         config = override(preset, values=values)
         Context("nowhere", config, "cpu", "auto").prove()
-        assert config not in seen, name
+        assert (config in seen) == (name == recipe_search.TRUNCATED), name
         assert (config == preset) == (name == "base"), name
         seen.append(config)
         assert "token_iterations" in config["stages"][LOOPED], name
@@ -86,6 +88,27 @@ def test_one_iteration_sees_the_problem_and_the_last_round_alone() -> None:
     for i in range(3):
         assert [r.tolist() for r in once.rounds_of(i)] == [samples.rounds_of(i)[-1].tolist()]
         assert once.problem_of(i).tolist() == samples.problem_of(i).tolist()
+
+
+def test_a_truncated_loop_has_the_losses_of_the_whole_one_and_gradients_of_one_iteration() -> None:
+    preset = load_preset("cpu-lis")
+    config = override(preset, values=recipe_search.variants("lis")[recipe_search.TRUNCATED])
+    contexts = [kind("nowhere", config, "cpu", "torch") for kind in (Context, TruncatedContext)]
+    whole, cut = (context.new_model("looped").double() for context in contexts)
+    tasks = contexts[0].tasks
+    one, long = (tasks["lis"].sample(lengths, 0) for lengths in ([3, 4, 2], [9, 3, 20, 12]))
+    form = contexts[0].form(recipe(config, LOOPED), "looped")
+    for samples, same in ((one, True), (long, False)):  # groups of four: one iteration, several
+        assert (samples.loops.max() == 1) == same
+        batch = form.collate(samples, tasks, None)
+        losses = [model.loss(batch) for model in (whole, cut)]
+        torch.testing.assert_close(losses[1].loss, losses[0].loss, rtol=1e-12, atol=0)
+        gradients = []
+        for model, loss in zip((whole, cut), losses, strict=True):
+            model.zero_grad()
+            loss.loss.backward()
+            gradients.append(model.embedding.weight.grad.clone())
+        assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12) == same
 
 
 def test_the_settings_of_a_variant_are_shown(capsys) -> None:
