@@ -5,11 +5,12 @@ capacity is read as ever; the second is read over the static buffers, which comp
 then the reading is captured, and replayed for all later ones, until weights are replaced (not
 merely changed) between two batches: the graphs are made anew. A batch whose work outlasts its
 launches is read as ever (`batch_reason`), but by a model that is fed its rounds, whose inputs the
-host would lay between the iterations.
+host would lay between the iterations. So is one for whose graph there is no memory.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ WASTE = 2  # rows and iterations of a graph over those of a batch; the rest leav
 LAUNCH = 25e-6  # seconds, from Python
 RATE_32, RATE_16 = 60e12, 400e12  # FLOPs a second that GEMMs reach, in 32 and in 16 bits
 LAUNCHES_A_LAYER = 5
+TOO_MANY = "the buffers of a graph of so many tokens do not fit"
 MOST_GRAPHS = 4  # of one reader; the one that was used longest ago is dropped for a new one
 
 
@@ -73,6 +75,7 @@ class ChainReader:
         self.model, self.tasks, self.scored = model, tasks, scored
         self.reason: str | None = None
         self._never: str | None = None
+        self._too_many = math.inf  # tokens of a batch whose graph found no memory
         self._checked: set[str] = set()  # tasks whose arrangement is right
         self._drop_graphs()
 
@@ -80,20 +83,26 @@ class ChainReader:
         """Returns the chains of a batch, sorted by most loops first, as `read_batch` does."""
         device = self.model.device
         self.reason = self._never or device_graph_reason(device) or model_reason(self.model)
-        result = None
+        result, full = None, False
         if self.reason is None:
             try:
                 result = self._read_static(problems)
             except torch.OutOfMemoryError:
-                self._drop_graphs()  # a smaller batch will find their memory
-                raise
+                full = True
+        if full:  # after the except clause: its traceback holds the buffers that were made
+            self._drop_graphs()
+            self._too_many = int(problems.problem_offsets[-1])
+            self.reason = TOO_MANY
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         return (
             read_batch(self.model, problems, self.tasks, self.scored) if result is None else result
         )
 
     def _read_static(self, problems: Samples) -> Chains | None:
         """Reads a batch over static buffers; None where it cannot, for `reason`."""
-        self.reason = batch_reason(self.model, problems)
+        fits = problems.problem_offsets[-1] < self._too_many
+        self.reason = batch_reason(self.model, problems) if fits else TOO_MANY
         if self.reason is not None:
             return None
         loaded = prepare(self.model.config, problems, self.tasks)
