@@ -1,4 +1,5 @@
-"""Chains a second that are read off a looped model: op by op and as one CUDA graph, in turns."""
+"""Chains a second that are read off a looped model: op by op, as one CUDA graph, and as a stream of
+graphs of which the next is started before one is waited for, in turns."""
 
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ OPS = ("norm_linear", "attention", "linear_residual", "mlp", "cross_entropy")
 SIZES = (64, 512, 2048)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 UNTIL_CAPTURED = 3  # readings of a batch after which it is replayed
+STREAM, STREAMED = "stream of graphs", 4  # batches
 
 
 def drawn(number: int, longest: dict[str, int] = common.LONGEST) -> Samples:
@@ -60,7 +62,7 @@ def reader_of(feedback: str, dtype: torch.dtype, tiny: bool, device: str) -> Loo
 def measure(
     feedback: str, dtype: str, number: int, timer: Timer, tiny: bool, budget: float
 ) -> list[Row]:
-    """Two rows of one batch; `note`: why what should be a replay is none, and whether all chains
+    """Three rows of one batch; `note`: why what should be a replay is none, and whether all chains
     are the same."""
     model = reader_of(feedback, DTYPES[dtype], tiny, timer.device)
     problems = drawn(number, QUICK_LONGEST if tiny else common.LONGEST)
@@ -76,8 +78,10 @@ def measure(
         calls: dict[str, Callable[[], object]] = {
             "op by op": partial(read_batch, model, problems, TASKS, False),
             "graph": partial(reader.read, problems),
+            STREAM: partial(streamed, reader, problems),
         }
         seconds = timer.seconds(calls, budget)
+        seconds[STREAM] /= STREAMED
     alike = sum(
         all(map(np.array_equal, graph.rounds_of(i), plain.rounds_of(i)))
         for i in range(len(problems))
@@ -89,10 +93,20 @@ def measure(
             "chains_per_s": f"{len(problems) / taken:.5g}",
             "times_graph": f"{taken / seconds['graph']:.3g}",
             "same_chains": f"{alike / len(problems):.4f}",
-            "note": (reason or "") if name == "graph" else "",
+            "note": (reason or "") if name != "op by op" else "",
         }
         for name, taken in seconds.items()
     ]  # fmt: skip
+
+
+def streamed(reader: ChainReader, problems: Samples) -> None:
+    """Reads STREAMED batches as `relay_fast.decoding.chains.stream_chains` does."""
+    started = reader.start(problems)
+    for _ in range(STREAMED - 1):
+        following = reader.start(problems)
+        started.chains()
+        started = following
+    started.chains()
 
 
 def units(tiny: bool, timer: Timer) -> list[Unit]:

@@ -6,6 +6,9 @@ then the reading is captured, and replayed for all later ones, until weights are
 merely changed) between two batches: the graphs are made anew. A batch whose work outlasts its
 launches is read as ever (`batch_reason`), but by a model that is fed its rounds, whose inputs the
 host would lay between the iterations. So is one for whose graph there is no memory.
+
+Over static buffers, reading is started and then waited for: the host reads out the chains of one
+batch, and makes the batch after next, while the device reads the next.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +27,13 @@ from torch import nn
 from relay_fast.batch.capacity import Capacity
 from relay_fast.decoding.own_arrangements import check_own_arrangements
 from relay_fast.decoding.reading import Chains, read_batch
-from relay_fast.decoding.static_reading import Loaded, StaticReading, capacity_of, prepare
+from relay_fast.decoding.static_reading import (
+    Fetched,
+    Loaded,
+    StaticReading,
+    capacity_of,
+    prepare,
+)
 from relay_fast.engine.adapters import weights_read
 from relay_fast.engine.fused_inference import feedback_reason, fused_call
 from relay_fast.engine.plain_modules import call_reason, unwrapped
@@ -59,6 +69,17 @@ class _Graph:
         self.replay: Callable[[], Any] | None = None
 
 
+class Started(NamedTuple):
+    """A batch that a reader has started to read.
+
+    chains: waits for the chains and returns them; to be called once, in inference mode.
+    running: whether the device may be at work on them, and the host can do something else.
+    """
+
+    chains: Callable[[], Chains]
+    running: bool
+
+
 class ChainReader:
     """Reads the chains of batches off a model.
 
@@ -68,7 +89,7 @@ class ChainReader:
         scored: whether to compute log-probabilities.
 
     Attributes:
-        reason: why the last batch was not read by a replay; None if it was.
+        reason: why the last batch is not read by a replay; None if it is.
     """
 
     def __init__(self, model: LoopedTransformer, tasks: Mapping[str, Task], scored: bool):
@@ -81,12 +102,16 @@ class ChainReader:
 
     def read(self, problems: Samples) -> Chains:
         """Returns the chains of a batch, sorted by most loops first, as `read_batch` does."""
+        return self.start(problems).chains()
+
+    def start(self, problems: Samples) -> Started:
+        """Starts to read a batch, sorted by most loops first; another may be started at once."""
         device = self.model.device
         self.reason = self._never or device_graph_reason(device) or model_reason(self.model)
-        result, full = None, False
+        started, full = None, False
         if self.reason is None:
             try:
-                result = self._read_static(problems)
+                started = self._start_static(problems)
             except torch.OutOfMemoryError:
                 full = True
         if full:  # after the except clause: its traceback holds the buffers that were made
@@ -95,12 +120,13 @@ class ChainReader:
             self.reason = TOO_MANY
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        return (
-            read_batch(self.model, problems, self.tasks, self.scored) if result is None else result
-        )
+        if started is None:
+            chains = read_batch(self.model, problems, self.tasks, self.scored)
+            started = Started(lambda: chains, False)
+        return started
 
-    def _read_static(self, problems: Samples) -> Chains | None:
-        """Reads a batch over static buffers; None where it cannot, for `reason`."""
+    def _start_static(self, problems: Samples) -> Started | None:
+        """Starts to read a batch over static buffers; None where it cannot, for `reason`."""
         fits = problems.problem_offsets[-1] < self._too_many
         self.reason = batch_reason(self.model, problems) if fits else TOO_MANY
         if self.reason is not None:
@@ -136,10 +162,15 @@ class ChainReader:
                     warnings.warn(f"{said}; chains are read without CUDA graphs", stacklevel=2)
                     return self._give_up(said)
             graph.replay()
-        result = graph.reading.result(problems, self.tasks)
+        finish = partial(self._finish, graph.reading, graph.reading.fetch(), problems)
+        return Started(finish, True)
+
+    def _finish(self, reading: StaticReading, fetched: Fetched, problems: Samples) -> Chains:
+        result = reading.result(fetched, problems, self.tasks)
         if result is None:
             self.reason = "the model's rounds outgrew the inputs that they are fed to"
-        elif graph.reading.arranged:
+            return read_batch(self.model, problems, self.tasks, self.scored)
+        if reading.arranged:
             check_own_arrangements(self.model.config, result[0], self.tasks, self._checked)
         return result
 

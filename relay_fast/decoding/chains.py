@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from relay_fast.decoding._inference import bytes_a_token, free_bytes, halve_on_oom, inference
+from relay_fast.decoding._inference import bytes_a_token, free_bytes
 from relay_fast.decoding.autoregressive import Decoded, check_prompts, decode
+from relay_fast.decoding.chain_batches import ChainBatch, one_ahead
 from relay_fast.decoding.chain_reader import ChainReader
 from relay_fast.decoding.reading import ChainLogProbs
 from relay_fast.decoding.reading import read_batch as read_batch
@@ -147,7 +147,8 @@ def stream_chains(
 ) -> Iterator[tuple[np.ndarray, Samples]]:
     """Yields each batch when it is done, as (indices of its problems, their chains).
 
-    Batches come in `stream_order`, and only one is in memory.
+    Batches come in `stream_order`. Where they are read as CUDA graphs, the next one is started
+    before one is yielded: changed weights count from the one after it.
 
     Args:
         model: a looped model.
@@ -207,34 +208,27 @@ def stream_scored(
     _warn_beyond(model, int(widths[placed].max(initial=0)))
     batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
     order = stream_order(problems)
-    ends = np.cumsum(sizes[order])
-    questions = _without_truth(problems)
-    reader = ChainReader(model, tasks, scored)
-    start, batches = first, 0
-    while start < len(order):
-        before = ends[start] - sizes[order[start]]
-        stop = max(start + 1, int(np.searchsorted(ends, before + batch_tokens, side="right")))
-        batches += 1
-        if (batches - 1) % shard[1] != shard[0]:
+    reader, questions = ChainReader(model, tasks, scored), _without_truth(problems)
+    ends = np.concatenate([[0], np.cumsum(sizes[order])])
+
+    def started() -> Iterator[tuple[ChainBatch, int]]:
+        start, batches, most = first, 0, batch_tokens
+        while start < len(order):
+            stop = int(np.searchsorted(ends, ends[start] + most, side="right")) - 1
+            stop, batches = max(start + 1, stop), batches + 1
+            if (batches - 1) % shard[1] == shard[0]:
+                batch = ChainBatch(reader, questions, order[start:stop], autocast)
+                if len(batch.chosen) < stop - start:  # the later batches, too, are as small
+                    stop = start + len(batch.chosen)
+                    most = int(ends[stop] - ends[start])
+                yield batch, stop
             start = stop
-            continue
-        attempt = partial(_read_first, reader, questions, order[start:stop], autocast)
-        result, fitted = halve_on_oom(attempt, stop - start, model.device)
-        if fitted < stop - start:  # the later batches, too, are as small
-            stop = start + fitted
-            batch_tokens = int(ends[stop - 1] - before)
+
+    for batch, stop in one_ahead(started()):
+        chains = batch.chains()
         if progress is not None:
             progress(stop, len(order))
-        yield order[start:stop], *result
-        start = stop
-
-
-def _read_first(
-    reader: ChainReader, problems: Samples, chosen: np.ndarray, autocast: str, count: int
-) -> tuple[Samples, ChainLogProbs | None]:
-    """Reads the first `count` of the chosen problems."""
-    with inference(reader.model, autocast):
-        return reader.read(problems.take(chosen[:count]))
+        yield batch.chosen, *chains
 
 
 def in_callers_order(parts: list[tuple[np.ndarray, Samples]], problems: Samples) -> Samples:

@@ -1,9 +1,10 @@
 """Reads chains off a looped model over buffers of a fixed capacity, as a CUDA graph needs it.
 
 `load` brings a batch, in one copy from the host; `run` launches every iteration, the readout and,
-for a model with feedback, what the next one is fed; `result` brings the chains back, in one copy.
-Nothing in `run` depends on what a batch holds, and it never waits for the host. Iterations beyond a
-batch's last, and rows beyond the live ones, are launches that leave at once.
+for a model with feedback, what the next one is fed; `fetch` brings the tokens back, in one copy,
+and `result` waits for them; the next batch may be loaded and run before. Nothing in `run` depends
+on what a batch holds, and it never waits for the host. Iterations beyond a batch's last, and rows
+beyond the live ones, are launches that leave at once.
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ class Loaded(NamedTuple):
     batch: PackedBatch
     beside: list[Tensor]
     moves: bool
+
+
+class Fetched(NamedTuple):
+    """Tokens on their way back to the host.
+
+    views: of the buffer that they come to; there: the event after which they are there, None if
+    they are.
+    """
+
+    views: list[Tensor]
+    plan: Plan
+    there: torch.cuda.Event | None
 
 
 def prepare(config: ModelConfig, problems: Samples, tasks: Mapping[str, Task]) -> Loaded | str:
@@ -142,10 +155,9 @@ class StaticReading:
         sizes = [(cells, COLUMN), (columns, COLUMN)]
         sizes += [(cells, CELL), (columns, CELL)] * scored
         sizes += [((loops, capacity.sequences), COLUMN)] * moves
-        layout = BufferLayout(sizes)
-        self._out = layout.empty(model.device).zero_()
-        self._host = layout.empty("cpu", pinned=model.device.type == "cuda")
-        self._views, self._read = layout.views(self._out), layout.views(self._host)
+        self._layout = BufferLayout(sizes)
+        self._out = self._layout.empty(model.device).zero_()
+        self._views = self._layout.views(self._out)
 
     def load(self, loaded: Loaded) -> None:
         """Brings a batch that fits the capacity; raises ValueError as the model for its tokens."""
@@ -161,15 +173,22 @@ class StaticReading:
         else:
             self._run_loop()
 
-    def result(self, problems: Samples, tasks: Mapping[str, Task]) -> Chains | None:
-        """Returns the chains of the batch, whose problems these are; None if an input grew out of
+    def fetch(self) -> Fetched:
+        """Launches the copy of what `run` wrote to the host."""
+        host = self._layout.empty("cpu", pinned=self._out.is_cuda)
+        host.copy_(self._out, non_blocking=True)
+        there = torch.cuda.current_stream().record_event() if self._out.is_cuda else None
+        return Fetched(self._layout.views(host), self._loaded.batch.plan, there)
+
+    def result(
+        self, fetched: Fetched, problems: Samples, tasks: Mapping[str, Task]
+    ) -> Chains | None:
+        """Returns the chains of a batch, whose problems these are; None if an input grew out of
         the capacity."""
-        self._host.copy_(self._out, non_blocking=True)
-        if self._out.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        ids, answers, *more = (view.numpy() for view in self._read)
-        plan = self._loaded.batch.plan
-        prefixes = Prefixes.of(plan)
+        if fetched.there is not None:
+            fetched.there.synchronize()
+        ids, answers, *more = (view.numpy() for view in fetched.views)
+        prefixes = Prefixes.of(fetched.plan)
         if self.moves:
             widths, capacity = more.pop(), self._static.capacity
             if widths.max() > capacity.longest or widths.sum(1).max() > ids.shape[1]:

@@ -32,6 +32,7 @@ def test_seconds_of_a_graph_by_hand() -> None:
     assert floor == pytest.approx(1.5 + 10 * NODE[0] + 7 * DEAD[0])
     assert expected == pytest.approx(2.75 + 10 * NODE[1] + 7 * DEAD[1])
     assert Reading(10, (1.0, 3.0), 1.0).chains(8) == (2.0, 4.0)
+    assert Reading(10, (1.0, 4.0), 2.0).stream(8) == (2.0, 4.0)
 
 
 def test_every_iteration_of_a_right_chain_is_an_input() -> None:
@@ -56,7 +57,7 @@ def test_how_a_batch_is_read_is_what_the_prediction_says(feedback, dtype, number
 
 
 def test_the_page_says_that_nothing_was_measured() -> None:
-    text = page({"H200": [("latent",) + ("1",) * 12]})
+    text = page({"H200": [("latent",) + ("1",) * 13]})
     assert "**Predictions, none measured on a card.**" in text and "## H200" in text
 
 
@@ -66,9 +67,12 @@ def test_a_card_measures_both_ways_in_turns() -> None:
     timer = Timer("cpu", least=1)
     units = readings.units(True, timer)
     assert [u.name for u in units] == ["readings/latent 4 fp32", "readings/fed 4 fp32"]
-    op_by_op, graph = units[1].run()
-    assert (op_by_op["provider"], graph["provider"]) == ("op by op", "graph")
+    op_by_op, graph, stream = units[1].run()
+    assert [row["provider"] for row in (op_by_op, graph, stream)] == [
+        "op by op", "graph", "stream of graphs",
+    ]  # fmt: skip
+    assert stream["note"] == graph["note"] and 0 < float(stream["times_graph"]) < 10
     assert op_by_op["note"] == "" and graph["times_graph"] == "1"
     assert graph["note"] == "CUDA graphs need a CUDA device, the model is on 'cpu'"
-    assert {row["same_chains"] for row in (op_by_op, graph)} == {"1.0000"}
+    assert {row["same_chains"] for row in (op_by_op, graph, stream)} == {"1.0000"}
     assert len(readings.units(False, timer)) == 12

@@ -146,7 +146,9 @@ def test_iterations_beyond_a_batch_feed_tokens_of_the_vocabulary() -> None:
         reading = StaticReading(model, replace(capacity, **sizes), loaded.moves, True)
         reading.load(loaded)
         reading.run()
-        assert_same(reading.result(own, TASKS), read_batch(model, own, TASKS, True))
+        assert_same(
+            reading.result(reading.fetch(), own, TASKS), read_batch(model, own, TASKS, True)
+        )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
@@ -165,7 +167,7 @@ def test_kernels_leave_dead_rows_out(monkeypatch: pytest.MonkeyPatch, kind: str)
             if reader._graphs:  # the first one is read op by op
                 read = reader.read(own)
             else:
-                reader._read_static(own)
+                reader._start_static(own)
     assert reader.reason is None
     with inference(plain):
         assert_same(read, read_batch(plain, smaller, TASKS, kind == "latent"))
