@@ -183,8 +183,13 @@ class StaticReading:
     def result(
         self, fetched: Fetched, problems: Samples, tasks: Mapping[str, Task]
     ) -> Chains | None:
-        """Returns the chains of a batch, whose problems these are; None if an input grew out of
-        the capacity."""
+        """Returns the chains of a batch; None if an input grew out of the capacity.
+
+        Args:
+            fetched: what `fetch` brings back of it.
+            problems: its problems.
+            tasks: their tasks by name.
+        """
         if fetched.there is not None:
             fetched.there.synchronize()
         ids, answers, *more = (view.numpy() for view in fetched.views)
