@@ -17,6 +17,7 @@ from relay_fast.tasks.feedback import right_aligned
 from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.arguments import check_kind
+from relay_fast.utils.numbers import as_float
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
@@ -62,9 +63,11 @@ def collate_looped(
     s = samples.take(order)
     sizes, width = np.diff(s.problem_offsets), input_widths(s, tasks)
     if extra_pad is not None:
-        width = width + extra_pad[order]
+        width = width + _checked_pad(extra_pad, len(s))[order]
     positions = None
     if cut is not None:
+        check_kind("cut", cut, FeedbackDraws, "give FeedbackDraws(cut=..., cut_probability=...)")
+        _check_rng("cut", rng)
         positions = concat_ranges(np.zeros_like(width), width) + cut.moves(width, None, rng)
     plan = Plan(width, s.loops, device, positions)
     tokens = np.full(plan.rows, PAD, np.int64)
@@ -135,6 +138,7 @@ def collate_side_by_side(
     _check_request(samples, weighting, task_weights, tasks)
     if np.any(samples.loops < 1):
         raise ValueError("a sample without rounds has no iteration to train: leave it out")
+    _check_draws(draws or {}, tasks, rng)
     owner = np.repeat(np.arange(len(samples)), samples.loops)
     before = np.arange(len(owner)) - samples.first_round[owner]
     order = np.argsort(before + 1 == samples.loops[owner], kind="stable")
@@ -185,8 +189,7 @@ def collate_carried(
         truth: share of the iterations that get the true round, in [0, 1].
         **options: others of `collate_looped`, which raises the same errors.
     """
-    if not 0 <= truth <= 1:
-        raise ValueError(f"truth = {truth}: it must lie in [0, 1]")
+    check_truth(truth)
     batch = collate_looped(samples, tasks, carry_state=True, **options)
     plan, s = batch.plan, samples.take(batch.order)
     active = np.array(plan.active_sequences, np.int64)
@@ -196,6 +199,12 @@ def collate_carried(
     starts[later], sizes[later] = Written.truth(s).last_round(owner[later], before[later])
     fed = torch.from_numpy(right_aligned(plan.lengths[owner], s.rounds, starts, sizes))
     return replace(batch, true_feed=fed.to(plan.device), truth=truth)
+
+
+def check_truth(truth: float) -> None:
+    """Raises ValueError for a share of true rounds that is none."""
+    if not 0 <= as_float("truth", truth) <= 1:
+        raise ValueError(f"truth = {truth}: it must lie in [0, 1]")
 
 
 def collate_autoregressive(
@@ -251,11 +260,44 @@ def _check_request(
     check_kind("tasks", tasks, Mapping, "give the samples' tasks by name")
     for name, task in tasks.items():
         check_kind(f"tasks[{name!r}]", task, Task, "give a task")
+    for name in ("problem", "rounds", "answer"):
+        if (kind := getattr(samples, name).dtype).kind not in "iu":
+            raise TypeError(f"samples.{name} is {kind}: give token ids, which are integers")
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting = {weighting!r} is unknown: use one of {WEIGHTINGS}")
     known = dict.fromkeys((*TASK_NAMES, *tasks))
     for name in set(task_weights or {}).difference(known):
         raise ValueError(f"task_weights names {name!r}: the tasks are {', '.join(known)}")
+
+
+def _check_draws(
+    draws: Mapping[str, FeedbackDraws], tasks: Mapping[str, Task], rng: np.random.Generator | None
+) -> None:
+    """Raises TypeError and ValueError for draws that could not be made, or for no task."""
+    check_kind("draws", draws, Mapping, "give FeedbackDraws by the names of tasks")
+    if draws:
+        _check_rng("draws", rng)
+    known = [task.name for task in tasks.values()]
+    for name, own in draws.items():
+        check_kind(f"draws[{name!r}]", own, FeedbackDraws, "give FeedbackDraws")
+        if name not in known:
+            raise ValueError(f"draws names {name!r}: the tasks are {', '.join(known)}")
+
+
+def _check_rng(what: str, rng: np.random.Generator | None) -> None:
+    check_kind(f"rng of {what}", rng, np.random.Generator, "give numpy.random.default_rng(SEED)")
+
+
+def _checked_pad(extra_pad: np.ndarray, samples: int) -> np.ndarray:
+    """Returns further padding (S,); raises ValueError for anything but whole numbers from 0 on."""
+    extra = np.asarray(extra_pad)
+    whole = extra.shape == (samples,) and (not samples or extra.dtype.kind in "iu")
+    if not whole or extra.min(initial=0) < 0:
+        raise ValueError(
+            f"extra_pad has shape {extra.shape}, type {extra.dtype} and least value "
+            f"{extra.min(initial=0)}: give {samples} whole numbers of 0 or more, one a sample"
+        )
+    return extra
 
 
 def input_widths(samples: Samples, tasks: Mapping[str, Task]) -> np.ndarray:

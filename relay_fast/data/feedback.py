@@ -18,6 +18,7 @@ from relay_fast.batch.plan import Plan
 from relay_fast.tasks import FeedbackDraws, Inputs, Samples, Task, Written
 from relay_fast.tasks.feedback import Arrangement
 from relay_fast.tasks.samples import tasks_present
+from relay_fast.utils.arguments import kind_of
 from relay_fast.utils.ragged import concat_ranges
 
 
@@ -80,11 +81,13 @@ def _of_one_task(
     rng: np.random.Generator | None,
 ) -> Iterations:
     check_draws(task, draws)
-    widths = task.input_sizes(written, owner, before)
+    sizes = task.input_sizes(written, owner, before)
+    widths = _whole_numbers(task, "input_sizes", sizes, len(owner), 1)
     shifts = np.zeros(len(owner), np.int64)
     if rng is not None:
         widths, shifts = draws.widths(widths, rng), draws.shifts(len(owner), rng)
-    tokens, fed, positions, cuts = task.inputs(written, owner, before, widths)
+    made = task.inputs(written, owner, before, widths)
+    tokens, fed, positions, cuts = _checked_inputs(task, made, widths)
     if positions is None:
         positions = concat_ranges(np.zeros_like(widths), widths)
     if rng is not None and draws.cut:
@@ -92,6 +95,53 @@ def _of_one_task(
     if shifts.any():
         fed = fed + np.where(task.are_numbers(fed), np.repeat(shifts, widths), 0)
     return Iterations(Inputs(tokens, fed, positions), widths, shifts)
+
+
+def _checked_inputs(task: Task, made: Inputs, widths: np.ndarray) -> Inputs:
+    """Returns what a task's `inputs` made for inputs of these widths; raises ValueError for
+    anything but whole numbers, one a token."""
+    try:
+        tokens, fed, positions, cuts = Inputs(*made)
+    except TypeError:
+        raise ValueError(
+            f"task {task.name!r}: inputs returned {kind_of(made)}: return Inputs(tokens, fed)"
+        ) from None
+    rows = int(widths.sum())
+    tokens = _whole_numbers(task, "the tokens of inputs", tokens, rows, 0)
+    fed = _whole_numbers(task, "the fed tokens of inputs", fed, rows, 0)
+    if positions is not None:
+        positions = _whole_numbers(task, "the positions of inputs", positions, rows)
+    if cuts is not None:
+        cuts = _whole_numbers(task, "the cuts of inputs", cuts, len(widths))
+    return Inputs(tokens, fed, positions, cuts)
+
+
+def _whole_numbers(
+    task: Task, what: str, values: np.ndarray, count: int, least: int | None = None
+) -> np.ndarray:
+    """Returns numbers of a task as int64.
+
+    Args:
+        task: Who gives them.
+        what: Their name.
+        values: The numbers.
+        count: How many there must be.
+        least: The smallest that is allowed, None for any.
+
+    Raises:
+        ValueError: They are others.
+    """
+    array = np.asarray(values)
+    if array.shape != (count,) or (count and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"task {task.name!r}: {what} have shape {array.shape} and type {array.dtype}: give "
+            f"{count} whole numbers, one each"
+        )
+    if least is not None and array.min(initial=least) < least:
+        raise ValueError(
+            f"task {task.name!r}: {what} hold {array.min()}: they must be {least} or more"
+        )
+    return array.astype(np.int64, copy=False)
 
 
 def true_rounds(
@@ -215,8 +265,14 @@ def arranged_inputs(problems: Samples, tasks: Mapping[str, Task]) -> FirstInputs
             return f"task {task.name!r} makes the inputs of an iteration in Python"
         rows = concat_ranges(starts[own], widths[own])
         for name, values in part._asdict().items():
+            field = getattr(whole, name)
             at = own if name in ("follows", "least") else rows
-            getattr(whole, name)[..., at] = values
+            if np.shape(values) != (*field.shape[:-1], len(at)):
+                raise ValueError(
+                    f"task {task.name!r}: {name} of its arrangement has shape {np.shape(values)}: "
+                    f"give {(*field.shape[:-1], len(at))}"
+                )
+            field[..., at] = values
     return FirstInputs(inputs, widths, whole)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_convert
 
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.data.collate import (
+    check_truth,
     collate_autoregressive,
     collate_carried,
     collate_looped,
@@ -26,6 +27,7 @@ from relay_fast.data.feedback import mean_iteration_tokens
 from relay_fast.data.workers import steps_ahead
 from relay_fast.tasks import FeedbackDraws, Samples, Task
 from relay_fast.utils.cores import usable_cores
+from relay_fast.utils.numbers import as_float, as_int
 
 _FRESH = 0x5EED  # salt of the length draws, apart from the problems' own seed
 _FEEDBACK = 0xFED  # and of what is drawn for each iteration
@@ -160,22 +162,28 @@ class TruthStream(Dataset):
     ):
         if lengths not in ("proportional", "uniform"):
             raise ValueError(f'lengths = {lengths!r} is unknown: use "proportional" or "uniform"')
+        check_truth(truth)
+        for name, share in (("curriculum", curriculum), ("pad_probability", pad_probability)):
+            if not 0 <= as_float(name, share) <= 1:
+                raise ValueError(f"{name} = {share}: it must lie in [0, 1]")
         if truth < 1 and not form.carry_state:
             raise ValueError(
                 f"truth = {truth}: iterations that train side by side are fed true rounds alone; "
                 "use truth = 1, or a model with carry_state = true"
             )
-        if cut and form.side_by_side:
-            raise ValueError(
-                f"cut = {cut}: iterations that train side by side are cut each for itself, by the "
-                "draws of their form"
-            )
+        for name, drawn in (("cut", cut), ("pad_probability", pad_probability)):
+            if drawn and form.side_by_side:
+                what = "cut" if name == "cut" else "padded"
+                raise ValueError(
+                    f"{name} = {drawn}: iterations that train side by side are {what} each for "
+                    "itself, by the draws of their form"
+                )
         self.tasks, self.ranges, self.form, self.schedule = tasks, ranges, form, schedule
         self.share = max(1, batch_size // len(tasks))
         self.seed, self.lengths = seed, lengths
         self.lengths_per_batch = lengths_per_batch
         self.dataset_size, self.curriculum = dataset_size, curriculum
-        self.pad_probability, self.pad_to = pad_probability, pad_to
+        self.pad_probability, self.pad_to = pad_probability, as_int("pad_to", pad_to, least=0)
         self.cut = FeedbackDraws(cut=cut, cut_probability=cut_probability) if cut else None
         self.truth = truth
         for name, task in tasks.items():
@@ -273,7 +281,10 @@ class SampleStream(Dataset):
             self._shuffled = epoch, order
         order = self._shuffled[1]
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-        batch = self.form.collate(self.samples.take(chosen), self.tasks, None)
+        options = {}
+        if self.form.side_by_side:
+            options["rng"] = np.random.default_rng([_FEEDBACK, self.seed, step])
+        batch = self.form.collate(self.samples.take(chosen), self.tasks, None, **options)
         return Step(batch, self.longest_true)
 
 

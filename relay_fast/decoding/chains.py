@@ -96,7 +96,8 @@ def generate_looped_chains(
 
     A problem gets `problems.loops` rounds; its true rounds and answer are not read. A round begins
     after the last `<pad>` of its iteration, and may be empty. The answer of a model
-    without an answer head is the one that its rounds imply, or NO_ANSWER.
+    without an answer head is the one that its rounds imply, or NO_ANSWER. If a round that it is fed
+    makes an input longer than the model's `max_tokens`, the round's first tokens are left out.
 
     On a CUDA device, a call of several batches reads most of them as replays of CUDA graphs
     (`relay_fast.decoding.chain_reader`), where that saves time.

@@ -145,6 +145,10 @@ def _read_fed_rounds(
         owner = np.flatnonzero(loops > t)
         written = Written(problems, np.concatenate(tokens), starts, sizes)
         batch = collate_next(written, tasks, owner, np.full(len(owner), t), model.device)
+        over = batch.plan.lengths - model.config.max_tokens
+        if t and over.max(initial=0) > 0:
+            _shorten(written, owner, t, over)
+            batch = collate_next(written, tasks, owner, np.full(len(owner), t), model.device)
         if scored:
             (ids,), _, (own,), _ = read_scored(model, batch)
             scores.append(own.cpu().numpy())
@@ -162,6 +166,23 @@ def _read_fed_rounds(
     )
     all_scores = np.concatenate(scores) if scored else None
     return implied_chains(problems, tasks, prefixes, np.concatenate(tokens), all_scores)
+
+
+def _shorten(written: Written, owner: np.ndarray, before: int, over: np.ndarray) -> None:
+    """Leaves out the first tokens of last rounds that make an input longer than a model takes.
+
+    No true round does: the chain is wrong already, and the others of its batch go on.
+
+    Args:
+        written: Problems, with the rounds written so far, which are changed.
+        owner: (I,) the problem of each iteration.
+        before: Rounds before the iterations, at least 1.
+        over: (I,) by how many tokens each input is too long.
+    """
+    r = written.problems.first_round[owner] + before - 1
+    left_out = np.clip(over, 0, written.sizes[r])
+    written.starts[r] += left_out
+    written.sizes[r] -= left_out
 
 
 def find_rounds(ids: np.ndarray, prefixes: Prefixes) -> tuple[np.ndarray, np.ndarray]:

@@ -5,8 +5,8 @@ Shapes: B sequences, N rows of a packed batch, d model width, R rows that carry 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from relay_fast.engine.plain_modules import check_not_overridden, check_parts, r
 from relay_fast.engine.spec import LoopSpec, Readout
 from relay_fast.kernels.dropout_ref import Dropout, dropout_mask_ref, row_uniform
 from relay_fast.kernels.supports import require
+from relay_fast.models.feedback_checks import check_learnable, check_readable, check_weights
 from relay_fast.models.layer import Norm
 from relay_fast.models.looped_block import LoopedBlock
 from relay_fast.models.readouts import NormAndHead, ReadoutWeights
@@ -222,6 +223,11 @@ class LoopedTransformer(_Transformer):
                 )
             self.fed_embedding = nn.Embedding(config.vocabulary_size, config.block.d_model)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **options) -> Any:
+        if strict:
+            check_weights(self.config, state_dict)
+        return super().load_state_dict(state_dict, strict, **options)
+
     def _embed_tokens(self, batch: PackedBatch) -> Tensor:
         x = super()._embed_tokens(batch)
         if batch.fed is None:
@@ -278,7 +284,7 @@ class LoopedTransformer(_Transformer):
     def loss(self, batch: PackedBatch) -> Losses:
         """Computes L = Σ weights · CE(rounds), plus Σ answer_weights · CE(answers) with an answer
         head."""
-        self._check_training_batch(batch)
+        check_learnable(self.config, batch)
         final, row_loss, correct = self._pass(batch, self.supervise == "chain")
         if not self.has_answer_head:
             chain = _chain_loss(row_loss, batch) if row_loss.numel() else final[:0].sum()
@@ -292,15 +298,6 @@ class LoopedTransformer(_Transformer):
         return Losses(
             chain + answer, chain.detach(), answer.detach(), _share(correct), _share(answer_correct)
         )
-
-    def _check_training_batch(self, batch: PackedBatch) -> None:
-        c = self.config
-        if c.feedback != "none" and (batch.true_feed if c.carry_state else batch.fed) is None:
-            maker = "carried" if c.carry_state else "side_by_side"
-            raise ValueError(
-                f"a model with feedback = {c.feedback!r} and carry_state = {c.carry_state} learns "
-                f"from true rounds that are fed back: make the batch with PackedBatch.{maker}"
-            )
 
     @torch.no_grad()
     def predict_rounds(self, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
@@ -370,7 +367,7 @@ class LoopedTransformer(_Transformer):
             x: (N, d) the batch's embeddings.
             batch: of `PackedBatch.looped`, or what a model with feedback reads.
         """
-        self._check_readable(batch)
+        check_readable(self.config, batch)
         parameters, head, fed = weights.tensors, self.readout(), None
 
         def enter(state: Tensor, t: int) -> Tensor:
@@ -385,21 +382,6 @@ class LoopedTransformer(_Transformer):
             ids = self._best(run, state, head)
             yield t, state, ids
             fed = batch.feeder.after(ids, run.plan.rows_at(t + 1))
-
-    def _check_readable(self, batch: PackedBatch) -> None:
-        c = self.config
-        if batch.plan.fixed_capacity:  # its live rows are known on the device only
-            raise ValueError(
-                "fixed-capacity batches are for training: generate from the PackedBatch that was "
-                "loaded"
-            )
-        if c.feedback != "none" and (batch.feeder if c.carry_state else batch.fed) is None:
-            maker = "PackedBatch.looped(..., carry_state=True)" if c.carry_state else "collate_next"
-            raise ValueError(
-                f"a model with feedback = {c.feedback!r} and carry_state = {c.carry_state} reads "
-                f"its own rounds back: make the batch with {maker}, or write whole chains with "
-                f"relay_fast.decoding.chains.generate_looped_chains"
-            )
 
 
 class AutoregressiveTransformer(_Transformer):
@@ -417,6 +399,11 @@ class AutoregressiveTransformer(_Transformer):
         config = ModelConfig.of(config)
         if not config.block.causal:
             raise ValueError("an autoregressive model must be causal: use BlockConfig(causal=True)")
+        if config.feedback != "none":
+            raise ValueError(
+                f"feedback = {config.feedback!r} is of a looped model: an autoregressive one reads "
+                'all that it wrote anyway, use feedback = "none"'
+            )
         super().__init__(config, recompute, impl)
 
     def loss(self, batch: PackedBatch) -> Losses:

@@ -105,7 +105,18 @@ class Context:
     @property
     def notes(self) -> list[str]:
         """Warnings about the run before it begins, one sentence each."""
-        return [*untested_notes(self.untested), *self._unclear_notes()]
+        return [*untested_notes(self.untested), *self._unclear_notes(), *self._unused_notes()]
+
+    def _unused_notes(self) -> list[str]:
+        """Names the tasks whose draws a model that carries its state does not train on."""
+        if not self.model_config("looped").carry_state:
+            return []
+        return [
+            f"note: tasks.{name}.feedback is not used: a model with carry_state = true is trained "
+            f"with the padding and the cut of stages.looped_aligned"
+            for name in self.tasks
+            if self.task_config(name).get("feedback")
+        ]
 
     def _unclear_notes(self) -> list[str]:
         """Names the tasks whose rounds a model that is fed them cannot learn."""
@@ -149,7 +160,27 @@ class Context:
                     )
         for kind in ("looped", "autoregressive"):
             _check_memory(self.model_config(kind))
+        self._check_feedback(self.model_config("looped"))
         self._unclear_notes()  # makes what a model is fed, by a task's own code
+
+    def _check_feedback(self, model: ModelConfig) -> None:
+        """Raises ValueError for settings that the looped model's feedback does not fit."""
+        truth = recipe(self.config, "looped_aligned").get("truth", 1.0)
+        if truth < 1 and not model.carry_state:
+            raise ValueError(
+                f"truth = {truth} of stages.looped_aligned is for a model that carries its state: "
+                f"leave it out, or set model.looped.carry_state = true with feedback"
+            )
+        if model.feedback == "none" or model.carry_state:
+            return
+        for name, task in self.tasks.items():
+            length, last = self.max_length(name), task.vocabulary.max_number
+            if last is not None and (largest := task.largest_fed(length)) > last:
+                raise ValueError(
+                    f"tasks.{name}: with rounds fed back, length {length} can need numbers up to "
+                    f"{largest}, the vocabulary ends at {last}: use shorter problems or a larger "
+                    f"vocabulary.max_number"
+                )
 
     def model_config(self, kind: str, supervise: str = "chain") -> ModelConfig:
         """Returns the config of the run's models of a kind.
@@ -166,9 +197,7 @@ class Context:
         sizes = {**shared, **self.config["model"].get(kind, {})}
         causal = kind == "autoregressive"
         bound = max(
-            task.max_sequence_tokens(self.max_length(name))
-            if causal
-            else task.max_problem_tokens(self.max_length(name))
+            (task.max_sequence_tokens if causal else task.max_input_tokens)(self.max_length(name))
             for name, task in self.tasks.items()
         )
         pad_to = 0 if causal else recipe(self.config, "looped_aligned").get("pad_to", 0)
@@ -205,7 +234,7 @@ class Context:
         inputs = [0]
         for name, task in self.tasks.items():
             if carry_state or not task.clips_positions:
-                longest = task.max_problem_tokens(self.ranges[name][1])
+                longest = task.max_input_tokens(self.ranges[name][1])
                 padded = draws[name].pad_to if draws[name].pad_probability else 0
                 shortest, last = self.ranges[name]
                 least = int(task.min_widths(np.arange(shortest, last + 1)).max())

@@ -74,6 +74,11 @@ class Task(ABC):
     def max_problem_tokens(self, length: int) -> int:
         """Returns the most tokens of a sampled problem, including the task token."""
 
+    def max_input_tokens(self, length: int) -> int:
+        """Returns the most tokens of an input of a looped model, the padding of short ones and what
+        `inputs` shows included."""
+        return max(self.max_problem_tokens(length), int(self.min_widths(np.array([length]))[0]))
+
     @abstractmethod
     def max_round_tokens(self, length: int) -> int:
         """Returns the most tokens of one round."""

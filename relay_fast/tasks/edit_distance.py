@@ -212,6 +212,13 @@ class EditDistance(Task):
         tokens = problems_shown(written, owner, widths)
         first = written.problems.length[owner].astype(np.int64)
         second = written.problem_sizes(owner) - first - 3
+        largest, last = self.border * int(second.max(initial=0)), self.vocabulary.max_number
+        if largest > last:  # beyond, there are other tokens
+            raise ValueError(
+                f"edit_distance feeds the numbers of row 0 of the table, here up to {largest}, and "
+                f"the vocabulary ends at {last}: use shorter strings, a smaller border or a "
+                f"Vocabulary with a larger max_number."
+            )
         bar = np.cumsum(widths) - second - 2  # the row of each input's bar
         fed = self._last_rows(written, owner, before, widths, second)
         fed[bar] = NUMBER0 + self.border * before

@@ -9,6 +9,7 @@ import numpy as np
 
 from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import PAD
+from relay_fast.utils.numbers import as_float, as_int
 from relay_fast.utils.ragged import concat_ranges
 
 
@@ -136,11 +137,12 @@ class FeedbackDraws:
 
     def __post_init__(self) -> None:
         for name in ("pad_probability", "cut_probability", "shift_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must lie in [0, 1]")
+            given = getattr(self, name)
+            object.__setattr__(self, name, as_float(name, given))
+            if not 0 <= given <= 1:
+                raise ValueError(f"{name} = {given}: it must lie in [0, 1]")
         for name in ("pad_to", "cut", "shift"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be 0 or more")
+            object.__setattr__(self, name, as_int(name, getattr(self, name), least=0))
 
     def widths(self, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Tokens of inputs that need `sizes`."""
@@ -187,7 +189,16 @@ def right_aligned(
 
     Returns:
         (N,) int64, the inputs end to end.
+
+    Raises:
+        ValueError: There are more tokens than an input has.
     """
+    if np.any(sizes > widths):
+        i = int(np.argmax(sizes > widths))
+        raise ValueError(
+            f"{sizes[i]} tokens do not fit into an input of {widths[i]}: let the task's "
+            f"input_sizes say more"
+        )
     laid = np.full(int(widths.sum()), PAD, np.int64)
     laid[concat_ranges(np.cumsum(widths) - sizes, sizes)] = source[concat_ranges(starts, sizes)]
     return laid

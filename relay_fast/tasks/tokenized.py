@@ -27,6 +27,7 @@ from relay_fast.tasks.samples import Samples
 from relay_fast.tasks.vocabulary import EOS, PAD, RESERVED, Vocabulary
 from relay_fast.utils.ragged import lengths_to_offsets
 
+MEASURED = 16  # samples of a length that what is shown is measured on
 _UNREADABLE = (ValueError, LookupError, TypeError, ArithmeticError)  # of a model's texts
 
 
@@ -60,6 +61,7 @@ class TokenizedTask(Task):
         self.min_length = text.min_length
         self.one_token_answers = not text.own_answers and text.answer_is == "token"
         self.token, self.end = (vocabulary.id_of(token) for token in text.special_tokens())
+        self._shown_sizes: dict[int, int] = {}
         self._reserved = {*RESERVED, *text.special_tokens()}
         texts = vocabulary.texts(range(vocabulary.n_tokens))
         self._id_of = {t: k for k, t in enumerate(texts) if t not in self._reserved}
@@ -82,6 +84,20 @@ class TokenizedTask(Task):
     def max_chain_tokens(self, length: int) -> int:
         sizes = self.text.bounds(length)
         return sizes.chain + sizes.rounds
+
+    def max_input_tokens(self, length: int) -> int:
+        """Where `shown` is given, as measured on some samples, with room where they vary."""
+        most = super().max_input_tokens(length)
+        if not self.text.own_inputs or not self.knows_truth(length):
+            return most
+        if length not in self._shown_sizes:
+            samples = self.sample(np.full(MEASURED, length), 0)
+            owner = np.repeat(np.arange(MEASURED), samples.loops)
+            before = np.arange(len(owner)) - samples.first_round[owner]
+            sizes = self.input_sizes(Written.truth(samples), owner, before)
+            own = np.maximum.reduceat(sizes, samples.first_round[:-1])
+            self._shown_sizes[length] = int(2 * own.max() - own.min())
+        return max(most, self._shown_sizes[length])
 
     def min_widths(self, lengths: np.ndarray) -> np.ndarray:
         unique, inverse = np.unique(lengths, return_inverse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from relay_fast.batch.capacity import Capacity, CapacityBatch
 from relay_fast.batch.packed import PackedBatch
 from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
+from relay_fast.tasks import Samples
+from relay_fast.training.cuda_graph import add_gradients
 from relay_fast.training.memory import memory_estimate
 from relay_fast.training.optim import make_optimizer
 from tests.support.chain_models import TASKS, VOCABULARY, mixed_problems
@@ -49,6 +53,24 @@ def test_a_looped_step_takes_what_is_estimated(config: ModelConfig, policy: str)
     assert estimate.step == pytest.approx(peak, rel=0.1)
 
 
+def test_passes_over_parts_of_a_batch_take_no_more_for_more_samples() -> None:
+    """Iterations that train side by side: four times as many take the memory of a pass, and their
+    batch."""
+    torch.manual_seed(0)
+    model = LoopedTransformer(replace(LOOPED, feedback="tokens", max_tokens=200))
+
+    def peak(copies: int, part_tokens: int | None) -> int:
+        samples = Samples.concat([mixed_problems()] * copies)
+        batch = PackedBatch.side_by_side(samples, TASKS)
+        model.zero_grad()
+        add_gradients(model, batch, None, part_tokens)  # gradients are there, as are the caches
+        return peak_bytes(lambda: add_gradients(model, batch, None, part_tokens))
+
+    few, many = (peak(copies, 400) for copies in (2, 8))
+    assert many < 1.1 * few
+    assert peak(8, None) > 10 * many, "what one pass would take"
+
+
 def test_an_autoregressive_step_and_the_rest_of_training() -> None:
     batch = PackedBatch.autoregressive(mixed_problems(), TASKS)
     kind = AutoregressiveTransformer
@@ -82,6 +104,8 @@ def test_a_choice_is_not_estimated() -> None:
 
 CARD = """
 import torch
+from relay_fast.tasks import Samples
+from relay_fast.training.cuda_graph import add_gradients
 from relay_fast.training.memory import memory_estimate
 from tests.training.test_memory import LOOPED, long_batch
 batch = long_batch()
