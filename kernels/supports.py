@@ -322,6 +322,13 @@ def vocabulary_reason(vocabulary: int) -> str | None:
     return None
 
 
+def loop_feedback_reason(feedback: str) -> str | None:
+    """Returns why the whole-loop kernel does not support a model's feedback, or None if it does."""
+    if feedback == "none":
+        return None
+    return f"the whole-loop kernel does not support feedback = {feedback!r}"
+
+
 def loop_reason(
     x: Tensor,
     layout: LoopLayout,

@@ -250,8 +250,8 @@ class ModelConfig:
             as tokens.
         carry_state: with feedback, whether the state is passed on too; the last round is then fed
             right-aligned.
-        feedback_noise: share of the fed tokens that are replaced by random ones in training, in [0,
-            1).
+        feedback_noise: share of the fed tokens that are replaced in training by what is fed at a
+            random place of the same input, in [0, 1).
         trained_tokens: longest input seen in training, counted by its positions; 0: unknown, or of
             no matter.
 

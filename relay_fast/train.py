@@ -120,12 +120,19 @@ def _checked(
 ) -> tuple[list[str], dict[str, Any]]:
     """Returns the stages and the whole config; raises an error on all ranks."""
     try:
-        if minutes is not None and not minutes > 0:
-            raise ValueError(f"minutes = {minutes:g}: give more than 0")
+        names = _wanted_stages(stages, minutes)
         refuse_while_loading()
-        return with_needs(STAGE_DEPENDENCIES if stages is None else stages), resolved(config, tasks)
+        return names, resolved(config, tasks)
     except (ValueError, RuntimeError, OSError) as error:
         refuse_together(error, device)
+
+
+def _wanted_stages(stages: Sequence[str] | None, minutes: float | None) -> list[str]:
+    """Returns stages with those that they need; raises ValueError for an unknown one, and for a
+    time limit that is none."""
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes = {minutes:g}: give more than 0")
+    return with_needs(STAGE_DEPENDENCIES if stages is None else stages)
 
 
 def _begin(config: Mapping[str, Any], out: str | Path, device: str, impl: str):
@@ -192,13 +199,7 @@ def prove(
         ValueError: The tasks or models cannot be built, or the device does not support `impl`.
     """
     check(RunConfig, config)
-    devices = device.split(",")
-    for place in devices:
-        check_device(place)
-        try:
-            select(impl, place)
-        except RuntimeError as error:
-            raise ValueError(f"impl = {impl!r} cannot run on device {place!r}: {error}") from error
+    _check_devices(device, impl)
     for stage in config["stages"]:
         size = recipe(config, stage)["batch_size"]
         if size < ranks:
@@ -206,9 +207,19 @@ def prove(
                 f"{ranks} processes cannot share the {size} samples of a batch of {stage}: start "
                 f"at most {size}, or give a larger batch_size"
             )
-    context = Context(Path(), config, devices[0], impl)
+    context = Context(Path(), config, device.split(",")[0], impl)
     context.prove()
     return context
+
+
+def _check_devices(device: str, impl: str) -> None:
+    """Raises ValueError for a device that does not exist, or does not support `impl`."""
+    for place in device.split(","):
+        check_device(place)
+        try:
+            select(impl, place)
+        except RuntimeError as error:
+            raise ValueError(f"impl = {impl!r} cannot run on device {place!r}: {error}") from error
 
 
 class _Call:
@@ -367,11 +378,12 @@ def _wanted_config(a: argparse.Namespace) -> dict[str, Any]:
 
 def _main(a: argparse.Namespace) -> int:
     try:
-        config = _wanted_config(a)
+        config, stages = _wanted_config(a), _names(a.stages)
         if a.print_config:
+            _wanted_stages(stages, a.minutes)
+            _check_devices(a.device, a.impl)
             print(config_text(resolved(config)), end="")
             return 0
-        stages = _names(a.stages)
         options = {"device": a.device, "impl": a.impl, "minutes": a.minutes}
         options["print_table"] = not a.no_report
         train(config, a.out, stages=stages, **options)

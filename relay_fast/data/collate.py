@@ -195,9 +195,8 @@ def collate_carried(
     active = np.array(plan.active_sequences, np.int64)
     owner = concat_ranges(np.zeros_like(active), active)
     before = np.repeat(np.arange(len(active)), active)
-    starts, sizes, later = np.zeros_like(owner), np.zeros_like(owner), before > 0
-    starts[later], sizes[later] = Written.truth(s).last_round(owner[later], before[later])
-    fed = torch.from_numpy(right_aligned(plan.lengths[owner], s.rounds, starts, sizes))
+    last = Written.truth(s).last_if_any(owner, before)
+    fed = torch.from_numpy(right_aligned(plan.lengths[owner], s.rounds, *last))
     return replace(batch, true_feed=fed.to(plan.device), truth=truth)
 
 

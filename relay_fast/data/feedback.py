@@ -18,7 +18,7 @@ from relay_fast.batch.plan import Plan
 from relay_fast.tasks import FeedbackDraws, Inputs, Samples, Task, Written
 from relay_fast.tasks.feedback import Arrangement
 from relay_fast.tasks.samples import tasks_present
-from relay_fast.utils.arguments import kind_of
+from relay_fast.utils.arguments import check_kind, kind_of
 from relay_fast.utils.ragged import concat_ranges
 
 
@@ -176,6 +176,14 @@ def true_rounds(
     return rounds, sizes
 
 
+def every_iteration(task: Task, samples: Samples) -> tuple[np.ndarray, np.ndarray, Iterations]:
+    """Returns owner and number of rounds before (I,) of all iterations of solved problems of a
+    task, and what they see, of which nothing is drawn."""
+    owner = np.repeat(np.arange(len(samples)), samples.loops)
+    before = np.arange(len(owner)) - samples.first_round[owner]
+    return owner, before, iterations_of(Written.truth(samples), {task.name: task}, owner, before)
+
+
 def unclear_iterations(task: Task, samples: Samples) -> tuple[int, int, int] | None:
     """Finds a problem in which two iterations see the same and have to write different rounds, so
     that no model can learn both.
@@ -187,11 +195,8 @@ def unclear_iterations(task: Task, samples: Samples) -> tuple[int, int, int] | N
     Returns:
         The problem's place in `samples` and how many rounds are before the two iterations, or None.
     """
-    owner = np.repeat(np.arange(len(samples)), samples.loops)
-    before = np.arange(len(owner)) - samples.first_round[owner]
-    tasks, none = {task.name: task}, np.zeros_like(owner)
-    inputs, widths, _ = iterations_of(Written.truth(samples), tasks, owner, before)
-    rounds, sizes = true_rounds(samples, tasks, owner, before, none)
+    owner, before, (inputs, widths, none) = every_iteration(task, samples)
+    rounds, sizes = true_rounds(samples, {task.name: task}, owner, before, none)
     ends, round_ends, seen = np.cumsum(widths), np.cumsum(sizes), {}
     for k, i in enumerate(owner.tolist()):
         own = slice(ends[k] - widths[k], ends[k])
@@ -263,6 +268,8 @@ def arranged_inputs(problems: Samples, tasks: Mapping[str, Task]) -> FirstInputs
         part = task.arrangement(problems.take(own), widths[own])
         if part is None:
             return f"task {task.name!r} makes the inputs of an iteration in Python"
+        remedy = "return an Arrangement, or None"
+        check_kind(f"the arrangement of task {task.name!r}", part, Arrangement, remedy)
         rows = concat_ranges(starts[own], widths[own])
         for name, values in part._asdict().items():
             field = getattr(whole, name)

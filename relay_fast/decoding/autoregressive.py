@@ -21,6 +21,7 @@ from relay_fast.decoding._inference import free_bytes, halve_on_oom, inference
 from relay_fast.decoding.kv_cache import CacheSlice
 from relay_fast.decoding.step import Stepper
 from relay_fast.models.transformers import AutoregressiveTransformer
+from relay_fast.ops.dispatch import compute_dtype
 from relay_fast.tasks.vocabulary import EOS
 from relay_fast.utils.numbers import as_int
 from relay_fast.utils.precision import autocasting
@@ -110,9 +111,13 @@ def decode(
         with autocasting(model.device, autocast):  # asked once: a step casts by itself
             return Stepper(model, rows, length, **options)
 
+    def rows_that_fit(length: int) -> int:
+        with autocasting(model.device, autocast):
+            return _rows_that_fit(model, length, loops)
+
     with inference(model, "fp32"):
         totals = lengths + limits
-        fit = lambda length: batch or _rows_that_fit(model, length + sync_every, loops)
+        fit = lambda length: batch or rows_that_fit(length + sync_every)
         for bucket in _length_buckets(totals, limits > 0, fit):
             length = int(totals[bucket[0]])
             attempt = partial(
@@ -238,11 +243,11 @@ def _length_buckets(
 
 
 def _rows_that_fit(model: AutoregressiveTransformer, length: int, loops: int) -> int:
-    """Returns how many cache rows of `length` tokens fit into memory."""
+    """Returns how many cache rows of `length` tokens fit into memory, in the dtype of GEMMs."""
     c, kind = model.config.block, model.device.type
     numbers = 2 * loops * c.n_layers * c.kv_heads * c.head_dim * length
     allowed = min(CACHE_BYTES[kind], free_bytes(model.device) // 2)
-    fit = allowed // (numbers * model.chain_head.weight.element_size())
+    fit = allowed // (numbers * compute_dtype(model.chain_head.weight).itemsize)
     return max(1, min(MAX_BATCH[kind], fit))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from relay_fast.data.collate import input_widths
 from relay_fast.decoding._inference import bytes_a_token, free_bytes
 from relay_fast.decoding.autoregressive import Decoded, check_prompts, decode
 from relay_fast.decoding.chain_batches import ChainBatch, one_ahead
@@ -19,6 +20,8 @@ from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTran
 from relay_fast.tasks import NO_ANSWER, Samples, Task
 from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.vocabulary import PAD
+from relay_fast.utils.arguments import check_kind
+from relay_fast.utils.callers import outside_level
 from relay_fast.utils.numbers import as_int
 from relay_fast.utils.ragged import lengths_to_offsets
 
@@ -194,19 +197,15 @@ def stream_scored(
             "generate_looped_chains needs a looped model: use "
             "relay_fast.decoding.chains.generate_ar_chains for an autoregressive one"
         )
+    check_kind("problems", problems, Samples, "give the Samples that a task's sample() returns")
+    check_kind("tasks", tasks, Mapping, "give the problems' tasks by name")
     if batch_tokens is not None:
         batch_tokens = as_int("batch_tokens", batch_tokens)
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens = {batch_tokens}: it must be 1 or more")
-    sizes, widths = np.diff(problems.problem_offsets), np.diff(problems.problem_offsets)
-    placed = np.ones(len(problems), bool)
-    for k, task in tasks_present(problems.task, tasks).items():
-        of_task = problems.task == k
-        least = task.min_widths(problems.length[of_task])
-        widths[of_task] = np.maximum(sizes[of_task], least)
-        placed[of_task] = model.config.carry_state or not task.clips_positions
+    sizes, widths = np.diff(problems.problem_offsets), input_widths(problems, tasks)
     check_prompts(model, problems.problem, problems.problem_offsets, widths - sizes)
-    _warn_beyond(model, int(widths[placed].max(initial=0)))
+    _warn_beyond(model, problems, tasks, widths)
     batch_tokens = batch_tokens or _tokens_that_fit(model, int(widths.max(initial=0)))
     order = stream_order(problems)
     reader, questions = ChainReader(model, tasks, scored), _without_truth(problems)
@@ -250,15 +249,32 @@ def _tokens_that_fit(model: LoopedTransformer, longest: int) -> int:
     return max(1, min(BATCH_TOKENS[model.device.type], fit))
 
 
-def _warn_beyond(model: LoopedTransformer, longest: int) -> None:
-    """Warns if a model with feedback reads inputs longer than those that it was trained on."""
-    trained = model.config.trained_tokens
-    if trained and longest > trained:
+def _warn_beyond(
+    model: LoopedTransformer, problems: Samples, tasks: Mapping[str, Task], widths: np.ndarray
+) -> None:
+    """Warns if a model with feedback reads inputs longer than those that it was trained on.
+
+    Args:
+        model: A looped model.
+        problems: S samples.
+        tasks: Their tasks by name.
+        widths: (S,) the tokens of inputs that show the problem.
+    """
+    trained, carried, longest = model.config.trained_tokens, model.config.carry_state, 0
+    if not trained:
+        return
+    for k, task in tasks_present(problems.task, tasks).items():
+        own = problems.task == k
+        if carried or not task.clips_positions:
+            longest = max(longest, int(widths[own].max()))
+        if task.grows and not carried:
+            longest = max(longest, task.max_input_tokens(int(problems.length[own].max())))
+    if longest > trained:
         warnings.warn(
             f"the longest input has {longest} tokens, the model was trained on up to {trained} "
             "(padding and cuts included): what it writes beyond is a guess; train with a larger "
             "pad_to",
-            stacklevel=4,
+            stacklevel=outside_level(),
         )
 
 

@@ -62,7 +62,9 @@ def _first_difference(config: ModelConfig, written: Samples, task: Task) -> int 
         owner = np.flatnonzero(written.loops > before)
         many = np.full(len(owner), before)
         inputs, widths, _ = iterations_of(rounds, tasks, owner, many)
-        ids = right_aligned(widths, written.rounds, *rounds.last_round(owner, many + 1))
+        starts, sizes = rounds.last_round(owner, many + 1)
+        over = np.maximum(0, sizes - widths)  # of inputs that were longer, which is found below
+        ids = right_aligned(widths, written.rounds, starts + over, sizes - over)
         made.append((widths, inputs[:3], torch.from_numpy(ids)))
     loaded = prepare(config, written, tasks)
     rows = max(len(ids) for *_, ids in made)

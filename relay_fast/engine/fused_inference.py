@@ -15,7 +15,7 @@ from relay_fast.config import BlockConfig, ModelConfig
 from relay_fast.engine.rope import block_rope_table
 from relay_fast.engine.spec import LoopSpec
 from relay_fast.kernels.loop_ref import LoopLayout, LoopWeights
-from relay_fast.kernels.supports import loop_reason
+from relay_fast.kernels.supports import loop_feedback_reason, loop_reason
 
 
 def block_reason(config: BlockConfig, training: bool = False) -> str | None:
@@ -36,9 +36,7 @@ def block_reason(config: BlockConfig, training: bool = False) -> str | None:
 def feedback_reason(config: ModelConfig) -> str | None:
     """Returns why the whole-loop kernel does not support the model's feedback, or None if it
     does."""
-    if config.feedback == "none":
-        return None
-    return f"the whole-loop kernel does not support feedback = {config.feedback!r}"
+    return loop_feedback_reason(config.feedback)
 
 
 def stack_weights(

@@ -44,6 +44,7 @@ class NormAndHead:
         self.eps, self.kind = eps, kind
         self._names = type(owner).__name__, norm, head
         self._weights: ReadoutWeights | str | None = None
+        self._cast: Tensor | None = None  # the head, as `argmax` last read it
 
     def parts(self) -> tuple[nn.Module, nn.Module]:
         return self.norm, self.head
@@ -93,8 +94,9 @@ class NormAndHead:
         weights = self.weights()
         if isinstance(weights, str):
             return self._logits(states).argmax(-1)
-        head = weights.head.to(dtype)
-        return ops.argmax(states, weights.norm, weights.bias, head, self.eps, self.kind)
+        if self._cast is None or self._cast.dtype != dtype:
+            self._cast = weights.head.to(dtype)
+        return ops.argmax(states, weights.norm, weights.bias, self._cast, self.eps, self.kind)
 
     def row_losses(
         self, states: Tensor, rows: Tensor, targets: Tensor, impl: str, **options: float

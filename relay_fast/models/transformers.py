@@ -223,10 +223,20 @@ class LoopedTransformer(_Transformer):
                 )
             self.fed_embedding = nn.Embedding(config.vocabulary_size, config.block.d_model)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **options) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Does what `torch.nn.Module.load_state_dict` does, but names weights of another feedback.
+
+        Args:
+            state_dict, strict, assign: As there.
+
+        Raises:
+            RuntimeError: The weights are those of another model.
+        """
         if strict:
             check_weights(self.config, state_dict)
-        return super().load_state_dict(state_dict, strict, **options)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _embed_tokens(self, batch: PackedBatch) -> Tensor:
         x = super()._embed_tokens(batch)

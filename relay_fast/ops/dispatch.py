@@ -49,6 +49,7 @@ from relay_fast.kernels.supports import (
     device_reason,
     dtype_reason,
     heads_reason,
+    loop_feedback_reason,
     require,
     vocabulary_reason,
     width_reason,
@@ -156,16 +157,20 @@ def supports(
     return reason
 
 
-def explain(device: torch.device | str = "cuda", **sizes) -> str:
+def explain(device: torch.device | str = "cuda", *, feedback: str = "none", **sizes) -> str:
     """Returns one sentence that says which implementation `impl="auto"` uses on `device`, and why.
-    sizes: as in `supports`."""
+    feedback: the model's, `ModelConfig.feedback`; sizes: as in `supports`."""
+    unfit = loop_feedback_reason(feedback)
+    also = f"; {unfit}" if unfit else ""
     forced = os.environ.get("RELAY_FAST_IMPL", "auto")
     if forced != "auto":
-        return f"{forced}: RELAY_FAST_IMPL={forced} is set in the environment"
+        return f"{forced}: RELAY_FAST_IMPL={forced} is set in the environment{also}"
     reason = supports(device, **sizes)
     if reason is None and torch.device(device).type != "cuda":
         reason = 'Triton\'s interpreter is for tests, and needs impl="triton"'
-    return f"torch: {reason}" if reason else "triton" + _explain_attention(torch.device(device))
+    return (
+        f"torch: {reason}" if reason else "triton" + _explain_attention(as_device(device))
+    ) + also
 
 
 def _explain_attention(device: torch.device) -> str:

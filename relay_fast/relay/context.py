@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from relay_fast.config import BlockConfig, ModelConfig
-from relay_fast.data.feedback import check_draws, unclear_iterations
+from relay_fast.data.feedback import check_draws, every_iteration, unclear_iterations
 from relay_fast.data.streams import BatchFormat
 from relay_fast.models.transformers import AutoregressiveTransformer, LoopedTransformer
 from relay_fast.relay.presets import recipe
@@ -108,15 +108,50 @@ class Context:
         return [*untested_notes(self.untested), *self._unclear_notes(), *self._unused_notes()]
 
     def _unused_notes(self) -> list[str]:
-        """Names the tasks whose draws a model that carries its state does not train on."""
-        if not self.model_config("looped").carry_state:
-            return []
-        return [
-            f"note: tasks.{name}.feedback is not used: a model with carry_state = true is trained "
-            f"with the padding and the cut of stages.looped_aligned"
-            for name in self.tasks
-            if self.task_config(name).get("feedback")
+        """Names the settings of feedback that do nothing."""
+        model, own = self.model_config("looped"), self.config["model"].get("autoregressive", {})
+        notes = [
+            f"note: model.autoregressive.{name} = {own[name]!r} does nothing: it is of looped "
+            f"models, set model.looped.{name}"
+            for name in _OF_LOOPED
+            if own.get(name, getattr(ModelConfig, name)) != getattr(ModelConfig, name)
         ]
+        truth = recipe(self.config, "looped_aligned").get("truth", 1.0)
+        if model.feedback == "none" and truth < 1:
+            notes.append(
+                f"note: truth = {truth} of stages.looped_aligned does nothing: it is for a model "
+                f"with feedback that carries its state"
+            )
+        if model.carry_state:
+            notes += [
+                f"note: tasks.{name}.feedback is not used: a model with carry_state = true is "
+                f"trained with the padding and the cut of stages.looped_aligned"
+                for name in self.tasks
+                if self.task_config(name).get("feedback")
+            ]
+        elif model.feedback != "none":
+            draws = self.draws("looped_aligned")
+            for name, task in self.tasks.items():
+                notes += self._unused_draws(task, draws[name], model.feedback_noise)
+        return notes
+
+    def _unused_draws(self, task: Task, draws: FeedbackDraws, noise: float) -> list[str]:
+        """Does what `_unused_notes` does, for a task whose iterations train side by side."""
+        lengths = task.lengths_between(*self.ranges[task.name])[[0, -1]]
+        samples = task.sample(np.repeat(lengths, 8), self.stream_seed(TRAIN_STREAM))
+        _, _, (inputs, widths, _) = every_iteration(task, samples)
+        notes, least = [], widths.min()
+        if draws.pad_probability and draws.pad_to <= least:
+            notes.append(
+                f"note: no input of {task.name} is padded: pad_to = {draws.pad_to}, and the "
+                f"shortest has {least} tokens; raise pad_to or leave pad_probability out"
+            )
+        if noise and not inputs.fed.any():
+            notes.append(
+                f"note: feedback_noise does nothing for {task.name}, whose inputs have no fed "
+                f"tokens beside the problem's"
+            )
+        return notes
 
     def _unclear_notes(self) -> list[str]:
         """Names the tasks whose rounds a model that is fed them cannot learn."""
@@ -165,14 +200,14 @@ class Context:
 
     def _check_feedback(self, model: ModelConfig) -> None:
         """Raises ValueError for settings that the looped model's feedback does not fit."""
-        truth = recipe(self.config, "looped_aligned").get("truth", 1.0)
-        if truth < 1 and not model.carry_state:
-            raise ValueError(
-                f"truth = {truth} of stages.looped_aligned is for a model that carries its state: "
-                f"leave it out, or set model.looped.carry_state = true with feedback"
-            )
         if model.feedback == "none" or model.carry_state:
             return
+        truth = recipe(self.config, "looped_aligned").get("truth", 1.0)
+        if truth < 1:
+            raise ValueError(
+                f"truth = {truth} of stages.looped_aligned is for a model that carries its state: "
+                f"leave it out, or set model.looped.carry_state = true"
+            )
         for name, task in self.tasks.items():
             length, last = self.max_length(name), task.vocabulary.max_number
             if last is not None and (largest := task.largest_fed(length)) > last:

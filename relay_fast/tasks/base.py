@@ -35,6 +35,7 @@ class Task(ABC):
         min_length: The smallest length.
         min_input_tokens: What `min_widths` returns for all lengths.
         takes_shift: Whether there is a rule for shifted numbers (`shifted_rounds`).
+        grows: Whether inputs may be longer than the problem because of the rounds so far.
         clips_positions: Whether `inputs` of any length hold the same positions.
         one_token_answers: Whether an answer is one token, so that it can be read off one place.
         answer_suffix: Tokens between the last round and the answer in an autoregressive sequence;
@@ -52,6 +53,7 @@ class Task(ABC):
     min_input_tokens: int = 0
     takes_shift: ClassVar[bool] = False
     clips_positions: ClassVar[bool] = False
+    grows: bool = False
     one_token_answers: bool = True
 
     def __init__(self, vocabulary: Vocabulary) -> None:

@@ -235,12 +235,11 @@ class EditDistance(Task):
         second: np.ndarray,
     ) -> np.ndarray:
         """(N,) int64: the cells of the last row under the `second` letters of the second string."""
-        starts, sizes, later = np.zeros_like(second), np.zeros_like(second), before > 0
-        begins, given = written.last_round(owner[later], before[later])
-        sizes[later] = np.minimum(given, second[later] + 1)  # cells without a letter have no place
-        starts[later] = begins + given - sizes[later]
-        fed = right_aligned(widths, written.tokens, starts, sizes)
-        at, cells = (np.cumsum(widths) - second - 1)[~later], second[~later]
+        begins, given = written.last_if_any(owner, before)
+        sizes = np.minimum(given, second + 1)  # cells without a letter have no place
+        fed = right_aligned(widths, written.tokens, begins + given - sizes, sizes)
+        first = before == 0
+        at, cells = (np.cumsum(widths) - second - 1)[first], second[first]
         fed[concat_ranges(at, cells)] = NUMBER0 + self.border * concat_ranges(
             np.ones_like(cells), cells
         )

@@ -42,6 +42,12 @@ class Written:
         r = self.problems.first_round[owner] + before - 1
         return self.starts[r], self.sizes[r]
 
+    def last_if_any(self, owner: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Does what `last_round` does; without a round the size is 0."""
+        starts, sizes, later = np.zeros_like(owner), np.zeros_like(owner), before > 0
+        starts[later], sizes[later] = self.last_round(owner[later], before[later])
+        return starts, sizes
+
     def last_or_problem(
         self, owner: np.ndarray, before: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -56,7 +56,7 @@ class TokenizedTask(Task):
         for name in ("title", "unit"):  # of tables and plots, at the end of a run
             if not isinstance(value := getattr(text, name), str):
                 raise ValueError(f"task {text.name!r}: {name} = {value!r:.60} is no text")
-        self.text, self.index = text, index
+        self.text, self.index, self.grows = text, index, text.own_inputs
         self.name, self.title, self.unit = text.name, text.title or text.name, text.unit
         self.min_length = text.min_length
         self.one_token_answers = not text.own_answers and text.answer_is == "token"
@@ -353,9 +353,7 @@ class TokenizedTask(Task):
             tokens = right_aligned(widths, *written.last_or_problem(owner, before))
             tokens[np.cumsum(widths) - widths] = self.token
             return Inputs(tokens, np.full_like(tokens, PAD))
-        starts, sizes, later = np.zeros_like(owner), np.zeros_like(owner), before > 0
-        starts[later], sizes[later] = written.last_round(owner[later], before[later])
-        fed = right_aligned(widths, written.tokens, starts, sizes)
+        fed = right_aligned(widths, written.tokens, *written.last_if_any(owner, before))
         return Inputs(problems_shown(written, owner, widths), fed)
 
     def arrangement(self, problems: Samples, widths: np.ndarray) -> Arrangement | None:

@@ -93,6 +93,11 @@ def test_an_arrangement_of_a_wrong_shape_is_named() -> None:
     said = rf"'arithmetic': fed of its arrangement has shape \({rows},\): give \(3, {rows}\)"
     with pytest.raises(ValueError, match=said):
         arranged_inputs(PROBLEMS, tasks)
+    tasks = own_task(arrangement=lambda *_: (1, 2))
+    with pytest.raises(
+        TypeError, match="arrangement of task 'arithmetic' is an object of type tup"
+    ):
+        arranged_inputs(PROBLEMS, tasks)
 
 
 def test_samples_whose_tokens_are_no_integers_are_refused() -> None:

@@ -112,6 +112,16 @@ def test_chains_are_those_of_a_plain_loop_token_for_token(carried: bool) -> None
     assert not carried or len(set(answers)) > 2
 
 
+def test_what_is_no_problem_and_no_task_is_refused() -> None:
+    for wrong, said in (
+        ((None, TASKS), "problems is None: give the Samples that a task's sample"),
+        (([[1, 2]], TASKS), "problems is an object of type list: give the Samples"),
+        ((problems(), [*TASKS.values()]), "tasks is an object of type list: give the problems' ta"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            generate_looped_chains(new_model(), *wrong)
+
+
 def test_a_round_that_leaves_no_room_loses_its_first_tokens() -> None:
     """A model that writes no boundary makes each input longer by one, up to its limit."""
     many = TASKS["arithmetic"].sample([8, 2, 8, 5], seed=1)

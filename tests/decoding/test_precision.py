@@ -119,3 +119,23 @@ def test_unknown_precisions() -> None:
         written_with(autocast="tf32x3")
     with pytest.raises(ValueError, match=r"autocast = torch.bfloat16 is unknown"):
         written_with(autocast=torch.bfloat16)
+
+
+def test_rows_of_a_cache_are_counted_in_the_dtype_of_its_gemms(monkeypatch) -> None:
+    """By hand: 2 layers of 2 heads of 8 columns, keys and values, 11 + 3 tokens; half of the free
+    memory holds 5 rows in fp32, and 10 of two bytes a number."""
+    a_row = 2 * 2 * 2 * 8 * 14 * 4
+    monkeypatch.setattr(autoregressive, "free_bytes", lambda _: 2 * 5 * a_row)
+    shapes = []
+
+    def stepper(model, rows, length, **options):
+        shapes.append((rows, length))
+        return made(model, rows, length, **options)
+
+    made = autoregressive.Stepper
+    monkeypatch.setattr(autoregressive, "Stepper", stepper)
+    model = AutoregressiveTransformer(ModelConfig(BlockConfig(16, 2, 2, causal=True), 40))
+    prompts, offsets = np.full(12 * 6, 3), np.arange(13) * 6
+    for autocast in ("fp32", "bf16"):
+        decode(model, prompts, offsets, max_new=5, sync_every=3, autocast=autocast)
+    assert shapes == [(5, 14), (10, 14)]

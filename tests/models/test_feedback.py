@@ -19,7 +19,7 @@ from relay_fast.decoding.chains import (
     stream_order,
 )
 from relay_fast.engine.fused_inference import feedback_reason
-from relay_fast.functional import row_cross_entropy
+from relay_fast.functional import explain, row_cross_entropy
 from relay_fast.models.transformers import LoopedTransformer
 from relay_fast.tasks import (
     NO_ANSWER,
@@ -266,7 +266,7 @@ def test_models_without_feedback_are_written_as_before(tmp_path) -> None:
 
 def test_inputs_longer_than_in_training_are_named() -> None:
     problems = TASKS["arithmetic"].sample([1, 6], 0)
-    longest, lis = int(np.diff(problems.problem_offsets).max()), TASKS["lis"].sample([12], 0)
+    longest, lis = int(np.diff(problems.problem_offsets).max()), TASKS["lis"].sample([12, 3], 0)
     text = f"longest input has {longest} tokens, the model was trained on up to {longest - 1} "
     with pytest.warns(UserWarning, match=text):
         generate_looped_chains(new_model(trained_tokens=longest - 1), problems, TASKS)
@@ -274,6 +274,15 @@ def test_inputs_longer_than_in_training_are_named() -> None:
         warnings.simplefilter("error")
         generate_looped_chains(new_model(trained_tokens=longest), problems, TASKS)
         generate_looped_chains(new_model(trained_tokens=3), lis, TASKS)  # clips its positions
+    with pytest.warns(UserWarning, match="longest input has 14 tokens, .* up to 13 ") as told:
+        generate_looped_chains(
+            new_model(trained_tokens=13, carry_state=True), lis, TASKS, batch_tokens=1
+        )
+    assert len(told) == 1, "once a call"
+    for use in (generate_scored, lambda *own: list(stream_chains(*own))):
+        with pytest.warns(UserWarning, match="longest input has") as told:
+            use(new_model(trained_tokens=5), problems, TASKS)
+        assert [warning.filename for warning in told] == [__file__]
 
 
 class Silent(type(TASKS["arithmetic"])):
@@ -359,6 +368,10 @@ def test_what_does_not_serve_says_why() -> None:
     assert feedback_reason(LoopedTransformer(ModelConfig(BlockConfig(D, 2, 1), 9)).config) is None
     assert "does not support feedback = 'tokens'" in feedback_reason(model.config)
     assert "no fixed shape yet" in cuda_graph.feedback_graph_reason(model)
+    said = "; the whole-loop kernel does not support feedback = 'tokens'"
+    for device in ("cpu", "meta"):
+        assert explain(device, feedback="tokens") == explain(device) + said
+        assert "whole-loop" not in explain(device)
 
 
 def test_empty_batch() -> None:

@@ -7,9 +7,11 @@ import pytest
 
 from relay_fast.batch.plan import Plan
 from relay_fast.data.streams import BatchFormat, TruthStream, mean_cost
+from relay_fast.decoding.chains import generate_looped_chains
 from relay_fast.relay.presets import load_preset, override, recipe
+from relay_fast.relay.presets.own import resolved
 from relay_fast.relay.stages import Context, run_stage
-from relay_fast.tasks import FeedbackDraws
+from relay_fast.tasks import FeedbackDraws, TextTask
 from relay_fast.training.schedule import Schedule
 
 
@@ -122,6 +124,106 @@ def test_a_run_that_carries_the_state(tmp_path) -> None:
     assert context.load("looped_aligned").config.carry_state
     assert not context.load("looped_vanilla").config.carry_state
     run_stage(context, "evaluate.looped_aligned", lambda progress: None)
+
+
+def test_a_carried_state_is_trained_with_the_draws_of_its_stage(tmp_path) -> None:
+    """Those of the tasks are for iterations that train side by side, and the run says so."""
+    values = ["model.looped.carry_state=true", "stages.looped_aligned.pad_probability=0.5",
+              "stages.looped_aligned.pad_to=40", "stages.looped_aligned.cut=7"]  # fmt: skip
+    config = override(load_preset("cpu-multitask"), values=values)
+    context = Context(tmp_path, config, "cpu", "auto")
+    assert context.model_config("looped").trained_tokens == 40 + 7
+    notes = [note for note in context.notes if "is not used" in note]
+    assert [note.split(" is ")[0] for note in notes] == [
+        f"note: tasks.{name}.feedback" for name in ("arithmetic", "edit_distance", "lis")
+    ]
+    assert "with carry_state = true is trained with the padding and the cut of stages.l" in notes[0]
+    plain = Context(tmp_path, load_preset("cpu-multitask"), "cpu", "auto")
+    assert not any("is not used" in note for note in plain.notes)
+
+
+def test_settings_that_do_nothing_are_named(tmp_path) -> None:
+    def notes(preset: str, *values: str) -> list[str]:
+        config = override(load_preset(preset), values=values)
+        return Context(tmp_path, config, "cpu", "auto").notes
+
+    noise = "model.looped.feedback_noise=0.1"
+    assert notes("cpu-multitask") == [] and notes("cpu-lis", noise) == []
+    (note,) = notes("cpu-multitask", noise)
+    assert note.startswith("note: feedback_noise does nothing for arithmetic, whose inputs have no")
+    # The shortest, `[ARI] 6 + 2 =`, has 5 tokens.
+    (note,) = notes("cpu-arithmetic", "tasks.arithmetic.feedback.pad_to=5")
+    assert note.startswith("note: no input of arithmetic is padded: pad_to = 5, and the shortest h")
+    assert notes("cpu-arithmetic", "tasks.arithmetic.feedback.pad_to=6") == []
+    (note,) = notes("cpu", "model.autoregressive.feedback=tokens")
+    assert note.startswith(
+        "note: model.autoregressive.feedback = 'tokens' does nothing: it is of l"
+    )
+    (note,) = notes("cpu-latent", "training.truth=0.5")
+    assert note.startswith(
+        "note: truth = 0.5 of stages.looped_aligned does nothing: it is for a mo"
+    )
+
+
+def test_true_rounds_for_a_model_that_sees_no_others(tmp_path) -> None:
+    config = override(load_preset("cpu"), values=["training.truth=0.0"])
+    with pytest.raises(
+        ValueError, match="truth = 0.0 of stages.looped_aligned is for a model that"
+    ):
+        Context(tmp_path, config, "cpu", "auto").prove()
+
+
+def test_numbers_that_a_test_length_is_fed_are_checked_before_training(tmp_path) -> None:
+    """The cells of the table stay below 63, its border does not."""
+    values = ["tasks.edit_distance.parameters.border=6", "tasks.edit_distance.parameters.insert=1",
+              "tasks.edit_distance.feedback.shift=0"]  # fmt: skip
+    config = override(load_preset("cpu-edit-distance"), values=values)
+    said = "tasks.edit_distance: with rounds fed back, length 13 can need numbers up to 90, the voc"
+    with pytest.raises(ValueError, match=said):
+        Context(tmp_path, config, "cpu", "auto").prove()
+    latent = override(config, values=["model.looped.feedback=none"])
+    Context(tmp_path, latent, "cpu", "auto").prove()
+
+
+class LongRounds(TextTask):
+    """Rounds that are longer than the problem, and grow."""
+
+    name = "long"
+    shows = "round"
+
+    def sample(self, length, rng):
+        bit = str(rng.integers(0, 2))
+        return bit, [" ".join([bit] * (30 + k)) for k in range(length)], bit
+
+
+class AllShown(LongRounds):
+    shows = "both"
+
+    def shown(self, problem, rounds):
+        return " ".join([problem, *rounds]), ""
+
+
+@pytest.mark.parametrize(("kind", "trained", "limit"), [(LongRounds, 34, 35), (AllShown, 64, 96)])
+def test_a_model_holds_all_that_its_task_shows(kind, trained: int, limit: int, tmp_path) -> None:
+    """In problems of 3 rounds when it is trained, of 4 when it is tested. Rounds have 30 to 33
+    tokens, an end and a boundary; shown are problem and 2 or 3 of them, between a task token and an
+    end."""
+    config = load_preset("cpu-lis") | {"tasks": {"long": {"train": [1, 3], "test": [3, 4]}}}
+    values = ["vocabulary.max_number=0", "model.d_model=16", "model.n_heads=2", "model.n_layers=1"]
+    config = override(config, steps=1, batch_size=4, eval_problems=2, values=values)
+    config["tasks"]["long"] |= {"self_lengths": [4], "self_counts": [1], "merge_beyond": [2]}
+    context = Context(tmp_path, resolved(config, [kind()]), "cpu", "auto")
+    model = context.model_config("looped")
+    assert (model.trained_tokens, model.max_tokens) == (trained, limit)
+    (tmp_path / "checkpoints").mkdir()
+    said = f"longest input has {limit} tokens, the model was trained on up to {trained} "
+    with pytest.warns(UserWarning, match=said):
+        for stage in ("looped_aligned", "evaluate.looped_aligned", "chains"):
+            run_stage(context, stage, lambda progress: None)
+    inside = context.tasks["long"].sample([3, 1], 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate_looped_chains(context.load("looped_aligned"), inside, context.tasks)
 
 
 @pytest.mark.parametrize("value", ["model.feedback=state", "model.feedback_noise=1.0"])

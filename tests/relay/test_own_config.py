@@ -84,6 +84,28 @@ def test_what_is_printed_gives_the_same_run(file, capsys) -> None:
     assert again["vocabulary"] == {"multiple": 16, "tokens": ["[parity]", "<sep>", "0", "1"]}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stages", "looped"], "stage 'looped' is unknown"),
+        (["--minutes", "0"], "minutes = 0: give more than 0"),
+        (["--minutes", "nan"], "minutes = nan: give more than 0"),
+        (["--device", "gpu"], "device 'gpu' is unknown: use cpu or cuda"),
+        (["--device", "cpu,tpu"], "device 'tpu' is unknown: use cpu or cuda"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before_it_is_printed(
+    arguments, said, tmp_path, capsys
+) -> None:
+    errors = []
+    for command in (["--print-config"], ["--out", str(tmp_path / "run")]):
+        assert main(["--preset", "cpu", *arguments, *command]) == 2
+        out, error = capsys.readouterr()
+        assert not out and error.count("\n") == 1 and re.search(said, error)
+        errors.append(error)
+    assert errors[0] == errors[1] and not (tmp_path / "run").exists()
+
+
 def test_classes_beside_the_file_are_found_from_anywhere(file, tmp_path) -> None:
     (tmp_path / "my_tasks.py").write_text(
         "from tests.support.text_tasks import Parity as P\nclass Parity(P):\n    pass\n"
