@@ -79,7 +79,9 @@ class Plan:
         self.active_sequences = tuple(active.tolist())
         self.active_rows = tuple(self.offsets[active].tolist())
         self.state_offsets = (0, *np.cumsum(self.active_rows, dtype=np.int64).tolist())
-        self._caller_positions = positions
+        self._caller_positions = None
+        if positions is not None:
+            self._caller_positions = _positions(positions, int(self.offsets[-1]))
         self._caller_tokens = token_numbers
         self._start_caches()
 
@@ -338,7 +340,7 @@ class Plan:
         if positions is None:
             positions = np.arange(self.rows) - np.repeat(self.offsets[:-1], self.lengths)
         elif self.row_order is not None:
-            positions = np.asarray(positions)[self.row_order]
+            positions = positions[self.row_order]
         return self._tensor(positions, torch.int32)
 
     @cached_property
@@ -383,6 +385,22 @@ def _counts(name: str, counts: Any) -> np.ndarray:
     if counts.ndim != 1:
         raise ValueError(f"{name} has shape {counts.shape}: give one int per sequence")
     return counts
+
+
+def _positions(positions: Any, rows: int) -> np.ndarray:
+    """Returns positions (rows,); raises ValueError for what is no whole number of 32 bits."""
+    positions = np.asarray(positions)
+    if positions.shape != (rows,) or (rows and positions.dtype.kind not in "iu"):
+        raise ValueError(
+            f"positions have shape {positions.shape} and type {positions.dtype}: give {rows} whole "
+            "numbers, one a token"
+        )
+    least, most = positions.min(initial=0), positions.max(initial=0)
+    if least < -(2**31) or most >= 2**31:
+        raise ValueError(
+            f"positions from {least} to {most} do not fit into 32 bits: give smaller ones"
+        )
+    return positions
 
 
 def chosen_states(return_states: bool | Sequence[int], loops: int) -> tuple[int, ...]:

@@ -51,6 +51,22 @@ def test_orders_are_inverse_and_tables_agree(sequences: list[tuple[int, int]]) -
     assert plan.cu_seqlens.tolist() == plan.offsets.tolist()
 
 
+@pytest.mark.parametrize(
+    ("positions", "said"),
+    [
+        ([0, 2**31], "positions from 0 to 2147483648 do not fit into 32 bits"),
+        ([-(2**31) - 1, 0], "positions from -2147483649 to 0 do not fit"),
+        ([0, 1, 2], r"positions have shape \(3,\) and type int64: give 2 whole numbers"),
+        ([0.0, 1.0], "type float64: give 2 whole numbers"),
+    ],
+)
+def test_positions_that_are_none_are_refused(positions: list, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Plan([2], [1], positions=np.array(positions))
+    extremes = np.array([-(2**31), 2**31 - 1])
+    assert Plan([2], [1], positions=extremes).positions.tolist() == extremes.tolist()
+
+
 def test_positions_of_the_caller_follow_their_rows() -> None:
     plan = Plan([2, 3], [1, 2], positions=np.array([7, 8, 0, 10, 20]))
     assert plan.positions.tolist() == [0, 10, 20, 7, 8]
