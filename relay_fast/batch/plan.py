@@ -23,7 +23,7 @@ from relay_fast.batch.row_range import RowRange, scattered
 from relay_fast.batch.transfer import picklable, upload
 from relay_fast.kernels.attention_ref import PaddedLayout
 from relay_fast.utils.arguments import as_device, kind_of, on_host
-from relay_fast.utils.numbers import as_int, is_bool
+from relay_fast.utils.numbers import as_int, as_ints, is_bool
 from relay_fast.utils.ragged import concat_ranges
 
 _INDICES = ("positions", "cu_seqlens", "last_rows")
@@ -389,12 +389,7 @@ def _counts(name: str, counts: Any) -> np.ndarray:
 
 def _positions(positions: Any, rows: int) -> np.ndarray:
     """Returns positions (rows,); raises ValueError for what is no whole number of 32 bits."""
-    positions = np.asarray(positions)
-    if positions.shape != (rows,) or (rows and positions.dtype.kind not in "iu"):
-        raise ValueError(
-            f"positions have shape {positions.shape} and type {positions.dtype}: give {rows} whole "
-            "numbers, one a token"
-        )
+    positions = as_ints("positions", positions, rows)
     least, most = positions.min(initial=0), positions.max(initial=0)
     if least < -(2**31) or most >= 2**31:
         raise ValueError(

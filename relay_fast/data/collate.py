@@ -17,7 +17,7 @@ from relay_fast.tasks.feedback import right_aligned
 from relay_fast.tasks.samples import tasks_present
 from relay_fast.tasks.vocabulary import PAD
 from relay_fast.utils.arguments import check_kind
-from relay_fast.utils.numbers import as_float
+from relay_fast.utils.numbers import as_float, as_ints
 from relay_fast.utils.ragged import concat_ranges, lengths_to_offsets
 
 WEIGHTINGS = ("sequence", "row")
@@ -63,7 +63,10 @@ def collate_looped(
     s = samples.take(order)
     sizes, width = np.diff(s.problem_offsets), input_widths(s, tasks)
     if extra_pad is not None:
-        width = width + _checked_pad(extra_pad, len(s))[order]
+        extra = as_ints("extra_pad", extra_pad, len(s))
+        if extra.min(initial=0) < 0:
+            raise ValueError(f"extra_pad has least value {extra.min()}: give 0 or more")
+        width = width + extra[order]
     positions = None
     if cut is not None:
         check_kind("cut", cut, FeedbackDraws, "give FeedbackDraws(cut=..., cut_probability=...)")
@@ -78,8 +81,7 @@ def collate_looped(
     tokens[plan.offsets[:-1]] = s.problem[s.problem_offsets[:-1]]
 
     # Rounds, iteration-major: the boundary <pad>, then the round's tokens.
-    owner = np.repeat(np.arange(len(s)), s.loops)
-    iteration = np.arange(len(owner)) - s.first_round[owner]
+    owner, iteration = s.iterations()
     major = np.lexsort((owner, iteration))
     owner, iteration = owner[major], iteration[major]
     lengths = np.diff(s.round_offsets)[major]
@@ -139,8 +141,7 @@ def collate_side_by_side(
     if np.any(samples.loops < 1):
         raise ValueError("a sample without rounds has no iteration to train: leave it out")
     _check_draws(draws or {}, tasks, rng)
-    owner = np.repeat(np.arange(len(samples)), samples.loops)
-    before = np.arange(len(owner)) - samples.first_round[owner]
+    owner, before = samples.iterations()
     order = np.argsort(before + 1 == samples.loops[owner], kind="stable")
     owner, before = owner[order], before[order]
     inputs, widths, shifts = iterations_of(Written.truth(samples), tasks, owner, before, draws, rng)
@@ -285,18 +286,6 @@ def _check_draws(
 
 def _check_rng(what: str, rng: np.random.Generator | None) -> None:
     check_kind(f"rng of {what}", rng, np.random.Generator, "give numpy.random.default_rng(SEED)")
-
-
-def _checked_pad(extra_pad: np.ndarray, samples: int) -> np.ndarray:
-    """Returns further padding (S,); raises ValueError for anything but whole numbers from 0 on."""
-    extra = np.asarray(extra_pad)
-    whole = extra.shape == (samples,) and (not samples or extra.dtype.kind in "iu")
-    if not whole or extra.min(initial=0) < 0:
-        raise ValueError(
-            f"extra_pad has shape {extra.shape}, type {extra.dtype} and least value "
-            f"{extra.min(initial=0)}: give {samples} whole numbers of 0 or more, one a sample"
-        )
-    return extra
 
 
 def input_widths(samples: Samples, tasks: Mapping[str, Task]) -> np.ndarray:

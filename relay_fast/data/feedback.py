@@ -19,6 +19,7 @@ from relay_fast.tasks import FeedbackDraws, Inputs, Samples, Task, Written
 from relay_fast.tasks.feedback import Arrangement
 from relay_fast.tasks.samples import tasks_present
 from relay_fast.utils.arguments import check_kind, kind_of
+from relay_fast.utils.numbers import as_ints
 from relay_fast.utils.ragged import concat_ranges
 
 
@@ -82,7 +83,7 @@ def _of_one_task(
 ) -> Iterations:
     check_draws(task, draws)
     sizes = task.input_sizes(written, owner, before)
-    widths = _whole_numbers(task, "input_sizes", sizes, len(owner), 1)
+    widths = as_ints(f"task {task.name!r}: input_sizes", sizes, len(owner), 1)
     shifts = np.zeros(len(owner), np.int64)
     if rng is not None:
         widths, shifts = draws.widths(widths, rng), draws.shifts(len(owner), rng)
@@ -106,42 +107,13 @@ def _checked_inputs(task: Task, made: Inputs, widths: np.ndarray) -> Inputs:
         raise ValueError(
             f"task {task.name!r}: inputs returned {kind_of(made)}: return Inputs(tokens, fed)"
         ) from None
-    rows = int(widths.sum())
-    tokens = _whole_numbers(task, "the tokens of inputs", tokens, rows, 0)
-    fed = _whole_numbers(task, "the fed tokens of inputs", fed, rows, 0)
+    of, rows = f"task {task.name!r}: the {{}} of inputs".format, int(widths.sum())
+    tokens, fed = as_ints(of("tokens"), tokens, rows, 0), as_ints(of("fed tokens"), fed, rows, 0)
     if positions is not None:
-        positions = _whole_numbers(task, "the positions of inputs", positions, rows)
+        positions = as_ints(of("positions"), positions, rows)
     if cuts is not None:
-        cuts = _whole_numbers(task, "the cuts of inputs", cuts, len(widths))
+        cuts = as_ints(of("cuts"), cuts, len(widths))
     return Inputs(tokens, fed, positions, cuts)
-
-
-def _whole_numbers(
-    task: Task, what: str, values: np.ndarray, count: int, least: int | None = None
-) -> np.ndarray:
-    """Returns numbers of a task as int64.
-
-    Args:
-        task: Who gives them.
-        what: Their name.
-        values: The numbers.
-        count: How many there must be.
-        least: The smallest that is allowed, None for any.
-
-    Raises:
-        ValueError: They are others.
-    """
-    array = np.asarray(values)
-    if array.shape != (count,) or (count and array.dtype.kind not in "iu"):
-        raise ValueError(
-            f"task {task.name!r}: {what} have shape {array.shape} and type {array.dtype}: give "
-            f"{count} whole numbers, one each"
-        )
-    if least is not None and array.min(initial=least) < least:
-        raise ValueError(
-            f"task {task.name!r}: {what} hold {array.min()}: they must be {least} or more"
-        )
-    return array.astype(np.int64, copy=False)
 
 
 def true_rounds(
@@ -179,8 +151,7 @@ def true_rounds(
 def every_iteration(task: Task, samples: Samples) -> tuple[np.ndarray, np.ndarray, Iterations]:
     """Returns owner and number of rounds before (I,) of all iterations of solved problems of a
     task, and what they see, of which nothing is drawn."""
-    owner = np.repeat(np.arange(len(samples)), samples.loops)
-    before = np.arange(len(owner)) - samples.first_round[owner]
+    owner, before = samples.iterations()
     return owner, before, iterations_of(Written.truth(samples), {task.name: task}, owner, before)
 
 
@@ -303,8 +274,7 @@ def mean_iteration_tokens(
     """
     rng = np.random.default_rng(0)
     samples = task.sample(np.full(problems, length), seed=0)
-    owner = np.repeat(np.arange(problems), samples.loops)
-    before = np.arange(len(owner)) - samples.first_round[owner]
+    owner, before = samples.iterations()
     sizes = task.input_sizes(Written.truth(samples), owner, before)
     return float(draws.widths(sizes, rng).sum()) / problems
 

@@ -231,7 +231,8 @@ def batch_reason(model: LoopedTransformer, problems: Samples) -> str | None:
     """Returns why a batch is better read op by op, or None.
 
     Of a model that is fed no rounds, a graph saves launches and nothing else: where the work of an
-    average launch takes longer than the launch, it saves nothing and needs its own buffers.
+    average launch takes longer than the launch, it saves nothing and needs its own buffers. That
+    the host works beside a graph is not counted: no card has measured it yet.
     """
     loops = int(problems.loops.max(initial=0))
     if not loops:

@@ -57,8 +57,8 @@ class Loaded(NamedTuple):
 class Fetched(NamedTuple):
     """Tokens on their way back to the host.
 
-    views: of the buffer that they come to; there: the event after which they are there, None if
-    they are.
+    views: of the buffer that they come to; plan: of the batch; there: the event after which they
+    are there, None if they are.
     """
 
     views: list[Tensor]

@@ -81,6 +81,11 @@ class Samples:
         """(S + 1,) int64; sample i has the rounds first_round[i] .. first_round[i + 1] - 1."""
         return lengths_to_offsets(self.loops)
 
+    def iterations(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the sample of each round, in order, and the number of rounds before it, (I,)."""
+        owner = np.repeat(np.arange(len(self)), self.loops)
+        return owner, np.arange(len(owner)) - self.first_round[owner]
+
     def problem_of(self, i: int) -> np.ndarray:
         """Returns the problem tokens of sample i."""
         i = self._position(i)

@@ -92,9 +92,7 @@ class TokenizedTask(Task):
             return most
         if length not in self._shown_sizes:
             samples = self.sample(np.full(MEASURED, length), 0)
-            owner = np.repeat(np.arange(MEASURED), samples.loops)
-            before = np.arange(len(owner)) - samples.first_round[owner]
-            sizes = self.input_sizes(Written.truth(samples), owner, before)
+            sizes = self.input_sizes(Written.truth(samples), *samples.iterations())
             own = np.maximum.reduceat(sizes, samples.first_round[:-1])
             self._shown_sizes[length] = int(2 * own.max() - own.min())
         return max(most, self._shown_sizes[length])

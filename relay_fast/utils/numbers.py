@@ -72,6 +72,28 @@ def as_bool(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def as_ints(name: str, values: Any, count: int, least: int | None = None) -> np.ndarray:
+    """Converts `values` to an int64 array (count,).
+
+    Args:
+        name: Their name in messages.
+        values: The numbers; bools are refused.
+        count: How many there must be.
+        least: The smallest allowed value, by default any.
+
+    Raises:
+        ValueError: They are others.
+    """
+    array, has = np.asarray(values), "have" if name.endswith("s") else "has"
+    if array.shape != (count,) or (count and array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} {has} shape {array.shape} and type {array.dtype}: give {count} whole numbers"
+        )
+    if least is not None and array.min(initial=least) < least:
+        raise ValueError(f"{name} hold {array.min()}: they must be {least} or more")
+    return array.astype(np.int64, copy=False)
+
+
 def plain_numbers(value: Any) -> Any:
     """Converts numpy's numbers and arrays in dicts, lists and tuples to Python's, for JSON."""
     if isinstance(value, Mapping):

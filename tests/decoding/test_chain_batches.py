@@ -139,13 +139,20 @@ def test_what_outgrew_a_graph_and_memory_is_read_in_parts(
         assert_same(tuple(chains), tuple(others))
 
 
-def test_on_a_cpu_nothing_is_started_ahead() -> None:
+def test_on_a_cpu_nothing_is_started_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     model, many = model_of("latent"), problems(20)
-    read = []
+    read, started = [], []
+
+    class Counted(chain_batches.ChainBatch):
+        def __init__(self, *arguments):
+            started.append(1)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("relay_fast.decoding.chains.ChainBatch", Counted)
     stream = stream_scored(
         model, many, TASKS, False, batch_tokens=60, progress=lambda *done: read.append(done)
     )
     for k, _ in enumerate(stream, 1):
-        assert len(read) == k
+        assert len(read) == len(started) == k
     whole = generate_looped_chains(model, many, TASKS)
     assert len(read) > 3 and len(whole) == 60
